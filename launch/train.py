@@ -1,0 +1,43 @@
+"""Train: python launch/train.py --config=configs/NAME.py [--workdir=DIR] [--config.key=value ...]
+
+Run it again with the same command to go on after a stop.
+"""
+
+import os
+import pathlib
+import sys
+
+from absl import app, flags, logging
+from ml_collections import config_flags
+
+CONFIG = config_flags.DEFINE_config_file("config", None, "Config file of the run.")
+WORKDIR = flags.DEFINE_string("workdir", None, "Run folder; runs/NAME of the config when not given.")
+
+
+def main(argv):
+    if len(argv) > 1:
+        raise app.UsageError(f"unexpected arguments {argv[1:]}; settings are given as --config.key=value")
+    if CONFIG.value is None:
+        raise app.UsageError("which run? give --config=configs/NAME.py, for example configs/demo.py")
+    logging.set_verbosity(logging.WARNING)  # Orbax reports every file at INFO
+    import jax
+
+    # A stop and restart should not pay for compilation twice.
+    if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
+        jax.config.update("jax_compilation_cache_dir", str(pathlib.Path("~/.cache/maskdm_jax").expanduser()))
+
+    from maskdm_jax import config, train
+    from maskdm_jax.checkpoint import CheckpointError
+    from maskdm_jax.data.sources import DataError
+
+    name = pathlib.Path(config_flags.get_config_filename(flags.FLAGS["config"])).stem
+    try:
+        train.train(config.parse(CONFIG.value), WORKDIR.value or pathlib.Path("runs") / name)
+    except (config.ConfigError, DataError, CheckpointError, train.NonFiniteLoss) as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit("interrupted; run the same command again to go on from the last checkpoint")
+
+
+if __name__ == "__main__":
+    app.run(main)

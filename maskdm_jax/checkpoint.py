@@ -1,0 +1,146 @@
+"""Checkpoints on Orbax: saved in the background, restored onto any mesh, bit for bit.
+
+    WORKDIR/checkpoints/STEP/{params, ema, optimizer, meta}
+
+STEP counts the steps of all stages. `meta` is JSON: the stage and its step, the data position, the whole
+config and the class names, so that a checkpoint can be sampled from or continued without anything else.
+"""
+
+import dataclasses
+import pathlib
+
+import jax
+import orbax.checkpoint as ocp
+from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, CustomSteps, LatestN
+
+from maskdm_jax.train_state import TrainState
+
+FOLDER = "checkpoints"
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that is missing or does not fit; the message says which and why."""
+
+
+class Checkpoints:
+    """The checkpoints of a run folder. Keeps the `keep` newest and those of the steps in `keep_steps`."""
+
+    def __init__(self, workdir, *, keep: int, keep_steps=()):
+        self.folder = pathlib.Path(workdir).absolute() / FOLDER
+        self._manager = ocp.CheckpointManager(
+            self.folder,
+            item_names=("params", "ema", "optimizer", "meta"),
+            options=ocp.CheckpointManagerOptions(
+                preservation_policy=AnyPreservationPolicy([LatestN(keep), CustomSteps(list(keep_steps))])
+            ),
+        )
+
+    def latest(self) -> int | None:
+        """Step of the newest finished checkpoint. One that a kill interrupted does not count."""
+        return self._manager.latest_step()
+
+    def save(self, step: int, state: TrainState, meta: dict) -> None:
+        """Start writing; returns as soon as the state is copied and may be donated."""
+        if step == self.latest():
+            return
+        self._manager.save(
+            step,
+            args=ocp.args.Composite(
+                params=ocp.args.StandardSave(state.params),
+                ema=ocp.args.StandardSave(state.ema),
+                optimizer=ocp.args.StandardSave(_rest(state)),
+                meta=ocp.args.JsonSave(meta),
+            ),
+        )
+
+    def meta(self, step: int) -> dict:
+        """The JSON part of a checkpoint."""
+        return self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore())).meta
+
+    def restore(self, step: int, abstract: TrainState) -> TrainState:
+        """Read a state; `abstract` holds ShapeDtypeStructs with the shardings wanted now.
+
+        Raises:
+          CheckpointError: names, shapes or dtypes differ.
+        """
+        folder = self.folder / str(step)
+        rest = _load(folder, "optimizer", _rest(abstract))
+        params, ema = (_load(folder, name, getattr(abstract, name)) for name in ("params", "ema"))
+        return TrainState(params=params, ema=ema, **rest)
+
+    def wait(self) -> None:
+        """Wait until what was saved is on disk."""
+        self._manager.wait_until_finished()
+
+    def close(self) -> None:
+        """Wait and release."""
+        self._manager.close()
+
+
+def find(path) -> pathlib.Path:
+    """The checkpoint that `path` means: a checkpoint itself, or the newest one of a run folder.
+
+    Raises:
+      CheckpointError: there is none.
+    """
+    path = pathlib.Path(path).expanduser().absolute()
+    if (path / "meta").is_dir() and (path / "params").is_dir():
+        return path
+    for folder in (path / FOLDER, path):
+        steps = [
+            int(p.name) for p in (folder.iterdir() if folder.is_dir() else ()) if p.name.isdigit() and (p / "meta").is_dir()
+        ]
+        if steps:
+            return folder / str(max(steps))
+    raise CheckpointError(f"{path} holds no checkpoint; give a run folder or one of its {FOLDER}/STEP folders")
+
+
+def load_meta(checkpoint: pathlib.Path) -> dict:
+    """The JSON part of a checkpoint that `find` gave."""
+    with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as reader:
+        return reader.restore(checkpoint / "meta")
+
+
+def load_weights(checkpoint: pathlib.Path, which: str, abstract):
+    """Read `params` or `ema` of a checkpoint that `find` gave, placed as `abstract` says.
+
+    Raises:
+      CheckpointError: names, shapes or dtypes differ.
+    """
+    return _load(checkpoint, which, abstract)
+
+
+def _rest(state: TrainState) -> dict:
+    return {f.name: getattr(state, f.name) for f in dataclasses.fields(state) if f.name not in ("params", "ema")}
+
+
+def _load(checkpoint: pathlib.Path, item: str, abstract):
+    """Restore one item after comparing every name, shape and dtype: Orbax casts dtypes without a word."""
+    with ocp.StandardCheckpointer() as reader:
+        stored = _shapes(reader.metadata(checkpoint / item).item_metadata.tree)
+        wanted = _shapes(abstract)
+        problems = [f"missing in the checkpoint: {name}" for name in wanted.keys() - stored.keys()]
+        problems += [f"unknown to this model: {name}" for name in stored.keys() - wanted.keys()]
+        problems += [
+            f"{name} is {stored[name]} there and {wanted[name]} here"
+            for name in wanted.keys() & stored.keys()
+            if stored[name] != wanted[name]
+        ]
+        if problems:
+            shown = "; ".join(sorted(problems)[:5]) + (f"; and {len(problems) - 5} more" if len(problems) > 5 else "")
+            raise CheckpointError(f"the {item} of {checkpoint} do not fit config.model: {shown}")
+        return reader.restore(checkpoint / item, abstract)
+
+
+def _shapes(tree) -> dict:
+    """Leaf path, as names -> (shape, dtype). PRNG keys count as the words they are stored as."""
+
+    def describe(leaf):
+        if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+            leaf = jax.eval_shape(jax.random.key_data, leaf)
+        return f"{tuple(leaf.shape)} {leaf.dtype}"
+
+    def name(path):
+        return ".".join(str(getattr(p, "key", getattr(p, "name", getattr(p, "idx", p)))) for p in path)
+
+    return {name(path): describe(leaf) for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]}

@@ -1,0 +1,164 @@
+"""From a source to batches: decode, resize, shuffle, batch, in an order that survives any restart.
+
+Epoch after epoch the images form one endless stream, shuffled anew each epoch by the seed. Batch k of a
+stage is elements k*B .. k*B + B - 1 of the stream, whatever the number of hosts, worker processes or
+threads; host h of H holds the h-th B / H of them.
+"""
+
+import dataclasses
+import io
+import logging
+
+import grain
+import numpy as np
+from PIL import Image, ImageOps
+
+from maskdm_jax.data.sources import DataError, open_source
+
+UNREADABLE_LIMIT = 0.01  # share of the images; more than that is a broken data set, not bad luck
+_MAX_NEIGHBOURS = 100  # tried in place of an unreadable image before giving up
+
+log = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Decode:
+    """Stream element (index, record number) -> example; a picklable function for worker processes."""
+
+    source: object
+    image_size: int
+    channels: int
+
+    def __call__(self, index: int, record: int) -> dict:
+        """Decode a record, or its next readable neighbour; `unreadable` holds the record's number then, else -1."""
+        n = len(self.source)
+        for step in range(min(n, _MAX_NEIGHBOURS)):
+            try:
+                image, label = self.source.read((record + step) % n)
+                image = decode(image, self.image_size, self.channels)
+            except Exception:  # whatever a decoder throws at a damaged file
+                continue
+            return {
+                "image": image,
+                "label": np.int32(label),
+                "index": np.uint32(index),
+                "unreadable": np.int64(record if step else -1),
+            }
+        raise DataError(f"{self.source.names[record]} and the {step} images after it are all unreadable")
+
+
+def decode(image, size: int, channels: int) -> np.ndarray:
+    """Encoded bytes or uint8 [H, W, C] -> uint8 [size, size, channels].
+
+    Rotated as EXIF says, transparency laid on white, short side resized to `size` (bicubic), centre cropped.
+    Images of the right size pass through untouched.
+    """
+    if isinstance(image, np.ndarray):
+        image = Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image)
+    else:
+        image = ImageOps.exif_transpose(Image.open(io.BytesIO(image)))
+    if image.mode.startswith("I;16") or image.mode == "I":  # 16 bit grey; convert() would clip at 255
+        image = Image.fromarray((np.asarray(image).astype(np.uint32) >> 8).clip(0, 255).astype(np.uint8))
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    image = image.convert("RGB" if channels == 3 else "L")
+    if min(image.size) != size:
+        scale = size / min(image.size)
+        image = image.resize([max(size, round(side * scale)) for side in image.size], Image.Resampling.BICUBIC)
+    left, top = (image.width - size) // 2, (image.height - size) // 2
+    if image.size != (size, size):
+        image = image.crop((left, top, left + size, top + size))
+    return np.asarray(image).reshape(size, size, channels)
+
+
+class Batches:
+    """Endless iterator of a host's batches: dicts of NumPy arrays.
+
+    `image` uint8 [B/H, S, S, C], `label` int32 [B/H], `index` uint32 [B/H], the element's number in the stream.
+    `state()` and `seek(state)` save and restore the position; a state fits any number of hosts and workers.
+    """
+
+    def __init__(
+        self,
+        data,
+        *,
+        batch_size: int,
+        seed: int,
+        source=None,
+        host: int = 0,
+        hosts: int = 1,
+    ):
+        """Args:
+        data: `config.Data`.
+        batch_size: global.
+        seed: of the shuffling.
+        source: an opened source, to be shared by the stages of a run; opened from data.path when None.
+        host, hosts: this process and how many there are.
+        """
+        if batch_size % hosts:
+            raise DataError(f"batch_size {batch_size} does not divide among {hosts} hosts")
+        self.source = open_source(data.path, data.labels) if source is None else source
+        self._stream = (
+            grain.MapDataset.range(len(self.source))
+            .seed(seed)
+            .shuffle()
+            .repeat(None)
+            .map_with_index(_Decode(self.source, data.image_size, data.channels))
+        )
+        self._data, self._batch_size, self._host, self._hosts = data, batch_size, host, hosts
+        self._next = 0
+        self._iterator = None
+        self.unreadable = set()  # numbers of the records found unreadable so far
+
+    def __iter__(self):
+        return self
+
+    def __next__(self) -> dict:
+        if self._iterator is None:
+            self._iterator = self._start()
+        batch = dict(next(self._iterator))
+        self._next += self._batch_size
+        self._report(batch.pop("unreadable"))
+        return batch
+
+    def state(self) -> dict:
+        """Position in the stream, for JSON."""
+        return {"global_next_index": self._next}
+
+    def seek(self, state: dict) -> None:
+        """Continue at a position from `state()`."""
+        self.close()
+        self._next = state["global_next_index"]
+
+    def close(self) -> None:
+        """Stop the readers."""
+        if self._iterator is not None:
+            self._iterator.close()
+            self._iterator = None
+
+    def _start(self):
+        # Batched before it is split among hosts and workers, so neither changes what is in a batch. (grain's
+        # ElasticIterator splits first: with worker processes it cannot resume between two of their rounds.)
+        local = self._batch_size // self._hosts
+        batches = self._stream[self._next :].batch(local)[self._host :: self._hosts]
+        ahead = grain.ReadOptions(num_threads=self._data.threads, prefetch_buffer_size=2 * self._data.threads)
+        stream = batches.to_iter_dataset(ahead)
+        if self._data.workers:
+            stream = stream.mp_prefetch(grain.MultiprocessingOptions(num_workers=self._data.workers))
+        return iter(stream)
+
+    def _report(self, records) -> None:
+        for record in sorted(set(records[records >= 0].tolist()) - self.unreadable):
+            self.unreadable.add(record)
+            log.warning(
+                "unreadable image %s: replaced by its neighbour (%d so far)",
+                self.source.names[record],
+                len(self.unreadable),
+            )
+        if len(self.unreadable) > UNREADABLE_LIMIT * len(self.source):
+            names = ", ".join(self.source.names[record] for record in sorted(self.unreadable)[:5])
+            raise DataError(
+                f"{len(self.unreadable)} of {len(self.source)} images are unreadable, more than {UNREADABLE_LIMIT:.0%} "
+                f"({names}, ...); repair or remove them"
+            )

@@ -1,0 +1,127 @@
+"""Where images are: folders, zip files, the embedded set. Random access by index, safe to pickle into workers.
+
+A source has `names` (one per image), `classes` (names, or [] without labels), `len()` and `read(i)` ->
+(image, label): the image as it is stored, encoded bytes or a uint8 array [H, W, C].
+"""
+
+import importlib.resources
+import io
+import os
+import pathlib
+import zipfile
+
+import numpy as np
+
+SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"}
+
+
+class DataError(ValueError):
+    """Data that cannot be used; the message names the path and says what would work."""
+
+
+class Digits:
+    """The embedded set: 1,797 handwritten digits, 8 x 8 grey, ten classes (UCI, CC BY 4.0)."""
+
+    def __init__(self, labels: bool = False):
+        with importlib.resources.files("maskdm_jax.data").joinpath("digits.npz").open("rb") as file:
+            stored = np.load(io.BytesIO(file.read()))
+        self._images, self._labels = stored["images"], stored["labels"]
+        self.names = [f"digits[{i}]" for i in range(len(self._images))]
+        self.classes = [str(digit) for digit in range(10)] if labels else []
+
+    def __len__(self):
+        return len(self.names)
+
+    def read(self, i: int):
+        return self._images[i], int(self._labels[i])
+
+
+class ImageFolder:
+    """All images under a folder, nested or flat."""
+
+    def __init__(self, path, labels: bool = False):
+        self._root = pathlib.Path(path)
+        found = []
+        for folder, subfolders, files in os.walk(self._root, followlinks=True):
+            subfolders.sort()
+            base = pathlib.Path(folder).relative_to(self._root)
+            found += [(base / file).as_posix() for file in files]
+        self.names, self._labels, self.classes = _index(path, found, labels)
+
+    def __len__(self):
+        return len(self.names)
+
+    def read(self, i: int):
+        return (self._root / self.names[i]).read_bytes(), self._labels[i]
+
+
+class ZipImages:
+    """All images in a zip file, nested or flat, read without unpacking it."""
+
+    def __init__(self, path, labels: bool = False):
+        self._path = pathlib.Path(path)
+        self._archive = None
+        try:
+            found = [info.filename for info in self._open().infolist() if not info.is_dir()]
+        except zipfile.BadZipFile as error:
+            raise DataError(f"{path} is not a readable zip file ({error}); give a .zip or a folder of images") from None
+        self.names, self._labels, self.classes = _index(path, found, labels)
+
+    def __len__(self):
+        return len(self.names)
+
+    def read(self, i: int):
+        return self._open().read(self.names[i]), self._labels[i]
+
+    def _open(self):
+        if self._archive is None:  # opened once per process; ZipFile locks its own reads among threads
+            self._archive = zipfile.ZipFile(self._path)
+        return self._archive
+
+    def __getstate__(self):
+        return self.__dict__ | {"_archive": None}
+
+
+def open_source(path: str, labels: bool = False):
+    """Open `digits`, a folder or a .zip.
+
+    Raises:
+      DataError: nothing is there, it is of another kind, it holds no image, or labels are asked of a flat set.
+    """
+    if path == "digits":
+        return Digits(labels)
+    place = pathlib.Path(path).expanduser()
+    if place.is_dir():
+        return ImageFolder(place, labels)
+    if place.is_file() and place.suffix.lower() == ".zip":
+        return ZipImages(place, labels)
+    if place.exists():
+        raise DataError(f"data.path {path!r} is neither a folder nor a .zip of images")
+    raise DataError(f"data.path {path!r} does not exist; pass --config.data.path=FOLDER_OR_ZIP (or 'digits')")
+
+
+def _index(path, found: list[str], labels: bool):
+    """Sorted image names, the label of each, and the class names."""
+    names = sorted(
+        name
+        for name in found
+        if pathlib.PurePosixPath(name).suffix.lower() in SUFFIXES
+        and not any(part.startswith((".", "__MACOSX")) for part in pathlib.PurePosixPath(name).parts)
+    )
+    if not names:
+        kinds = ", ".join(sorted(SUFFIXES))
+        raise DataError(f"{path} holds no images; looked through {len(found)} files for {kinds}")
+    if not labels:
+        return names, [0] * len(names), []
+    # A wrapping folder that all images share is not a class: the first level that differs is.
+    folders = [pathlib.PurePosixPath(name).parts[:-1] for name in names]
+    shared = len(os.path.commonprefix(folders))
+    if any(len(parts) <= shared for parts in folders):
+        stray = next(name for name, parts in zip(names, folders) if len(parts) <= shared)
+        raise DataError(
+            f"{path} has no class folder for {stray!r}; put every image into a folder per class, at least two of them, "
+            "or set --config.data.labels=False --config.model.num_classes=0"
+        )
+    classes = sorted({parts[shared] for parts in folders})
+    number = {name: i for i, name in enumerate(classes)}
+    return names, [number[parts[shared]] for parts in folders], classes

@@ -1,0 +1,180 @@
+"""Gaussian diffusion with discrete time: schedules, forward process, objectives, loss.
+
+Pure functions that know no network. `x` stands for images [B, H, W, C] or patches [B, V, d]: every
+formula is elementwise, so it holds for the visible patches alone. Notation of DDPM (Ho et al. 2020):
+x_t = sqrt(alpha_bar_t) x0 + sqrt(1 - alpha_bar_t) eps.
+"""
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+@dataclasses.dataclass(frozen=True)
+class Schedule:
+    """Per-step quantities, computed in float64 and stored as float32 NumPy arrays [T]."""
+
+    betas: np.ndarray
+    alpha_bar: np.ndarray
+    alpha_bar_prev: np.ndarray
+    sqrt_alpha_bar: np.ndarray
+    sqrt_one_minus_alpha_bar: np.ndarray
+    sqrt_recip_alpha_bar: np.ndarray
+    sqrt_recipm1_alpha_bar: np.ndarray
+    posterior_variance: np.ndarray
+    posterior_log_variance: np.ndarray  # of the variance clipped at 1e-20, which is 0 at t = 0
+    posterior_mean_x0: np.ndarray  # coefficient of x0 in the posterior mean
+    posterior_mean_xt: np.ndarray  # coefficient of x_t
+
+    @property
+    def timesteps(self) -> int:
+        return len(self.betas)
+
+
+def linear_betas(timesteps: int = 1000) -> np.ndarray:
+    """1e-4 to 0.02 at 1000 steps (Ho et al. 2020), scaled to other step counts; float64 [T]."""
+    scale = 1000 / timesteps
+    return np.linspace(scale * 1e-4, scale * 0.02, timesteps, dtype=np.float64)
+
+
+def cosine_betas(timesteps: int = 1000, *, size: int = 64) -> np.ndarray:
+    """Cosine schedule (Nichol & Dhariwal 2021), s = 0.008, betas at most 0.999; float64 [T].
+
+    `size` other than 64 moves log-SNR by 2 log(64 / size) (simple diffusion, Hoogeboom et al. 2023):
+    larger images are noised harder.
+    """
+    s = 0.008
+    steps = np.linspace(0, 1, timesteps + 1, dtype=np.float64)
+    alpha_bar = np.cos((steps + s) / (1 + s) * math.pi / 2) ** 2
+    # sigmoid(logit(alpha_bar) + 2 log(64 / size)), written without the infinite logit of 0. The reference
+    # shifts first and normalises afterwards.
+    odds = (64 / size) ** 2
+    alpha_bar = odds * alpha_bar / (1 + (odds - 1) * alpha_bar)
+    alpha_bar /= alpha_bar[0]
+    return np.clip(1 - alpha_bar[1:] / alpha_bar[:-1], 0, 0.999)
+
+
+def make_schedule(name: str, timesteps: int = 1000, *, size: int = 64) -> Schedule:
+    """Build a schedule by name.
+
+    Args:
+      name: `linear`, `cosine` or `shifted_cosine`.
+      timesteps: T.
+      size: image side that `shifted_cosine` is shifted for; the others ignore it.
+    """
+    makers = {
+        "linear": lambda: linear_betas(timesteps),
+        "cosine": lambda: cosine_betas(timesteps),
+        "shifted_cosine": lambda: cosine_betas(timesteps, size=size),
+    }
+    if name not in makers:
+        raise ValueError(f"schedule {name!r} is unknown; choose one of {', '.join(makers)}")
+    betas = makers[name]()
+    alpha_bar = np.cumprod(1 - betas)
+    prev = np.append(1.0, alpha_bar[:-1])
+    variance = betas * (1 - prev) / (1 - alpha_bar)
+    columns = dict(
+        betas=betas,
+        alpha_bar=alpha_bar,
+        alpha_bar_prev=prev,
+        sqrt_alpha_bar=np.sqrt(alpha_bar),
+        sqrt_one_minus_alpha_bar=np.sqrt(1 - alpha_bar),
+        sqrt_recip_alpha_bar=np.sqrt(1 / alpha_bar),
+        sqrt_recipm1_alpha_bar=np.sqrt(1 / alpha_bar - 1),
+        posterior_variance=variance,
+        posterior_log_variance=np.log(np.maximum(variance, 1e-20)),
+        posterior_mean_x0=betas * np.sqrt(prev) / (1 - alpha_bar),
+        posterior_mean_xt=(1 - prev) * np.sqrt(1 - betas) / (1 - alpha_bar),
+    )
+    return Schedule(**{name: column.astype(np.float32) for name, column in columns.items()})
+
+
+def at(column, t, ndim: int):
+    """Look up column [T] at t [B] and shape it [B, 1, ...] to meet an array of `ndim` dimensions."""
+    return jnp.asarray(column)[t].reshape(t.shape + (1,) * (ndim - 1))
+
+
+def q_sample(schedule: Schedule, x0, t, eps):
+    """Forward process q(x_t | x0) with the noise given: x0 and eps [B, ...], t [B]."""
+    return at(schedule.sqrt_alpha_bar, t, x0.ndim) * x0 + at(schedule.sqrt_one_minus_alpha_bar, t, x0.ndim) * eps
+
+
+def velocity(schedule: Schedule, x0, t, eps):
+    """v = sqrt(alpha_bar) eps - sqrt(1 - alpha_bar) x0 (Salimans & Ho 2022)."""
+    return at(schedule.sqrt_alpha_bar, t, x0.ndim) * eps - at(schedule.sqrt_one_minus_alpha_bar, t, x0.ndim) * x0
+
+
+def x0_from_eps(schedule: Schedule, x, t, eps):
+    """Solve the forward process for x0."""
+    return at(schedule.sqrt_recip_alpha_bar, t, x.ndim) * x - at(schedule.sqrt_recipm1_alpha_bar, t, x.ndim) * eps
+
+
+def x0_from_v(schedule: Schedule, x, t, v):
+    """x0 = sqrt(alpha_bar) x_t - sqrt(1 - alpha_bar) v."""
+    return at(schedule.sqrt_alpha_bar, t, x.ndim) * x - at(schedule.sqrt_one_minus_alpha_bar, t, x.ndim) * v
+
+
+def eps_from_x0(schedule: Schedule, x, t, x0):
+    """Solve the forward process for eps."""
+    return (at(schedule.sqrt_recip_alpha_bar, t, x.ndim) * x - x0) / at(schedule.sqrt_recipm1_alpha_bar, t, x.ndim)
+
+
+def q_posterior(schedule: Schedule, x0, x, t):
+    """Mean [B, ...] and log variance [B, 1, ...] of q(x_{t-1} | x_t, x0)."""
+    mean = at(schedule.posterior_mean_x0, t, x.ndim) * x0 + at(schedule.posterior_mean_xt, t, x.ndim) * x
+    return mean, at(schedule.posterior_log_variance, t, x.ndim)
+
+
+OBJECTIVES = {  # what the network is asked for
+    "noise": lambda schedule, x0, t, eps: eps,
+    "x0": lambda schedule, x0, t, eps: x0,
+    "v": velocity,
+}
+
+
+def predictions(schedule: Schedule, objective: str, output, x, t, *, clip: tuple[float, float] | None = (-1.0, 1.0)):
+    """Turn a network's output at x [B, ...], t [B] into (x0, eps).
+
+    x0 is clipped to `clip`. For the noise objective eps stays what the network said, as in the reference;
+    for the others eps follows from the clipped x0.
+    """
+    bounded = (lambda a: a) if clip is None else (lambda a: jnp.clip(a, *clip))
+    if objective == "noise":
+        return bounded(x0_from_eps(schedule, x, t, output)), output
+    x0 = bounded(x0_from_v(schedule, x, t, output) if objective == "v" else output)
+    return x0, eps_from_x0(schedule, x, t, x0)
+
+
+def loss_weights(schedule: Schedule, name: str, gamma: float) -> np.ndarray:
+    """Weight of each time step in the loss, float32 [T]. gamma 0 weighs all alike.
+
+    `p2`: (1 + snr)^-gamma (Choi et al. 2022). `min_snr`: min(1, 5 / snr)^-gamma; for the noise objective,
+    gamma -1 is Min-SNR-5 (Hang et al. 2023).
+    """
+    alpha_bar = schedule.alpha_bar.astype(np.float64)
+    snr = alpha_bar / (1 - alpha_bar)
+    bases = {"p2": 1 + snr, "min_snr": np.minimum(1, 5 / snr)}
+    if name not in bases:
+        raise ValueError(f"loss weight {name!r} is unknown; choose one of {', '.join(bases)}")
+    return (bases[name] ** -gamma).astype(np.float32)
+
+
+LOSSES = {"l2": jnp.square, "l1": jnp.abs}
+
+
+def denoising_loss(predict, schedule: Schedule, x0, t, eps, *, objective="noise", loss="l2", weights=None) -> jax.Array:
+    """Loss of each image, [B] float32: weight(t) times the mean error over its (visible) elements.
+
+    Args:
+      predict: (x_t, t) -> the objective, of x_t's shape.
+      x0, eps: clean data and noise, [B, ...]; for masked training the visible patches [B, V, p*p*C].
+      t: [B] int32.
+      weights: [T] from `loss_weights`, or None for 1.
+    """
+    target = OBJECTIVES[objective](schedule, x0, t, eps)
+    error = LOSSES[loss](predict(q_sample(schedule, x0, t, eps), t) - target)
+    per_image = error.reshape(error.shape[0], -1).mean(axis=1)
+    return per_image if weights is None else per_image * jnp.asarray(weights)[t]

@@ -1,0 +1,120 @@
+"""The parts of a U-ViT: patches, attention, MLP, block, time embedding.
+
+Shapes use B images, T tokens, N patches, D width, H heads, p patch size, C channels.
+Every module keeps float32 parameters and computes in `dtype`; LayerNorm, attention
+logits and softmax stay in float32 whatever `dtype` is.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+LAYER_NORM_EPS = 1e-5
+normal_002 = nnx.initializers.normal(0.02)
+
+
+def patchify(images, patch_size: int):
+    """Cut images [B, H, W, C] into patches [B, N, p*p*C], row-major, each flattened as (row, column, channel)."""
+    b, h, w, c = images.shape
+    p = patch_size
+    if h % p or w % p:
+        raise ValueError(f"images of {h} x {w} do not divide into patches of {p} x {p}")
+    x = images.reshape(b, h // p, p, w // p, p, c)
+    return x.transpose(0, 1, 3, 2, 4, 5).reshape(b, (h // p) * (w // p), p * p * c)
+
+
+def unpatchify(patches, patch_size: int, grid: tuple[int, int]):
+    """Inverse of `patchify`: [B, rows*cols, p*p*C] and grid (rows, cols) give [B, rows*p, cols*p, C]."""
+    b, n, d = patches.shape
+    p, (rows, cols) = patch_size, grid
+    if n != rows * cols or d % (p * p):
+        raise ValueError(f"patches {patches.shape} do not form a {rows} x {cols} grid of {p} x {p} patches")
+    x = patches.reshape(b, rows, cols, p, p, d // (p * p))
+    return x.transpose(0, 1, 3, 2, 4, 5).reshape(b, rows * p, cols * p, d // (p * p))
+
+
+def timestep_embedding(t, dim: int):
+    """Sinusoid of the raw time step: t [B] (0..999, may be fractional) gives [B, dim] float32, cosines first."""
+    half = dim // 2
+    frequencies = jnp.exp(-math.log(10_000) * jnp.arange(half, dtype=jnp.float32) / half)
+    angles = t.astype(jnp.float32)[:, None] * frequencies
+    return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
+
+
+class LayerNorm(nnx.LayerNorm):
+    """LayerNorm with the reference's epsilon, computed in float32 and returned in `out_dtype`."""
+
+    def __init__(self, dim: int, *, out_dtype=jnp.float32, rngs: nnx.Rngs):
+        # Two-pass variance: the default, E[x^2] - E[x]^2, cancels and misses the golden tolerance.
+        super().__init__(dim, epsilon=LAYER_NORM_EPS, dtype=jnp.float32, use_fast_variance=False, rngs=rngs)
+        self.out_dtype = out_dtype
+
+    def __call__(self, x):
+        return super().__call__(x).astype(self.out_dtype)
+
+
+class Attention(nnx.Module):
+    """Multi-head self-attention, [B, T, D] -> [B, T, D].
+
+    One projection gives q, k and v, its columns ordered (3, heads, head_dim). With `qv_bias`,
+    q and v have a bias each and k has none: softmax cancels a bias on k anyway.
+    """
+
+    def __init__(self, dim: int, heads: int, *, qv_bias: bool, dtype, rngs: nnx.Rngs):
+        if dim % heads:
+            raise ValueError(f"width {dim} does not divide into {heads} heads")
+        self.heads = heads
+        self.qkv = nnx.Linear(dim, 3 * dim, use_bias=False, kernel_init=normal_002, dtype=dtype, rngs=rngs)
+        self.q_bias = nnx.Param(jnp.zeros((dim,), jnp.float32)) if qv_bias else None
+        self.v_bias = nnx.Param(jnp.zeros((dim,), jnp.float32)) if qv_bias else None
+        self.proj = nnx.Linear(dim, dim, kernel_init=normal_002, dtype=dtype, rngs=rngs)
+
+    def __call__(self, x):
+        b, t, d = x.shape
+        q, k, v = jnp.split(self.qkv(x), 3, axis=-1)
+        if self.q_bias is not None:
+            q = q + self.q_bias[...].astype(q.dtype)
+            v = v + self.v_bias[...].astype(v.dtype)
+        q, k, v = (a.reshape(b, t, self.heads, d // self.heads) for a in (q, k, v))
+        out = jax.nn.dot_product_attention(q, k, v)  # scale head_dim**-0.5; logits and softmax in float32
+        return self.proj(out.reshape(b, t, d))
+
+
+class Mlp(nnx.Module):
+    """Two linear layers around an activation, [..., D] -> [..., out_dim or D]."""
+
+    def __init__(self, dim: int, hidden: int, *, activation, dtype, rngs: nnx.Rngs):
+        self.activation = activation
+        self.fc1 = nnx.Linear(dim, hidden, kernel_init=normal_002, dtype=dtype, rngs=rngs)
+        self.fc2 = nnx.Linear(hidden, dim, kernel_init=normal_002, dtype=dtype, rngs=rngs)
+
+    def __call__(self, x):
+        return self.fc2(self.activation(self.fc1(x)))
+
+
+def exact_gelu(x):
+    """GELU by the error function, as the reference has it (`jax.nn.gelu` approximates by default)."""
+    return jax.nn.gelu(x, approximate=False)
+
+
+class Block(nnx.Module):
+    """Pre-norm transformer block, [B, T, D] -> [B, T, D].
+
+    A block made with `skip=True` takes the long skip of its twin in the first half as second
+    argument and merges it first thing: Linear(2D -> D) of the two side by side.
+    """
+
+    def __init__(self, dim: int, heads: int, mlp_hidden: int, *, qv_bias: bool, skip: bool, dtype, rngs: nnx.Rngs):
+        self.skip_linear = nnx.Linear(2 * dim, dim, kernel_init=normal_002, dtype=dtype, rngs=rngs) if skip else None
+        self.norm1 = LayerNorm(dim, out_dtype=dtype, rngs=rngs)
+        self.attn = Attention(dim, heads, qv_bias=qv_bias, dtype=dtype, rngs=rngs)
+        self.norm2 = LayerNorm(dim, out_dtype=dtype, rngs=rngs)
+        self.mlp = Mlp(dim, mlp_hidden, activation=exact_gelu, dtype=dtype, rngs=rngs)
+
+    def __call__(self, x, skip=None):
+        if self.skip_linear is not None:
+            x = self.skip_linear(jnp.concatenate([x, skip], axis=-1))
+        x = x + self.attn(self.norm1(x))
+        return x + self.mlp(self.norm2(x))

@@ -1,0 +1,40 @@
+"""From a config to the network, used functionally: a graphdef and a plain dict of parameters."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from maskdm_jax.models.uvit import UViT
+
+
+@dataclasses.dataclass(frozen=True)
+class Network:
+    """A network without its parameters."""
+
+    graphdef: nnx.GraphDef
+    make: object  # rngs -> module
+
+    def init(self, key) -> dict:
+        """Fresh parameters, a nested dict of float32 arrays. Call it under `jax.jit` to place them."""
+        return nnx.to_pure_dict(nnx.state(self.make(nnx.Rngs(key)), nnx.Param))
+
+    def apply(self, params, x, t, labels=None, positions=None):
+        """See `UViT.__call__`."""
+        return nnx.merge(self.graphdef, params)(x, t, labels, positions)
+
+    def abstract_params(self) -> dict:
+        """ShapeDtypeStructs of the parameters; nothing is computed."""
+        return jax.eval_shape(self.init, jax.random.key(0))
+
+
+def make_network(config) -> Network:
+    """The network of a `config.Config`."""
+    fields = dataclasses.asdict(config.model)
+    fields |= dict(dtype=jnp.dtype(fields["dtype"]), image_size=config.data.image_size, channels=config.data.channels)
+
+    def make(rngs):
+        return UViT(**fields, rngs=rngs)
+
+    return Network(nnx.graphdef(nnx.eval_shape(lambda: make(nnx.Rngs(0)))), make)

@@ -1,0 +1,227 @@
+"""What a person sees of a run: console, progress bar, metrics.jsonl, TensorBoard, W&B, sample grids."""
+
+import contextlib
+import json
+import logging
+import os
+import pathlib
+import sys
+import time
+
+import numpy as np
+import tensorboardX
+from clu import parameter_overview
+from PIL import Image, ImageDraw, ImageFont
+from tqdm import tqdm
+
+from maskdm_jax.config import Config, ConfigError
+
+log = logging.getLogger("maskdm_jax")
+
+
+class _Console(logging.Handler):
+    """Log lines above the progress bar, not through it."""
+
+    def emit(self, record):
+        tqdm.write(self.format(record), file=sys.stderr)
+
+
+@contextlib.contextmanager
+def logging_to(workdir):
+    """Send the project's log to stderr and to WORKDIR/log.txt."""
+    workdir = pathlib.Path(workdir)
+    workdir.mkdir(parents=True, exist_ok=True)
+    file = logging.FileHandler(workdir / "log.txt")
+    file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    console = _Console()
+    console.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
+    log.setLevel(logging.INFO)
+    log.propagate = False  # absl's root handler would print every line again
+    for handler in (file, console):
+        log.addHandler(handler)
+    try:
+        yield
+    finally:
+        for handler in (file, console):
+            log.removeHandler(handler)
+            handler.close()
+
+
+def parameter_table(params) -> str:
+    """Name, shape and size of every parameter, and their number."""
+    return parameter_overview.get_parameter_overview(params, include_stats=False)
+
+
+class Metrics:
+    """Writes numbers by step to WORKDIR/metrics.jsonl and, as configured, TensorBoard and W&B.
+
+    Opening it at `step` drops what an earlier, killed process wrote beyond that step, so that the history
+    of a resumed run is that of an undisturbed one.
+    """
+
+    def __init__(self, workdir, config: Config, *, step: int):
+        workdir = pathlib.Path(workdir)
+        path = workdir / "metrics.jsonl"
+        _keep_until(path, step)
+        self._file = path.open("a")
+        self._board = self._wandb = None
+        if config.log.tensorboard:
+            self._board = tensorboardX.SummaryWriter(str(workdir / "tensorboard"), purge_step=step + 1)
+        if config.log.wandb:
+            try:
+                import wandb
+            except ImportError:
+                raise ConfigError("config.log.wandb is True but wandb is not installed; pip install wandb") from None
+            self._wandb = wandb.init(project="maskdm-jax", name=workdir.name, dir=workdir, id=workdir.name, resume="allow")
+
+    def write(self, step: int, values: dict) -> None:
+        """Record numbers (floats, ints) and words (strings; JSONL only) of a step."""
+        self._file.write(json.dumps({"step": step} | values) + "\n")
+        self._file.flush()
+        numbers = {k: v for k, v in values.items() if not isinstance(v, str)}
+        if self._board is not None:
+            for name, value in numbers.items():
+                self._board.add_scalar(name, value, step)
+        if self._wandb is not None:
+            self._wandb.log(numbers, step=step)
+
+    def image(self, step: int, name: str, path) -> None:
+        """Show a PNG file in TensorBoard and W&B."""
+        if self._board is not None:
+            self._board.add_image(name, np.asarray(Image.open(path).convert("RGB")), step, dataformats="HWC")
+        if self._wandb is not None:
+            import wandb
+
+            self._wandb.log({name: wandb.Image(str(path))}, step=step)
+
+    def close(self) -> None:
+        """Flush everything."""
+        self._file.close()
+        if self._board is not None:
+            self._board.close()
+        if self._wandb is not None:
+            self._wandb.finish()
+
+
+def read_metrics(path) -> list[dict]:
+    """The lines of a metrics.jsonl; a last line that a kill cut short is left out."""
+    lines = []
+    for line in pathlib.Path(path).read_text().splitlines():
+        with contextlib.suppress(json.JSONDecodeError):
+            lines.append(json.loads(line))
+    return lines
+
+
+def _keep_until(path: pathlib.Path, step: int) -> None:
+    if path.exists():
+        kept = [json.dumps(line) + "\n" for line in read_metrics(path) if line["step"] <= step]
+        write_atomically(path, "".join(kept).encode())
+
+
+class Progress:
+    """Progress bar of a stage on a terminal; without a terminal, a log line for each call of `numbers`."""
+
+    def __init__(self, name: str, *, step: int, steps: int):
+        self._bar = tqdm(
+            total=steps,
+            initial=step,
+            desc=name,
+            file=sys.stderr,
+            disable=not sys.stderr.isatty(),
+            bar_format="{desc} {percentage:3.0f}%|{bar:20}| {n_fmt}/{total_fmt}{postfix}",
+            mininterval=0.2,
+        )
+        self._name, self._steps = name, steps
+
+    def advance(self) -> None:
+        """One step was started."""
+        self._bar.update()
+
+    def numbers(self, step: int, text: str) -> None:
+        """Show the newest numbers; `step` is the stage's step they belong to."""
+        self._bar.set_postfix_str(text, refresh=False)
+        line = "%s %d/%d %s"
+        # With a bar on the terminal the line goes to the file alone.
+        level = logging.INFO if self._bar.disable else logging.DEBUG
+        log.log(level, line, self._name, step, self._steps, text)
+
+    def close(self) -> None:
+        """Leave the bar as it is."""
+        self._bar.close()
+
+
+class Rate:
+    """Steps per second since the last reading, without the pauses that `paused` wraps."""
+
+    def __init__(self):
+        self._since = time.perf_counter()
+        self._steps = 0
+
+    def tick(self) -> None:
+        """A step was done."""
+        self._steps += 1
+
+    def read(self) -> float:
+        """Steps per second since the last call."""
+        now = time.perf_counter()
+        rate = self._steps / max(now - self._since, 1e-9)
+        self._since, self._steps = now, 0
+        return rate
+
+    @contextlib.contextmanager
+    def paused(self):
+        """Time in here (previews, say) does not count."""
+        start = time.perf_counter()
+        yield
+        self._since += time.perf_counter() - start
+
+
+def duration(seconds: float) -> str:
+    """90 -> '1m30s'."""
+    seconds = round(seconds)
+    hours, minutes = seconds // 3600, seconds // 60 % 60
+    if hours:
+        return f"{hours}h{minutes:02d}m"
+    return f"{minutes}m{seconds % 60:02d}s" if minutes else f"{seconds}s"
+
+
+def sample_grid(images: np.ndarray, columns: int, row_names=None) -> Image.Image:
+    """Lay out uint8 images [n, S, S, C], row by row; small ones are enlarged so that a person can see them.
+
+    row_names: text for the left of each row, such as class names.
+    """
+    n, size, _, channels = images.shape
+    rows, scale, gap = -(-n // columns), max(1, 48 // size), 2
+    cell = size * scale + gap
+    font = ImageFont.load_default(size=14)
+    margin = 0
+    if row_names:
+        row_names = [name if len(name) <= 20 else name[:19] + "…" for name in row_names]
+        margin = int(max(font.getlength(name) for name in row_names)) + 16
+    page = Image.new("RGB", (margin + columns * cell + gap, rows * cell + gap), "white")
+    draw = ImageDraw.Draw(page)
+    for i, image in enumerate(images):
+        row, column = divmod(i, columns)
+        tile = Image.fromarray(image[..., 0] if channels == 1 else image)
+        tile = tile.resize((size * scale, size * scale), Image.Resampling.NEAREST)
+        page.paste(tile, (margin + gap + column * cell, gap + row * cell))
+    for row, name in enumerate((row_names or [])[:rows]):
+        draw.text((margin - 8, gap + row * cell + cell // 2), name, fill="black", font=font, anchor="rm")
+    return page
+
+
+def save_image(path, image: Image.Image) -> None:
+    """Write a PNG whole or not at all."""
+    path = pathlib.Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    image.save(temporary, format="PNG")
+    os.replace(temporary, path)
+
+
+def write_atomically(path, content: bytes) -> None:
+    """Write a file whole or not at all."""
+    path = pathlib.Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary.write_bytes(content)
+    os.replace(temporary, path)

@@ -1,0 +1,74 @@
+"""Names and layouts of the official PyTorch weights, and the way between them and our parameters.
+
+This module knows names, not files. Conversion only renames, transposes and reshapes, so it is exact in
+both directions.
+"""
+
+import re
+
+import numpy as np
+
+_LINEAR = {"weight": "kernel", "bias": "bias"}
+_NORM = {"weight": "scale", "bias": "bias"}
+_PARTS = {  # official name within the network -> our path and the names of its tensors
+    "encoder.patch_embed.proj": ("patch_embed", _LINEAR),
+    "encoder.time_embed.0": ("time_mlp.fc1", _LINEAR),
+    "encoder.time_embed.2": ("time_mlp.fc2", _LINEAR),
+    "encoder.label_emb": ("label_embed", {"weight": "embedding"}),
+    "encoder.norm": ("norm", _NORM),
+    "encoder_to_output": ("head", _LINEAR),
+}
+_BLOCK_PARTS = {
+    "norm1": _NORM,
+    "norm2": _NORM,
+    "attn": {"q_bias": "q_bias", "v_bias": "v_bias"},
+    "attn.qkv": _LINEAR,
+    "attn.proj": _LINEAR,
+    "mlp.fc1": _LINEAR,
+    "mlp.fc2": _LINEAR,
+    "skip_linear": _LINEAR,
+}
+_TENSORS = {"encoder.encoder_pos_embed": "pos_embed", "encoder.uncond_embed": "uncond_embed"}
+_BLOCK = re.compile(r"encoder\.(in_blocks\.\d+|mid_block|out_blocks\.\d+)\.(.+)")
+
+
+def our_path(name: str) -> tuple:
+    """Path of the official tensor `name` in our parameter tree, e.g. ('in_blocks', 0, 'attn', 'qkv', 'kernel').
+
+    Raises:
+      KeyError: the name is not one of a U-ViT.
+    """
+    if name in _TENSORS:
+        return (_TENSORS[name],)
+    module, _, tensor = name.rpartition(".")
+    block = _BLOCK.fullmatch(module)
+    if block and tensor in _BLOCK_PARTS.get(block[2], {}):
+        path = f"{block[1]}.{block[2]}.{_BLOCK_PARTS[block[2]][tensor]}"
+    elif module in _PARTS and tensor in _PARTS[module][1]:
+        path = f"{_PARTS[module][0]}.{_PARTS[module][1][tensor]}"
+    else:
+        raise KeyError(f"{name!r} is not the name of a U-ViT tensor")
+    return tuple(int(part) if part.isdigit() else part for part in path.split("."))
+
+
+def our_layout(name: str, tensor: np.ndarray) -> np.ndarray:
+    """Rearrange an official tensor: Linear [out, in] to [in, out], patch convolution [D, C, p, p] to [p*p*C, D]."""
+    if name in _TENSORS:
+        return tensor.reshape(tensor.shape[1:])  # the official tensor has a leading batch dimension of 1
+    if tensor.ndim == 4:
+        return tensor.transpose(2, 3, 1, 0).reshape(-1, tensor.shape[0])
+    if tensor.ndim == 2 and not name.endswith("label_emb.weight"):
+        return tensor.T
+    return tensor
+
+
+def params_from_state_dict(state_dict: dict) -> dict:
+    """The network's tensors by official name -> our nested dict of parameters (NumPy, dtypes kept)."""
+    params = {}
+    for name, tensor in state_dict.items():
+        *parents, last = our_path(name)
+        node = params
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[last] = our_layout(name, np.asarray(tensor))
+    return params

@@ -1,0 +1,455 @@
+"""Training: the step, and the run around it.
+
+A run is a list of stages. A stage starts from the last one's weights with a new optimizer and EMA.
+"""
+
+import contextlib
+import functools
+import json
+import logging
+import math
+import pathlib
+import time
+import typing
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from maskdm_jax import checkpoint, config as config_lib, masking, observe, sharding
+from maskdm_jax.config import Config, ConfigError, Stage
+from maskdm_jax.data.pipeline import Batches
+from maskdm_jax.data.sources import open_source
+from maskdm_jax.diffusion import Schedule, denoising_loss, loss_weights, make_schedule
+from maskdm_jax.generate import make_generator, to_unit
+from maskdm_jax.models.layers import patchify
+from maskdm_jax.network import Network, make_network
+from maskdm_jax.train_state import TrainState, ema_step_size, learning_rate, make_optimizer, new_state
+
+log = logging.getLogger(__name__)
+
+
+class NonFiniteLoss(RuntimeError):
+    """The loss or gradient became NaN or infinite; the message names the step and what to try."""
+
+
+# --- The step -----------------------------------------------------------------------------------
+
+
+class Inputs(typing.NamedTuple):
+    """What the loss needs of each image; V visible patches of d = p*p*C numbers."""
+
+    x0: jax.Array  # [B, V, d] clean patches in [-1, 1]
+    t: jax.Array  # [B] int32
+    eps: jax.Array  # [B, V, d] noise
+    positions: jax.Array | None  # [B, V] int32; None when nothing is hidden
+    labels: jax.Array | None  # [B] int32
+
+
+def draw_inputs(config: Config, plan: masking.MaskPlan, key, batch) -> Inputs:
+    """Draw flip, mask, time and noise for each image from the key and the image's global index alone.
+
+    batch: image uint8 [B, S, S, C], label int32 [B], index uint32 [B].
+    """
+
+    def one(image, index):
+        flip_key, mask_key, t_key, eps_key = jax.random.split(jax.random.fold_in(key, index), 4)
+        if config.data.flip:
+            image = jnp.where(jax.random.bernoulli(flip_key, config.data.flip), image[:, ::-1], image)
+        patches, positions = patchify(image[None], config.model.patch_size)[0], None
+        if not plan.hides_nothing:
+            positions = masking.sample_positions(plan, mask_key)
+            patches = patches[positions]  # from here on, hidden patches do not exist
+        t = jax.random.randint(t_key, (), 0, config.diffusion.timesteps)
+        return to_unit(patches), t, jax.random.normal(eps_key, patches.shape), positions
+
+    x0, t, eps, positions = jax.vmap(one)(batch["image"], batch["index"])
+    return Inputs(x0, t, eps, positions, batch["label"] if config.model.num_classes else None)
+
+
+def make_loss(config: Config, network: Network) -> typing.Callable:
+    """Build `loss(params, inputs)` -> mean loss over the images, a float32 scalar."""
+    diffusion = config.diffusion
+    schedule = make_schedule(diffusion.schedule, diffusion.timesteps, size=diffusion.shift_size)
+    weights = None
+    if diffusion.loss_weight_gamma:
+        weights = loss_weights(schedule, diffusion.loss_weight, diffusion.loss_weight_gamma)
+
+    def loss(params, inputs: Inputs):
+        def predict(x_t, t):
+            return network.apply(params, x_t, t, inputs.labels, inputs.positions)
+
+        options = dict(objective=diffusion.objective, loss=diffusion.loss, weights=weights)
+        return denoising_loss(predict, schedule, inputs.x0, inputs.t, inputs.eps, **options).mean()
+
+    return loss
+
+
+def train_step(state: TrainState, batch, *, draw, loss, stage: Stage) -> tuple[TrainState, dict]:
+    """One optimizer step.
+
+    Args:
+      state, batch: see `TrainState` and `draw_inputs`; B = stage.batch_size.
+      draw: (key, batch) -> `Inputs`.
+      loss: (params, inputs) -> scalar.
+
+    Returns:
+      the next state and float32 scalars: loss, grad_norm (before clipping), learning_rate.
+    """
+    key = jax.random.fold_in(state.key, state.step)
+
+    def value_and_grad(part):
+        return jax.value_and_grad(lambda params: loss(params, draw(key, part)))(state.params)
+
+    value, grads = average(value_and_grad, batch, stage.micro_batches)
+    updates, opt_state = make_optimizer(stage).update(grads, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    step_size = ema_step_size(state.step, decay=stage.ema_decay, every=stage.ema_every)
+    ema = optax.incremental_update(params, state.ema, step_size)
+    metrics = dict(loss=value, grad_norm=optax.global_norm(grads), learning_rate=learning_rate(stage)(state.step))
+    return TrainState(state.step + 1, params, ema, opt_state, state.key), metrics
+
+
+def average(fn, batch, parts: int):
+    """Mean of fn over `parts` micro-batches of a batch, computed one after the other."""
+    if parts == 1:
+        return fn(batch)
+
+    def split(x):
+        # Micro-batch j takes rows j, parts + j, ...: each device keeps its rows, nothing is moved.
+        return x.reshape(x.shape[0] // parts, parts, *x.shape[1:]).swapaxes(0, 1)
+
+    def add(total, part):
+        return jax.tree.map(jnp.add, total, fn(part)), None
+
+    micro = jax.tree.map(split, batch)
+    zeros = jax.tree.map(jnp.zeros_like, jax.eval_shape(fn, jax.tree.map(lambda x: x[0], micro)))
+    total, _ = jax.lax.scan(add, zeros, micro)
+    return jax.tree.map(lambda x: x / parts, total)
+
+
+def compile_step(config: Config, name: str, network: Network, mesh, abstract: TrainState):
+    """Jit the step of stage `name`: the state is donated and stays where `abstract` has it."""
+    stage = config.stage[name]
+    draw = functools.partial(draw_inputs, config, config_lib.mask_plan(config, name))
+    step = functools.partial(train_step, draw=draw, loss=make_loss(config, network), stage=stage)
+    placed = jax.tree.map(lambda leaf: leaf.sharding, abstract)
+    return jax.jit(
+        step,
+        donate_argnums=0,
+        in_shardings=(placed, sharding.batch_sharding(mesh)),
+        out_shardings=(placed, NamedSharding(mesh, P())),
+    )
+
+
+# --- The run ------------------------------------------------------------------------------------
+
+
+class Start(typing.NamedTuple):
+    """Where a run begins or goes on."""
+
+    stage: int  # index into config.stages
+    state: TrainState
+    meta: dict  # of the checkpoint, {} if there is none
+
+
+def train(config: Config, workdir) -> pathlib.Path:
+    """Run all stages of a config, or what is left of them, and return the newest checkpoint's folder.
+
+    Start order: the newest checkpoint in `workdir`, else the weights of `config.init_from`, else fresh.
+
+    Raises:
+      ConfigError, DataError, CheckpointError: something cannot work; raised before training begins.
+      NonFiniteLoss: training diverged.
+    """
+    workdir = pathlib.Path(workdir).expanduser().absolute()
+    mesh = make_mesh_for(config)
+    source = open_source(config.data.path, config.data.labels)
+    check_source(config, source)
+    network = make_network(config)
+    with observe.logging_to(workdir), contextlib.ExitStack() as closing:
+        ends = stage_ends(config)
+        checkpoints = checkpoint.Checkpoints(workdir, keep=config.checkpoint.keep, keep_steps=ends)
+        closing.callback(checkpoints.close)
+        start = begin(config, network, mesh, checkpoints, source)
+        observe.write_atomically(workdir / "config.json", json.dumps(config_lib.to_dict(config), indent=2).encode())
+        done = ends[start.stage] - config.stage[config.stages[start.stage]].steps + int(start.state.step)
+        if done == ends[-1]:
+            log.info("nothing left to do: %s finished all %d steps", workdir, done)
+            return checkpoints.folder / str(done)
+        log.info("parameters\n%s", observe.parameter_table(start.state.params))
+        log.info("%d images from %s; %d x %s; run folder %s", len(source), config.data.path, *_devices(mesh), workdir)
+        metrics = observe.Metrics(workdir, config, step=done)
+        closing.callback(metrics.close)
+        run = _Run(config, workdir, mesh, source, network, checkpoints, metrics)
+        state, meta, begun = start.state, start.meta, time.perf_counter()
+        for index in range(start.stage, len(config.stages)):
+            if index > start.stage:
+                state, meta = next_stage(config, index, network, mesh, state), {}
+            state = run.stage(index, state, meta)
+        checkpoints.wait()
+        newest = checkpoints.folder / str(ends[-1])
+        log.info(
+            "done in %s: samples %s | checkpoint %s | numbers %s | log %s",
+            observe.duration(time.perf_counter() - begun),
+            run.preview_path(ends[-1]),
+            newest,
+            workdir / "metrics.jsonl",
+            workdir / "log.txt",
+        )
+        return newest
+
+
+def make_mesh_for(config: Config):
+    """The mesh that a config asks for; batches must divide over it."""
+    try:
+        mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
+    except ValueError as error:
+        raise ConfigError(f"config.mesh: {error}") from None
+    for name, stage in config.stage.items():
+        if stage.batch_size // stage.micro_batches % mesh.size:
+            raise ConfigError(
+                f"config.{name}.batch_size {stage.batch_size} in {stage.micro_batches} micro-batches does not divide "
+                f"over {mesh.size} devices"
+            )
+    return mesh
+
+
+def check_source(config: Config, source) -> None:
+    """Compare the model's classes with the data's."""
+    found, wanted = len(source.classes), config.model.num_classes
+    if config.data.labels and found != wanted:
+        names = ", ".join(source.classes[:8]) + (", ..." if found > 8 else "")
+        raise ConfigError(
+            f"{config.data.path} has {found} classes ({names}) but config.model.num_classes is {wanted}; "
+            f"pass --config.model.num_classes={found}"
+        )
+
+
+def stage_ends(config: Config) -> list[int]:
+    """Step of the run at which each stage ends."""
+    ends, total = [], 0
+    for name in config.stages:
+        total += config.stage[name].steps
+        ends.append(total)
+    return ends
+
+
+def abstract_state(config: Config, index: int, network: Network, mesh) -> TrainState:
+    """Shapes, dtypes and placement of the state in a stage."""
+    optimizer = make_optimizer(config.stage[config.stages[index]])
+    state = jax.eval_shape(lambda params: new_state(params, optimizer, jax.random.key(0)), network.abstract_params())
+    placed = sharding.state_sharding(mesh, state)
+    return jax.tree.map(lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), state, placed)
+
+
+def begin(config: Config, network: Network, mesh, checkpoints: checkpoint.Checkpoints, source) -> Start:
+    """This run's own checkpoint > `init_from` > fresh; says which in one line."""
+    step = checkpoints.latest()
+    if step is not None:
+        meta = checkpoints.meta(step)
+        index = _resumed_stage(config, meta, checkpoints.folder / str(step))
+        state = checkpoints.restore(step, abstract_state(config, index, network, mesh))
+        log.info("start: resuming %s at step %d (%s, step %d)", checkpoints.folder, step, meta["stage"], meta["stage_step"])
+        if meta["images"] != len(source):
+            log.warning("the data changed: %d images then, %d now; the order is another one", meta["images"], len(source))
+        for line in config_lib.differences(meta["config"], json.loads(json.dumps(config_lib.to_dict(config)))):
+            log.warning("the config changed since that checkpoint: %s", line)
+        return Start(index, state, meta)
+    abstract = abstract_state(config, 0, network, mesh)
+    placed = jax.tree.map(lambda leaf: leaf.sharding, abstract)
+    key = jax.random.key(config.seed)
+    if config.init_from:
+        found = checkpoint.find(config.init_from)
+        params = checkpoint.load_weights(found, "params", abstract.params)
+        log.info("start: weights of %s (raw, as the reference fine-tunes), new optimizer", found)
+    else:
+        params = jax.jit(network.init, out_shardings=placed.params)(key)
+        log.info("start: fresh weights, seed %d", config.seed)
+    return Start(0, _first_state(config, 0, placed, params, key), {})
+
+
+def next_stage(config: Config, index: int, network: Network, mesh, state: TrainState) -> TrainState:
+    """State at the start of stage `index`: the weights of the last one, all else new."""
+    placed = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(config, index, network, mesh))
+    return _first_state(config, index, placed, state.params, jax.random.key(config.seed))
+
+
+def _first_state(config: Config, index: int, placed: TrainState, params, key) -> TrainState:
+    optimizer = make_optimizer(config.stage[config.stages[index]])
+    key = jax.random.fold_in(key, index)  # stages draw from streams of their own
+    return jax.jit(new_state, static_argnums=1, out_shardings=placed)(params, optimizer, key)
+
+
+def _resumed_stage(config: Config, meta: dict, where: pathlib.Path) -> int:
+    """Index of the stage that a checkpoint belongs to, if the config still agrees with its history."""
+    past = list(meta["past"].items())
+    expected = [(name, config.stage[name].steps) for name in config.stages]
+    index = len(past)
+    if expected[:index] != past or index >= len(expected) or expected[index][0] != meta["stage"]:
+        raise ConfigError(
+            f"{where} was made by stages {[*past, (meta['stage'], '...')]}, the config has {expected}; use the stages "
+            "of that run, or another --workdir with --config.init_from to start from its weights"
+        )
+    name, steps = expected[index]
+    if meta["stage_step"] > steps:
+        raise ConfigError(f"{where} is at step {meta['stage_step']} of stage {name!r}, but config.{name}.steps is {steps}")
+    return index
+
+
+def _devices(mesh) -> tuple[int, str]:
+    return mesh.size, mesh.devices.flat[0].device_kind
+
+
+class _Run:
+    """What the stages of a run share."""
+
+    def __init__(self, config, workdir, mesh, source, network, checkpoints, metrics):
+        self.config, self.workdir, self.mesh, self.source = config, workdir, mesh, source
+        self.network, self.checkpoints, self.metrics = network, checkpoints, metrics
+        self.ends = stage_ends(config)
+        self.generate = make_generator(config, network, mesh, config.preview.rows * config.preview.columns)
+
+    def stage(self, index: int, state: TrainState, meta: dict) -> TrainState:
+        """Train stage `index` from `state` (and the position in `meta`, if resumed) to its end."""
+        name = self.config.stages[index]
+        stage, plan = self.config.stage[name], config_lib.mask_plan(self.config, name)
+        first, offset = int(state.step), self.ends[index] - stage.steps
+        log.info("stage %s: %d steps of %d images; %s", name, stage.steps, stage.batch_size, plan)
+        if first == stage.steps:
+            return state
+        batches = Batches(
+            self.config.data,
+            batch_size=stage.batch_size,
+            seed=self.config.seed + index,
+            source=self.source,
+            host=jax.process_index(),
+            hosts=jax.process_count(),
+        )
+        step_fn = compile_step(self.config, name, self.network, self.mesh, jax.tree.map(lambda x: x, state))
+        window = _Window(**meta.get("window", {}))
+        progress = observe.Progress(name, step=first, steps=stage.steps)
+        rate = observe.Rate()
+        if "data" in meta:
+            batches.seek(meta["data"])
+
+        def finish(step, values):
+            """Take in the numbers of a step that has been computed."""
+            values = {key: float(value) for key, value in jax.device_get(values).items()}
+            if not all(map(math.isfinite, values.values())):
+                raise NonFiniteLoss(self._diverged(name, step, offset + step, values))
+            window.add(values)
+            rate.tick()
+            if step % self.config.log.every and step != stage.steps:
+                return
+            per_second = rate.read()
+            means = window.take()
+            images = per_second * stage.batch_size
+            text = (
+                f"loss {means['loss']:.4f} | {images:,.0f} images/s | {plan.visible} of {plan.total} tokens | "
+                f"{observe.duration(self._time_left(index, step, per_second))} left"
+            )
+            progress.numbers(step, text)
+            extra = dict(images_per_second=images, visible_tokens=plan.visible, stage=name)
+            self.metrics.write(offset + step, means | extra)
+
+        # Step k is read after step k + 1 was started, so that the device never waits for Python.
+        pending = None
+        with contextlib.closing(batches), contextlib.closing(progress):
+            for step in range(first + 1, stage.steps + 1):
+                batch = sharding.to_global(self.mesh, next(batches))
+                state, values = step_fn(state, batch)
+                if pending:
+                    finish(*pending)
+                pending = (step, values)
+                progress.advance()
+                last = step == stage.steps
+                preview = last or (self.config.preview.every and step % self.config.preview.every == 0)
+                save = last or step % self.config.checkpoint.every == 0
+                if preview or save:
+                    finish(*pending)  # a checkpoint must not hold what a non-finite step made
+                    pending = None
+                    with rate.paused():
+                        if preview:
+                            self._preview(offset + step, state.ema)
+                        if save:
+                            self._save(index, step, state, batches, window)
+        return state
+
+    def preview_path(self, step: int) -> pathlib.Path:
+        """Sample grid made at a step of the run."""
+        return self.workdir / "samples" / f"step_{step:07d}.png"
+
+    def _preview(self, step: int, ema) -> None:
+        rows, columns = self.config.preview.rows, self.config.preview.columns
+        labels = names = None
+        if self.config.model.num_classes:
+            of_row = [row % self.config.model.num_classes for row in range(rows)]
+            labels, names = [label for label in of_row for _ in range(columns)], [self.source.classes[c] for c in of_row]
+        # The same noise each time: successive grids show the same images becoming better.
+        images = self.generate(ema, self.config.seed, range(rows * columns), labels)
+        path = self.preview_path(step)
+        observe.save_image(path, observe.sample_grid(images, columns, names))
+        self.metrics.image(step, "samples", path)
+        log.info("samples of the EMA at step %d: %s", step, path)
+
+    def _save(self, index: int, step: int, state: TrainState, batches: Batches, window: "_Window") -> None:
+        names = self.config.stages
+        meta = dict(
+            stage=names[index],
+            stage_step=step,
+            past={name: self.config.stage[name].steps for name in names[:index]},
+            data=batches.state(),
+            window=window.sums(),
+            images=len(self.source),
+            classes=self.source.classes,
+            config=config_lib.to_dict(self.config),
+        )
+        self.checkpoints.save(self.ends[index] - self.config.stage[names[index]].steps + step, state, meta)
+
+    def _time_left(self, index: int, step: int, per_second: float) -> float:
+        """Seconds to the end of the run, later stages estimated by their visible patches."""
+
+        def cost(name):
+            return self.config.stage[name].batch_size * config_lib.mask_plan(self.config, name).visible
+
+        names = self.config.stages
+        later = sum(self.config.stage[name].steps * cost(name) for name in names[index + 1 :]) / cost(names[index])
+        return (self.config.stage[names[index]].steps - step + later) / max(per_second, 1e-9)
+
+    def _diverged(self, name: str, stage_step: int, step: int, values: dict) -> str:
+        self.checkpoints.wait()
+        latest = self.checkpoints.latest()
+        stage = self.config.stage[name]
+        good = "there is no checkpoint yet" if latest is None else f"last good checkpoint: {self.checkpoints.folder / str(latest)}"
+        return (
+            f"step {step} ({name}, step {stage_step}) is not finite: loss {values['loss']}, gradient norm "
+            f"{values['grad_norm']}; {good}. Run the same command again, from there, with a lower "
+            f"--config.{name}.learning_rate (now {stage.learning_rate:g}), with --config.{name}.clip_norm=1.0 (now "
+            f"{stage.clip_norm:g}), or with --config.model.dtype=float32 (now {self.config.model.dtype})"
+        )
+
+
+class _Window:
+    """Sums of metrics since the last log line. Saved with checkpoints, so that means survive a restart."""
+
+    def __init__(self, count: int = 0, **sums: float):
+        self._count, self._sums = count, sums
+
+    def add(self, values: dict) -> None:
+        """Take in a step; the learning rate is not averaged."""
+        for key, value in values.items():
+            self._sums[key] = value if key == "learning_rate" else self._sums.get(key, 0.0) + value
+        self._count += 1
+
+    def take(self) -> dict:
+        """Means, and start anew."""
+        means = {k: v if k == "learning_rate" else v / self._count for k, v in self._sums.items()}
+        self._count, self._sums = 0, {}
+        return means
+
+    def sums(self) -> dict:
+        """Arguments that make this window again."""
+        return {"count": self._count, **self._sums}
