@@ -21,7 +21,7 @@ def get_config():
     ))
     c.model = ConfigDict(dict(
         patch_size=2,  # 16 patches
-        width=96,
+        width=64,
         depth=5,
         heads=4,
         mlp_ratio=4.0,
@@ -42,10 +42,10 @@ def get_config():
     ))
     c.stages = ("pretrain", "finetune")
     c.pretrain = ConfigDict(dict(
-        steps=2000,
-        batch_size=128,
+        steps=1500,
+        batch_size=64,
         micro_batches=1,
-        learning_rate=1e-3,
+        learning_rate=2e-3,
         warmup_steps=100,
         b1=0.9,
         b2=0.99,
@@ -56,10 +56,10 @@ def get_config():
         mask=dict(kind="patch", rate=0.5, block=1, crop=1),
     ))
     c.finetune = ConfigDict(dict(
-        steps=4000,
-        batch_size=128,
+        steps=2500,
+        batch_size=64,
         micro_batches=1,
-        learning_rate=1e-3,
+        learning_rate=2e-3,
         warmup_steps=100,
         b1=0.9,
         b2=0.99,
@@ -70,7 +70,7 @@ def get_config():
         mask=dict(kind="none", rate=0.0, block=1, crop=1),
     ))
     c.sampling = ConfigDict(dict(method="ddim", steps=100, eta=1.0))
-    c.preview = ConfigDict(dict(every=1000, rows=10, columns=10))
+    c.preview = ConfigDict(dict(every=500, rows=10, columns=10))
     c.checkpoint = ConfigDict(dict(every=500, keep=2))
     c.log = ConfigDict(dict(every=50, tensorboard=True, wandb=False))
     c.mesh = ConfigDict(dict(data=-1, fsdp=1))

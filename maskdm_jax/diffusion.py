@@ -154,7 +154,8 @@ def loss_weights(schedule: Schedule, name: str, gamma: float) -> np.ndarray:
     `p2`: (1 + snr)^-gamma (Choi et al. 2022). `min_snr`: min(1, 5 / snr)^-gamma; for the noise objective,
     gamma -1 is Min-SNR-5 (Hang et al. 2023).
     """
-    alpha_bar = schedule.alpha_bar.astype(np.float64)
+    # From the betas: the stored alpha_bar is so near to 1 at small t that 1 - alpha_bar has few digits left.
+    alpha_bar = np.cumprod(1 - schedule.betas.astype(np.float64))
     snr = alpha_bar / (1 - alpha_bar)
     bases = {"p2": 1 + snr, "min_snr": np.minimum(1, 5 / snr)}
     if name not in bases:

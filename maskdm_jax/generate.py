@@ -1,13 +1,26 @@
 """Making images from weights: image number i of a seed is the same image in any batch, on any mesh."""
 
+import dataclasses
+import io
+import json
+import pathlib
+import shutil
+
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+from PIL import Image
 
-from maskdm_jax import samplers, sharding
-from maskdm_jax.config import Config
+from maskdm_jax import checkpoint, samplers, sharding
+from maskdm_jax.config import Config, differences, parse
 from maskdm_jax.diffusion import make_schedule
-from maskdm_jax.network import Network
+from maskdm_jax.network import Network, make_network
+from maskdm_jax.observe import save_image, write_atomically
+
+
+class GenerateError(ValueError):
+    """Samples that cannot be made as asked; the message says why and what would work."""
 
 
 def to_unit(image):
@@ -55,3 +68,161 @@ def make_generator(config: Config, network: Network, mesh, batch_size: int):
         return np.asarray(compiled(params, jax.random.key(seed), fill(index), labels))[:n]
 
     return generate
+
+
+@dataclasses.dataclass(frozen=True)
+class Loaded:
+    """A trained network, ready to sample from."""
+
+    checkpoint: pathlib.Path
+    weights: str  # ema or params
+    config: Config
+    network: Network
+    params: dict
+    classes: list[str]
+    mesh: jax.sharding.Mesh
+
+
+def load(path, *, weights: str = "ema", sampling: dict | None = None) -> Loaded:
+    """Load the network of a run folder (its newest checkpoint) or of a checkpoint folder.
+
+    weights: `ema` or `params` (the raw ones); sampling: replaces fields of the config's `sampling`.
+
+    Raises:
+      CheckpointError, ConfigError: there is no checkpoint, it does not fit, or `sampling` cannot work.
+    """
+    if weights not in ("ema", "params"):
+        raise GenerateError(f"weights {weights!r} are unknown; choose ema or params (the raw ones)")
+    found = checkpoint.find(path)
+    meta = checkpoint.load_meta(found)
+    raw = meta["config"]
+    raw["sampling"] |= sampling or {}
+    raw["mesh"] = {"data": -1, "fsdp": 1}  # of the machine that trained; this one may have other devices
+    config = parse(raw)
+    network, mesh = make_network(config), sharding.make_mesh()
+    everywhere = NamedSharding(mesh, PartitionSpec())
+    abstract = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=everywhere), network.abstract_params()
+    )
+    return Loaded(found, weights, config, network, checkpoint.load_weights(found, weights, abstract), meta["classes"], mesh)
+
+
+def generate_batches(loaded: Loaded, index, labels, *, seed: int, batch_size: int):
+    """Yield (index, images) batch by batch for the image numbers `index`, with `labels` (or None) of equal length."""
+    generate = make_generator(loaded.config, loaded.network, loaded.mesh, batch_size)
+    index = np.asarray(index, np.int32)
+    for start in range(0, len(index), batch_size):
+        part = slice(start, start + batch_size)
+        yield index[part], generate(loaded.params, seed, index[part], None if labels is None else np.asarray(labels)[part])
+
+
+def generate_to_folder(
+    loaded: Loaded, folder, n: int, *, seed: int = 0, labels=None, batch_size: int = 64, file_format: str = "png", progress=None
+) -> pathlib.Path:
+    """Make images 0..n-1 of a seed and write them; images that an earlier, stopped call finished are kept.
+
+    Args:
+      loaded: from `load`.
+      folder: receives `000000.png`, ... or `samples.npz` (images uint8 [n, S, S, C], labels int32 [n]), and
+        `samples.json`, the settings.
+      labels: classes to cycle through; image i gets labels[i % len(labels)]. Default: all classes of a
+        conditional model.
+      batch_size: images per call of the network. It belongs to the settings, for its programs round differently.
+      file_format: `png` or `npz`.
+      progress: called with the number of images done, after each batch.
+
+    Returns:
+      the folder.
+
+    Raises:
+      GenerateError: the folder holds samples of other settings, labels do not fit the model.
+    """
+    if file_format not in ("png", "npz"):
+        raise GenerateError(f"format {file_format!r} is unknown; choose png or npz")
+    if n < 1 or batch_size < 1:
+        raise GenerateError(f"n and batch_size must be at least 1, not {n} and {batch_size}")
+    cycle = _label_cycle(loaded, labels)
+    of_image = None if cycle is None else np.resize(np.asarray(cycle, np.int32), n)
+    folder = pathlib.Path(folder).expanduser().absolute()
+    settings = dict(
+        checkpoint=str(loaded.checkpoint),
+        weights=loaded.weights,
+        sampling=dataclasses.asdict(loaded.config.sampling),
+        seed=seed,
+        labels=cycle,
+        classes=loaded.classes,
+        batch_size=batch_size,
+        format=file_format,
+    )
+    _claim(folder, settings)
+    parts = folder / "parts"  # of an unfinished .npz
+
+    def name(i):
+        return parts / f"{i:06d}.npy" if file_format == "npz" else folder / f"{i:06d}.png"
+
+    if file_format == "npz" and _finished(folder / "samples.npz", n):
+        return folder
+    parts.mkdir(exist_ok=True) if file_format == "npz" else None
+    # Whole batches only, on fixed borders: an image's batch is the same however often we were stopped.
+    starts = [s for s in range(0, n, batch_size) if not all(name(i).exists() for i in range(s, min(s + batch_size, n)))]
+    index = [i for start in starts for i in range(start, min(start + batch_size, n))]
+    todo = None if of_image is None else of_image[index]
+    done = n - len(index)
+    for numbers, images in generate_batches(loaded, index, todo, seed=seed, batch_size=batch_size):
+        for i, image in zip(numbers, images):
+            _write_image(name(i), image)
+        done += len(numbers)
+        if progress:
+            progress(done)
+    if file_format == "npz":
+        images = np.stack([np.load(name(i)) for i in range(n)])
+        arrays = dict(images=images) if of_image is None else dict(images=images, labels=of_image)
+        buffer = io.BytesIO()
+        np.savez_compressed(buffer, **arrays)
+        write_atomically(folder / "samples.npz", buffer.getvalue())
+        shutil.rmtree(parts)
+    return folder
+
+
+def _label_cycle(loaded: Loaded, labels) -> list[int] | None:
+    count = loaded.config.model.num_classes
+    if not count:
+        if labels:
+            raise GenerateError(f"{loaded.checkpoint} is of an unconditional model; leave labels out")
+        return None
+    cycle = list(range(count)) if not labels else [int(label) for label in labels]
+    wrong = [label for label in cycle if not 0 <= label < count]
+    if wrong:
+        raise GenerateError(f"labels {wrong} are outside 0..{count - 1}; the classes are {', '.join(loaded.classes)}")
+    return cycle
+
+
+def _claim(folder: pathlib.Path, settings: dict) -> None:
+    """Write the settings, or compare them with those of the samples that are there."""
+    path = folder / "samples.json"
+    if path.exists():
+        there = json.loads(path.read_text())
+        if there != json.loads(json.dumps(settings)):
+            changes = "; ".join(differences(there, json.loads(json.dumps(settings))))
+            raise GenerateError(f"{folder} holds samples of other settings ({changes}); give another folder")
+        return
+    if folder.exists() and any(folder.iterdir()):
+        raise GenerateError(f"{folder} is not empty and holds no samples.json; give a new or empty folder")
+    folder.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, json.dumps(settings, indent=2).encode())
+
+
+def _finished(path: pathlib.Path, n: int) -> bool:
+    if not path.exists():
+        return False
+    with np.load(path) as stored:
+        return len(stored["images"]) == n
+
+
+def _write_image(path: pathlib.Path, image: np.ndarray) -> None:
+    if path.suffix == ".png":
+        save_image(path, Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image))
+    else:
+        buffer = io.BytesIO()
+        np.save(buffer, image)
+        write_atomically(path, buffer.getvalue())

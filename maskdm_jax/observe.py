@@ -191,9 +191,9 @@ def sample_grid(images: np.ndarray, columns: int, row_names=None) -> Image.Image
     row_names: text for the left of each row, such as class names.
     """
     n, size, _, channels = images.shape
-    rows, scale, gap = -(-n // columns), max(1, 48 // size), 2
+    rows, scale, gap = -(-n // columns), max(1, 56 // size), 4
     cell = size * scale + gap
-    font = ImageFont.load_default(size=14)
+    font = ImageFont.load_default(size=18)
     margin = 0
     if row_names:
         row_names = [name if len(name) <= 20 else name[:19] + "…" for name in row_names]
@@ -203,7 +203,8 @@ def sample_grid(images: np.ndarray, columns: int, row_names=None) -> Image.Image
     for i, image in enumerate(images):
         row, column = divmod(i, columns)
         tile = Image.fromarray(image[..., 0] if channels == 1 else image)
-        tile = tile.resize((size * scale, size * scale), Image.Resampling.NEAREST)
+        # Smooth enlargement: large square pixels hide what an 8 x 8 image shows.
+        tile = tile.resize((size * scale, size * scale), Image.Resampling.BICUBIC)
         page.paste(tile, (margin + gap + column * cell, gap + row * cell))
     for row, name in enumerate((row_names or [])[:rows]):
         draw.text((margin - 8, gap + row * cell + cell // 2), name, fill="black", font=font, anchor="rm")

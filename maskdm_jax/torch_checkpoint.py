@@ -29,6 +29,7 @@ _BLOCK_PARTS = {
     "skip_linear": _LINEAR,
 }
 _TENSORS = {"encoder.encoder_pos_embed": "pos_embed", "encoder.uncond_embed": "uncond_embed"}
+_OUR_TENSORS = {ours: name for name, ours in _TENSORS.items()}
 _BLOCK = re.compile(r"encoder\.(in_blocks\.\d+|mid_block|out_blocks\.\d+)\.(.+)")
 
 
@@ -72,3 +73,42 @@ def params_from_state_dict(state_dict: dict) -> dict:
             node = node.setdefault(parent, {})
         node[last] = our_layout(name, np.asarray(tensor))
     return params
+
+
+def official_name(path: tuple) -> str:
+    """Inverse of `our_path`."""
+    names = [str(key) for key in path]
+    if names[0] in _OUR_TENSORS:
+        return _OUR_TENSORS[names[0]]
+    depth = {"in_blocks": 2, "out_blocks": 2, "mid_block": 1}.get(names[0], 0)
+    block, parts = names[:depth], names[depth:]
+    if block:
+        module, tensor = ".".join(parts[:-1]), parts[-1]
+        tensors = _BLOCK_PARTS[module]
+        prefix = f"encoder.{'.'.join(block)}.{module}"
+    else:
+        ours, tensor = ".".join(parts[:-1]), parts[-1]
+        prefix, tensors = next((name, tensors) for name, (path, tensors) in _PARTS.items() if path == ours)
+    return f"{prefix}.{next(theirs for theirs, our in tensors.items() if our == tensor)}"
+
+
+def official_layout(name: str, tensor: np.ndarray, patch_size: int) -> np.ndarray:
+    """Inverse of `our_layout`."""
+    if name in _TENSORS:
+        return tensor[None]
+    if name.endswith("patch_embed.proj.weight"):
+        return tensor.reshape(patch_size, patch_size, -1, tensor.shape[1]).transpose(3, 2, 0, 1)
+    if tensor.ndim == 2 and not name.endswith("label_emb.weight"):
+        return tensor.T
+    return tensor
+
+
+def state_dict_from_params(params: dict, patch_size: int, path: tuple = ()) -> dict:
+    """Inverse of `params_from_state_dict`: {official name: NumPy array}."""
+    if not isinstance(params, dict):
+        name = official_name(path)
+        return {name: official_layout(name, np.asarray(params), patch_size)}
+    tensors = {}
+    for key, value in params.items():
+        tensors |= state_dict_from_params(value, patch_size, (*path, key))
+    return tensors

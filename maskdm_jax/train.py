@@ -108,7 +108,7 @@ def train_step(state: TrainState, batch, *, draw, loss, stage: Stage) -> tuple[T
     params = optax.apply_updates(state.params, updates)
     step_size = ema_step_size(state.step, decay=stage.ema_decay, every=stage.ema_every)
     ema = optax.incremental_update(params, state.ema, step_size)
-    metrics = dict(loss=value, grad_norm=optax.global_norm(grads), learning_rate=learning_rate(stage)(state.step))
+    metrics = dict(loss=value, grad_norm=optax.tree.norm(grads), learning_rate=learning_rate(stage)(state.step))
     return TrainState(state.step + 1, params, ema, opt_state, state.key), metrics
 
 

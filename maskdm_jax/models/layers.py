@@ -39,7 +39,7 @@ def timestep_embedding(t, dim: int):
     """Sinusoid of the raw time step: t [B] (0..999, may be fractional) gives [B, dim] float32, cosines first."""
     half = dim // 2
     frequencies = jnp.exp(-math.log(10_000) * jnp.arange(half, dtype=jnp.float32) / half)
-    angles = t.astype(jnp.float32)[:, None] * frequencies
+    angles = t.astype(jnp.float32)[:, None] * frequencies[None]
     return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
 
 
@@ -75,8 +75,8 @@ class Attention(nnx.Module):
         b, t, d = x.shape
         q, k, v = jnp.split(self.qkv(x), 3, axis=-1)
         if self.q_bias is not None:
-            q = q + self.q_bias[...].astype(q.dtype)
-            v = v + self.v_bias[...].astype(v.dtype)
+            q = q + self.q_bias[None, None].astype(q.dtype)
+            v = v + self.v_bias[None, None].astype(v.dtype)
         q, k, v = (a.reshape(b, t, self.heads, d // self.heads) for a in (q, k, v))
         out = jax.nn.dot_product_attention(q, k, v)  # scale head_dim**-0.5; logits and softmax in float32
         return self.proj(out.reshape(b, t, d))

@@ -108,7 +108,7 @@ class UViT(nnx.Module):
         # Sums are taken in float32 and rounded once, to the compute dtype.
         pos = pos_grid[None] if positions is None else pos_grid[positions]
         patch_tokens = (self.patch_embed(patches) + pos).astype(self.dtype)  # [B, V, D]
-        extras = jnp.stack(self._extra_tokens(t, labels), axis=1) + pos_extras
+        extras = jnp.stack(self._extra_tokens(t, labels), axis=1) + pos_extras[None]
         h = jnp.concatenate([extras.astype(self.dtype), patch_tokens], axis=1)  # [B, extras + V, D]
 
         def run(block, *args):
@@ -133,6 +133,6 @@ class UViT(nnx.Module):
         if not self.num_classes:
             return [time]
         if labels is None:
-            return [jnp.broadcast_to(self.uncond_embed[...], time.shape), time]
+            return [jnp.broadcast_to(self.uncond_embed[None], time.shape), time]
         known = self.label_embed(jnp.maximum(labels, 0))
-        return [jnp.where(labels[:, None] >= 0, known, self.uncond_embed[...][None]), time]
+        return [jnp.where(labels[:, None] >= 0, known, self.uncond_embed[None]), time]

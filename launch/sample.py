@@ -1,0 +1,80 @@
+"""Sample: python launch/sample.py --run=runs/demo --n=100 --out=samples/demo
+
+Writes 000000.png, ..., grid.png and samples.json into the folder; --format=npz packs the images into
+samples.npz instead. Run it again with the same command to go on after a stop; a larger --n adds images.
+"""
+
+import pathlib
+import sys
+
+from absl import app, flags, logging
+
+RUN = flags.DEFINE_string("run", None, "Run folder (its newest checkpoint) or checkpoint folder.", required=True)
+OUT = flags.DEFINE_string("out", None, "Folder for the samples; samples/NAME of the run when not given.")
+N = flags.DEFINE_integer("n", 64, "Number of images.", lower_bound=1)
+SEED = flags.DEFINE_integer("seed", 0, "Of the noise: image number i of a seed is always the same image.")
+BATCH = flags.DEFINE_integer("batch", 64, "Images per batch.", lower_bound=1)
+FORMAT = flags.DEFINE_enum("format", "png", ["png", "npz"], "Single files or one array.")
+WEIGHTS = flags.DEFINE_enum("weights", "ema", ["ema", "params"], "Averaged or raw weights.")
+LABELS = flags.DEFINE_list("labels", None, "Classes to cycle through, by name or number; all when not given.")
+METHOD = flags.DEFINE_enum("method", None, ["ddim", "ddpm"], "Sampler; that of the config when not given.")
+STEPS = flags.DEFINE_integer("steps", None, "DDIM steps; those of the config when not given.")
+ETA = flags.DEFINE_float("eta", None, "DDIM eta, 0 deterministic to 1; that of the config when not given.")
+COLUMNS = flags.DEFINE_integer("columns", 10, "Of the grid.", lower_bound=1)
+GRID = flags.DEFINE_integer("grid", 100, "Images in grid.png at most; 0 makes none.", lower_bound=0)
+
+
+def main(argv):
+    if len(argv) > 1:
+        raise app.UsageError(f"unexpected arguments {argv[1:]}")
+    logging.set_verbosity(logging.WARNING)
+    import numpy as np
+    from PIL import Image
+    from tqdm import tqdm
+
+    from maskdm_jax import generate, observe
+    from maskdm_jax.checkpoint import CheckpointError
+    from maskdm_jax.config import ConfigError
+
+    chosen = {"method": METHOD.value, "steps": STEPS.value, "eta": ETA.value}
+    out = pathlib.Path(OUT.value or pathlib.Path("samples") / pathlib.Path(RUN.value).resolve().name)
+    try:
+        sampling = {key: value for key, value in chosen.items() if value is not None}
+        loaded = generate.load(RUN.value, weights=WEIGHTS.value, sampling=sampling)
+        labels = None if LABELS.value is None else [_number(label, loaded.classes) for label in LABELS.value]
+        print(f"{N.value} images from the {WEIGHTS.value} of {loaded.checkpoint}")
+        with tqdm(total=N.value, unit="image") as bar:
+            folder = generate.generate_to_folder(
+                loaded,
+                out,
+                N.value,
+                seed=SEED.value,
+                labels=labels,
+                batch_size=BATCH.value,
+                file_format=FORMAT.value,
+                progress=lambda done: bar.update(done - bar.n),
+            )
+    except (CheckpointError, ConfigError, generate.GenerateError) as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit("interrupted; run the same command again to go on")
+    shown = min(N.value, GRID.value)
+    if shown:
+        if FORMAT.value == "npz":
+            images = np.load(folder / "samples.npz")["images"][:shown]
+        else:
+            images = np.stack([np.asarray(Image.open(folder / f"{i:06d}.png")) for i in range(shown)])
+        images = images.reshape(shown, *images.shape[1:3], -1)
+        observe.save_image(folder / "grid.png", observe.sample_grid(images, COLUMNS.value))
+    print(f"done: {N.value} images in {folder}" + (f", grid {folder / 'grid.png'}" if shown else ""))
+
+
+def _number(label: str, classes: list[str]) -> int:
+    """Number of a class given by name or number; -1, refused later by name, if it is neither."""
+    if label in classes:
+        return classes.index(label)
+    return int(label) if label.isdigit() else -1
+
+
+if __name__ == "__main__":
+    app.run(main)

@@ -1,0 +1,44 @@
+import os
+import pathlib
+
+import jax
+import pytest
+
+import maskdm_jax
+
+ROOT = pathlib.Path(__file__).parent.parent
+
+jax.config.update("jax_num_cpu_devices", 8)
+jax.config.update("jax_numpy_rank_promotion", "raise")
+jax.config.update("jax_compilation_cache_dir", str(ROOT / ".pytest_cache" / "xla"))
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+
+
+def pytest_addoption(parser):
+    parser.addoption("--golden", default=str(ROOT / "tests" / "golden"), help="folder of golden cases for test_golden.py")
+
+
+def pytest_generate_tests(metafunc):
+    import golden
+
+    for kind in ("uvit", "train", "schedules", "samplers"):
+        if f"{kind}_case" in metafunc.fixturenames:
+            paths = golden.cases(metafunc.config.getoption("--golden"), kind)
+            metafunc.parametrize(f"{kind}_case", paths, ids=[path.stem for path in paths], scope="module")
+
+
+@pytest.fixture(scope="session")
+def root():
+    assert pathlib.Path(maskdm_jax.__file__).parent.parent == ROOT
+    return ROOT
+
+
+@pytest.fixture(scope="session")
+def child_env():
+    """Environment of a program that a test starts: one CPU device, a warm compilation cache."""
+    return os.environ | {
+        "JAX_PLATFORMS": "cpu",
+        "JAX_NUM_CPU_DEVICES": "1",
+        "JAX_COMPILATION_CACHE_DIR": str(ROOT / ".pytest_cache" / "xla"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2",
+    }

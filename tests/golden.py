@@ -1,0 +1,153 @@
+"""Golden cases of the official implementation, found in a folder by what they hold, and our settings for them."""
+
+import json
+import pathlib
+import zlib
+
+import numpy as np
+
+from maskdm_jax import config as config_lib
+from maskdm_jax.torch_checkpoint import params_from_state_dict
+
+OBJECTIVES = {"pred_noise": "noise", "pred_v": "v", "pred_x0": "x0"}
+
+
+def cases(folder, kind: str):
+    """Paths of the `.npz` files of a kind: uvit, train, schedules or samplers."""
+    marks = {
+        "uvit": lambda names: "out_visible" in names,
+        "train": lambda names: "param_norm" in names,
+        "schedules": lambda names: any(n.endswith("/betas") for n in names),
+        "samplers": lambda names: any(n.endswith("/sample") for n in names),
+    }
+    return [path for path in sorted(pathlib.Path(folder).glob("*.npz")) if marks[kind](np.load(path).files)]
+
+
+def load(path):
+    """Arrays and meta of a case."""
+    arrays = dict(np.load(path))
+    return arrays, json.loads(str(arrays.pop("meta")))
+
+
+def weight(name: str, shape) -> np.ndarray:
+    """The value that the recipe gives to a U-ViT tensor, a function of its official name and shape."""
+    z = np.random.RandomState(zlib.crc32(name.encode())).standard_normal(tuple(shape))
+    if "norm" in name and name.endswith("weight"):
+        return (1.0 + 0.1 * z).astype(np.float32)
+    fan_in = int(np.prod(shape[1:])) if len(shape) > 1 else 0
+    embedding = "." in name and "emb" in name.split(".")[-2]
+    scale = fan_in**-0.5 if name.endswith("weight") and fan_in and not embedding else 0.1
+    return (scale * z).astype(np.float32)
+
+
+def params(state_dict: dict) -> dict:
+    """Our parameters from {official name: shape}."""
+    return params_from_state_dict({name: weight(name, shape) for name, shape in state_dict.items()})
+
+
+def config(network: dict, stage: dict | None = None, mask: dict | None = None, diffusion: dict | None = None):
+    """Our config of an official network (and stage)."""
+    mask = {"kind": "none", "rate": 0.0, "block": 1, "crop": 1} | (mask or {})
+    mask["rate"] = mask.pop("ratio", mask["rate"])
+    return config_lib.parse(
+        dict(
+            seed=0,
+            init_from="",
+            data=dict(
+                path="digits",
+                image_size=network["img_size"],
+                channels=network["in_chans"],
+                labels=network["num_classes"] > 0,
+                flip=0.0,
+                threads=1,
+                workers=0,
+            ),
+            model=dict(
+                patch_size=network["patch_size"],
+                width=network["encoder_embed_dim"],
+                depth=network["encoder_depth"],
+                heads=network["encoder_heads"],
+                mlp_ratio=network["mlp_ratio"],
+                qv_bias=network["qkv_bias"],
+                num_classes=max(network["num_classes"], 0),
+                time_mlp=network["mlp_time_embed"],
+                dtype="float32",
+                remat=False,
+            ),
+            diffusion=dict(
+                timesteps=1000,
+                schedule="cosine",
+                shift_size=64,
+                objective="noise",
+                loss="l2",
+                loss_weight="p2",
+                loss_weight_gamma=0.0,
+            )
+            | (diffusion or {}),
+            sampling=dict(method="ddim", steps=10, eta=1.0),
+            preview=dict(every=0, rows=1, columns=1),
+            checkpoint=dict(every=1, keep=1),
+            log=dict(every=1, tensorboard=False, wandb=False),
+            mesh=dict(data=-1, fsdp=1),
+            stages=("stage",),
+            stage=dict(
+                steps=1,
+                batch_size=8,
+                micro_batches=1,
+                learning_rate=1e-3,
+                warmup_steps=0,
+                b1=0.9,
+                b2=0.99,
+                weight_decay=0.0,
+                clip_norm=0.0,
+                ema_decay=0.999,
+                ema_every=1,
+                mask=mask,
+            )
+            | (stage or {}),
+        )
+    )
+
+
+def positions(mask) -> np.ndarray:
+    """Row-major indices of the visible patches, [B, V], from a mask [B, N] that is True where hidden."""
+    return np.stack([np.flatnonzero(~row) for row in mask]).astype(np.int32)
+
+
+def nhwc(x):
+    """PyTorch's [B, C, H, W] to [B, H, W, C]."""
+    return np.asarray(x).transpose(0, 2, 3, 1)
+
+
+def masks(seed: int, batch: int, side: int, kind: str, ratio=None, block=None, crop=None) -> np.ndarray:
+    """The recipe's masks, [batch, side * side], True where hidden."""
+    rng, out = np.random.RandomState(seed), []
+    for _ in range(batch):
+        if kind == "crop":
+            m = np.ones((side, side))
+            top, left = rng.randint(0, side - crop + 1), rng.randint(0, side - crop + 1)
+            m[top : top + crop, left : left + crop] = 0
+        else:
+            b = block if kind == "block" else 1
+            units = (side // b) ** 2
+            hidden = int(ratio * side * side) // b**2
+            m = np.r_[np.zeros(units - hidden), np.ones(hidden)]
+            rng.shuffle(m)
+            m = np.kron(m.reshape(side // b, side // b), np.ones((b, b)))
+        out.append(m.reshape(-1))
+    return np.stack(out).astype(bool)
+
+
+def training_batches(meta: dict):
+    """Per step, the recipe's micro-batches of (image in [0, 1], t, noise, mask)."""
+    net, rng = meta["network"], np.random.RandomState(meta["seed"])
+    side = net["img_size"] // net["patch_size"]
+    shape = (meta["batch"], net["in_chans"], net["img_size"], net["img_size"])
+    for _ in range(meta["steps"]):
+        micro = []
+        for _ in range(meta["gradient_accumulate_every"]):
+            image = np.clip(rng.standard_normal(shape) * 0.25 + 0.5, 0, 1).astype(np.float32)
+            t = rng.randint(0, 1000, size=(meta["batch"],))
+            noise = rng.standard_normal(shape).astype(np.float32)
+            micro.append((image, t, noise, masks(rng.randint(0, 2**31 - 1), meta["batch"], side, **meta["mask"])))
+        yield micro

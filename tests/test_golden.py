@@ -1,0 +1,209 @@
+"""Against recorded outputs of the official implementation. Other cases: pytest tests/test_golden.py --golden=DIR."""
+
+import functools
+
+import golden
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from golden import nhwc
+
+from maskdm_jax import diffusion, masking, samplers, train
+from maskdm_jax.models.layers import patchify
+from maskdm_jax.network import make_network
+from maskdm_jax.torch_checkpoint import our_layout, our_path, state_dict_from_params
+from maskdm_jax.train_state import make_optimizer, new_state
+
+
+def at_path(tree, path):
+    return functools.reduce(lambda node, key: node[key], path, tree)
+
+
+@pytest.fixture(scope="module")
+def uvit(uvit_case):
+    arrays, meta = golden.load(uvit_case)
+    config = golden.config(meta["config"])
+    network, params = make_network(config), golden.params(meta["state_dict"])
+    labels = None if meta["labels"] is None else jnp.array(meta["labels"])
+    return arrays, meta, config, network, params, labels
+
+
+def test_uvit_has_the_reference_parameters(uvit):
+    _, meta, _, network, params, _ = uvit
+    abstract = network.abstract_params()
+    assert jax.tree.map(np.shape, params) == jax.tree.map(np.shape, abstract)
+    assert sum(leaf.size for leaf in jax.tree.leaves(abstract)) == meta["n_params"]
+
+
+def test_uvit_whole_image(uvit):
+    arrays, _, _, network, params, labels = uvit
+    out = jax.jit(network.apply)(params, nhwc(arrays["x"]), jnp.array(arrays["t"]), labels)
+    expected = nhwc(arrays["out_full"])
+    assert np.abs(out - expected).max() < 2e-5 * expected.std()
+
+
+def test_uvit_visible_patches_and_gradients(uvit):
+    arrays, meta, config, network, params, labels = uvit
+    positions = golden.positions(arrays["mask"])
+
+    def visible(images):
+        return masking.gather(patchify(jnp.asarray(nhwc(images)), config.model.patch_size), positions)
+
+    @jax.jit
+    def run(params):
+        def loss(params):
+            out = network.apply(params, visible(arrays["x"]), jnp.array(arrays["t"]), labels, positions)
+            return jnp.mean(jnp.square(out - visible(arrays["target"]))), out
+
+        return jax.value_and_grad(loss, has_aux=True)(params)
+
+    (loss, out), grads = run(params)
+    expected = arrays["out_visible"]
+    assert np.abs(out - expected).max() < 2e-5 * expected.std()
+    assert float(loss) == pytest.approx(float(arrays["loss"]), rel=1e-5)
+    for name, norm in meta["grad_norm"].items():
+        ours = float(jnp.linalg.norm(at_path(grads, our_path(name)).ravel()))
+        assert ours == pytest.approx(norm, rel=2e-5, abs=1e-9), name
+    for key in (key for key in arrays if key.startswith("grad:")):
+        name = key.removeprefix("grad:")
+        expected = our_layout(name, arrays[key])
+        assert np.abs(at_path(grads, our_path(name)) - expected).max() < 2e-5 * np.abs(expected).max(), name
+
+
+SCHEDULES = {
+    "betas": "betas",
+    "alphas_cumprod": "alpha_bar",
+    "alphas_cumprod_prev": "alpha_bar_prev",
+    "sqrt_alphas_cumprod": "sqrt_alpha_bar",
+    "sqrt_one_minus_alphas_cumprod": "sqrt_one_minus_alpha_bar",
+    "sqrt_recip_alphas_cumprod": "sqrt_recip_alpha_bar",
+    "sqrt_recipm1_alphas_cumprod": "sqrt_recipm1_alpha_bar",
+    "posterior_variance": "posterior_variance",
+    "posterior_log_variance_clipped": "posterior_log_variance",
+    "posterior_mean_coef1": "posterior_mean_x0",
+    "posterior_mean_coef2": "posterior_mean_xt",
+}
+
+
+def schedule_of(name: str):
+    """`linear`, `cosine`, `cosine_shift_d256`"""
+    kind, _, size = name.partition("_shift_d")
+    return diffusion.make_schedule("shifted_cosine", size=int(size)) if size else diffusion.make_schedule(kind)
+
+
+def test_schedules(schedules_case):
+    arrays, _ = golden.load(schedules_case)
+    compared = 0
+    for key, expected in arrays.items():
+        name, _, buffer = key.partition("/")
+        if name != "pieces" and buffer in SCHEDULES:
+            np.testing.assert_allclose(getattr(schedule_of(name), SCHEDULES[buffer]), expected, rtol=1e-6, atol=1e-12)
+            compared += 1
+        elif buffer.startswith("loss_weight"):
+            _, kind, gamma = buffer.split(":")
+            weights = diffusion.loss_weights(schedule_of(name), {"p2": "p2", "min": "min_snr"}[kind], float(gamma))
+            np.testing.assert_allclose(weights, expected, rtol=1e-6)
+            compared += 1
+    assert compared >= len(SCHEDULES)
+
+
+def test_pieces_of_the_diffusion(schedules_case):
+    arrays, _ = golden.load(schedules_case)
+    piece = {key.removeprefix("pieces/"): value for key, value in arrays.items() if key.startswith("pieces/")}
+    if not piece:
+        pytest.skip("this case has schedules only")
+    s, x0, eps, x = diffusion.make_schedule("cosine"), piece["x0"], piece["noise"], piece["x_t"]
+    t = jnp.array(piece["t"])
+    mean, log_variance = diffusion.q_posterior(s, x0, x, t)
+    for name, ours in {
+        "x_t": diffusion.q_sample(s, x0, t, eps),
+        "v": diffusion.velocity(s, x0, t, eps),
+        "x0_from_noise": diffusion.x0_from_eps(s, x, t, eps),
+        "x0_from_v": diffusion.x0_from_v(s, x, t, piece["v"]),
+        "noise_from_x0": diffusion.eps_from_x0(s, x, t, x0),
+        "posterior_mean": mean,
+        "posterior_log_variance": log_variance.ravel(),
+        "posterior_variance": s.posterior_variance[t],
+    }.items():
+        np.testing.assert_allclose(ours, piece[name], rtol=2e-5, atol=1e-5, err_msg=name)
+
+
+def analytic_model(x, t):
+    s = t.astype(jnp.float32)[:, None, None, None] / 1000
+    return 0.8 * x * s + 0.15 * jnp.sin(3 * x + 5 * s)
+
+
+def test_samplers(samplers_case):
+    arrays, meta = golden.load(samplers_case)
+    compared = 0
+    for key, case in meta.items():
+        if case.get("kw") or key.startswith("dpmsolver"):
+            continue
+        rng = np.random.RandomState(case["seed"])
+        draws = np.stack([rng.standard_normal(case["shape"]).astype(np.float32) for _ in range(case["draws"])])
+        draws = jnp.array(np.append(draws, np.zeros_like(draws[:1]), 0))  # the last step's noise is multiplied by 0
+        options = dict(
+            objective=golden.OBJECTIVES[case.get("objective", "pred_noise")],
+            clip=(-1.0, 1.0) if case.get("clip_denoised", True) else None,
+        )
+        sampler = samplers.ddpm
+        if key.startswith("ddim"):
+            sampler = samplers.ddim
+            options |= dict(steps=case["sampling_timesteps"], eta=case["ddim_sampling_eta"])
+        schedule = diffusion.make_schedule(case.get("beta_schedule", "cosine"))
+        # bound as defaults: the loop variables change before jit traces
+        run = lambda x, draws=draws, sampler=sampler, schedule=schedule, options=options: sampler(
+            analytic_model, x, lambda i: draws[i + 1], schedule, **options
+        )
+        ours = (jax.jit(run)(draws[0]) + 1) / 2
+        np.testing.assert_allclose(ours, arrays[f"{key}/sample"], atol=1e-4, rtol=0, err_msg=key)
+        compared += 1
+    assert compared
+
+
+def test_training_run(train_case):
+    arrays, meta = golden.load(train_case)
+    stage = dict(
+        steps=meta["steps"],
+        batch_size=meta["batch"] * meta["gradient_accumulate_every"],
+        micro_batches=meta["gradient_accumulate_every"],
+        learning_rate=meta["lr"],
+        warmup_steps=meta["warmup_steps"],
+        b1=meta["betas"][0],
+        b2=meta["betas"][1],
+        weight_decay=meta["weight_decay"],
+        clip_norm=meta["clip_grad"] or 0.0,
+        ema_decay=meta["ema_decay"],
+        ema_every=meta["ema_update_every"],
+    )
+    objective = dict(
+        schedule=meta["beta_schedule"], objective=golden.OBJECTIVES[meta["objective"]], loss=meta["loss_type"]
+    )
+    config = golden.config(meta["network"], stage, meta["mask"], objective)
+    network, stage = make_network(config), config.stage["stage"]
+    zeros = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), network.abstract_params())
+    shapes = {name: t.shape for name, t in state_dict_from_params(zeros, config.model.patch_size).items()}
+    state = new_state(golden.params(shapes), make_optimizer(stage), jax.random.key(0))
+
+    def draw(key, batch):  # everything that is drawn in a run comes from the recipe here
+        cut = lambda x: masking.gather(patchify(x, config.model.patch_size), batch["positions"])
+        return train.Inputs(cut(2 * batch["image"] - 1), batch["t"], cut(batch["noise"]), batch["positions"], None)
+
+    step = jax.jit(functools.partial(train.train_step, draw=draw, loss=train.make_loss(config, network), stage=stage))
+    norms = jax.jit(lambda tree: jnp.sqrt(sum(jnp.sum(jnp.square(leaf)) for leaf in jax.tree.leaves(tree))))
+    for i, micro in enumerate(golden.training_batches(meta)):
+        # Row r of micro-batch j is row r * parts + j of the batch: see `train.average`.
+        image, t, noise, mask = (np.stack(part, 1).reshape(-1, *part[0].shape[1:]) for part in zip(*micro, strict=True))
+        batch = dict(image=nhwc(image), t=t, noise=nhwc(noise), positions=golden.positions(mask))
+        state, metrics = step(state, batch)
+        ours = dict(metrics, lr=metrics["learning_rate"], param_norm=norms(state.params), ema_norm=norms(state.ema))
+        for name in ("loss", "grad_norm", "lr", "param_norm", "ema_norm"):
+            assert float(ours[name]) == pytest.approx(arrays[name][i], rel=1e-5, abs=1e-12), f"{name} at step {i}"
+    for key in arrays:
+        which, _, name = key.partition(":")
+        if name:
+            tree = state.ema if which == "ema" else state.params
+            expected = our_layout(name, arrays[key])
+            assert np.abs(at_path(tree, our_path(name)) - expected).max() < 2e-5 * np.abs(expected).max(), key
+
