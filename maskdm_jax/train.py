@@ -155,17 +155,18 @@ class Start(typing.NamedTuple):
     meta: dict  # of the checkpoint, {} if there is none
 
 
-def train(config: Config, workdir) -> pathlib.Path:
+def train(config: Config, workdir, *, devices=None) -> pathlib.Path:
     """Run all stages of a config, or what is left of them, and return the newest checkpoint's folder.
 
     Start order: the newest checkpoint in `workdir`, else the weights of `config.init_from`, else fresh.
+    Runs on all devices, or on the list `devices`.
 
     Raises:
       ConfigError, DataError, CheckpointError: something cannot work; raised before training begins.
       NonFiniteLoss: training diverged.
     """
     workdir = pathlib.Path(workdir).expanduser().absolute()
-    mesh = make_mesh_for(config)
+    mesh = make_mesh_for(config, devices)
     source = open_source(config.data.path, config.data.labels)
     check_source(config, source)
     network = make_network(config)
@@ -202,10 +203,10 @@ def train(config: Config, workdir) -> pathlib.Path:
         return newest
 
 
-def make_mesh_for(config: Config):
+def make_mesh_for(config: Config, devices=None):
     """The mesh that a config asks for; batches must divide over it."""
     try:
-        mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
+        mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, devices)
     except ValueError as error:
         raise ConfigError(f"config.mesh: {error}") from None
     for name, stage in config.stage.items():

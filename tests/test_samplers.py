@@ -1,0 +1,95 @@
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from maskdm_jax import diffusion, samplers
+
+MEAN, STD = 0.3, 0.2  # of the data that the analytic predictor knows
+
+
+@pytest.fixture(scope="module")
+def schedule():
+    return diffusion.make_schedule("cosine")
+
+
+def gaussian(schedule, x, t):
+    """The best possible noise prediction for data N(MEAN, STD^2)."""
+    a = diffusion.at(schedule.alpha_bar, t, x.ndim)
+    return jnp.sqrt(1 - a) * (x - jnp.sqrt(a) * MEAN) / (a * STD**2 + 1 - a)
+
+
+def draw(sampler, schedule, shape=(1, 20_000), seed=0, **options):
+    x, noise = samplers.image_noise(jax.random.key(seed), jnp.arange(shape[0]), shape[1:])
+    predict = functools.partial(gaussian, schedule)
+    return np.asarray(jax.jit(lambda x: sampler(predict, x, noise, schedule, clip=None, **options))(x))
+
+
+@pytest.mark.parametrize(
+    ("sampler", "options", "tolerance"),
+    [
+        (samplers.ddim, dict(steps=200, eta=0.0), 0.01),
+        (samplers.ddim, dict(steps=200, eta=1.0), 0.01),
+        (samplers.ddim, dict(steps=1000, eta=0.5), 0.01),
+        (samplers.ddpm, {}, 0.01),
+    ],
+)
+def test_an_analytic_gaussian_is_recovered(schedule, sampler, options, tolerance):
+    x = draw(sampler, schedule, **options)
+    assert abs(x.mean() - MEAN) < tolerance
+    assert abs(x.std() - STD) < tolerance
+
+
+def test_ddim_with_eta_1_over_all_steps_is_ddpm(schedule):
+    # The same noise in the same order: equal in law would do, they are equal sample by sample.
+    np.testing.assert_allclose(
+        draw(samplers.ddim, schedule, shape=(4, 50), steps=1000, eta=1.0),
+        draw(samplers.ddpm, schedule, shape=(4, 50)),
+        atol=2e-3,
+    )
+
+
+def test_ddim_with_eta_0_ignores_the_noise(schedule):
+    x = jax.random.normal(jax.random.key(0), (2, 30))
+    run = lambda scale: samplers.ddim(
+        functools.partial(gaussian, schedule), x, lambda i: scale * jnp.ones_like(x), schedule, steps=10, eta=0.0
+    )
+    np.testing.assert_array_equal(run(0.0), run(5.0))
+
+
+@pytest.mark.parametrize("objective", ["x0", "v"])
+def test_objectives_agree(schedule, objective):
+    """The same knowledge, told as x0 or v instead of noise, gives the same samples."""
+    x, noise = samplers.image_noise(jax.random.key(0), jnp.arange(2), (40,))
+
+    def told(x, t):
+        x0 = diffusion.x0_from_eps(schedule, x, t, gaussian(schedule, x, t))
+        return diffusion.OBJECTIVES[objective](schedule, x0, t, gaussian(schedule, x, t))
+
+    ours = samplers.ddim(told, x, noise, schedule, objective=objective, clip=None, steps=20)
+    expected = samplers.ddim(functools.partial(gaussian, schedule), x, noise, schedule, clip=None, steps=20)
+    np.testing.assert_allclose(ours, expected, atol=2e-3)
+
+
+def test_noise_belongs_to_the_image_not_to_its_batch():
+    key = jax.random.key(7)
+    x, noise = samplers.image_noise(key, jnp.array([4, 9, 2]), (5,))
+    alone, noise_alone = samplers.image_noise(key, jnp.array([9]), (5,))
+    np.testing.assert_array_equal(x[1], alone[0])
+    np.testing.assert_array_equal(noise(3)[1], noise_alone(3)[0])
+    assert np.abs(noise(3) - noise(4)).max() > 0.1
+    assert np.abs(noise(0) - x).max() > 0.1
+
+
+def test_ddim_times():
+    np.testing.assert_array_equal(samplers.ddim_times(1000, 10), np.arange(999, -2, -100))
+    times = samplers.ddim_times(1000, 1000)
+    np.testing.assert_array_equal(times, np.arange(999, -2, -1))
+    for steps in (0, 1001):
+        with pytest.raises(ValueError, match=f"1 to 1000 steps, not {steps}"):
+            samplers.ddim_times(1000, steps)
+    # As PyTorch's float32 linspace has it; float64 would truncate to 38 at the second place from the end.
+    assert samplers.ddim_times(1000, 26)[-2] == 37
+    assert len(samplers.ddim_times(1000, 26)) == 27
