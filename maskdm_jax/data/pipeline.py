@@ -11,6 +11,7 @@ import logging
 
 import grain
 import numpy as np
+from absl import flags
 from PIL import Image, ImageOps
 
 from maskdm_jax.data.sources import DataError, open_source
@@ -145,6 +146,8 @@ class Batches:
         ahead = grain.ReadOptions(num_threads=self._data.threads, prefetch_buffer_size=2 * self._data.threads)
         stream = batches.to_iter_dataset(ahead)
         if self._data.workers:
+            if not flags.FLAGS.is_parsed():  # grain's workers read absl flags, which only absl.app parses
+                flags.FLAGS.mark_as_parsed()
             stream = stream.mp_prefetch(grain.MultiprocessingOptions(num_workers=self._data.workers))
         return iter(stream)
 

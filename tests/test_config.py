@@ -1,0 +1,74 @@
+import json
+
+import pytest
+import tiny
+
+from maskdm_jax import config as config_lib
+from maskdm_jax.config import ConfigError, parse
+
+
+def test_round_trip_through_json():
+    config = tiny.config()
+    assert parse(json.loads(json.dumps(config_lib.to_dict(config)))) == config
+
+
+def test_stages_keep_their_order_and_unused_sections_are_checked_too():
+    config = tiny.config(stages=("finetune",))
+    assert list(config.stage) == ["finetune"]
+    with pytest.raises(ConfigError, match=r"config.pretrain.step is not a setting; did you mean 'steps'"):
+        tiny.config(stages=("finetune",), pretrain__step=3)
+
+
+def raw_without(*path):
+    run = node = tiny.raw()
+    for key in path[:-1]:
+        node = node[key]
+    del node[path[-1]]
+    return run
+
+
+def test_missing_settings_are_named():
+    with pytest.raises(ConfigError, match="config.model lacks width"):
+        parse(raw_without("model", "width"))
+    with pytest.raises(ConfigError, match="config lacks data"):
+        parse(raw_without("data"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (dict(model__widht=3), r"config.model.widht is not a setting; did you mean 'width'"),
+        (dict(sede=3), r"config.sede is not a setting; did you mean 'seed'"),
+        (dict(pretrain__mask__ratio=0.3), r"config.pretrain.mask.ratio is not a setting; did you mean 'rate'"),
+        (dict(model__width="16"), r"config.model.width must be a int, not '16'"),
+        (dict(model__width=True), r"config.model.width must be a int, not True"),
+        (dict(data__labels=1), r"config.data.labels must be a bool, not 1"),
+        (dict(stages=()), r"config.stages is empty.*\['finetune', 'pretrain'\]"),
+        (dict(stages=("pretrain", "tune")), r"names 'tune', but the config has only"),
+        (dict(stages=("pretrain", "pretrain")), r"names a stage twice"),
+        (dict(stages="pretrain"), r"config.stages must be a tuple of names"),
+        (dict(model__patch_size=3), r"patch_size is 3; it must be a divisor of data.image_size 8: \[1, 2, 4, 8\]"),
+        (dict(model__heads=3), r"heads is 3; it must be a divisor of model.width 16"),
+        (dict(model__dtype="float16"), r"dtype is 'float16'; it must be one of float32, bfloat16"),
+        (dict(model__num_classes=0), r"config.data.labels is True but config.model.num_classes is 0"),
+        (dict(data__labels=False), r"num_classes is set but config.data.labels is False"),
+        (dict(diffusion__schedule="cos"), r"schedule is 'cos'; it must be one of linear, cosine, shifted_cosine"),
+        (dict(diffusion__objective="eps"), r"objective is 'eps'; it must be one of noise, x0, v"),
+        (dict(sampling__steps=1001), r"sampling.steps is 1001; it must be 1 to"),
+        (dict(pretrain__micro_batches=3), r"config.pretrain.micro_batches is 3; it must be a divisor of batch_size 8"),
+        (dict(pretrain__b1=1.0), r"config.pretrain.b1 is 1.0; it must be in \[0, 1\)"),
+        (dict(pretrain__steps=0), r"config.pretrain.steps is 0; it must be at least 1"),
+        (dict(pretrain__mask__kind="block", pretrain__mask__block=3), r"config.pretrain.mask: mask block 3 does not divide"),
+        (dict(pretrain__mask__rate=1.0), r"config.pretrain.mask: mask rate 1.0 is outside \[0, 1\)"),
+        (dict(data__channels=4), r"config.data.channels is 4; it must be 3 \(colour\) or 1 \(grey\)"),
+        (dict(pretrain__learning_rate=float("nan")), r"learning_rate is nan"),
+    ],
+)
+def test_what_cannot_work_is_refused_by_name(changes, message):
+    with pytest.raises(ConfigError, match=message):
+        tiny.config(**changes)
+
+
+def test_differences():
+    old, new = tiny.raw(), tiny.raw(pretrain__mask__rate=0.75, seed=4)
+    assert config_lib.differences(old, new) == ["pretrain.mask.rate: 0.5 -> 0.75", "seed: 3 -> 4"]

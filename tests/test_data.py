@@ -1,0 +1,237 @@
+import io
+import logging
+import pickle
+import zipfile
+
+import numpy as np
+import pytest
+import tiny
+from PIL import Image
+
+from maskdm_jax.data import sources
+from maskdm_jax.data.pipeline import Batches, decode
+from maskdm_jax.data.sources import DataError, open_source
+
+
+def png(value=0, size=(10, 8), mode="RGB", kind="PNG") -> bytes:
+    buffer = io.BytesIO()
+    Image.new(mode, size, value).save(buffer, kind)
+    return buffer.getvalue()
+
+
+FILES = {
+    "set/cat/a.png": png((10, 0, 0)),
+    "set/cat/deep/b.PNG": png((20, 0, 0)),
+    "set/dog/ü.jpg": png((30, 0, 0), kind="JPEG"),
+    "set/dog/notes.txt": b"no image",
+    "set/.hidden/c.png": png(),
+    "__MACOSX/set/cat/._a.png": b"resource fork",
+}
+
+
+@pytest.fixture(params=["folder", "zip"])
+def stored(request, tmp_path):
+    """FILES as a folder or as a zip."""
+
+    def store(files):
+        if request.param == "zip":
+            with zipfile.ZipFile(tmp_path / "images.zip", "w") as archive:
+                for name, content in files.items():
+                    archive.writestr(name, content)
+            return str(tmp_path / "images.zip")
+        for name, content in files.items():
+            path = tmp_path / "images" / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(content)
+        return str(tmp_path / "images")
+
+    return store
+
+
+def test_images_are_found_and_classes_are_the_first_level_that_differs(stored):
+    source = open_source(stored(FILES), labels=True)
+    assert source.names == ["set/cat/a.png", "set/cat/deep/b.PNG", "set/dog/ü.jpg"]
+    assert source.classes == ["cat", "dog"]
+    assert [source.read(i)[1] for i in range(3)] == [0, 0, 1]
+    again = pickle.loads(pickle.dumps(source))
+    assert again.read(2) == source.read(2)
+
+
+def test_without_labels_any_layout_will_do(stored):
+    source = open_source(stored({"a.png": png(), "x/y/b.png": png()}))
+    assert source.names == ["a.png", "x/y/b.png"]
+    assert source.classes == []
+
+
+@pytest.mark.parametrize("files", [{"a.png": png(), "x/b.png": png()}, {"x/a.png": png(), "x/b.png": png()}])
+def test_labels_of_a_set_without_class_folders_are_refused(stored, files):
+    with pytest.raises(DataError, match=r"has no class folder for '.*a.png'.*data.labels=False"):
+        open_source(stored(files), labels=True)
+
+
+def test_bad_paths_are_named(tmp_path, stored):
+    with pytest.raises(DataError, match="'nowhere' does not exist; pass --config.data.path"):
+        open_source("nowhere")
+    with pytest.raises(DataError, match="holds no images; looked through 1 files"):
+        open_source(stored({"a.txt": b"text"}))
+    (tmp_path / "broken.zip").write_bytes(b"PK\x03\x04 not really")
+    with pytest.raises(DataError, match="broken.zip is not a readable zip"):
+        open_source(str(tmp_path / "broken.zip"))
+    (tmp_path / "set.tar").write_bytes(b"")
+    with pytest.raises(DataError, match="neither a folder nor a .zip"):
+        open_source(str(tmp_path / "set.tar"))
+
+
+def test_the_embedded_set():
+    source = sources.Digits(labels=True)
+    assert len(source) == 1797
+    assert source.classes == list("0123456789")
+    image, label = source.read(0)
+    assert (image.shape, image.dtype, label) == ((8, 8, 1), np.uint8, 0)
+    counts = np.bincount([source.read(i)[1] for i in range(len(source))])
+    assert counts.tolist() == [178, 182, 177, 183, 181, 182, 181, 179, 174, 180], "as published"
+
+
+class TestDecode:
+    def test_the_right_size_passes_untouched(self):
+        pixels = np.random.RandomState(0).randint(0, 256, (16, 16, 3), np.uint8)
+        buffer = io.BytesIO()
+        Image.fromarray(pixels).save(buffer, "PNG")
+        np.testing.assert_array_equal(decode(buffer.getvalue(), 16, 3), pixels)
+
+    def test_short_side_then_centre_crop(self):
+        pixels = np.zeros((8, 32, 3), np.uint8)
+        pixels[:, 12:20] = 255  # the middle
+        assert decode(pixels, 8, 3).min() == 255
+        assert decode(pixels, 4, 3).mean() > 240
+
+    @pytest.mark.parametrize(
+        ("mode", "value", "expected"),
+        [
+            ("L", 100, 100),
+            ("1", 1, 255),
+            ("I;16", 100 * 256, 100),
+            ("LA", (100, 255), 100),
+            ("LA", (100, 0), 255),
+            ("RGBA", (100, 100, 100, 255), 100),
+            ("RGBA", (0, 0, 0, 0), 255),
+            ("P", 0, 0),
+        ],
+    )
+    def test_modes(self, mode, value, expected):
+        image = decode(png(value, (8, 8), mode), 8, 3)
+        assert (image == expected).all()
+        assert image.shape == (8, 8, 3)
+
+    def test_cmyk_becomes_rgb(self):
+        image = decode(png((0, 255, 255, 0), (8, 8), "CMYK", "TIFF"), 8, 3)
+        assert image[0, 0].tolist() == [255, 0, 0]
+
+    def test_exif_rotation(self):
+        image = Image.new("RGB", (8, 8))
+        image.paste((255, 255, 255), (0, 0, 8, 4))  # white on top
+        exif = Image.Exif()
+        exif[0x0112] = 3  # stored upside down
+        buffer = io.BytesIO()
+        image.save(buffer, "PNG", exif=exif)
+        turned = decode(buffer.getvalue(), 8, 1)
+        assert turned[:3].max() < 10
+        assert turned[5:].min() > 245
+
+
+def take(batches, n):
+    with_all = [next(batches) for _ in range(n)]
+    batches.close()
+    return with_all
+
+
+def same(a, b):
+    assert a.keys() == b.keys()
+    for key in a:
+        np.testing.assert_array_equal(a[key], b[key])
+
+
+DATA = tiny.config().data
+
+
+def test_an_epoch_shows_every_image_once_and_the_next_in_another_order():
+    source = sources.Digits(labels=True)
+    first, second = (
+        np.concatenate([b["image"].reshape(-1, 64) for b in take(batches, 3)])
+        for batches in (Batches(DATA, batch_size=599, seed=seed, source=source) for seed in (0, 1))
+    )
+    everything = np.sort(np.stack([source.read(i)[0].reshape(64) for i in range(1797)]).astype(int) @ np.arange(1, 65))
+    for epoch in (first, second):
+        np.testing.assert_array_equal(np.sort(epoch.astype(int) @ np.arange(1, 65)), everything)
+    assert (first != second).any()
+
+
+def test_labels_go_with_images():
+    source = sources.Digits(labels=True)
+    known = {source.read(i)[0].tobytes(): source.read(i)[1] for i in range(1797)}
+    (batch,) = take(Batches(DATA, batch_size=64, seed=0), 1)
+    assert [known[image.tobytes()] for image in batch["image"]] == batch["label"].tolist()
+    assert batch["index"].tolist() == list(range(64))
+    assert (batch["image"].dtype, batch["label"].dtype, batch["index"].dtype) == (np.uint8, np.int32, np.uint32)
+
+
+def test_position_is_restored_exactly():
+    straight = take(Batches(DATA, batch_size=8, seed=5), 6)
+    first = Batches(DATA, batch_size=8, seed=5)
+    state = [next(first) for _ in range(3)] and first.state()
+    assert state == {"global_next_index": 24}
+    again = Batches(DATA, batch_size=8, seed=5)
+    again.seek(state)
+    for a, b in zip(take(again, 3), straight[3:], strict=True):
+        same(a, b)
+    first.close()
+
+
+@pytest.mark.parametrize("hosts", [2, 4])
+def test_hosts_share_the_batch_in_order(hosts):
+    straight = take(Batches(DATA, batch_size=8, seed=5), 3)
+    parts = [take(Batches(DATA, batch_size=8, seed=5, host=h, hosts=hosts), 3) for h in range(hosts)]
+    for k, whole in enumerate(straight):
+        same({key: np.concatenate([part[k][key] for part in parts]) for key in whole}, whole)
+    with pytest.raises(DataError, match="batch_size 8 does not divide among 3 hosts"):
+        Batches(DATA, batch_size=8, seed=5, hosts=3)
+
+
+def test_threads_and_worker_processes_change_nothing():
+    straight = take(Batches(DATA, batch_size=8, seed=5), 5)
+    for changes in (dict(data__threads=4), dict(data__workers=2)):
+        batches = Batches(tiny.config(**changes).data, batch_size=8, seed=5)
+        batches.seek({"global_next_index": 8})  # in the middle of what two workers would take turns at
+        for a, b in zip(take(batches, 4), straight[1:], strict=True):
+            same(a, b)
+
+
+def numbered(n, broken=()):
+    """n files whose pixels tell their number; those in `broken` are cut short."""
+    files = {f"{i:04d}.png": png((i % 256, i // 256, 0), (8, 8)) for i in range(n)}
+    return files | {f"{i:04d}.png": files[f"{i:04d}.png"][:40] for i in broken}
+
+
+def test_unreadable_images_are_named_and_replaced_by_their_neighbour(stored, caplog):
+    data = tiny.config(data__path=stored(numbered(200, [7, 8])), data__channels=3, data__labels=False, model__num_classes=0)
+    caplog.set_level(logging.WARNING)
+    batches = Batches(data.data, batch_size=50, seed=0)
+    runs = [take(batches, 4)]
+    batches.seek({"global_next_index": 0})
+    runs.append(take(batches, 4))
+    for a, b in zip(*runs, strict=True):
+        same(a, b)
+    seen = np.bincount(np.concatenate([b["image"][:, 0, 0, 0] for b in runs[0]]), minlength=200)
+    assert seen[[7, 8, 9]].tolist() == [0, 0, 3], "both neighbours stand in"
+    assert np.delete(seen, [7, 8, 9]).tolist() == [1] * 197
+    assert batches.unreadable == {7, 8}
+    assert "0007.png" in caplog.text
+    assert caplog.text.count("unreadable image") == 2, "each is named once"
+
+
+def test_more_than_one_percent_unreadable_stops(stored):
+    data = tiny.config(data__path=stored(numbered(200, [3, 50, 120])), data__channels=3, data__labels=False, model__num_classes=0)
+    batches = Batches(data.data, batch_size=50, seed=0)
+    with pytest.raises(DataError, match=r"3 of 200 images are unreadable, more than 1% \(0003.png, 0050.png, 0120.png"):
+        take(batches, 4)
+    batches.close()
