@@ -20,7 +20,7 @@ from maskdm_jax.data.sources import Digits
 def classifier(seed: int = 0):
     """Logistic regression on a random half of the digits, and the other half as (pixels, labels)."""
     source = Digits(labels=True)
-    images, labels = zip(*(source.read(i) for i in range(len(source))))
+    images, labels = zip(*(source.read(i) for i in range(len(source))), strict=True)
     pixels, labels = pixels_of(np.stack(images)), np.array(labels)
     order = np.random.RandomState(seed).permutation(len(labels))
     train, test = np.split(order, [len(order) // 2])

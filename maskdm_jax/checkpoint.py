@@ -88,7 +88,9 @@ def find(path) -> pathlib.Path:
         return path
     for folder in (path / FOLDER, path):
         steps = [
-            int(p.name) for p in (folder.iterdir() if folder.is_dir() else ()) if p.name.isdigit() and (p / "meta").is_dir()
+            int(p.name)
+            for p in (folder.iterdir() if folder.is_dir() else ())
+            if p.name.isdigit() and (p / "meta").is_dir()
         ]
         if steps:
             return folder / str(max(steps))

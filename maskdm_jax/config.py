@@ -22,6 +22,8 @@ class ConfigError(ValueError):
 
 @dataclasses.dataclass(frozen=True)
 class Data:
+    """Where the images are and how they are read."""
+
     path: str  # folder or .zip of images, or "digits" for the embedded set
     image_size: int  # pixels; short side resized (bicubic), centre cropped
     channels: int  # 3 colour, 1 grey
@@ -33,6 +35,8 @@ class Data:
 
 @dataclasses.dataclass(frozen=True)
 class Model:
+    """The U-ViT; see `models.uvit.UViT`."""
+
     patch_size: int
     width: int
     depth: int  # 2k and 2k + 1 are the same network
@@ -47,6 +51,8 @@ class Model:
 
 @dataclasses.dataclass(frozen=True)
 class Diffusion:
+    """Schedule, objective and loss; see `diffusion`."""
+
     timesteps: int
     schedule: str  # linear, cosine or shifted_cosine
     shift_size: int  # image side for shifted_cosine
@@ -58,6 +64,8 @@ class Diffusion:
 
 @dataclasses.dataclass(frozen=True)
 class Mask:
+    """What is hidden; see `masking.make_plan`."""
+
     kind: str  # none, patch, block or crop
     rate: float  # hidden share, for patch and block
     block: int  # side in patches, for block
@@ -66,6 +74,8 @@ class Mask:
 
 @dataclasses.dataclass(frozen=True)
 class Stage:
+    """A part of a run with its own length, batch, optimizer, EMA and mask."""
+
     steps: int
     batch_size: int  # global
     micro_batches: int  # parts that a batch is computed in, one after the other
@@ -82,6 +92,8 @@ class Stage:
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
+    """How images are made from noise; see `samplers`."""
+
     method: str  # ddim or ddpm
     steps: int  # of ddim
     eta: float  # of ddim: 0 deterministic, 1 ancestral
@@ -89,6 +101,8 @@ class Sampling:
 
 @dataclasses.dataclass(frozen=True)
 class Preview:
+    """Sample grids made while training."""
+
     every: int  # steps; 0: only at the end of a stage
     rows: int  # of a conditional model: a class each
     columns: int
@@ -96,12 +110,16 @@ class Preview:
 
 @dataclasses.dataclass(frozen=True)
 class Checkpoint:
+    """When to save and what to keep."""
+
     every: int  # steps
     keep: int  # newest ones kept; the last of each stage stays as well
 
 
 @dataclasses.dataclass(frozen=True)
 class Log:
+    """Where numbers go besides the console and metrics.jsonl."""
+
     every: int  # steps
     tensorboard: bool
     wandb: bool  # needs `pip install wandb`
@@ -109,12 +127,16 @@ class Log:
 
 @dataclasses.dataclass(frozen=True)
 class MeshShape:
+    """Devices along each axis of the mesh."""
+
     data: int  # -1: all devices that fsdp leaves
     fsdp: int
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
+    """A whole run."""
+
     seed: int
     init_from: str  # run folder or checkpoint whose weights the run starts from; "" starts fresh
     data: Data

@@ -31,6 +31,7 @@ class Schedule:
 
     @property
     def timesteps(self) -> int:
+        """T."""
         return len(self.betas)
 
 
@@ -103,7 +104,7 @@ def q_sample(schedule: Schedule, x0, t, eps):
 
 
 def velocity(schedule: Schedule, x0, t, eps):
-    """v = sqrt(alpha_bar) eps - sqrt(1 - alpha_bar) x0 (Salimans & Ho 2022)."""
+    """V = sqrt(alpha_bar) eps - sqrt(1 - alpha_bar) x0 (Salimans & Ho 2022)."""
     return at(schedule.sqrt_alpha_bar, t, x0.ndim) * eps - at(schedule.sqrt_one_minus_alpha_bar, t, x0.ndim) * x0
 
 

@@ -104,7 +104,9 @@ def load(path, *, weights: str = "ema", sampling: dict | None = None) -> Loaded:
     abstract = jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=everywhere), network.abstract_params()
     )
-    return Loaded(found, weights, config, network, checkpoint.load_weights(found, weights, abstract), meta["classes"], mesh)
+    return Loaded(
+        found, weights, config, network, checkpoint.load_weights(found, weights, abstract), meta["classes"], mesh
+    )
 
 
 def generate_batches(loaded: Loaded, index, labels, *, seed: int, batch_size: int):
@@ -113,11 +115,22 @@ def generate_batches(loaded: Loaded, index, labels, *, seed: int, batch_size: in
     index = np.asarray(index, np.int32)
     for start in range(0, len(index), batch_size):
         part = slice(start, start + batch_size)
-        yield index[part], generate(loaded.params, seed, index[part], None if labels is None else np.asarray(labels)[part])
+        yield (
+            index[part],
+            generate(loaded.params, seed, index[part], None if labels is None else np.asarray(labels)[part]),
+        )
 
 
 def generate_to_folder(
-    loaded: Loaded, folder, n: int, *, seed: int = 0, labels=None, batch_size: int = 64, file_format: str = "png", progress=None
+    loaded: Loaded,
+    folder,
+    n: int,
+    *,
+    seed: int = 0,
+    labels=None,
+    batch_size: int = 64,
+    file_format: str = "png",
+    progress=None,
 ) -> pathlib.Path:
     """Make images 0..n-1 of a seed and write them; images that an earlier, stopped call finished are kept.
 
@@ -169,7 +182,7 @@ def generate_to_folder(
     todo = None if of_image is None else of_image[index]
     done = n - len(index)
     for numbers, images in generate_batches(loaded, index, todo, seed=seed, batch_size=batch_size):
-        for i, image in zip(numbers, images):
+        for i, image in zip(numbers, images, strict=True):
             _write_image(name(i), image)
         done += len(numbers)
         if progress:

@@ -24,15 +24,19 @@ class MaskPlan:
 
     @property
     def total(self) -> int:
+        """N, patches per image."""
         return self.grid[0] * self.grid[1]
 
     @property
     def hides_nothing(self) -> bool:
+        """Whether this is the ordinary, unmasked case, which needs no gather."""
         return self.visible == self.total
 
     def __str__(self):
         unit = {"block": f" {self.unit} x {self.unit}", "crop": f" {self.unit} x {self.unit}"}.get(self.kind, "")
-        return f"mask {self.kind}{unit}: {self.visible} of {self.total} patches visible ({self.visible / self.total:.1%})"
+        return (
+            f"mask {self.kind}{unit}: {self.visible} of {self.total} patches visible ({self.visible / self.total:.1%})"
+        )
 
 
 def make_plan(kind: str, grid: tuple[int, int], *, rate: float = 0.0, block: int = 1, crop: int = 0) -> MaskPlan:
@@ -62,13 +66,13 @@ def make_plan(kind: str, grid: tuple[int, int], *, rate: float = 0.0, block: int
     elif kind == "block":
         sides = [b for b in range(1, min(grid) + 1) if rows % b == 0 and cols % b == 0]
         if block not in sides:
-            raise ValueError(f"mask block {block} does not divide the {rows} x {cols} grid of patches; use one of {sides}")
+            raise ValueError(
+                f"mask block {block} does not divide the {rows} x {cols} grid of patches; use one of {sides}"
+            )
         plan = MaskPlan("block", grid, n - int(rate * n) // block**2 * block**2, block)
     else:
         if not 1 <= crop <= min(grid):
-            raise ValueError(
-                f"mask crop {crop} does not fit the {rows} x {cols} grid of patches; use 1 to {min(grid)} (sides in patches)"
-            )
+            raise ValueError(f"mask crop {crop} does not fit the {rows} x {cols} grid of patches; use 1 to {min(grid)}")
         plan = MaskPlan("crop", grid, crop * crop, crop)
     if plan.visible < 1:
         raise ValueError(f"{plan}: nothing is left to see; lower the rate {rate}")

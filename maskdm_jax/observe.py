@@ -60,6 +60,11 @@ class Metrics:
     """
 
     def __init__(self, workdir, config: Config, *, step: int):
+        if config.log.wandb:
+            try:
+                import wandb
+            except ImportError:
+                raise ConfigError("config.log.wandb is True but wandb is not installed; pip install wandb") from None
         workdir = pathlib.Path(workdir)
         path = workdir / "metrics.jsonl"
         _keep_until(path, step)
@@ -68,11 +73,9 @@ class Metrics:
         if config.log.tensorboard:
             self._board = tensorboardX.SummaryWriter(str(workdir / "tensorboard"), purge_step=step + 1)
         if config.log.wandb:
-            try:
-                import wandb
-            except ImportError:
-                raise ConfigError("config.log.wandb is True but wandb is not installed; pip install wandb") from None
-            self._wandb = wandb.init(project="maskdm-jax", name=workdir.name, dir=workdir, id=workdir.name, resume="allow")
+            self._wandb = wandb.init(
+                project="maskdm-jax", name=workdir.name, dir=workdir, id=workdir.name, resume="allow"
+            )
 
     def write(self, step: int, values: dict) -> None:
         """Record numbers (floats, ints) and words (strings; JSONL only) of a step."""

@@ -18,11 +18,12 @@ import optax
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from maskdm_jax import checkpoint, config as config_lib, masking, observe, sharding
+from maskdm_jax import checkpoint, masking, observe, sharding
+from maskdm_jax import config as config_lib
 from maskdm_jax.config import Config, ConfigError, Stage
 from maskdm_jax.data.pipeline import Batches
 from maskdm_jax.data.sources import open_source
-from maskdm_jax.diffusion import Schedule, denoising_loss, loss_weights, make_schedule
+from maskdm_jax.diffusion import denoising_loss, loss_weights, make_schedule
 from maskdm_jax.generate import make_generator, to_unit
 from maskdm_jax.models.layers import patchify
 from maskdm_jax.network import Network, make_network
@@ -253,9 +254,13 @@ def begin(config: Config, network: Network, mesh, checkpoints: checkpoint.Checkp
         meta = checkpoints.meta(step)
         index = _resumed_stage(config, meta, checkpoints.folder / str(step))
         state = checkpoints.restore(step, abstract_state(config, index, network, mesh))
-        log.info("start: resuming %s at step %d (%s, step %d)", checkpoints.folder, step, meta["stage"], meta["stage_step"])
+        log.info(
+            "start: resuming %s at step %d (%s, step %d)", checkpoints.folder, step, meta["stage"], meta["stage_step"]
+        )
         if meta["images"] != len(source):
-            log.warning("the data changed: %d images then, %d now; the order is another one", meta["images"], len(source))
+            log.warning(
+                "the data changed: %d images then, %d now; the order is another one", meta["images"], len(source)
+            )
         for line in config_lib.differences(meta["config"], json.loads(json.dumps(config_lib.to_dict(config)))):
             log.warning("the config changed since that checkpoint: %s", line)
         return Start(index, state, meta)
@@ -296,7 +301,9 @@ def _resumed_stage(config: Config, meta: dict, where: pathlib.Path) -> int:
         )
     name, steps = expected[index]
     if meta["stage_step"] > steps:
-        raise ConfigError(f"{where} is at step {meta['stage_step']} of stage {name!r}, but config.{name}.steps is {steps}")
+        raise ConfigError(
+            f"{where} is at step {meta['stage_step']} of stage {name!r}, but config.{name}.steps is {steps}"
+        )
     return index
 
 
@@ -388,7 +395,10 @@ class _Run:
         labels = names = None
         if self.config.model.num_classes:
             of_row = [row % self.config.model.num_classes for row in range(rows)]
-            labels, names = [label for label in of_row for _ in range(columns)], [self.source.classes[c] for c in of_row]
+            labels, names = (
+                [label for label in of_row for _ in range(columns)],
+                [self.source.classes[c] for c in of_row],
+            )
         # The same noise each time: successive grids show the same images becoming better.
         images = self.generate(ema, self.config.seed, range(rows * columns), labels)
         path = self.preview_path(step)
@@ -424,7 +434,11 @@ class _Run:
         self.checkpoints.wait()
         latest = self.checkpoints.latest()
         stage = self.config.stage[name]
-        good = "there is no checkpoint yet" if latest is None else f"last good checkpoint: {self.checkpoints.folder / str(latest)}"
+        good = (
+            "there is no checkpoint yet"
+            if latest is None
+            else f"last good checkpoint: {self.checkpoints.folder / str(latest)}"
+        )
         return (
             f"step {step} ({name}, step {stage_step}) is not finite: loss {values['loss']}, gradient norm "
             f"{values['grad_norm']}; {good}. Run the same command again, from there, with a lower "

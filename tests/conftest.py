@@ -15,7 +15,9 @@ jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 
 
 def pytest_addoption(parser):
-    parser.addoption("--golden", default=str(ROOT / "tests" / "golden"), help="folder of golden cases for test_golden.py")
+    parser.addoption(
+        "--golden", default=str(ROOT / "tests" / "golden"), help="folder of golden cases for test_golden.py"
+    )
 
 
 def pytest_generate_tests(metafunc):

@@ -58,7 +58,10 @@ def test_missing_settings_are_named():
         (dict(pretrain__micro_batches=3), r"config.pretrain.micro_batches is 3; it must be a divisor of batch_size 8"),
         (dict(pretrain__b1=1.0), r"config.pretrain.b1 is 1.0; it must be in \[0, 1\)"),
         (dict(pretrain__steps=0), r"config.pretrain.steps is 0; it must be at least 1"),
-        (dict(pretrain__mask__kind="block", pretrain__mask__block=3), r"config.pretrain.mask: mask block 3 does not divide"),
+        (
+            dict(pretrain__mask__kind="block", pretrain__mask__block=3),
+            r"config.pretrain.mask: mask block 3 does not divide",
+        ),
         (dict(pretrain__mask__rate=1.0), r"config.pretrain.mask: mask rate 1.0 is outside \[0, 1\)"),
         (dict(data__channels=4), r"config.data.channels is 4; it must be 3 \(colour\) or 1 \(grey\)"),
         (dict(pretrain__learning_rate=float("nan")), r"learning_rate is nan"),

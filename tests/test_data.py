@@ -213,7 +213,9 @@ def numbered(n, broken=()):
 
 
 def test_unreadable_images_are_named_and_replaced_by_their_neighbour(stored, caplog):
-    data = tiny.config(data__path=stored(numbered(200, [7, 8])), data__channels=3, data__labels=False, model__num_classes=0)
+    data = tiny.config(
+        data__path=stored(numbered(200, [7, 8])), data__channels=3, data__labels=False, model__num_classes=0
+    )
     caplog.set_level(logging.WARNING)
     batches = Batches(data.data, batch_size=50, seed=0)
     runs = [take(batches, 4)]
@@ -230,7 +232,9 @@ def test_unreadable_images_are_named_and_replaced_by_their_neighbour(stored, cap
 
 
 def test_more_than_one_percent_unreadable_stops(stored):
-    data = tiny.config(data__path=stored(numbered(200, [3, 50, 120])), data__channels=3, data__labels=False, model__num_classes=0)
+    data = tiny.config(
+        data__path=stored(numbered(200, [3, 50, 120])), data__channels=3, data__labels=False, model__num_classes=0
+    )
     batches = Batches(data.data, batch_size=50, seed=0)
     with pytest.raises(DataError, match=r"3 of 200 images are unreadable, more than 1% \(0003.png, 0050.png, 0120.png"):
         take(batches, 4)

@@ -206,4 +206,3 @@ def test_training_run(train_case):
             tree = state.ema if which == "ema" else state.params
             expected = our_layout(name, arrays[key])
             assert np.abs(at_path(tree, our_path(name)) - expected).max() < 2e-5 * np.abs(expected).max(), key
-

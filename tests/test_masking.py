@@ -100,6 +100,8 @@ def test_sharded_draws_need_no_collective_and_are_the_same(plan):
     keys = jax.random.split(jax.random.key(1), 16)
     spread = NamedSharding(make_mesh(), PartitionSpec(("data", "fsdp")))
     compiled = jax.jit(draw, out_shardings=spread).lower(jax.device_put(keys, spread)).compile()
-    assert not any(word in compiled.as_text() for word in ("all-reduce", "all-gather", "all-to-all", "collective-permute"))
+    assert not any(
+        word in compiled.as_text() for word in ("all-reduce", "all-gather", "all-to-all", "collective-permute")
+    )
     np.testing.assert_array_equal(compiled(jax.device_put(keys, spread)), jax.jit(draw)(keys))
     assert jnp.issubdtype(draw(keys).dtype, jnp.int32)

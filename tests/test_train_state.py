@@ -26,12 +26,16 @@ def test_ema_law_of_the_reference(decay, every):
 
 
 def test_warm_up_starts_from_zero():
-    rate = train_state.learning_rate(tiny.config(pretrain__warmup_steps=4, pretrain__learning_rate=0.1).stage["pretrain"])
+    rate = train_state.learning_rate(
+        tiny.config(pretrain__warmup_steps=4, pretrain__learning_rate=0.1).stage["pretrain"]
+    )
     np.testing.assert_allclose([rate(s) for s in range(7)], [0, 0.025, 0.05, 0.075, 0.1, 0.1, 0.1], rtol=1e-6)
 
 
 def test_decay_acts_on_every_tensor_and_clipping_bounds_the_gradient():
-    stage = tiny.config(pretrain__warmup_steps=0, pretrain__weight_decay=0.5, pretrain__learning_rate=0.1).stage["pretrain"]
+    stage = tiny.config(pretrain__warmup_steps=0, pretrain__weight_decay=0.5, pretrain__learning_rate=0.1).stage[
+        "pretrain"
+    ]
     params = {"bias": jnp.ones(3), "kernel": jnp.ones((2, 3))}
     optimizer = train_state.make_optimizer(stage)
     zero = jax.tree.map(jnp.zeros_like, params)

@@ -1,0 +1,1 @@
+"""Images in: sources and the pipeline from them to batches."""

@@ -6,6 +6,7 @@ A source has `names` (one per image), `classes` (names, or [] without labels), `
 
 import importlib.resources
 import io
+import itertools
 import os
 import pathlib
 import zipfile
@@ -33,6 +34,7 @@ class Digits:
         return len(self.names)
 
     def read(self, i: int):
+        """Image (uint8 [8, 8, 1]) and label."""
         return self._images[i], int(self._labels[i])
 
 
@@ -52,6 +54,7 @@ class ImageFolder:
         return len(self.names)
 
     def read(self, i: int):
+        """Encoded bytes and label."""
         return (self._root / self.names[i]).read_bytes(), self._labels[i]
 
 
@@ -71,6 +74,7 @@ class ZipImages:
         return len(self.names)
 
     def read(self, i: int):
+        """Encoded bytes and label."""
         return self._open().read(self.names[i]), self._labels[i]
 
     def _open(self):
@@ -115,9 +119,9 @@ def _index(path, found: list[str], labels: bool):
         return names, [0] * len(names), []
     # A wrapping folder that all images share is not a class: the first level that differs is.
     folders = [pathlib.PurePosixPath(name).parts[:-1] for name in names]
-    shared = len(os.path.commonprefix(folders))
+    shared = sum(1 for _ in itertools.takewhile(lambda level: len(set(level)) == 1, zip(*folders, strict=False)))
     if any(len(parts) <= shared for parts in folders):
-        stray = next(name for name, parts in zip(names, folders) if len(parts) <= shared)
+        stray = next(name for name, parts in zip(names, folders, strict=True) if len(parts) <= shared)
         raise DataError(
             f"{path} has no class folder for {stray!r}; put every image into a folder per class, at least two of them, "
             "or set --config.data.labels=False --config.model.num_classes=0"

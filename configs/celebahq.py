@@ -1,0 +1,109 @@
+"""CelebA-HQ 256, MaskDM-B: all three stages in a row, 90% hidden, 50% hidden, nothing hidden.
+
+    python launch/train.py --config=configs/celebahq.py --config.data.path=DIR_OR_ZIP
+
+Hardware: 8 accelerators of 80 GB as it stands; fewer or smaller ones with micro_batches, remat or mesh.fsdp.
+Expected cost, by arithmetic, not measured: 200k x 256 images x 0.269 TFLOP
+ + 200k x 64 images x 1.72 TFLOP
+ + 200k x 32 images x 4.45 TFLOP
+= 64.3 EFLOP, about 45.1 hours of one H100 in bfloat16 at 40% of its peak (989 TFLOP/s).
+"""
+
+from ml_collections import ConfigDict
+
+
+def get_config():
+    c = ConfigDict()
+    c.seed = 0
+    c.init_from = ""  # run folder or checkpoint to take weights from; "" starts fresh
+    c.data = ConfigDict(
+        dict(
+            path="data/celebahq256",  # folder or .zip of images
+            image_size=256,  # short side resized (bicubic), centre cropped
+            channels=3,
+            labels=False,
+            flip=0.0,
+            threads=16,  # reading threads
+            workers=0,  # reading processes besides this one
+        )
+    )
+    c.model = ConfigDict(
+        dict(
+            patch_size=4,
+            width=768,
+            depth=12,
+            heads=12,
+            mlp_ratio=4.0,
+            qv_bias=False,
+            num_classes=0,  # 0: unconditional
+            time_mlp=False,
+            dtype="float32",  # bfloat16 computes in bfloat16, with float32 weights
+            remat=False,  # recompute blocks in the backward pass: less memory, a third more work
+        )
+    )
+    c.diffusion = ConfigDict(
+        dict(
+            timesteps=1000,
+            schedule="cosine",
+            shift_size=64,  # for shifted_cosine
+            objective="noise",
+            loss="l2",
+            loss_weight="p2",
+            loss_weight_gamma=0.0,  # off
+        )
+    )
+    c.stages = ("pretrain", "pretrain_50", "finetune")
+    c.pretrain = ConfigDict(
+        dict(
+            steps=200_000,
+            batch_size=256,  # global, over all devices
+            micro_batches=1,  # more for less memory: parts of a batch computed one after the other
+            learning_rate=2e-4,
+            warmup_steps=0,
+            b1=0.99,
+            b2=0.99,
+            weight_decay=0.03,
+            clip_norm=1.0,
+            ema_decay=0.999,
+            ema_every=1,
+            mask=dict(kind="block", rate=0.9, block=4, crop=1),  # 416 of 4,096 patches
+        )
+    )
+    c.pretrain_50 = ConfigDict(
+        dict(
+            steps=200_000,
+            batch_size=64,  # global, over all devices
+            micro_batches=1,  # more for less memory: parts of a batch computed one after the other
+            learning_rate=2e-4,
+            warmup_steps=5000,
+            b1=0.99,
+            b2=0.99,
+            weight_decay=0.03,
+            clip_norm=1.0,
+            ema_decay=0.999,
+            ema_every=1,
+            mask=dict(kind="block", rate=0.5, block=4, crop=1),  # 2,048 of 4,096 patches
+        )
+    )
+    c.finetune = ConfigDict(
+        dict(
+            steps=200_000,  # the paper names no number: stop when the samples stop improving
+            batch_size=32,  # global, over all devices
+            micro_batches=1,  # more for less memory: parts of a batch computed one after the other
+            learning_rate=1e-5,
+            warmup_steps=5000,
+            b1=0.99,
+            b2=0.99,
+            weight_decay=0.03,
+            clip_norm=1.0,
+            ema_decay=0.999,
+            ema_every=1,
+            mask=dict(kind="none", rate=0.0, block=1, crop=1),
+        )
+    )
+    c.sampling = ConfigDict(dict(method="ddim", steps=250, eta=1.0))
+    c.preview = ConfigDict(dict(every=10_000, rows=4, columns=4))
+    c.checkpoint = ConfigDict(dict(every=10_000, keep=2))
+    c.log = ConfigDict(dict(every=100, tensorboard=True, wandb=False))
+    c.mesh = ConfigDict(dict(data=-1, fsdp=1))
+    return c

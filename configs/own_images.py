@@ -1,0 +1,95 @@
+"""Your own images at 64 x 64, MaskDM-S: masked pre-training, 50% hidden, then fine-tuning.
+
+    python launch/train.py --config=configs/own_images.py --config.data.path=DIR_OR_ZIP
+
+Hardware: one accelerator of 80 GB or 8 of 16 GB; less with micro_batches or remat.
+Expected cost, by arithmetic, not measured: 50k x 256 images x 0.0355 TFLOP
+ + 50k x 128 images x 0.0733 TFLOP
+= 0.923 EFLOP, about 0.648 hours of one H100 in bfloat16 at 40% of its peak (989 TFLOP/s).
+By class, if the images are in a folder per class: --config.data.labels=True --config.model.num_classes=N.
+On a CPU take a smaller network, for example --config.model.patch_size=8 --config.model.width=192
+--config.model.depth=7 --config.model.heads=6, and fewer steps, --config.pretrain.steps=3000.
+"""
+
+from ml_collections import ConfigDict
+
+
+def get_config():
+    c = ConfigDict()
+    c.seed = 0
+    c.init_from = ""  # run folder or checkpoint to take weights from; "" starts fresh
+    c.data = ConfigDict(
+        dict(
+            path="data/images",  # folder or .zip of images
+            image_size=64,  # short side resized (bicubic), centre cropped
+            channels=3,
+            labels=False,
+            flip=0.5,
+            threads=16,  # reading threads
+            workers=0,  # reading processes besides this one
+        )
+    )
+    c.model = ConfigDict(
+        dict(
+            patch_size=4,
+            width=512,
+            depth=13,
+            heads=8,
+            mlp_ratio=4.0,
+            qv_bias=False,
+            num_classes=0,  # 0: unconditional
+            time_mlp=False,
+            dtype="float32",  # bfloat16 computes in bfloat16, with float32 weights
+            remat=False,  # recompute blocks in the backward pass: less memory, a third more work
+        )
+    )
+    c.diffusion = ConfigDict(
+        dict(
+            timesteps=1000,
+            schedule="cosine",
+            shift_size=64,  # for shifted_cosine
+            objective="noise",
+            loss="l2",
+            loss_weight="p2",
+            loss_weight_gamma=0.0,  # off
+        )
+    )
+    c.stages = ("pretrain", "finetune")
+    c.pretrain = ConfigDict(
+        dict(
+            steps=50_000,
+            batch_size=256,  # global, over all devices
+            micro_batches=1,  # more for less memory: parts of a batch computed one after the other
+            learning_rate=2e-4,
+            warmup_steps=1000,
+            b1=0.99,
+            b2=0.99,
+            weight_decay=0.03,
+            clip_norm=1.0,
+            ema_decay=0.999,
+            ema_every=1,
+            mask=dict(kind="block", rate=0.5, block=2, crop=1),
+        )
+    )
+    c.finetune = ConfigDict(
+        dict(
+            steps=50_000,
+            batch_size=128,  # global, over all devices
+            micro_batches=1,  # more for less memory: parts of a batch computed one after the other
+            learning_rate=1e-4,
+            warmup_steps=1000,
+            b1=0.99,
+            b2=0.99,
+            weight_decay=0.03,
+            clip_norm=1.0,
+            ema_decay=0.999,
+            ema_every=1,
+            mask=dict(kind="none", rate=0.0, block=1, crop=1),
+        )
+    )
+    c.sampling = ConfigDict(dict(method="ddim", steps=250, eta=1.0))
+    c.preview = ConfigDict(dict(every=2_000, rows=4, columns=4))
+    c.checkpoint = ConfigDict(dict(every=1_000, keep=2))
+    c.log = ConfigDict(dict(every=100, tensorboard=True, wandb=False))
+    c.mesh = ConfigDict(dict(data=-1, fsdp=1))
+    return c

@@ -1,0 +1,130 @@
+"""Every shipped config is complete, runs and is the recipe that it says it is."""
+
+import ast
+import dataclasses
+import importlib.util
+import pathlib
+import typing
+
+import pytest
+
+from maskdm_jax import config as config_lib
+from maskdm_jax.network import make_network
+
+NAMES = [
+    "celeba64_finetune",
+    "celeba64_pretrain",
+    "celebahq",
+    "celebahq_finetune",
+    "celebahq_pretrain",
+    "celebahq_pretrain_50",
+    "celebahq_s_finetune",
+    "celebahq_s_pretrain",
+    "demo",
+    "lsun_church_finetune",
+    "own_images",
+    "vggface2_pretrain",
+]
+
+
+def load(root, name, *args):
+    spec = importlib.util.spec_from_file_location(name, root / "configs" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.get_config(*args)
+
+
+def test_the_list_above_is_complete(root):
+    assert sorted(path.stem for path in (root / "configs").glob("*.py")) == NAMES
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_config_is_complete_and_says_how_to_run_it(root, name):
+    config = config_lib.parse(load(root, name))
+    assert config_lib.parse(config_lib.to_dict(config)) == config
+    text = ast.get_docstring(ast.parse((root / "configs" / f"{name}.py").read_text()))
+    assert f"python launch/train.py --config=configs/{name}.py" in text
+    assert "Hardware" in text
+    assert "xpected cost" in text
+    make_network(config).abstract_params()
+
+
+# Of the reference's recipe table: size, images, batch, rate, warm-up, clip, EMA, schedule, visible, flip.
+B, S = (768, 12, 12), (512, 13, 8)
+RECIPES = {
+    "celebahq_pretrain": [("pretrain", B, 256, 256, 2e-4, 0, 1.0, 0.999, "cosine", 416, 0)],
+    "celebahq_pretrain_50": [("pretrain", B, 256, 64, 2e-4, 5000, 1.0, 0.999, "cosine", 2048, 0)],
+    "celebahq_finetune": [("finetune", B, 256, 32, 1e-5, 5000, 1.0, 0.999, "cosine", 4096, 0)],
+    "celebahq": [
+        ("pretrain", B, 256, 256, 2e-4, 0, 1.0, 0.999, "cosine", 416, 0),
+        ("pretrain_50", B, 256, 64, 2e-4, 5000, 1.0, 0.999, "cosine", 2048, 0),
+        ("finetune", B, 256, 32, 1e-5, 5000, 1.0, 0.999, "cosine", 4096, 0),
+    ],
+    "lsun_church_finetune": [("finetune", B, 256, 64, 1e-4, 5000, 1.0, 0.9999, "linear", 4096, 0.5)],
+    "vggface2_pretrain": [("pretrain", S, 256, 256, 2e-4, 0, 1.0, 0.999, "cosine", 416, 0)],
+    "celebahq_s_pretrain": [("pretrain", S, 256, 256, 2e-4, 0, 1.0, 0.999, "cosine", 416, 0)],
+    "celebahq_s_finetune": [("finetune", S, 256, 64, 5e-5, 0, 0.0, 0.999, "cosine", 4096, 0.5)],
+    "celeba64_pretrain": [("pretrain", S, 64, 256, 2e-4, 0, 0.0, 0.999, "linear", 128, 0)],
+    "celeba64_finetune": [("finetune", S, 64, 128, 2e-4, 0, 0.0, 0.999, "linear", 256, 0)],
+}
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_recipes(root, name):
+    config = config_lib.parse(load(root, name))
+    assert config.model.patch_size == 4
+    assert list(config.stage) == [recipe[0] for recipe in RECIPES[name]]
+    for stage_name, size, images, batch, rate, warmup, clip, ema, schedule, visible, flip in RECIPES[name]:
+        stage = config.stage[stage_name]
+        assert (config.model.width, config.model.depth, config.model.heads) == size
+        assert (config.data.image_size, config.data.flip) == (images, flip)
+        assert (stage.batch_size, stage.learning_rate, stage.warmup_steps, stage.clip_norm) == (
+            batch,
+            rate,
+            warmup,
+            clip,
+        )
+        assert (stage.b1, stage.b2, stage.weight_decay, stage.ema_decay) == (0.99, 0.99, 0.03, ema)
+        assert (config.diffusion.schedule, config.diffusion.objective, config.diffusion.loss) == (
+            schedule,
+            "noise",
+            "l2",
+        )
+        assert config_lib.mask_plan(config, stage_name).visible == visible
+        assert stage.steps == 200_000
+
+
+@pytest.mark.parametrize(
+    ("mask", "visible"),
+    [
+        *(("patch_10", 231), ("patch_50", 128), ("patch_90", 26)),
+        *(("block2_10", 232), ("block2_50", 128), ("block2_90", 28)),
+        *(("block4_10", 240), ("block4_50", 128), ("block4_90", 32), ("block8_50", 128)),
+        *(("crop_10", 225), ("crop_50", 121), ("crop_90", 25)),
+    ],
+)
+def test_masks_of_celeba64(root, mask, visible):
+    config = config_lib.parse(load(root, "celeba64_pretrain", mask))
+    assert config_lib.mask_plan(config, "pretrain").visible == visible
+
+
+def test_every_setting_is_explained():
+    """Each field of the schema has a comment on its line or a name that needs none."""
+    plain = {"patch_size", "width", "heads", "mlp_ratio", "qv_bias", "schedule", "timesteps", "steps", "seed"}
+    plain |= {
+        "learning_rate",
+        "warmup_steps",
+        "b1",
+        "b2",
+        "weight_decay",
+        "ema_decay",
+        "ema_every",
+        "mask",
+        "tensorboard",
+    }
+    lines = pathlib.Path(config_lib.__file__).read_text().splitlines()
+    for cls in (config_lib.Data, config_lib.Model, config_lib.Diffusion, config_lib.Mask, config_lib.Stage):
+        hints = typing.get_type_hints(cls)
+        assert hints.keys() == {field.name for field in dataclasses.fields(cls)}
+        for name in hints.keys() - plain:
+            assert any(line.startswith(f"    {name}: ") and "#" in line for line in lines), name

@@ -1,0 +1,120 @@
+import json
+
+import jax
+import numpy as np
+import pytest
+import tiny
+from PIL import Image
+
+from maskdm_jax import generate, train
+from maskdm_jax.checkpoint import CheckpointError
+from maskdm_jax.config import ConfigError
+from maskdm_jax.generate import GenerateError
+from maskdm_jax.network import make_network
+from maskdm_jax.sharding import make_mesh
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("run")
+    train.train(tiny.config(stages=("finetune",)), workdir, devices=jax.devices()[:1])
+    return workdir
+
+
+@pytest.fixture(scope="module")
+def loaded(run):
+    return generate.load(run)
+
+
+def images_of(folder, n):
+    return np.stack([np.asarray(Image.open(folder / f"{i:06d}.png")) for i in range(n)])
+
+
+@pytest.fixture(scope="module")
+def ten(loaded, tmp_path_factory):
+    return generate.generate_to_folder(loaded, tmp_path_factory.mktemp("out") / "ten", 10, batch_size=8)
+
+
+def test_to_uint8_inverts_to_unit():
+    values = np.arange(256, dtype=np.uint8)
+    np.testing.assert_array_equal(generate.to_uint8(generate.to_unit(values)), values)
+    assert generate.to_uint8(np.float32([-9, 9])).tolist() == [0, 255]
+
+
+def test_an_image_is_the_same_in_any_batch_and_on_any_mesh():
+    config = tiny.config()
+    network = make_network(config)
+    params = jax.jit(network.init)(jax.random.key(0))
+    eight = generate.make_generator(config, network, make_mesh(), 8)(params, 5, range(8), np.arange(8))
+    one = generate.make_generator(config, network, make_mesh(devices=jax.devices()[:1]), 8)(
+        params, 5, range(8), np.arange(8)
+    )
+    np.testing.assert_allclose(eight.astype(int), one, atol=1)
+    some = generate.make_generator(config, network, make_mesh(), 8)(params, 5, [6, 2], [6, 2])
+    np.testing.assert_array_equal(some, eight[[6, 2]])
+    other = generate.make_generator(config, network, make_mesh(), 8)(params, 6, range(8), np.arange(8))
+    assert (other != eight).mean() > 0.5
+
+
+def test_images_and_settings_are_written(ten, loaded):
+    assert images_of(ten, 10).shape == (10, 8, 8)
+    settings = json.loads((ten / "samples.json").read_text())
+    assert settings["labels"] == list(range(10))
+    assert settings["weights"] == "ema"
+    assert settings["checkpoint"] == str(loaded.checkpoint)
+
+
+def test_going_on_makes_the_same_images(ten, loaded, tmp_path):
+    done = []
+    out = generate.generate_to_folder(loaded, tmp_path / "out", 4, batch_size=8, progress=done.append)
+    generate.generate_to_folder(loaded, out, 10, batch_size=8, progress=done.append)
+    np.testing.assert_array_equal(images_of(out, 10), images_of(ten, 10))
+    (out / "000003.png").unlink()
+    generate.generate_to_folder(loaded, out, 10, batch_size=8, progress=done.append)
+    np.testing.assert_array_equal(images_of(out, 10), images_of(ten, 10))
+    assert done == [4, 8, 10, 10]
+
+
+def test_npz(ten, loaded, tmp_path):
+    out = generate.generate_to_folder(loaded, tmp_path / "out", 10, batch_size=8, file_format="npz")
+    stored = np.load(out / "samples.npz")
+    np.testing.assert_array_equal(stored["images"][..., 0], images_of(ten, 10))
+    assert stored["labels"].tolist() == list(range(10))
+    assert sorted(path.name for path in out.iterdir()) == ["samples.json", "samples.npz"]
+    before = (out / "samples.npz").stat().st_mtime_ns
+    generate.generate_to_folder(loaded, out, 10, batch_size=8, file_format="npz")
+    assert (out / "samples.npz").stat().st_mtime_ns == before, "nothing to do"
+    generate.generate_to_folder(loaded, out, 12, batch_size=8, file_format="npz")
+    more = np.load(out / "samples.npz")["images"]
+    np.testing.assert_array_equal(more[:10], stored["images"])
+
+
+def test_labels_are_cycled_through(loaded, tmp_path):
+    out = generate.generate_to_folder(loaded, tmp_path / "out", 5, labels=[3, 1], batch_size=8, file_format="npz")
+    assert np.load(out / "samples.npz")["labels"].tolist() == [3, 1, 3, 1, 3]
+    with pytest.raises(GenerateError, match=r"labels \[10, -1\] are outside 0..9"):
+        generate.generate_to_folder(loaded, tmp_path / "b", 5, labels=[10, 2, -1])
+
+
+def test_folders_are_not_mixed(ten, loaded, run, tmp_path):
+    with pytest.raises(GenerateError, match=r"other settings \(seed: 0 -> 1\)"):
+        generate.generate_to_folder(loaded, ten, 10, seed=1, batch_size=8)
+    (tmp_path / "mine.txt").write_text("mine")
+    with pytest.raises(GenerateError, match="is not empty and holds no samples.json"):
+        generate.generate_to_folder(loaded, tmp_path, 10)
+    with pytest.raises(GenerateError, match="format 'jpg' is unknown"):
+        generate.generate_to_folder(loaded, tmp_path / "a", 1, file_format="jpg")
+    with pytest.raises(GenerateError, match="weights 'best' are unknown"):
+        generate.load(run, weights="best")
+    with pytest.raises(ConfigError, match="sampling.steps is 2000"):
+        generate.load(run, sampling={"steps": 2000})
+    with pytest.raises(CheckpointError, match="holds no checkpoint"):
+        generate.load(tmp_path)
+
+
+def test_raw_weights_and_other_samplers(loaded, run):
+    raw = generate.load(run, weights="params", sampling={"method": "ddpm"})
+    assert raw.config.sampling.method == "ddpm"
+    ((index, images),) = generate.generate_batches(raw, range(2), [0, 1], seed=0, batch_size=2)
+    assert images.shape == (2, 8, 8, 1)
+    assert index.tolist() == [0, 1]

@@ -1,0 +1,164 @@
+"""The programs as a person starts them, killed as a machine kills them."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+from maskdm_jax import observe
+
+TINY = [
+    *("--config.model.width=16", "--config.model.depth=3", "--config.model.heads=2"),
+    *("--config.pretrain.batch_size=8", "--config.finetune.batch_size=8"),
+    *(
+        "--config.pretrain.steps=24",
+        "--config.finetune.steps=16",
+        "--config.checkpoint.every=5",
+        "--config.log.every=2",
+    ),
+    *("--config.preview.every=0", "--config.preview.rows=2", "--config.preview.columns=2", "--config.sampling.steps=3"),
+    "--config.log.tensorboard=False",
+]
+
+
+@pytest.fixture(scope="module")
+def launch(root, child_env):
+    def command(program, *args, **options):
+        line = [sys.executable, str(root / "launch" / f"{program}.py"), *args]
+        return subprocess.Popen(
+            line, env=child_env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=root, **options
+        )
+
+    def run(program, *args, **options):
+        process = command(program, *args, **options)
+        output, _ = process.communicate(timeout=300)
+        return process.returncode, output
+
+    run.command = command
+    return run
+
+
+@pytest.fixture(scope="module")
+def demo(launch, tmp_path_factory):
+    """An undisturbed tiny demo."""
+    workdir = tmp_path_factory.mktemp("demo") / "run"
+    code, output = launch("train", "--config=configs/demo.py", f"--workdir={workdir}", *TINY)
+    assert code == 0, output
+    return workdir, output
+
+
+def history(workdir):
+    return [(line["step"], line["loss"], line["grad_norm"]) for line in observe.read_metrics(workdir / "metrics.jsonl")]
+
+
+def test_what_a_person_sees(demo):
+    workdir, output = demo
+    for said in (
+        "start: fresh weights",
+        "Total: ",
+        "1797 images from digits",
+        "of 16 patches visible",
+        "images/s",
+        " left",
+    ):
+        assert said in output, said
+    assert "tokens" in output
+    last = output.strip().splitlines()[-1]
+    for place in ("samples/step_0000040.png", "checkpoints/40", "metrics.jsonl", "log.txt"):
+        assert str(workdir / place) in last
+        assert (workdir / place).exists()
+    assert "WARNING" not in output
+    assert "Traceback" not in output
+
+
+def test_killed_at_any_moment_it_goes_on_as_if_nothing_had_been(launch, demo, tmp_path):
+    """SIGKILL while starting, then a random moment after each of some log lines, in both stages."""
+    undisturbed, workdir = demo[0], tmp_path / "run"
+    draw = random.Random(0)
+
+    def lines():
+        path = workdir / "metrics.jsonl"
+        return len(path.read_text().splitlines()) if path.exists() else 0
+
+    for wanted in (0, 1, 6, 11, 14, 18):  # of 20 lines; the first kill comes before anything was written
+        process = launch.command(
+            "train", "--config=configs/demo.py", f"--workdir={workdir}", *TINY, start_new_session=True
+        )
+        while lines() < wanted and process.poll() is None:
+            time.sleep(0.002)
+        time.sleep(draw.uniform(0, 0.1 if wanted else 3))
+        assert process.poll() is None, "it ended before the kill: the test says nothing"
+        os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+    code, output = launch("train", "--config=configs/demo.py", f"--workdir={workdir}", *TINY)
+    assert code == 0, output
+    assert "start: resuming" in output
+    assert history(workdir) == history(undisturbed)
+    grid = "samples/step_0000040.png"
+    assert (workdir / grid).read_bytes() == (undisturbed / grid).read_bytes()
+
+
+def test_killed_right_after_each_checkpoint(launch, demo, tmp_path):
+    """SIGKILL as soon as a new checkpoint folder shows up, finished or not."""
+    undisturbed, workdir = demo[0], tmp_path / "run"
+    kills = 0
+    while True:
+        process = launch.command(
+            "train", "--config=configs/demo.py", f"--workdir={workdir}", *TINY, start_new_session=True
+        )
+        before = set(os.listdir(workdir / "checkpoints")) if (workdir / "checkpoints").exists() else set()
+        while process.poll() is None:
+            now = set(os.listdir(workdir / "checkpoints")) if (workdir / "checkpoints").exists() else set()
+            if kills < 3 and now - before:
+                os.killpg(process.pid, signal.SIGKILL)
+                kills += 1
+                break
+            time.sleep(0.002)
+        process.communicate()
+        if process.returncode == 0:
+            break
+    assert kills == 3
+    assert history(workdir) == history(undisturbed)
+
+
+def test_samples_from_a_run(launch, demo, tmp_path):
+    workdir, _ = demo
+    out = tmp_path / "samples"
+    args = [f"--run={workdir}", f"--out={out}", "--n=6", "--batch=4", "--columns=3", "--labels=7,1"]
+    code, output = launch("sample", *args)
+    assert code == 0, output
+    assert output.strip().splitlines()[-1] == f"done: 6 images in {out}, grid {out / 'grid.png'}"
+    assert len(list(out.glob("0*.png"))) == 6
+    assert json.loads((out / "samples.json").read_text())["labels"] == [7, 1]
+    code, output = launch("sample", *args, "--seed=1")
+    assert code == 1
+    assert "error: " in output
+    assert "seed: 0 -> 1" in output
+    code, output = launch("sample", f"--run={workdir}", f"--out={tmp_path / 'b'}", "--n=3", "--format=npz", "--eta=0")
+    assert code == 0, output
+    assert np.load(tmp_path / "b" / "samples.npz")["images"].shape == (3, 8, 8, 1)
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--config=configs/demo.py", "--config.model.widht=3"], "widht"),
+        (["--config=configs/demo.py", "--config.pretrain.mask.rate=1.5"], "error: config.pretrain.mask: mask rate 1.5"),
+        (["--config=configs/demo.py", "--config.data.path=nowhere"], "error: data.path 'nowhere' does not exist"),
+        (["--config=configs/demo.py", "--config.init_from=nowhere"], "holds no checkpoint; give a run folder"),
+        (["--config=configs/demo.py", "stray"], "unexpected arguments"),
+        ([], "which run? give --config=configs/NAME.py"),
+    ],
+)
+def test_mistakes_end_in_one_clear_line(launch, tmp_path, args, message):
+    code, output = launch("train", f"--workdir={tmp_path / 'run'}", *args)
+    assert code != 0
+    assert message in output
+    if message.startswith("error"):
+        assert "Traceback" not in output

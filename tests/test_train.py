@@ -1,0 +1,293 @@
+import functools
+import json
+import logging
+from unittest import mock
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+
+from maskdm_jax import checkpoint, observe, sharding, train
+from maskdm_jax import config as config_lib
+from maskdm_jax.checkpoint import CheckpointError
+from maskdm_jax.config import ConfigError
+from maskdm_jax.data.pipeline import Batches
+from maskdm_jax.network import make_network
+from maskdm_jax.train_state import make_optimizer, new_state
+
+ONE = jax.devices()[:1]
+
+
+def setup(config, devices=ONE):
+    """A compiled first-stage step, a fresh state and batches for it."""
+    mesh, network = train.make_mesh_for(config, devices), make_network(config)
+    abstract = train.abstract_state(config, 0, network, mesh)
+    step = train.compile_step(config, config.stages[0], network, mesh, abstract)
+    placed = jax.tree.map(lambda leaf: leaf.sharding, abstract)
+    optimizer = make_optimizer(config.stage[config.stages[0]])
+    make = lambda: new_state(network.init(jax.random.key(0)), optimizer, jax.random.key(1))
+    state = jax.jit(make, out_shardings=placed)()
+    batches = Batches(config.data, batch_size=config.stage[config.stages[0]].batch_size, seed=0)
+    return step, state, batches, mesh
+
+
+def run_steps(config, n, devices=ONE):
+    """Losses of n steps and the final state."""
+    losses, traces = [], []
+    with mock.patch.object(train, "draw_inputs", wraps=train.draw_inputs) as draw:
+        step, state, batches, mesh = setup(config, devices)
+        for _ in range(n):
+            state, metrics = step(state, sharding.to_global(mesh, next(batches)))
+            losses.append(float(metrics["loss"]))
+            traces.append(draw.call_count)
+    batches.close()
+    assert len(set(traces)) == 1, "a stage traces its step once"
+    return losses, state
+
+
+@pytest.fixture(scope="module")
+def reference_losses():
+    return run_steps(tiny.config(), 5)
+
+
+@pytest.mark.parametrize("mesh", [(8, 1), (4, 2), (1, 8)])
+def test_eight_devices_compute_what_one_does(reference_losses, mesh, monkeypatch):
+    monkeypatch.setattr(sharding, "MIN_SHARDED_SIZE", 64)  # so that tiny parameters are split too
+    losses, state = run_steps(tiny.config(mesh__data=mesh[0], mesh__fsdp=mesh[1]), 5, jax.devices())
+    np.testing.assert_allclose(losses, reference_losses[0], rtol=1e-5)
+    kernel = state.params["mid_block"]["mlp"]["fc1"]["kernel"]
+    assert kernel.addressable_shards[0].data.size == kernel.size // mesh[1]
+    moments = [m for m in jax.tree.leaves(state.opt_state) if m.shape == kernel.shape]
+    assert moments
+    assert all(m.sharding == kernel.sharding for m in moments)
+    assert state.ema["mid_block"]["mlp"]["fc1"]["kernel"].sharding == kernel.sharding
+
+
+def test_micro_batches_compute_what_the_whole_batch_does(reference_losses):
+    losses, _ = run_steps(tiny.config(pretrain__micro_batches=4), 5)
+    np.testing.assert_allclose(losses, reference_losses[0], rtol=1e-5)
+
+
+def test_randomness_belongs_to_the_example_not_to_its_row():
+    config = tiny.config()
+    plan = config_lib.mask_plan(config, "pretrain")
+    batch = next(Batches(config.data, batch_size=8, seed=0))
+    order = np.random.RandomState(0).permutation(8)
+    key = jax.random.key(0)
+    draw = jax.jit(functools.partial(train.draw_inputs, config, plan))
+    straight, shuffled = draw(key, batch), draw(key, {name: rows[order] for name, rows in batch.items()})
+    jax.tree.map(lambda a, b: np.testing.assert_array_equal(a[order], b), straight, shuffled)
+    other = draw(jax.random.key(1), batch)
+    assert (other.t != straight.t).any()
+    assert (other.positions != straight.positions).any()
+
+
+def test_inputs_are_the_visible_patches_of_the_image():
+    config = tiny.config(data__flip=0.0)
+    batch = next(Batches(config.data, batch_size=8, seed=0))
+    inputs = train.draw_inputs(config, config_lib.mask_plan(config, "pretrain"), jax.random.key(0), batch)
+    assert inputs.x0.shape == inputs.eps.shape == (8, 8, 4)
+    for image, patches, positions in zip(batch["image"], inputs.x0, inputs.positions, strict=True):
+        for patch, position in zip(patches, positions, strict=True):
+            row, column = divmod(int(position), 4)
+            expected = image[2 * row : 2 * row + 2, 2 * column : 2 * column + 2].reshape(-1) / 127.5 - 1
+            np.testing.assert_allclose(patch, expected, atol=1e-6)
+    whole = train.draw_inputs(config, config_lib.mask_plan(config, "finetune"), jax.random.key(0), batch)
+    assert whole.positions is None
+    assert whole.x0.shape == (8, 16, 4)
+    mirrored = train.draw_inputs(
+        tiny.config(data__flip=1.0), config_lib.mask_plan(config, "finetune"), jax.random.key(0), batch
+    )
+    turned = dict(batch, image=batch["image"][:, :, ::-1])
+    again = train.draw_inputs(config, config_lib.mask_plan(config, "finetune"), jax.random.key(0), turned)
+    np.testing.assert_array_equal(mirrored.x0, again.x0)
+
+
+def test_one_batch_can_be_learned_by_heart():
+    config = tiny.config(
+        pretrain__mask__kind="none",
+        pretrain__learning_rate=5e-3,
+        model__width=32,
+        data__flip=0.0,
+        model__time_mlp=False,
+    )
+    step, state, batches, mesh = setup(config)
+    batch = sharding.to_global(mesh, next(batches))
+    batches.close()
+    losses = []
+    for _ in range(600):
+        state, metrics = step(state, batch)
+        losses.append(float(metrics["loss"]))
+    assert losses[0] > 0.9
+    assert np.mean(losses[-100:]) < 0.2
+
+
+def params_of(folder, which="params"):
+    found = checkpoint.find(folder)
+    config = config_lib.parse(checkpoint.load_meta(found)["config"])
+    abstract = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=jax.sharding.SingleDeviceSharding(ONE[0])),
+        make_network(config).abstract_params(),
+    )
+    return jax.tree.map(np.asarray, checkpoint.load_weights(found, which, abstract))
+
+
+def history(workdir):
+    return [(line["step"], line["loss"], line["grad_norm"]) for line in observe.read_metrics(workdir / "metrics.jsonl")]
+
+
+@pytest.fixture(scope="module")
+def whole_run(tmp_path_factory):
+    """An undisturbed run of both stages."""
+    workdir = tmp_path_factory.mktemp("whole")
+    last = train.train(tiny.config(), workdir, devices=ONE)
+    assert last == workdir / "checkpoints" / "6"
+    return workdir
+
+
+class Stop(Exception):
+    pass
+
+
+@pytest.mark.parametrize(("stop_after", "log_every"), [(1, 1), (2, 1), (3, 1), (4, 1), (5, 1), (2, 3), (5, 3)])
+def test_resumed_runs_equal_undisturbed_ones_bit_for_bit(whole_run, tmp_path, monkeypatch, stop_after, log_every):
+    """Stopped after any step, in either stage, with checkpoints every second step."""
+    if log_every != 1:  # means over windows that a stop cuts in two
+        whole_run = tmp_path / "whole"
+        train.train(tiny.config(log__every=log_every), whole_run, devices=ONE)
+    config, workdir = tiny.config(log__every=log_every), tmp_path / "stopped"
+    real, count = sharding.to_global, 0
+
+    def dies(*args):
+        nonlocal count
+        count += 1
+        if count > stop_after:
+            raise Stop
+        return real(*args)
+
+    monkeypatch.setattr(sharding, "to_global", dies)
+    with pytest.raises(Stop):
+        train.train(config, workdir, devices=ONE)
+    monkeypatch.setattr(sharding, "to_global", real)
+    train.train(config, workdir, devices=ONE)
+    assert history(workdir) == history(whole_run)
+    for which in ("params", "ema"):
+        jax.tree.map(np.testing.assert_array_equal, params_of(workdir, which), params_of(whole_run, which))
+
+
+def test_a_run_leaves_everything_behind(whole_run, caplog):
+    assert [line["step"] for line in observe.read_metrics(whole_run / "metrics.jsonl")] == [1, 2, 3, 4, 5, 6]
+    first = observe.read_metrics(whole_run / "metrics.jsonl")[0]
+    assert first.keys() == {
+        "step", "loss", "grad_norm", "learning_rate", "images_per_second", "visible_tokens", "stage"
+    }  # fmt: skip
+    assert (first["stage"], first["visible_tokens"], first["learning_rate"]) == ("pretrain", 8, 0)
+    assert (whole_run / "samples" / "step_0000004.png").exists(), "at the end of each stage"
+    assert (whole_run / "samples" / "step_0000006.png").exists()
+    assert config_lib.parse(json.loads((whole_run / "config.json").read_text())) == tiny.config()
+    log = (whole_run / "log.txt").read_text()
+    for said in ("start: fresh weights, seed 3", "Total: ", "8 of 16 patches visible", "done in ", "metrics.jsonl"):
+        assert said in log
+    before = history(whole_run)
+    train.train(tiny.config(), whole_run, devices=ONE)
+    assert "nothing left to do" in (whole_run / "log.txt").read_text()
+    assert history(whole_run) == before
+
+
+def test_checkpoints_kept_are_the_newest_and_the_end_of_each_stage(whole_run):
+    assert sorted(int(p.name) for p in (whole_run / "checkpoints").iterdir()) == [4, 6]
+
+
+def test_a_stage_starts_from_raw_weights_with_a_new_optimizer_and_ema(whole_run, tmp_path):
+    config = tiny.config(
+        stages=("finetune",), init_from=str(whole_run / "checkpoints" / "4"), finetune__learning_rate=0.0
+    )
+    train.train(config, tmp_path / "next", devices=ONE)
+    raw, ema = params_of(whole_run / "checkpoints" / "4"), params_of(whole_run / "checkpoints" / "4", "ema")
+    assert any((a != b).any() for a, b in zip(jax.tree.leaves(raw), jax.tree.leaves(ema), strict=True)) is False
+    jax.tree.map(np.testing.assert_array_equal, params_of(tmp_path / "next"), raw)
+    assert f"start: weights of {whole_run / 'checkpoints' / '4'}" in (tmp_path / "next" / "log.txt").read_text()
+
+
+def test_weights_that_do_not_fit_are_refused_by_name(whole_run, tmp_path):
+    with pytest.raises(CheckpointError, match=r"head.bias is \(4,\) float32 there and \(16,\) float32 here"):
+        train.train(tiny.config(init_from=str(whole_run), model__patch_size=4), tmp_path / "a", devices=ONE)
+    with pytest.raises(CheckpointError, match="unknown to this model: time_mlp.fc1.bias"):
+        train.train(tiny.config(init_from=str(whole_run), model__time_mlp=False), tmp_path / "b", devices=ONE)
+    with pytest.raises(CheckpointError, match="holds no checkpoint; give a run folder"):
+        train.train(tiny.config(init_from=str(tmp_path)), tmp_path / "c", devices=ONE)
+    with pytest.raises(CheckpointError, match="do not fit config.model"):
+        train.train(tiny.config(model__width=32), whole_run, devices=ONE)
+
+
+def test_a_run_folder_of_other_stages_is_refused(whole_run):
+    with pytest.raises(ConfigError, match="use the stages of that run, or another --workdir"):
+        train.train(tiny.config(pretrain__steps=3), whole_run, devices=ONE)
+    with pytest.raises(ConfigError, match="use the stages of that run"):
+        train.train(tiny.config(stages=("finetune",)), whole_run, devices=ONE)
+    with pytest.raises(ConfigError, match="is at step 2 of stage 'finetune', but config.finetune.steps is 1"):
+        train.train(tiny.config(finetune__steps=1), whole_run, devices=ONE)
+
+
+def test_a_changed_config_is_told(whole_run):
+    train.train(tiny.config(finetune__learning_rate=5e-4, seed=4), whole_run, devices=ONE)
+    log = (whole_run / "log.txt").read_text()
+    assert "the config changed since that checkpoint: finetune.learning_rate: 0.001 -> 0.0005" in log
+
+
+@pytest.mark.parametrize(("step", "checkpoint_step"), [(1, None), (4, 2)])
+def test_a_non_finite_loss_stops_the_run(tmp_path, monkeypatch, step, checkpoint_step):
+    real, count = sharding.to_global, 0
+
+    def poisoned(mesh, batch):
+        nonlocal count
+        count += 1
+        return real(mesh, batch)
+
+    monkeypatch.setattr(sharding, "to_global", poisoned)
+    honest = train.compile_step
+
+    def compile_step(*args):
+        compiled = honest(*args)
+
+        def run(state, batch):
+            state, metrics = compiled(state, batch)
+            bad = jnp.float32(jnp.nan) if count >= step else metrics["loss"]
+            return state, metrics | {"loss": bad}
+
+        return run
+
+    monkeypatch.setattr(train, "compile_step", compile_step)
+    with pytest.raises(train.NonFiniteLoss) as error:
+        train.train(tiny.config(), tmp_path, devices=ONE)
+    said = str(error.value)
+    assert f"step {step} (pretrain, step {step}) is not finite: loss nan" in said
+    assert "--config.pretrain.learning_rate (now 0.001)" in said
+    expected = (
+        "there is no checkpoint yet"
+        if checkpoint_step is None
+        else str(tmp_path / "checkpoints" / str(checkpoint_step))
+    )
+    assert expected in said
+    assert checkpoint.Checkpoints(tmp_path, keep=2).latest() == checkpoint_step, "what diverged was not saved"
+
+
+def test_classes_and_devices_must_fit(tmp_path):
+    with pytest.raises(ConfigError, match=r"digits has 10 classes \(0, 1, .*\).*pass --config.model.num_classes=10"):
+        train.train(tiny.config(model__num_classes=7), tmp_path, devices=ONE)
+    with pytest.raises(ConfigError, match="pretrain.batch_size 8 in 2 micro-batches does not divide over 8 devices"):
+        train.train(tiny.config(pretrain__micro_batches=2), tmp_path)
+    with pytest.raises(ConfigError, match="mesh data=3, fsdp=1 does not fit 8 devices"):
+        train.train(tiny.config(mesh__data=3), tmp_path)
+    assert not list(tmp_path.iterdir()), "nothing was begun"
+
+
+def test_bfloat16_trains(tmp_path, caplog):
+    logging.getLogger("maskdm_jax").setLevel(logging.INFO)
+    losses, state = run_steps(tiny.config(model__dtype="bfloat16"), 3)
+    expected, _ = run_steps(tiny.config(), 3)
+    np.testing.assert_allclose(losses, expected, rtol=0.02)
+    assert losses != expected
+    assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves((state.params, state.ema)))
