@@ -40,6 +40,11 @@ def state_sharding(mesh: Mesh, tree):
     return jax.tree.map(place, tree)
 
 
+def replicate(mesh: Mesh, tree):
+    """Inside jit: every device gets all of each array (an all-gather where it was split)."""
+    return jax.lax.with_sharding_constraint(tree, NamedSharding(mesh, P()))
+
+
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """Examples over all devices of the mesh."""
     return NamedSharding(mesh, BATCH)

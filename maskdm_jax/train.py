@@ -88,23 +88,26 @@ def make_loss(config: Config, network: Network) -> typing.Callable:
     return loss
 
 
-def train_step(state: TrainState, batch, *, draw, loss, stage: Stage) -> tuple[TrainState, dict]:
+def train_step(state: TrainState, batch, *, draw, loss, stage: Stage, mesh) -> tuple[TrainState, dict]:
     """One optimizer step.
 
     Args:
       state, batch: see `TrainState` and `draw_inputs`; B = stage.batch_size.
       draw: (key, batch) -> `Inputs`.
       loss: (params, inputs) -> scalar.
+      mesh: where state and batch are.
 
     Returns:
       the next state and float32 scalars: loss, grad_norm (before clipping), learning_rate.
     """
     key = jax.random.fold_in(state.key, state.step)
 
-    def value_and_grad(part):
-        return jax.value_and_grad(lambda params: loss(params, draw(key, part)))(state.params)
+    whole = sharding.replicate(mesh, state.params)  # gathered once, whatever the number of micro-batches
 
-    value, grads = average(value_and_grad, batch, stage.micro_batches)
+    def value_and_grad(part):
+        return jax.value_and_grad(lambda params: loss(params, draw(key, part)))(whole)
+
+    value, grads = average(value_and_grad, batch, stage.micro_batches, mesh)
     updates, opt_state = make_optimizer(stage).update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     step_size = ema_step_size(state.step, decay=stage.ema_decay, every=stage.ema_every)
@@ -113,7 +116,7 @@ def train_step(state: TrainState, batch, *, draw, loss, stage: Stage) -> tuple[T
     return TrainState(state.step + 1, params, ema, opt_state, state.key), metrics
 
 
-def average(fn, batch, parts: int):
+def average(fn, batch, parts: int, mesh):
     """Mean of fn over `parts` micro-batches of a batch, computed one after the other."""
     if parts == 1:
         return fn(batch)
@@ -122,10 +125,12 @@ def average(fn, batch, parts: int):
         # Micro-batch j takes rows j, parts + j, ...: each device keeps its rows, nothing is moved.
         return x.reshape(x.shape[0] // parts, parts, *x.shape[1:]).swapaxes(0, 1)
 
+    place = NamedSharding(mesh, P(None, *sharding.BATCH))
+
     def add(total, part):
         return jax.tree.map(jnp.add, total, fn(part)), None
 
-    micro = jax.tree.map(split, batch)
+    micro = jax.lax.with_sharding_constraint(jax.tree.map(split, batch), place)
     zeros = jax.tree.map(jnp.zeros_like, jax.eval_shape(fn, jax.tree.map(lambda x: x[0], micro)))
     total, _ = jax.lax.scan(add, zeros, micro)
     return jax.tree.map(lambda x: x / parts, total)
@@ -135,7 +140,7 @@ def compile_step(config: Config, name: str, network: Network, mesh, abstract: Tr
     """Jit the step of stage `name`: the state is donated and stays where `abstract` has it."""
     stage = config.stage[name]
     draw = functools.partial(draw_inputs, config, config_lib.mask_plan(config, name))
-    step = functools.partial(train_step, draw=draw, loss=make_loss(config, network), stage=stage)
+    step = functools.partial(train_step, draw=draw, loss=make_loss(config, network), stage=stage, mesh=mesh)
     placed = jax.tree.map(lambda leaf: leaf.sharding, abstract)
     return jax.jit(
         step,

@@ -12,6 +12,7 @@ from golden import nhwc
 from maskdm_jax import diffusion, masking, samplers, train
 from maskdm_jax.models.layers import patchify
 from maskdm_jax.network import make_network
+from maskdm_jax.sharding import make_mesh
 from maskdm_jax.torch_checkpoint import our_layout, our_path, state_dict_from_params
 from maskdm_jax.train_state import make_optimizer, new_state
 
@@ -182,6 +183,7 @@ def test_training_run(train_case):
     )
     config = golden.config(meta["network"], stage, meta["mask"], objective)
     network, stage = make_network(config), config.stage["stage"]
+    mesh = make_mesh(devices=jax.devices()[:1])
     zeros = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), network.abstract_params())
     shapes = {name: t.shape for name, t in state_dict_from_params(zeros, config.model.patch_size).items()}
     state = new_state(golden.params(shapes), make_optimizer(stage), jax.random.key(0))
@@ -190,7 +192,9 @@ def test_training_run(train_case):
         cut = lambda x: masking.gather(patchify(x, config.model.patch_size), batch["positions"])
         return train.Inputs(cut(2 * batch["image"] - 1), batch["t"], cut(batch["noise"]), batch["positions"], None)
 
-    step = jax.jit(functools.partial(train.train_step, draw=draw, loss=train.make_loss(config, network), stage=stage))
+    step = jax.jit(
+        functools.partial(train.train_step, draw=draw, loss=train.make_loss(config, network), stage=stage, mesh=mesh)
+    )
     norms = jax.jit(lambda tree: jnp.sqrt(sum(jnp.sum(jnp.square(leaf)) for leaf in jax.tree.leaves(tree))))
     for i, micro in enumerate(golden.training_batches(meta)):
         # Row r of micro-batch j is row r * parts + j of the batch: see `train.average`.
