@@ -35,7 +35,8 @@ def logging_to(workdir):
     file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     console = _Console()
     console.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
-    log.setLevel(logging.INFO)
+    console.setLevel(logging.INFO)
+    log.setLevel(logging.DEBUG)
     log.propagate = False  # absl's root handler would print every line again
     for handler in (file, console):
         log.addHandler(handler)
@@ -121,6 +122,9 @@ def _keep_until(path: pathlib.Path, step: int) -> None:
         write_atomically(path, "".join(kept).encode())
 
 
+_BAR = "{desc} {percentage:3.0f}%|{bar:20}| {n_fmt}/{total_fmt}"
+
+
 class Progress:
     """Progress bar of a stage on a terminal; without a terminal, a log line for each call of `numbers`."""
 
@@ -131,7 +135,7 @@ class Progress:
             desc=name,
             file=sys.stderr,
             disable=not sys.stderr.isatty(),
-            bar_format="{desc} {percentage:3.0f}%|{bar:20}| {n_fmt}/{total_fmt}{postfix}",
+            bar_format=_BAR,
             mininterval=0.2,
         )
         self._name, self._steps = name, steps
@@ -142,11 +146,10 @@ class Progress:
 
     def numbers(self, step: int, text: str) -> None:
         """Show the newest numbers; `step` is the stage's step they belong to."""
-        self._bar.set_postfix_str(text, refresh=False)
-        line = "%s %d/%d %s"
+        self._bar.bar_format = f"{_BAR} {text}"
         # With a bar on the terminal the line goes to the file alone.
         level = logging.INFO if self._bar.disable else logging.DEBUG
-        log.log(level, line, self._name, step, self._steps, text)
+        log.log(level, "%s %d/%d %s", self._name, step, self._steps, text)
 
     def close(self) -> None:
         """Leave the bar as it is."""

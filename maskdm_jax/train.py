@@ -199,12 +199,11 @@ def train(config: Config, workdir, *, devices=None) -> pathlib.Path:
         checkpoints.wait()
         newest = checkpoints.folder / str(ends[-1])
         log.info(
-            "done in %s: samples %s | checkpoint %s | numbers %s | log %s",
+            "done in %s: %s holds %s, checkpoints/%d, metrics.jsonl, log.txt",
             observe.duration(time.perf_counter() - begun),
-            run.preview_path(ends[-1]),
-            newest,
-            workdir / "metrics.jsonl",
-            workdir / "log.txt",
+            workdir,
+            run.preview_path(ends[-1]).relative_to(workdir),
+            ends[-1],
         )
         return newest
 

@@ -1,4 +1,5 @@
 import builtins
+import io
 
 import numpy as np
 import pytest
@@ -95,6 +96,25 @@ def test_rate_leaves_pauses_out(monkeypatch):
     with rate.paused():
         now[0] = 105.0
     assert rate.read() == pytest.approx(2.0)
+
+
+def test_progress_on_a_terminal_is_a_bar_and_without_one_lines(monkeypatch, tmp_path, capsys):
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    for stream, bar in ((Terminal(), True), (io.StringIO(), False)):
+        monkeypatch.setattr(observe.sys, "stderr", stream)
+        with observe.logging_to(tmp_path):
+            progress = observe.Progress("pretrain", step=1, steps=3)
+            progress.numbers(2, "loss 0.5")
+            progress._bar.mininterval = 0
+            progress.advance()
+            progress.close()
+        shown = stream.getvalue()
+        assert ("| 2/3 loss 0.5" in shown) == bar, shown
+        assert ("pretrain 2/3 loss 0.5" in shown) != bar, shown
+    assert (tmp_path / "log.txt").read_text().count("pretrain 2/3 loss 0.5") == 2, "the file has the lines either way"
 
 
 def test_parameter_table():
