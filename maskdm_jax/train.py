@@ -186,6 +186,7 @@ def train(config: Config, workdir, *, devices=None) -> pathlib.Path:
         if done == ends[-1]:
             log.info("nothing left to do: %s finished all %d steps", workdir, done)
             return checkpoints.folder / str(done)
+        _warn(config)
         log.info("parameters\n%s", observe.parameter_table(start.state.params))
         log.info("%d images from %s; %d x %s; run folder %s", len(source), config.data.path, *_devices(mesh), workdir)
         metrics = observe.Metrics(workdir, config, step=done)
@@ -309,6 +310,18 @@ def _resumed_stage(config: Config, meta: dict, where: pathlib.Path) -> int:
             f"{where} is at step {meta['stage_step']} of stage {name!r}, but config.{name}.steps is {steps}"
         )
     return index
+
+
+def _warn(config: Config) -> None:
+    """Say what will run but hardly work."""
+    numbers = config.model.patch_size**2 * config.data.channels
+    if config.model.width < numbers:
+        log.warning(
+            "a patch has %d numbers but config.model.width is only %d: the noise of a patch cannot pass through the "
+            "network; take a smaller patch_size or a larger width",
+            numbers,
+            config.model.width,
+        )
 
 
 def _devices(mesh) -> tuple[int, str]:

@@ -1,6 +1,5 @@
 import functools
 import json
-import logging
 from unittest import mock
 
 import jax
@@ -285,8 +284,15 @@ def test_classes_and_devices_must_fit(tmp_path):
     assert not list(tmp_path.iterdir()), "nothing was begun"
 
 
-def test_bfloat16_trains(tmp_path, caplog):
-    logging.getLogger("maskdm_jax").setLevel(logging.INFO)
+def test_a_network_too_narrow_for_its_patches_is_told(tmp_path, caplog):
+    train._warn(tiny.config(model__patch_size=8))
+    assert "a patch has 64 numbers but config.model.width is only 16" in caplog.text
+    caplog.clear()
+    train._warn(tiny.config())
+    assert not caplog.text
+
+
+def test_bfloat16_trains():
     losses, state = run_steps(tiny.config(model__dtype="bfloat16"), 3)
     expected, _ = run_steps(tiny.config(), 3)
     np.testing.assert_allclose(losses, expected, rtol=0.02)
