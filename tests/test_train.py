@@ -78,6 +78,9 @@ def test_randomness_belongs_to_the_example_not_to_its_row():
     draw = jax.jit(functools.partial(train.draw_inputs, config, plan))
     straight, shuffled = draw(key, batch), draw(key, {name: rows[order] for name, rows in batch.items()})
     jax.tree.map(lambda a, b: np.testing.assert_array_equal(a[order], b), straight, shuffled)
+    assert len(set(straight.t.tolist())) > 4
+    assert len(np.unique(straight.eps[:, 0, 0])) == 8, "images do not share their noise"
+    assert len(np.unique(straight.positions, axis=0)) > 4
     other = draw(jax.random.key(1), batch)
     assert (other.t != straight.t).any()
     assert (other.positions != straight.positions).any()
