@@ -6,7 +6,16 @@ import pytest
 
 ORDER = [  # a module may import those above it
     {"models.layers"},
-    {"masking", "diffusion", "models.uvit", "torch_checkpoint", "train_state", "sharding", "data.sources"},
+    {
+        "masking",
+        "diffusion",
+        "models.uvit",
+        "torch_file",
+        "torch_checkpoint",
+        "train_state",
+        "sharding",
+        "data.sources",
+    },
     {"samplers", "config", "data.pipeline"},
     {"network", "checkpoint", "observe"},
     {"generate"},

@@ -86,6 +86,17 @@ def test_randomness_belongs_to_the_example_not_to_its_row():
     assert (other.positions != straight.positions).any()
 
 
+def test_the_same_batch_is_seen_afresh_at_every_step():
+    step, state, batches, mesh = setup(tiny.config(pretrain__learning_rate=0.0))
+    batch = sharding.to_global(mesh, next(batches))
+    batches.close()
+    losses = []
+    for _ in range(3):
+        state, metrics = step(state, batch)
+        losses.append(float(metrics["loss"]))
+    assert len(set(losses)) == 3
+
+
 def test_inputs_are_the_visible_patches_of_the_image():
     config = tiny.config(data__flip=0.0)
     batch = next(Batches(config.data, batch_size=8, seed=0))
