@@ -197,7 +197,7 @@ def sample_grid(images: np.ndarray, columns: int, row_names=None) -> Image.Image
     row_names: text for the left of each row, such as class names.
     """
     n, size, _, channels = images.shape
-    rows, scale, gap = -(-n // columns), max(1, 56 // size), 4
+    rows, scale, gap = -(-n // columns), -(-64 // size), 4
     cell = size * scale + gap
     font = ImageFont.load_default(size=18)
     margin = 0

@@ -69,7 +69,7 @@ def test_grid_shows_every_image_in_its_place():
 
 def test_small_images_are_enlarged():
     page = observe.sample_grid(np.zeros((1, 8, 8, 1), np.uint8), 1)
-    assert page.size == (64, 64)
+    assert page.size == (72, 72)
 
 
 def test_files_are_written_whole_or_not_at_all(tmp_path):

@@ -45,7 +45,7 @@ RUN = dict(
     ),
     sampling=dict(method="ddim", steps=3, eta=1.0),
     preview=dict(every=0, rows=2, columns=4),
-    checkpoint=dict(every=2, keep=2),
+    checkpoint=dict(every=2, keep=1),
     log=dict(every=1, tensorboard=False, wandb=False),
     mesh=dict(data=-1, fsdp=1),
     stages=("pretrain", "finetune"),
