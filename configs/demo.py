@@ -19,6 +19,7 @@ def get_config():
             image_size=8,
             channels=1,
             labels=True,
+            label_dropout=0.0,  # above 0 allows --config.sampling.guidance
             flip=0.0,
             threads=1,
             workers=0,
@@ -82,7 +83,7 @@ def get_config():
             mask=dict(kind="none", rate=0.0, block=1, crop=1),
         )
     )
-    c.sampling = ConfigDict(dict(method="ddim", steps=100, eta=1.0))
+    c.sampling = ConfigDict(dict(method="ddim", steps=100, eta=1.0, order=2, spacing="log_snr", guidance=0.0))
     c.preview = ConfigDict(dict(every=500, rows=10, columns=10))
     c.checkpoint = ConfigDict(dict(every=500, keep=2))
     c.log = ConfigDict(dict(every=50, tensorboard=True, wandb=False))

@@ -26,6 +26,7 @@ def get_config():
             image_size=64,  # short side resized (bicubic), centre cropped
             channels=3,
             labels=False,
+            label_dropout=0.0,
             flip=0.5,
             threads=16,  # reading threads
             workers=0,  # reading processes besides this one
@@ -89,7 +90,16 @@ def get_config():
             mask=dict(kind="none", rate=0.0, block=1, crop=1),
         )
     )
-    c.sampling = ConfigDict(dict(method="ddim", steps=250, eta=1.0))
+    c.sampling = ConfigDict(
+        dict(
+            method="ddim",  # ddim, ddpm or dpm_solver
+            steps=250,
+            eta=1.0,  # of ddim
+            order=2,  # of dpm_solver
+            spacing="log_snr",  # of dpm_solver
+            guidance=0.0,  # of a conditional model trained with label_dropout
+        )
+    )
     c.preview = ConfigDict(dict(every=2_000, rows=4, columns=4))
     c.checkpoint = ConfigDict(dict(every=1_000, keep=2))
     c.log = ConfigDict(dict(every=100, tensorboard=True, wandb=False))

@@ -17,9 +17,16 @@ BATCH = flags.DEFINE_integer("batch", 64, "Images per batch.", lower_bound=1)
 FORMAT = flags.DEFINE_enum("format", "png", ["png", "npz"], "Single files or one array.")
 WEIGHTS = flags.DEFINE_enum("weights", "ema", ["ema", "params"], "Averaged or raw weights.")
 LABELS = flags.DEFINE_list("labels", None, "Classes to cycle through, by name or number; all when not given.")
-METHOD = flags.DEFINE_enum("method", None, ["ddim", "ddpm"], "Sampler; that of the config when not given.")
-STEPS = flags.DEFINE_integer("steps", None, "DDIM steps; those of the config when not given.")
-ETA = flags.DEFINE_float("eta", None, "DDIM eta, 0 deterministic to 1; that of the config when not given.")
+METHOD = flags.DEFINE_enum(
+    "method", None, ["ddim", "ddpm", "dpm_solver"], "Sampler; as the config says when not given."
+)
+STEPS = flags.DEFINE_integer("steps", None, "Steps of ddim and dpm_solver; as the config says when not given.")
+ETA = flags.DEFINE_float("eta", None, "Of ddim, 0 deterministic to 1; as the config says when not given.")
+ORDER = flags.DEFINE_integer("order", None, "Of dpm_solver, 1 to 3; as the config says when not given.")
+SPACING = flags.DEFINE_string("spacing", None, "Of dpm_solver: time_uniform, log_snr or time_quadratic.")
+GUIDANCE = flags.DEFINE_float(
+    "guidance", None, "Weight of classifier-free guidance; as the config says when not given."
+)
 COLUMNS = flags.DEFINE_integer("columns", 10, "Of the grid.", lower_bound=1)
 GRID = flags.DEFINE_integer("grid", 100, "Images in grid.png at most; 0 makes none.", lower_bound=0)
 
@@ -36,7 +43,8 @@ def main(argv):
     from maskdm_jax.checkpoint import CheckpointError
     from maskdm_jax.config import ConfigError
 
-    chosen = {"method": METHOD.value, "steps": STEPS.value, "eta": ETA.value}
+    chosen = {"method": METHOD.value, "steps": STEPS.value, "eta": ETA.value, "order": ORDER.value}
+    chosen |= {"spacing": SPACING.value, "guidance": GUIDANCE.value}
     out = pathlib.Path(OUT.value or pathlib.Path("samples") / pathlib.Path(RUN.value).resolve().name)
     try:
         sampling = {key: value for key, value in chosen.items() if value is not None}

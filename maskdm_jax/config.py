@@ -9,9 +9,9 @@ import dataclasses
 import difflib
 import typing
 
-from maskdm_jax import diffusion, masking
+from maskdm_jax import diffusion, masking, samplers
 
-SAMPLERS = ("ddim", "ddpm")
+SAMPLERS = ("ddim", "ddpm", "dpm_solver")
 DTYPES = ("float32", "bfloat16")
 _RESERVED = ("step", "stages")
 
@@ -28,6 +28,7 @@ class Data:
     image_size: int  # pixels; short side resized (bicubic), centre cropped
     channels: int  # 3 colour, 1 grey
     labels: bool  # the first folder level that differs is the class
+    label_dropout: float  # probability of hiding a label in training, for classifier-free guidance
     flip: float  # probability of a horizontal flip
     threads: int  # reading threads per process
     workers: int  # extra reading processes; 0 reads in this one
@@ -94,9 +95,12 @@ class Stage:
 class Sampling:
     """How images are made from noise; see `samplers`."""
 
-    method: str  # ddim or ddpm
-    steps: int  # of ddim
+    method: str  # ddim, ddpm (takes all steps) or dpm_solver (DPM-Solver++ multistep)
+    steps: int  # of ddim and dpm_solver
     eta: float  # of ddim: 0 deterministic, 1 ancestral
+    order: int  # of dpm_solver: 1, 2 or 3
+    spacing: str  # of dpm_solver: time_uniform, log_snr or time_quadratic
+    guidance: float  # weight w of classifier-free guidance, (1 + w) labelled - w unlabelled; 0: off
 
 
 @dataclasses.dataclass(frozen=True)
@@ -248,7 +252,7 @@ def _check(config: Config) -> None:
             raise ConfigError(f"config.{path} is {value!r}; it must be {what}")
 
     def choice(path, value, options):
-        need(path, value, value in options, f"one of {', '.join(options)}")
+        need(path, value, value in options, f"one of {', '.join(map(str, options))}")
 
     def at_least(path, value, low):
         need(path, value, value >= low, f"at least {low}")
@@ -305,6 +309,12 @@ def _check(config: Config) -> None:
         1 <= config.sampling.steps <= diff.timesteps,
         f"1 to config.diffusion.timesteps = {diff.timesteps}",
     )
+    choice("sampling.order", config.sampling.order, (1, 2, 3))
+    choice("sampling.spacing", config.sampling.spacing, samplers.DPM_SPACINGS)
+    at_least("sampling.guidance", config.sampling.guidance, 0)
+    if config.sampling.guidance and not model.num_classes:
+        raise ConfigError("config.sampling.guidance needs a conditional model; config.model.num_classes is 0")
+    need("data.label_dropout", data.label_dropout, 0 <= data.label_dropout < 1, "in [0, 1)")
     need("sampling.eta", config.sampling.eta, 0 <= config.sampling.eta <= 1, "0 (deterministic) to 1")
     for name, stage in config.stage.items():
         for key in ("steps", "batch_size", "micro_batches", "ema_every"):

@@ -49,10 +49,15 @@ def make_generator(config: Config, network: Network, mesh, batch_size: int):
         def predict(x, t):
             return network.apply(params, x, t, labels)
 
+        if sampling.guidance:
+            predict = samplers.guided(predict, lambda x, t: network.apply(params, x, t), sampling.guidance)
         x, noise = samplers.image_noise(key, index, (size, size, config.data.channels))
         options = dict(objective=config.diffusion.objective)
         if sampling.method == "ddim":
             x0 = samplers.ddim(predict, x, noise, schedule, steps=sampling.steps, eta=sampling.eta, **options)
+        elif sampling.method == "dpm_solver":
+            options |= dict(clip=(-1.0, 1.0), steps=sampling.steps, order=sampling.order, spacing=sampling.spacing)
+            x0 = samplers.dpm_solver(predict, x, schedule, **options)
         else:
             x0 = samplers.ddpm(predict, x, noise, schedule, **options)
         return to_uint8(x0)

@@ -46,17 +46,17 @@ class Inputs(typing.NamedTuple):
     t: jax.Array  # [B] int32
     eps: jax.Array  # [B, V, d] noise
     positions: jax.Array | None  # [B, V] int32; None when nothing is hidden
-    labels: jax.Array | None  # [B] int32
+    labels: jax.Array | None  # [B] int32, -1 where the label is hidden; None for an unconditional model
 
 
 def draw_inputs(config: Config, plan: masking.MaskPlan, key, batch) -> Inputs:
-    """Draw flip, mask, time and noise for each image from the key and the image's global index alone.
+    """Draw flip, mask, time, noise and label dropout for each image from the key and the image's global index alone.
 
     batch: image uint8 [B, S, S, C], label int32 [B], index uint32 [B].
     """
 
-    def one(image, index):
-        flip_key, mask_key, t_key, eps_key = jax.random.split(jax.random.fold_in(key, index), 4)
+    def one(image, label, index):
+        flip_key, mask_key, t_key, eps_key, label_key = jax.random.split(jax.random.fold_in(key, index), 5)
         if config.data.flip:
             image = jnp.where(jax.random.bernoulli(flip_key, config.data.flip), image[:, ::-1], image)
         patches, positions = patchify(image[None], config.model.patch_size)[0], None
@@ -64,10 +64,11 @@ def draw_inputs(config: Config, plan: masking.MaskPlan, key, batch) -> Inputs:
             positions = masking.sample_positions(plan, mask_key)
             patches = patches[positions]  # from here on, hidden patches do not exist
         t = jax.random.randint(t_key, (), 0, config.diffusion.timesteps)
-        return to_unit(patches), t, jax.random.normal(eps_key, patches.shape), positions
+        label = jnp.where(jax.random.bernoulli(label_key, config.data.label_dropout), -1, label)
+        labels = label if config.model.num_classes else None
+        return Inputs(to_unit(patches), t, jax.random.normal(eps_key, patches.shape), positions, labels)
 
-    x0, t, eps, positions = jax.vmap(one)(batch["image"], batch["index"])
-    return Inputs(x0, t, eps, positions, batch["label"] if config.model.num_classes else None)
+    return jax.vmap(one)(batch["image"], batch["label"], batch["index"])
 
 
 def make_loss(config: Config, network: Network) -> typing.Callable:

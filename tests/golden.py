@@ -58,6 +58,7 @@ def config(network: dict, stage: dict | None = None, mask: dict | None = None, d
                 image_size=network["img_size"],
                 channels=network["in_chans"],
                 labels=network["num_classes"] > 0,
+                label_dropout=0.0,
                 flip=0.0,
                 threads=1,
                 workers=0,
@@ -84,7 +85,7 @@ def config(network: dict, stage: dict | None = None, mask: dict | None = None, d
                 loss_weight_gamma=0.0,
             )
             | (diffusion or {}),
-            sampling=dict(method="ddim", steps=10, eta=1.0),
+            sampling=dict(method="ddim", steps=10, eta=1.0, order=2, spacing="log_snr", guidance=0.0),
             preview=dict(every=0, rows=1, columns=1),
             checkpoint=dict(every=1, keep=1),
             log=dict(every=1, tensorboard=False, wandb=False),

@@ -56,6 +56,13 @@ def test_missing_settings_are_named():
         (dict(diffusion__objective="eps"), r"objective is 'eps'; it must be one of noise, x0, v"),
         (dict(sampling__steps=1001), r"sampling.steps is 1001; it must be 1 to"),
         (dict(pretrain__micro_batches=3), r"config.pretrain.micro_batches is 3; it must be a divisor of batch_size 8"),
+        (dict(sampling__order=4), r"sampling.order is 4; it must be one of 1, 2, 3"),
+        (dict(sampling__guidance=-1.0), r"sampling.guidance is -1.0; it must be at least 0"),
+        (dict(data__label_dropout=1.0), r"label_dropout is 1.0; it must be in \[0, 1\)"),
+        (
+            dict(sampling__guidance=1.0, data__labels=False, model__num_classes=0),
+            "sampling.guidance needs a conditional model",
+        ),
         (dict(pretrain__b1=1.0), r"config.pretrain.b1 is 1.0; it must be in \[0, 1\)"),
         (dict(pretrain__steps=0), r"config.pretrain.steps is 0; it must be at least 1"),
         (

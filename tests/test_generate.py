@@ -112,6 +112,19 @@ def test_folders_are_not_mixed(ten, loaded, run, tmp_path):
         generate.load(tmp_path)
 
 
+def test_guidance_and_dpm_solver(loaded, run):
+    def make(**sampling):
+        other = generate.load(run, sampling=sampling)
+        return next(generate.generate_batches(other, range(4), [0, 1, 2, 3], seed=0, batch_size=4))[1].astype(int)
+
+    plain, same, strong = make(), make(guidance=0.0), make(guidance=4.0)
+    np.testing.assert_array_equal(plain, same)
+    assert (strong != plain).any()
+    solver = make(method="dpm_solver", steps=4)
+    assert solver.shape == plain.shape
+    assert (make(method="dpm_solver", steps=4, guidance=4.0) != solver).any()
+
+
 def test_raw_weights_and_other_samplers(loaded, run):
     raw = generate.load(run, weights="params", sampling={"method": "ddpm"})
     assert raw.config.sampling.method == "ddpm"

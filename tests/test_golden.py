@@ -130,16 +130,17 @@ def test_pieces_of_the_diffusion(schedules_case):
         np.testing.assert_allclose(ours, piece[name], rtol=2e-5, atol=1e-5, err_msg=name)
 
 
-def analytic_model(x, t):
+def analytic_model(x, t, labels=None):
     s = t.astype(jnp.float32)[:, None, None, None] / 1000
-    return 0.8 * x * s + 0.15 * jnp.sin(3 * x + 5 * s)
+    shift = 0.0 if labels is None else 0.1 * jnp.float32(labels)[:, None, None, None]
+    return 0.8 * x * s + 0.15 * jnp.sin(3 * x + 5 * s) + shift
 
 
 def test_samplers(samplers_case):
     arrays, meta = golden.load(samplers_case)
     compared = 0
     for key, case in meta.items():
-        if case.get("kw") or key.startswith("dpmsolver"):
+        if key.startswith("dpmsolver"):
             continue
         rng = np.random.RandomState(case["seed"])
         draws = np.stack([rng.standard_normal(case["shape"]).astype(np.float32) for _ in range(case["draws"])])
@@ -148,19 +149,35 @@ def test_samplers(samplers_case):
             objective=golden.OBJECTIVES[case.get("objective", "pred_noise")],
             clip=(-1.0, 1.0) if case.get("clip_denoised", True) else None,
         )
-        sampler = samplers.ddpm
+        sampler, predict = samplers.ddpm, analytic_model
+        if case.get("kw"):
+            labelled = functools.partial(analytic_model, labels=case["kw"]["guidance_idx"])
+            predict = samplers.guided(labelled, analytic_model, case["kw"]["guidance_weight"])
         if key.startswith("ddim"):
             sampler = samplers.ddim
             options |= dict(steps=case["sampling_timesteps"], eta=case["ddim_sampling_eta"])
         schedule = diffusion.make_schedule(case.get("beta_schedule", "cosine"))
         # bound as defaults: the loop variables change before jit traces
-        run = lambda x, draws=draws, sampler=sampler, schedule=schedule, options=options: sampler(
-            analytic_model, x, lambda i: draws[i + 1], schedule, **options
+        run = lambda x, draws=draws, sampler=sampler, predict=predict, schedule=schedule, options=options: sampler(
+            predict, x, lambda i: draws[i + 1], schedule, **options
         )
         ours = (jax.jit(run)(draws[0]) + 1) / 2
         np.testing.assert_allclose(ours, arrays[f"{key}/sample"], atol=1e-4, rtol=0, err_msg=key)
         compared += 1
     assert compared
+
+
+def test_dpm_solver(samplers_case):
+    arrays, meta = golden.load(samplers_case)
+    keys = [key for key in meta if key.startswith("dpmsolver++")]
+    if not keys:
+        pytest.skip("this case has other samplers only")
+    for key in keys:
+        _, schedule, _, order, spacing, steps = key.split("/")
+        x = np.random.RandomState(meta[key]["seed"]).standard_normal(meta[key]["shape"]).astype(np.float32)
+        options = dict(order=int(order), steps=int(steps), spacing={"logSNR": "log_snr"}.get(spacing, spacing))
+        ours = samplers.dpm_solver(analytic_model, jnp.array(x), diffusion.make_schedule(schedule), **options)
+        np.testing.assert_allclose(ours, arrays[f"{key}/sample"], atol=1e-4, rtol=0, err_msg=key)
 
 
 def test_training_run(train_case):

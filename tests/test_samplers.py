@@ -51,6 +51,68 @@ def test_ddim_with_eta_1_over_all_steps_is_ddpm(schedule):
     )
 
 
+@pytest.mark.parametrize("order", [1, 2, 3])
+@pytest.mark.parametrize("spacing", samplers.DPM_SPACINGS)
+def test_dpm_solver_recovers_a_gaussian(schedule, order, spacing):
+    x = jax.random.normal(jax.random.key(0), (1, 20_000))
+    predict = lambda x, t: gaussian_at(schedule, x, t)
+    run = jax.jit(lambda x: samplers.dpm_solver(predict, x, schedule, order=order, steps=200, spacing=spacing))
+    x = np.asarray(run(x))
+    assert abs(x.mean() - MEAN) < 0.01
+    assert abs(x.std() - STD) < 0.01
+
+
+def gaussian_at(schedule, x, t):
+    """`gaussian` at fractional times."""
+    log_alpha_bar = jnp.interp(t, jnp.arange(1000.0), jnp.log(schedule.alpha_bar))
+    a = jnp.exp(log_alpha_bar)[:, None]
+    return jnp.sqrt(1 - a) * (x - jnp.sqrt(a) * MEAN) / (a * STD**2 + 1 - a)
+
+
+def test_higher_orders_of_dpm_solver_come_nearer_with_few_steps(schedule):
+    x = jax.random.normal(jax.random.key(0), (1, 500))
+    predict = lambda x, t: gaussian_at(schedule, x, t)
+    run = lambda order, steps: samplers.dpm_solver(predict, x, schedule, order=order, steps=steps, spacing="log_snr")
+    exact = run(1, 900)
+    errors = [float(jnp.abs(run(order, 15) - exact).max()) for order in (1, 2)]
+    assert errors[1] < errors[0] / 2
+
+
+def test_objectives_agree_in_dpm_solver():
+    schedule = diffusion.make_schedule("linear")  # of which no step is left out: see `dpm_solver_times`
+    x = jax.random.normal(jax.random.key(0), (2, 30))
+    eps = lambda x, t: gaussian_at(schedule, x, t)
+
+    def told(objective):
+        def predict(x, t):
+            a = jnp.exp(jnp.interp(t, jnp.arange(1000.0), jnp.log(schedule.alpha_bar)))[:, None]
+            x0 = (x - jnp.sqrt(1 - a) * eps(x, t)) / jnp.sqrt(a)
+            return {"x0": x0, "v": jnp.sqrt(a) * eps(x, t) - jnp.sqrt(1 - a) * x0, "noise": eps(x, t)}[objective]
+
+        return samplers.dpm_solver(predict, x, schedule, objective=objective, steps=12)
+
+    for objective in ("x0", "v"):
+        np.testing.assert_allclose(told(objective), told("noise"), atol=2e-3)
+
+
+def test_bad_settings_of_dpm_solver_are_refused(schedule):
+    x = jnp.zeros((1, 2))
+    for options, message in (
+        (dict(order=4), "orders 1, 2 and 3, not 4"),
+        (dict(steps=0), "at least 1 step, not 0"),
+        (dict(spacing="log"), "'log' is unknown; choose one of time_uniform, log_snr, time_quadratic"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            samplers.dpm_solver(lambda x, t: x, x, schedule, **options)
+
+
+def test_guidance_is_linear_and_off_at_0():
+    labelled, unlabelled = (lambda x, t: x + 1), (lambda x, t: x - 1)
+    x = jnp.arange(3.0)
+    np.testing.assert_array_equal(samplers.guided(labelled, unlabelled, 0.0)(x, None), x + 1)
+    np.testing.assert_array_equal(samplers.guided(labelled, unlabelled, 2.0)(x, None), 3 * (x + 1) - 2 * (x - 1))
+
+
 def test_ddim_with_eta_0_ignores_the_noise(schedule):
     x = jax.random.normal(jax.random.key(0), (2, 30))
     run = lambda scale: samplers.ddim(

@@ -86,6 +86,15 @@ def test_randomness_belongs_to_the_example_not_to_its_row():
     assert (other.positions != straight.positions).any()
 
 
+def test_labels_are_dropped_at_the_rate_asked_for():
+    config = tiny.config(data__label_dropout=0.25)
+    batch = next(Batches(config.data, batch_size=1000, seed=0))
+    inputs = train.draw_inputs(config, config_lib.mask_plan(config, "pretrain"), jax.random.key(0), batch)
+    dropped = np.asarray(inputs.labels) == -1
+    assert 0.2 < dropped.mean() < 0.3
+    np.testing.assert_array_equal(np.asarray(inputs.labels)[~dropped], batch["label"][~dropped])
+
+
 def test_the_same_batch_is_seen_afresh_at_every_step():
     step, state, batches, mesh = setup(tiny.config(pretrain__learning_rate=0.0))
     batch = sharding.to_global(mesh, next(batches))

@@ -21,7 +21,7 @@ STAGE = dict(
 RUN = dict(
     seed=3,
     init_from="",
-    data=dict(path="digits", image_size=8, channels=1, labels=True, flip=0.5, threads=1, workers=0),
+    data=dict(path="digits", image_size=8, channels=1, labels=True, label_dropout=0.0, flip=0.5, threads=1, workers=0),
     model=dict(
         patch_size=2,
         width=16,
@@ -43,7 +43,7 @@ RUN = dict(
         loss_weight="p2",
         loss_weight_gamma=0.0,
     ),
-    sampling=dict(method="ddim", steps=3, eta=1.0),
+    sampling=dict(method="ddim", steps=3, eta=1.0, order=2, spacing="log_snr", guidance=0.0),
     preview=dict(every=0, rows=2, columns=4),
     checkpoint=dict(every=2, keep=1),
     log=dict(every=1, tensorboard=False, wandb=False),
