@@ -29,11 +29,12 @@ def main(argv):
     from maskdm_jax import config, train
     from maskdm_jax.checkpoint import CheckpointError
     from maskdm_jax.data.sources import DataError
+    from maskdm_jax.torch_file import TorchFileError
 
     name = pathlib.Path(config_flags.get_config_filename(flags.FLAGS["config"])).stem
     try:
         train.train(config.parse(CONFIG.value), WORKDIR.value or pathlib.Path("runs") / name)
-    except (config.ConfigError, DataError, CheckpointError, train.NonFiniteLoss) as error:
+    except (config.ConfigError, DataError, CheckpointError, TorchFileError, train.NonFiniteLoss) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
         sys.exit("interrupted; run the same command again to go on from the last checkpoint")

@@ -119,19 +119,27 @@ def _rest(state: TrainState) -> dict:
 def _load(checkpoint: pathlib.Path, item: str, abstract):
     """Restore one item after comparing every name, shape and dtype: Orbax casts dtypes without a word."""
     with ocp.StandardCheckpointer() as reader:
-        stored = _shapes(reader.metadata(checkpoint / item).item_metadata.tree)
-        wanted = _shapes(abstract)
-        problems = [f"missing in the checkpoint: {name}" for name in wanted.keys() - stored.keys()]
-        problems += [f"unknown to this model: {name}" for name in stored.keys() - wanted.keys()]
-        problems += [
-            f"{name} is {stored[name]} there and {wanted[name]} here"
-            for name in wanted.keys() & stored.keys()
-            if stored[name] != wanted[name]
-        ]
-        if problems:
-            shown = "; ".join(sorted(problems)[:5]) + (f"; and {len(problems) - 5} more" if len(problems) > 5 else "")
-            raise CheckpointError(f"the {item} of {checkpoint} do not fit config.model: {shown}")
+        compare(f"the {item} of {checkpoint}", reader.metadata(checkpoint / item).item_metadata.tree, abstract)
         return reader.restore(checkpoint / item, abstract)
+
+
+def compare(what: str, stored, abstract) -> None:
+    """Check that two trees have the same names, shapes and dtypes.
+
+    Raises:
+      CheckpointError: they do not; the message begins with `what` and names the differences.
+    """
+    stored, wanted = _shapes(stored), _shapes(abstract)
+    problems = [f"missing in the checkpoint: {name}" for name in wanted.keys() - stored.keys()]
+    problems += [f"unknown to this model: {name}" for name in stored.keys() - wanted.keys()]
+    problems += [
+        f"{name} is {stored[name]} there and {wanted[name]} here"
+        for name in wanted.keys() & stored.keys()
+        if stored[name] != wanted[name]
+    ]
+    if problems:
+        shown = "; ".join(sorted(problems)[:5]) + (f"; and {len(problems) - 5} more" if len(problems) > 5 else "")
+        raise CheckpointError(f"{what} do not fit config.model: {shown}")
 
 
 def _shapes(tree) -> dict:

@@ -142,7 +142,7 @@ class Config:
     """A whole run."""
 
     seed: int
-    init_from: str  # run folder or checkpoint whose weights the run starts from; "" starts fresh
+    init_from: str  # run folder, checkpoint or official .pt whose weights the run starts from; "" starts fresh
     data: Data
     model: Model
     diffusion: Diffusion

@@ -1,12 +1,14 @@
-"""Names and layouts of the official PyTorch weights, and the way between them and our parameters.
+"""The official PyTorch checkpoints: names and layouts of their weights, and the way to our parameters and back.
 
-This module knows names, not files. Conversion only renames, transposes and reshapes, so it is exact in
-both directions.
+Conversion only renames, transposes and reshapes, so it is exact in both directions.
 """
 
 import re
 
 import numpy as np
+
+from maskdm_jax import torch_file
+from maskdm_jax.torch_file import TorchFileError
 
 _LINEAR = {"weight": "kernel", "bias": "bias"}
 _NORM = {"weight": "scale", "bias": "bias"}
@@ -31,6 +33,26 @@ _BLOCK_PARTS = {
 _TENSORS = {"encoder.encoder_pos_embed": "pos_embed", "encoder.uncond_embed": "uncond_embed"}
 _OUR_TENSORS = {ours: name for name, ours in _TENSORS.items()}
 _BLOCK = re.compile(r"encoder\.(in_blocks\.\d+|mid_block|out_blocks\.\d+)\.(.+)")
+
+
+_WRAPPER = {"params": ("model", "model."), "ema": ("ema", "ema_model.model.")}  # part of the file, prefix of names
+
+
+def load_weights(path, which: str) -> dict:
+    """Read `params` (the raw weights) or `ema` of an official `.pt`: our nested dict of NumPy arrays.
+
+    Raises:
+      TorchFileError: it is not a checkpoint of the official trainer; the message says why.
+    """
+    part, prefix = _WRAPPER[which]
+    content = torch_file.read(path)
+    if not isinstance(content, dict) or not isinstance(content.get(part), dict):
+        raise TorchFileError(f"{path} has no {part!r}; a checkpoint of the official trainer has step, model, opt, ema")
+    tensors = {name.removeprefix(prefix): t for name, t in content[part].items() if name.startswith(prefix)}
+    try:
+        return params_from_state_dict(tensors)
+    except KeyError as error:
+        raise TorchFileError(f"{path}: {error.args[0]}") from None
 
 
 def our_path(name: str) -> tuple:

@@ -18,7 +18,7 @@ import optax
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from maskdm_jax import checkpoint, masking, observe, sharding
+from maskdm_jax import checkpoint, masking, observe, sharding, torch_checkpoint
 from maskdm_jax import config as config_lib
 from maskdm_jax.config import Config, ConfigError, Stage
 from maskdm_jax.data.pipeline import Batches
@@ -274,13 +274,25 @@ def begin(config: Config, network: Network, mesh, checkpoints: checkpoint.Checkp
     placed = jax.tree.map(lambda leaf: leaf.sharding, abstract)
     key = jax.random.key(config.seed)
     if config.init_from:
-        found = checkpoint.find(config.init_from)
-        params = checkpoint.load_weights(found, "params", abstract.params)
+        params, found = _initial_weights(config.init_from, abstract.params)
         log.info("start: weights of %s (raw, as the reference fine-tunes), new optimizer", found)
     else:
         params = jax.jit(network.init, out_shardings=placed.params)(key)
         log.info("start: fresh weights, seed %d", config.seed)
     return Start(0, _first_state(config, 0, placed, params, key), {})
+
+
+def _initial_weights(path: str, abstract) -> tuple[dict, pathlib.Path]:
+    """Raw weights of a run folder, one of its checkpoints or an official `.pt`, placed as `abstract` says."""
+    if path.endswith(".pt"):
+        found = pathlib.Path(path).expanduser().absolute()
+        if not found.is_file():
+            raise checkpoint.CheckpointError(f"config.init_from {path!r} is not a file")
+        params = torch_checkpoint.load_weights(found, "params")
+        checkpoint.compare(f"the weights of {found}", params, abstract)
+        return jax.device_put(params, jax.tree.map(lambda leaf: leaf.sharding, abstract)), found
+    found = checkpoint.find(path)
+    return checkpoint.load_weights(found, "params", abstract), found
 
 
 def next_stage(config: Config, index: int, network: Network, mesh, state: TrainState) -> TrainState:

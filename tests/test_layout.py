@@ -5,17 +5,8 @@ import ast
 import pytest
 
 ORDER = [  # a module may import those above it
-    {"models.layers"},
-    {
-        "masking",
-        "diffusion",
-        "models.uvit",
-        "torch_file",
-        "torch_checkpoint",
-        "train_state",
-        "sharding",
-        "data.sources",
-    },
+    {"models.layers", "torch_file"},
+    {"masking", "diffusion", "models.uvit", "torch_checkpoint", "train_state", "sharding", "data.sources"},
     {"samplers", "data.pipeline"},
     {"config"},
     {"network", "checkpoint", "observe"},

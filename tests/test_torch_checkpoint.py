@@ -1,0 +1,97 @@
+import golden
+import jax
+import numpy as np
+import pytest
+import tiny
+
+from maskdm_jax import checkpoint, torch_checkpoint, torch_file, train
+from maskdm_jax.checkpoint import CheckpointError
+from maskdm_jax.config import parse, to_dict
+from maskdm_jax.network import make_network
+from maskdm_jax.torch_file import TorchFileError
+
+TINY = dict(
+    img_size=16, patch_size=2, in_chans=3, encoder_embed_dim=32, encoder_depth=4, encoder_heads=4, mlp_ratio=2
+) | dict(qkv_bias=False, num_classes=-1, mlp_time_embed=False)  # of official_tiny.pt
+
+
+@pytest.fixture(scope="module")
+def official(root):
+    return root / "tests" / "golden" / "official_tiny.pt"
+
+
+@pytest.mark.parametrize(("which", "expected"), [("params", "out_model"), ("ema", "out_ema")])
+def test_official_weights_give_the_same_outputs(root, official, which, expected):
+    recorded = np.load(root / "tests" / "golden" / "official_tiny_expected.npz")
+    network = make_network(golden.config(TINY))
+    params = torch_checkpoint.load_weights(official, which)
+    out = jax.jit(network.apply)(params, golden.nhwc(recorded["x"]), recorded["t"])
+    wanted = golden.nhwc(recorded[expected])
+    assert np.abs(out - wanted).max() < 2e-5 * wanted.std()
+
+
+def test_names_and_layouts_there_and_back(official):
+    """Every tensor, bit for bit, in the order of the official network."""
+    model = torch_file.read(official)["model"]
+    theirs = {name.removeprefix("model."): t for name, t in model.items() if name.startswith("model.")}
+    back = torch_checkpoint.state_dict_from_params(torch_checkpoint.params_from_state_dict(theirs), patch_size=2)
+    assert back.keys() == theirs.keys()
+    for name, tensor in theirs.items():
+        np.testing.assert_array_equal(back[name], tensor)
+
+
+@pytest.mark.parametrize("case", ["uvit_block", "uvit_cond_timemlp_qkvbias_patch", "uvit_cond_unlabelled_crop"])
+def test_all_kinds_of_names(root, case):
+    _, meta = golden.load(root / "tests" / "golden" / f"{case}.npz")
+    theirs = {name: golden.weight(name, shape) for name, shape in meta["state_dict"].items()}
+    ours = torch_checkpoint.params_from_state_dict(theirs)
+    back = torch_checkpoint.state_dict_from_params(ours, meta["config"]["patch_size"])
+    assert back.keys() == theirs.keys()
+    for name, tensor in theirs.items():
+        np.testing.assert_array_equal(back[name], tensor)
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    """A few 16 x 16 colour images."""
+    from PIL import Image
+
+    folder = tmp_path_factory.mktemp("images")
+    for i in range(10):
+        Image.new("RGB", (16, 16), (20 * i, 100, 200)).save(folder / f"{i}.png")
+    return folder
+
+
+def finetune(images, official, **model):
+    raw = to_dict(golden.config(TINY)) | {"stages": ("stage",)}
+    raw["init_from"] = str(official)
+    raw["data"] |= dict(path=str(images))
+    raw["model"] |= model
+    raw["stage"] |= dict(learning_rate=0.0, batch_size=8)
+    return parse(raw)
+
+
+def test_a_run_starts_from_an_official_file(official, images, tmp_path):
+    last = train.train(finetune(images, official), tmp_path / "run", devices=jax.devices()[:1])
+    assert f"start: weights of {official}" in (tmp_path / "run" / "log.txt").read_text()
+    abstract = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(
+            leaf.shape, leaf.dtype, sharding=jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        ),
+        make_network(golden.config(TINY)).abstract_params(),
+    )
+    trained = checkpoint.load_weights(last, "params", abstract)  # with rate 0, the weights it started from
+    jax.tree.map(np.testing.assert_array_equal, trained, torch_checkpoint.load_weights(official, "params"))
+
+
+def test_what_does_not_fit_is_named(official, images, tmp_path):
+    with pytest.raises(CheckpointError, match=r"official_tiny.pt do not fit config.model: .*is \(.*there and"):
+        train.train(finetune(images, official, width=64), tmp_path / "a", devices=jax.devices()[:1])
+    with pytest.raises(CheckpointError, match="none.pt' is not a file"):
+        train.train(tiny.config(init_from=str(tmp_path / "none.pt")), tmp_path / "b", devices=jax.devices()[:1])
+    torch_file.write(tmp_path / "other.pt", {"weights": np.ones(3, np.float32)})
+    with pytest.raises(TorchFileError, match="has no 'model'; a checkpoint of the official trainer has"):
+        torch_checkpoint.load_weights(tmp_path / "other.pt", "params")
+    torch_file.write(tmp_path / "resnet.pt", {"model": {"model.conv1.weight": np.ones(3, np.float32)}})
+    with pytest.raises(TorchFileError, match="'conv1.weight' is not the name of a U-ViT tensor"):
+        torch_checkpoint.load_weights(tmp_path / "resnet.pt", "params")
