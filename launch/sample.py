@@ -49,7 +49,6 @@ def main(argv):
     try:
         sampling = {key: value for key, value in chosen.items() if value is not None}
         loaded = generate.load(RUN.value, weights=WEIGHTS.value, sampling=sampling)
-        labels = None if LABELS.value is None else [_number(label, loaded.classes) for label in LABELS.value]
         print(f"{N.value} images from the {WEIGHTS.value} of {loaded.checkpoint}")
         with tqdm(total=N.value, unit="image") as bar:
             folder = generate.generate_to_folder(
@@ -57,12 +56,12 @@ def main(argv):
                 out,
                 N.value,
                 seed=SEED.value,
-                labels=labels,
+                labels=LABELS.value,
                 batch_size=BATCH.value,
                 file_format=FORMAT.value,
                 progress=lambda done: bar.update(done - bar.n),
             )
-    except (CheckpointError, ConfigError, generate.GenerateError) as error:
+    except (CheckpointError, ConfigError, generate.GenerateError, OSError) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
         sys.exit("interrupted; run the same command again to go on")
@@ -75,13 +74,6 @@ def main(argv):
         images = images.reshape(shown, *images.shape[1:3], -1)
         observe.save_image(folder / "grid.png", observe.sample_grid(images, COLUMNS.value))
     print(f"done: {N.value} images in {folder}" + (f", grid {folder / 'grid.png'}" if shown else ""))
-
-
-def _number(label: str, classes: list[str]) -> int:
-    """Number of a class given by name or number; -1, refused later by name, if it is neither."""
-    if label in classes:
-        return classes.index(label)
-    return int(label) if label.isdigit() else -1
 
 
 if __name__ == "__main__":

@@ -34,7 +34,7 @@ def main(argv):
     name = pathlib.Path(config_flags.get_config_filename(flags.FLAGS["config"])).stem
     try:
         train.train(config.parse(CONFIG.value), WORKDIR.value or pathlib.Path("runs") / name)
-    except (config.ConfigError, DataError, CheckpointError, TorchFileError, train.NonFiniteLoss) as error:
+    except (config.ConfigError, DataError, CheckpointError, TorchFileError, train.NonFiniteLoss, OSError) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
         sys.exit("interrupted; run the same command again to go on from the last checkpoint")

@@ -6,7 +6,9 @@ STEP counts the steps of all stages. `meta` is JSON: the stage and its step, the
 config and the class names, so that a checkpoint can be sampled from or continued without anything else.
 """
 
+import contextlib
 import dataclasses
+import os
 import pathlib
 
 import jax
@@ -37,7 +39,8 @@ class Checkpoints:
 
     def latest(self) -> int | None:
         """Step of the newest finished checkpoint. One that a kill interrupted does not count."""
-        return self._manager.latest_step()
+        steps = [step for step in self._manager.all_steps() if _is_checkpoint(self.folder / str(step))]
+        return max(steps, default=None)
 
     def save(self, step: int, state: TrainState, meta: dict) -> None:
         """Start writing; returns as soon as the state is copied and may be donated."""
@@ -55,7 +58,7 @@ class Checkpoints:
 
     def meta(self, step: int) -> dict:
         """The JSON part of a checkpoint."""
-        return self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore())).meta
+        return load_meta(self.folder / str(step))
 
     def restore(self, step: int, abstract: TrainState) -> TrainState:
         """Read a state; `abstract` holds ShapeDtypeStructs with the shardings wanted now.
@@ -83,15 +86,12 @@ def find(path) -> pathlib.Path:
     Raises:
       CheckpointError: there is none.
     """
-    path = pathlib.Path(path).expanduser().absolute()
-    if (path / "meta").is_dir() and (path / "params").is_dir():
+    path = pathlib.Path(os.path.expanduser(path)).absolute()
+    if _is_checkpoint(path):
         return path
     for folder in (path / FOLDER, path):
-        steps = [
-            int(p.name)
-            for p in (folder.iterdir() if folder.is_dir() else ())
-            if p.name.isdigit() and (p / "meta").is_dir()
-        ]
+        found = folder.iterdir() if folder.is_dir() else ()
+        steps = [int(p.name) for p in found if p.name.isdecimal() and _is_checkpoint(p)]
         if steps:
             return folder / str(max(steps))
     raise CheckpointError(f"{path} holds no checkpoint; give a run folder or one of its {FOLDER}/STEP folders")
@@ -99,7 +99,7 @@ def find(path) -> pathlib.Path:
 
 def load_meta(checkpoint: pathlib.Path) -> dict:
     """The JSON part of a checkpoint that `find` gave."""
-    with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as reader:
+    with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as reader, _damage(checkpoint):
         return reader.restore(checkpoint / "meta")
 
 
@@ -119,8 +119,26 @@ def _rest(state: TrainState) -> dict:
 def _load(checkpoint: pathlib.Path, item: str, abstract):
     """Restore one item after comparing every name, shape and dtype: Orbax casts dtypes without a word."""
     with ocp.StandardCheckpointer() as reader:
-        compare(f"the {item} of {checkpoint}", reader.metadata(checkpoint / item).item_metadata.tree, abstract)
-        return reader.restore(checkpoint / item, abstract)
+        with _damage(checkpoint):
+            stored = reader.metadata(checkpoint / item).item_metadata.tree
+        compare(f"the {item} of {checkpoint}", stored, abstract)
+        with _damage(checkpoint):
+            return reader.restore(checkpoint / item, abstract)
+
+
+def _is_checkpoint(path: pathlib.Path) -> bool:
+    return (path / "meta").is_dir() and (path / "params").is_dir()
+
+
+@contextlib.contextmanager
+def _damage(checkpoint: pathlib.Path):
+    """Whatever Orbax throws at a file that is missing or broken, said in one line."""
+    try:
+        yield
+    except Exception as error:
+        raise CheckpointError(
+            f"{checkpoint} is damaged ({str(error).splitlines()[0][:200]}); move it away to use the one before it"
+        ) from error
 
 
 def compare(what: str, stored, abstract) -> None:

@@ -7,6 +7,7 @@ names the ones to run, in order.
 
 import dataclasses
 import difflib
+import math
 import typing
 
 from maskdm_jax import diffusion, masking, samplers
@@ -239,6 +240,8 @@ def _value(path: str, value, kind):
         return tuple(value)
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ConfigError(f"{path} is {value}; it must be a finite number")
     if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
         raise ConfigError(f"{path} must be a {kind.__name__}, not {value!r}")
     return value
@@ -278,6 +281,7 @@ def _check(config: Config) -> None:
     at_least("model.num_classes", model.num_classes, 0)
     at_least("preview.every", config.preview.every, 0)
     need("mesh.data", config.mesh.data, config.mesh.data == -1 or config.mesh.data >= 1, "-1 or at least 1")
+    need("seed", config.seed, 0 <= config.seed < 2**31, "in [0, 2^31)")
     need("data.channels", data.channels, data.channels in (1, 3), "3 (colour) or 1 (grey)")
     need("data.flip", data.flip, 0 <= data.flip <= 1, "a probability")
     need("data.path", data.path, bool(data.path), "a folder or .zip of images, or 'digits'")
@@ -299,6 +303,8 @@ def _check(config: Config) -> None:
             "--config.data.labels=False for an unconditional model"
         )
     choice("diffusion.schedule", diff.schedule, ("linear", "cosine", "shifted_cosine"))
+    if diff.schedule == "linear":  # scaled to its number of steps, it would destroy the image in one step
+        need("diffusion.timesteps", diff.timesteps, diff.timesteps > 20, "more than 20 for the linear schedule")
     choice("diffusion.objective", diff.objective, diffusion.OBJECTIVES)
     choice("diffusion.loss", diff.loss, diffusion.LOSSES)
     choice("diffusion.loss_weight", diff.loss_weight, ("p2", "min_snr"))

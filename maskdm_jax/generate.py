@@ -3,8 +3,10 @@
 import dataclasses
 import io
 import json
+import os
 import pathlib
 import shutil
+import zipfile
 
 import jax
 import jax.numpy as jnp
@@ -143,8 +145,8 @@ def generate_to_folder(
       loaded: from `load`.
       folder: receives `000000.png`, ... or `samples.npz` (images uint8 [n, S, S, C], labels int32 [n]), and
         `samples.json`, the settings.
-      labels: classes to cycle through; image i gets labels[i % len(labels)]. Default: all classes of a
-        conditional model.
+      labels: classes, by name or number, to cycle through; image i gets labels[i % len(labels)]. Default: all
+        classes of a conditional model.
       batch_size: images per call of the network. It belongs to the settings, for its programs round differently.
       file_format: `png` or `npz`.
       progress: called with the number of images done, after each batch.
@@ -161,7 +163,7 @@ def generate_to_folder(
         raise GenerateError(f"n and batch_size must be at least 1, not {n} and {batch_size}")
     cycle = _label_cycle(loaded, labels)
     of_image = None if cycle is None else np.resize(np.asarray(cycle, np.int32), n)
-    folder = pathlib.Path(folder).expanduser().absolute()
+    folder = pathlib.Path(os.path.expanduser(folder)).absolute()
     settings = dict(
         checkpoint=str(loaded.checkpoint),
         weights=loaded.weights,
@@ -178,11 +180,16 @@ def generate_to_folder(
     def name(i):
         return parts / f"{i:06d}.npy" if file_format == "npz" else folder / f"{i:06d}.png"
 
-    if file_format == "npz" and _finished(folder / "samples.npz", n):
+    packed = _packed(folder / "samples.npz")
+    if len(packed) > n:
+        raise GenerateError(f"{folder} holds {len(packed)} images, more than n = {n}; give another folder")
+    if len(packed) == n:
         return folder
-    parts.mkdir(exist_ok=True) if file_format == "npz" else None
+    if file_format == "npz":
+        parts.mkdir(exist_ok=True)
     # Whole batches only, on fixed borders: an image's batch is the same however often we were stopped.
-    starts = [s for s in range(0, n, batch_size) if not all(name(i).exists() for i in range(s, min(s + batch_size, n)))]
+    there = lambda i: i < len(packed) or name(i).exists()
+    starts = [s for s in range(0, n, batch_size) if not all(there(i) for i in range(s, min(s + batch_size, n)))]
     index = [i for start in starts for i in range(start, min(start + batch_size, n))]
     todo = None if of_image is None else of_image[index]
     done = n - len(index)
@@ -193,7 +200,7 @@ def generate_to_folder(
         if progress:
             progress(done)
     if file_format == "npz":
-        images = np.stack([np.load(name(i)) for i in range(n)])
+        images = np.stack([packed[i] if i < len(packed) else np.load(name(i)) for i in range(n)])
         arrays = dict(images=images) if of_image is None else dict(images=images, labels=of_image)
         buffer = io.BytesIO()
         np.savez_compressed(buffer, **arrays)
@@ -208,33 +215,43 @@ def _label_cycle(loaded: Loaded, labels) -> list[int] | None:
         if labels:
             raise GenerateError(f"{loaded.checkpoint} is of an unconditional model; leave labels out")
         return None
-    cycle = list(range(count)) if not labels else [int(label) for label in labels]
-    wrong = [label for label in cycle if not 0 <= label < count]
+    if not labels:
+        return list(range(count))
+    number = {str(i): i for i in range(count)} | {name: i for i, name in enumerate(loaded.classes)}
+    wrong = [label for label in labels if str(label) not in number]
     if wrong:
-        raise GenerateError(f"labels {wrong} are outside 0..{count - 1}; the classes are {', '.join(loaded.classes)}")
-    return cycle
+        known = ", ".join(loaded.classes[:20]) + (", ..." if count > 20 else "")
+        raise GenerateError(f"labels {wrong} are neither classes ({known}) nor numbers in 0..{count - 1}")
+    return [number[str(label)] for label in labels]
 
 
 def _claim(folder: pathlib.Path, settings: dict) -> None:
     """Write the settings, or compare them with those of the samples that are there."""
     path = folder / "samples.json"
     if path.exists():
-        there = json.loads(path.read_text())
+        try:
+            there = json.loads(path.read_text())
+        except json.JSONDecodeError as error:
+            raise GenerateError(f"{path} is damaged ({error}); give another folder") from None
         if there != json.loads(json.dumps(settings)):
             changes = "; ".join(differences(there, json.loads(json.dumps(settings))))
             raise GenerateError(f"{folder} holds samples of other settings ({changes}); give another folder")
         return
-    if folder.exists() and any(folder.iterdir()):
+    if folder.exists() and any(not p.name.endswith(".tmp") for p in folder.iterdir()):
         raise GenerateError(f"{folder} is not empty and holds no samples.json; give a new or empty folder")
     folder.mkdir(parents=True, exist_ok=True)
     write_atomically(path, json.dumps(settings, indent=2).encode())
 
 
-def _finished(path: pathlib.Path, n: int) -> bool:
+def _packed(path: pathlib.Path):
+    """Images of an earlier call's samples.npz, or none."""
     if not path.exists():
-        return False
-    with np.load(path) as stored:
-        return len(stored["images"]) == n
+        return ()
+    try:
+        with np.load(path) as stored:
+            return stored["images"]
+    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+        raise GenerateError(f"{path} is damaged ({error}); remove it to make it again") from None
 
 
 def _write_image(path: pathlib.Path, image: np.ndarray) -> None:

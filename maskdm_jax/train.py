@@ -348,6 +348,7 @@ class _Run:
         self.config, self.workdir, self.mesh, self.source = config, workdir, mesh, source
         self.network, self.checkpoints, self.metrics = network, checkpoints, metrics
         self.ends = stage_ends(config)
+        self.unreadable = set()  # images found so, over all stages
         self.generate = make_generator(config, network, mesh, config.preview.rows * config.preview.columns)
 
     def stage(self, index: int, state: TrainState, meta: dict) -> TrainState:
@@ -363,6 +364,7 @@ class _Run:
             batch_size=stage.batch_size,
             seed=self.config.seed + index,
             source=self.source,
+            unreadable=self.unreadable,
             host=jax.process_index(),
             hosts=jax.process_count(),
         )

@@ -71,7 +71,10 @@ def test_missing_settings_are_named():
         ),
         (dict(pretrain__mask__rate=1.0), r"config.pretrain.mask: mask rate 1.0 is outside \[0, 1\)"),
         (dict(data__channels=4), r"config.data.channels is 4; it must be 3 \(colour\) or 1 \(grey\)"),
-        (dict(pretrain__learning_rate=float("nan")), r"learning_rate is nan"),
+        (dict(pretrain__learning_rate=float("nan")), r"learning_rate is nan; it must be a finite number"),
+        (dict(model__mlp_ratio=float("inf")), r"mlp_ratio is inf"),
+        (dict(seed=-1), r"seed is -1; it must be in \[0, 2\^31\)"),
+        (dict(diffusion__schedule="linear", diffusion__timesteps=10), r"timesteps is 10; it must be more than 20"),
     ],
 )
 def test_what_cannot_work_is_refused_by_name(changes, message):

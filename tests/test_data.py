@@ -1,5 +1,6 @@
 import io
 import logging
+import os
 import pickle
 import zipfile
 
@@ -63,10 +64,44 @@ def test_without_labels_any_layout_will_do(stored):
     assert source.classes == []
 
 
-@pytest.mark.parametrize("files", [{"a.png": png(), "x/b.png": png()}, {"x/a.png": png(), "x/b.png": png()}])
-def test_labels_of_a_set_without_class_folders_are_refused(stored, files):
-    with pytest.raises(DataError, match=r"has no class folder for '.*a.png'.*data.labels=False"):
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ({"a.png": png(), "x/b.png": png()}, r"has no class folder for 'a.png'.*data.labels=False"),
+        ({"a.png": png(), "b.png": png()}, r"has no class folder for 'a.png'.*data.labels=False"),
+        ({"x/a.png": png(), "x/b.png": png()}, r"has only one class folder, 'x'; labels need two"),
+    ],
+)
+def test_labels_of_a_set_without_class_folders_are_refused(stored, files, message):
+    with pytest.raises(DataError, match=message):
         open_source(stored(files), labels=True)
+
+
+def test_links_and_pipes_do_not_catch_the_reader(tmp_path):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "1.png").write_bytes(png())
+    for name in ("b", "c", "d"):
+        (tmp_path / "a" / name).symlink_to(tmp_path)
+    os.mkfifo(tmp_path / "pipe.png")
+    assert open_source(str(tmp_path)).names == ["a/1.png"]
+
+
+def test_an_encrypted_zip_is_named_as_one(tmp_path):
+    with zipfile.ZipFile(tmp_path / "x.zip", "w") as archive:
+        archive.writestr("a.png", png())
+    content = bytearray((tmp_path / "x.zip").read_bytes())
+    content[content.index(b"PK\x01\x02") + 8] |= 1
+    (tmp_path / "x.zip").write_bytes(content)
+    with pytest.raises(DataError, match="is encrypted .'a.png' needs a password"):
+        open_source(str(tmp_path / "x.zip"))
+
+
+@pytest.mark.parametrize(("batch_size", "hosts"), [(1, 1), (2, 2)])
+def test_batches_of_one(batch_size, hosts):
+    rows = [take(Batches(DATA, batch_size=batch_size, seed=0, host=h, hosts=hosts), 3) for h in range(hosts)]
+    assert [[int(b["index"][0]) for b in host] for host in rows] == [
+        list(range(h, 3 * hosts, hosts)) for h in range(hosts)
+    ]
 
 
 def test_bad_paths_are_named(tmp_path, stored):
@@ -105,6 +140,10 @@ class TestDecode:
         assert decode(pixels, 8, 3).min() == 255
         assert decode(pixels, 4, 3).mean() > 240
 
+    def test_very_long_images_cost_no_more_than_their_middle(self):
+        assert decode(np.full((1, 60_000, 3), 7, np.uint8), 64, 3).min() == 7
+        assert decode(np.full((1, 1, 1), 7, np.uint8), 64, 3).max() == 7
+
     @pytest.mark.parametrize(
         ("mode", "value", "expected"),
         [
@@ -122,6 +161,10 @@ class TestDecode:
         image = decode(png(value, (8, 8), mode), 8, 3)
         assert (image == expected).all()
         assert image.shape == (8, 8, 3)
+
+    @pytest.mark.parametrize(("value", "expected"), [(100, 100), (100 * 256, 100)])
+    def test_32_bit_grey(self, value, expected):
+        assert (decode(png(value, (8, 8), "I", "TIFF"), 8, 3) == expected).all()
 
     def test_cmyk_becomes_rgb(self):
         image = decode(png((0, 255, 255, 0), (8, 8), "CMYK", "TIFF"), 8, 3)

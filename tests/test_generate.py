@@ -87,13 +87,28 @@ def test_npz(ten, loaded, tmp_path):
     generate.generate_to_folder(loaded, out, 12, batch_size=8, file_format="npz")
     more = np.load(out / "samples.npz")["images"]
     np.testing.assert_array_equal(more[:10], stored["images"])
+    with pytest.raises(GenerateError, match="holds 12 images, more than n = 5"):
+        generate.generate_to_folder(loaded, out, 5, batch_size=8, file_format="npz")
+    (out / "samples.npz").write_bytes(b"PK")
+    with pytest.raises(GenerateError, match="samples.npz is damaged"):
+        generate.generate_to_folder(loaded, out, 12, batch_size=8, file_format="npz")
+    (out / "samples.json").write_bytes(b"")
+    with pytest.raises(GenerateError, match="samples.json is damaged"):
+        generate.generate_to_folder(loaded, out, 12, batch_size=8, file_format="npz")
 
 
 def test_labels_are_cycled_through(loaded, tmp_path):
     out = generate.generate_to_folder(loaded, tmp_path / "out", 5, labels=[3, 1], batch_size=8, file_format="npz")
     assert np.load(out / "samples.npz")["labels"].tolist() == [3, 1, 3, 1, 3]
-    with pytest.raises(GenerateError, match=r"labels \[10, -1\] are outside 0..9"):
-        generate.generate_to_folder(loaded, tmp_path / "b", 5, labels=[10, 2, -1])
+    named = generate.generate_to_folder(
+        loaded, tmp_path / "named", 2, labels=["3", "1"], batch_size=8, file_format="npz"
+    )
+    assert np.load(named / "samples.npz")["labels"].tolist() == [3, 1]
+    with pytest.raises(
+        GenerateError, match=r"labels \[10, -1, 'cat'\] are neither classes \(0, 1.*nor numbers in 0..9"
+    ):
+        generate.generate_to_folder(loaded, tmp_path / "b", 5, labels=[10, 2, -1, "cat"])
+    assert not (tmp_path / "b").exists()
 
 
 def test_folders_are_not_mixed(ten, loaded, run, tmp_path):

@@ -17,6 +17,7 @@ from PIL import Image, ImageOps
 from maskdm_jax.data.sources import DataError, open_source
 
 UNREADABLE_LIMIT = 0.01  # share of the images; more than that is a broken data set, not bad luck
+_STREAM_LENGTH = 2**40  # examples: more than any run takes, while grain's endless stream overflows in batches of 1
 _MAX_NEIGHBOURS = 100  # tried in place of an unreadable image before giving up
 
 log = logging.getLogger(__name__)
@@ -37,7 +38,8 @@ class _Decode:
             try:
                 image, label = self.source.read((record + step) % n)
                 image = decode(image, self.image_size, self.channels)
-            except Exception:  # whatever a decoder throws at a damaged file
+            except Exception as error:  # whatever a decoder throws at a damaged file
+                cause = error
                 continue
             return {
                 "image": image,
@@ -45,7 +47,7 @@ class _Decode:
                 "index": np.uint32(index),
                 "unreadable": np.int64(record if step else -1),
             }
-        raise DataError(f"{self.source.names[record]} and the {step} images after it are all unreadable")
+        raise DataError(f"{self.source.names[record]} and its {step} neighbours are all unreadable; the last: {cause}")
 
 
 def decode(image, size: int, channels: int) -> np.ndarray:
@@ -58,18 +60,21 @@ def decode(image, size: int, channels: int) -> np.ndarray:
         image = Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image)
     else:
         image = ImageOps.exif_transpose(Image.open(io.BytesIO(image)))
-    if image.mode.startswith("I;16") or image.mode == "I":  # 16 bit grey; convert() would clip at 255
-        image = Image.fromarray((np.asarray(image).astype(np.uint32) >> 8).clip(0, 255).astype(np.uint8))
+    if image.mode == "F":
+        raise ValueError("images of floating-point numbers have no agreed range")
+    if image.mode.startswith("I"):  # 16 or 32 bit grey; convert() would clip at 255
+        pixels = np.asarray(image).astype(np.int64)
+        wide = image.mode.startswith("I;16") or pixels.max() > 255
+        image = Image.fromarray((pixels >> 8 if wide else pixels).clip(0, 255).astype(np.uint8))
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     image = image.convert("RGB" if channels == 3 else "L")
-    if min(image.size) != size:
-        scale = size / min(image.size)
-        image = image.resize([max(size, round(side * scale)) for side in image.size], Image.Resampling.BICUBIC)
-    left, top = (image.width - size) // 2, (image.height - size) // 2
-    if image.size != (size, size):
-        image = image.crop((left, top, left + size, top + size))
+    short = min(image.size)
+    left, top = (image.width - short) // 2, (image.height - short) // 2
+    middle = (left, top, left + short, top + short)
+    # Only the middle is computed: all of a very long image, enlarged, would not fit into memory.
+    image = image.crop(middle) if short == size else image.resize((size, size), Image.Resampling.BICUBIC, box=middle)
     return np.asarray(image).reshape(size, size, channels)
 
 
@@ -87,6 +92,7 @@ class Batches:
         batch_size: int,
         seed: int,
         source=None,
+        unreadable: set | None = None,
         host: int = 0,
         hosts: int = 1,
     ):
@@ -95,6 +101,7 @@ class Batches:
         batch_size: global.
         seed: of the shuffling.
         source: an opened source, to be shared by the stages of a run; opened from data.path when None.
+        unreadable: numbers of the records found unreadable so far, shared likewise.
         host, hosts: this process and how many there are.
         """
         if batch_size % hosts:
@@ -104,13 +111,13 @@ class Batches:
             grain.MapDataset.range(len(self.source))
             .seed(seed)
             .shuffle()
-            .repeat(None)
+            .repeat(max(1, _STREAM_LENGTH // len(self.source)))
             .map_with_index(_Decode(self.source, data.image_size, data.channels))
         )
         self._data, self._batch_size, self._host, self._hosts = data, batch_size, host, hosts
         self._next = 0
         self._iterator = None
-        self.unreadable = set()  # numbers of the records found unreadable so far
+        self.unreadable = set() if unreadable is None else unreadable
 
     def __iter__(self):
         return self

@@ -43,12 +43,7 @@ class ImageFolder:
 
     def __init__(self, path, labels: bool = False):
         self._root = pathlib.Path(path)
-        found = []
-        for folder, subfolders, files in os.walk(self._root, followlinks=True):
-            subfolders.sort()
-            base = pathlib.Path(folder).relative_to(self._root)
-            found += [(base / file).as_posix() for file in files]
-        self.names, self._labels, self.classes = _index(path, found, labels)
+        self.names, self._labels, self.classes = _index(path, list(_walk(str(self._root), "", set())), labels)
 
     def __len__(self):
         return len(self.names)
@@ -58,6 +53,20 @@ class ImageFolder:
         return (self._root / self.names[i]).read_bytes(), self._labels[i]
 
 
+def _walk(folder: str, prefix: str, seen: set):
+    """Names of the regular files under a folder; links are followed, but no folder is entered twice."""
+    status = os.stat(folder)
+    if (status.st_dev, status.st_ino) in seen:
+        return
+    seen.add((status.st_dev, status.st_ino))
+    with os.scandir(folder) as entries:
+        for entry in sorted(entries, key=lambda entry: entry.name):
+            if entry.is_dir():
+                yield from _walk(entry.path, f"{prefix}{entry.name}/", seen)
+            elif entry.is_file():  # a pipe would block whoever reads it
+                yield prefix + entry.name
+
+
 class ZipImages:
     """All images in a zip file, nested or flat, read without unpacking it."""
 
@@ -65,9 +74,13 @@ class ZipImages:
         self._path = pathlib.Path(path)
         self._archive = None
         try:
-            found = [info.filename for info in self._open().infolist() if not info.is_dir()]
-        except zipfile.BadZipFile as error:
+            entries = [info for info in self._open().infolist() if not info.is_dir()]
+        except (zipfile.BadZipFile, NotImplementedError) as error:
             raise DataError(f"{path} is not a readable zip file ({error}); give a .zip or a folder of images") from None
+        locked = [info.filename for info in entries if info.flag_bits & 1]
+        if locked:
+            raise DataError(f"{path} is encrypted ({locked[0]!r} needs a password); unpack it and give the folder")
+        found = [info.filename for info in entries]
         self.names, self._labels, self.classes = _index(path, found, labels)
 
     def __len__(self):
@@ -94,7 +107,7 @@ def open_source(path: str, labels: bool = False):
     """
     if path == "digits":
         return Digits(labels)
-    place = pathlib.Path(path).expanduser()
+    place = pathlib.Path(os.path.expanduser(path))
     if place.is_dir():
         return ImageFolder(place, labels)
     if place.is_file() and place.suffix.lower() == ".zip":
@@ -110,7 +123,7 @@ def _index(path, found: list[str], labels: bool):
         name
         for name in found
         if pathlib.PurePosixPath(name).suffix.lower() in SUFFIXES
-        and not any(part.startswith((".", "__MACOSX")) for part in pathlib.PurePosixPath(name).parts)
+        and not any(part.startswith((".", "__MACOSX")) for part in pathlib.PurePosixPath(name).parts if part != "..")
     )
     if not names:
         kinds = ", ".join(sorted(SUFFIXES))
@@ -120,6 +133,11 @@ def _index(path, found: list[str], labels: bool):
     # A wrapping folder that all images share is not a class: the first level that differs is.
     folders = [pathlib.PurePosixPath(name).parts[:-1] for name in names]
     shared = sum(1 for _ in itertools.takewhile(lambda level: len(set(level)) == 1, zip(*folders, strict=False)))
+    if len(set(folders)) == 1 and folders[0]:
+        raise DataError(
+            f"{path} has only one class folder, {'/'.join(folders[0])!r}; labels need two, or set "
+            "--config.data.labels=False --config.model.num_classes=0"
+        )
     if any(len(parts) <= shared for parts in folders):
         stray = next(name for name, parts in zip(names, folders, strict=True) if len(parts) <= shared)
         raise DataError(
