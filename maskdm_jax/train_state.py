@@ -28,9 +28,10 @@ def make_optimizer(stage) -> optax.GradientTransformation:
     The rate is learning_rate * min(step / warmup_steps, 1) with the step counted from 0, so the first update
     of a warmed-up stage has rate 0, as in the reference.
     """
-    clip = [optax.clip_by_global_norm(stage.clip_norm)] if stage.clip_norm else []
+    # The same state with and without clipping, so that a run can be resumed with it switched on.
+    clip = optax.clip_by_global_norm(stage.clip_norm) if stage.clip_norm else optax.identity()
     return optax.chain(
-        *clip, optax.adamw(learning_rate(stage), b1=stage.b1, b2=stage.b2, eps=1e-8, weight_decay=stage.weight_decay)
+        clip, optax.adamw(learning_rate(stage), b1=stage.b1, b2=stage.b2, eps=1e-8, weight_decay=stage.weight_decay)
     )
 
 

@@ -273,10 +273,15 @@ def test_a_damaged_checkpoint_is_named(whole_run, tmp_path, lost):
     gc.collect()
 
 
-def test_a_changed_config_is_told(whole_run):
-    train.train(tiny.config(finetune__learning_rate=5e-4, seed=4), whole_run, devices=ONE)
-    log = (whole_run / "log.txt").read_text()
+def test_a_run_goes_on_with_what_the_advice_after_divergence_changes(whole_run, tmp_path):
+    workdir = tmp_path / "run"
+    shutil.copytree(whole_run, workdir)
+    changes = dict(finetune__learning_rate=5e-4, finetune__clip_norm=0.0, finetune__steps=3, model__dtype="bfloat16")
+    train.train(tiny.config(**changes), workdir, devices=ONE)
+    assert [line["step"] for line in observe.read_metrics(workdir / "metrics.jsonl")] == [1, 2, 3, 4, 5, 6, 7]
+    log = (workdir / "log.txt").read_text()
     assert "the config changed since that checkpoint: finetune.learning_rate: 0.001 -> 0.0005" in log
+    assert "finetune.clip_norm: 1.0 -> 0.0" in log
 
 
 @pytest.mark.parametrize(("step", "checkpoint_step"), [(1, None), (4, 2)])
