@@ -5,7 +5,7 @@ import ast
 import pytest
 
 ORDER = [  # a module may import those above it
-    {"models.layers", "torch_file"},
+    {"models.layers", "torch_file", "wavelet"},
     {"masking", "diffusion", "models.uvit", "torch_checkpoint", "train_state", "sharding", "data.sources"},
     {"samplers", "data.pipeline"},
     {"config"},
