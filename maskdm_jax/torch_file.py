@@ -60,10 +60,12 @@ def read(path):
         return _plain(value, 0)
     except TorchFileError as error:
         raise TorchFileError(f"{path}: {error}") from None
-    except (zipfile.BadZipFile, EOFError, IndexError, KeyError, TypeError, ValueError, struct.error) as error:
+    except _DAMAGE as error:
         raise TorchFileError(f"{path} is damaged or not a PyTorch checkpoint ({error})") from None
-    except (NotImplementedError, RuntimeError, UnicodeError, OverflowError) as error:  # zipfile on odd entries
-        raise TorchFileError(f"{path} is damaged or not a PyTorch checkpoint ({error})") from None
+
+
+# What bytes at random provoke in the readers; UnicodeError is a ValueError, RuntimeError comes from odd zip entries.
+_DAMAGE = (zipfile.BadZipFile, EOFError, LookupError, TypeError, ValueError, struct.error, OverflowError, RuntimeError)
 
 
 # --- Reading: what the pickles may hold ---------------------------------------------------------
