@@ -34,7 +34,7 @@ def get_config(mask="block2_50"):
     kind, rate, block, crop = MASKS[mask]
     c = ConfigDict()
     c.seed = 0
-    c.init_from = ""  # run folder or checkpoint to take weights from; "" starts fresh
+    c.init_from = ""  # run folder, checkpoint, .pt or .safetensors to take weights from; "" starts fresh
     c.data = ConfigDict(
         dict(
             path="data/celeba64",  # folder or .zip of images
@@ -50,6 +50,7 @@ def get_config(mask="block2_50"):
     c.model = ConfigDict(
         dict(
             patch_size=4,
+            wavelet_scale=0,  # 0: a U-ViT on pixels
             width=512,
             depth=13,
             heads=8,

@@ -29,6 +29,7 @@ def get_config():
     c.model = ConfigDict(
         dict(
             patch_size=4,
+            wavelet_scale=0,  # 0: a U-ViT on pixels
             width=768,
             depth=12,
             heads=12,

@@ -30,6 +30,7 @@ def get_config():
     c.model = ConfigDict(
         dict(
             patch_size=4,
+            wavelet_scale=0,  # 0: a U-ViT on pixels
             width=512,
             depth=13,
             heads=8,

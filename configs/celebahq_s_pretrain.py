@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 def get_config():
     c = ConfigDict()
     c.seed = 0
-    c.init_from = ""  # run folder or checkpoint to take weights from; "" starts fresh
+    c.init_from = ""  # run folder, checkpoint, .pt or .safetensors to take weights from; "" starts fresh
     c.data = ConfigDict(
         dict(
             path="data/celebahq256",  # folder or .zip of images
@@ -29,6 +29,7 @@ def get_config():
     c.model = ConfigDict(
         dict(
             patch_size=4,
+            wavelet_scale=0,  # 0: a U-ViT on pixels
             width=512,
             depth=13,
             heads=8,

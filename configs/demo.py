@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 def get_config():
     c = ConfigDict()
     c.seed = 0
-    c.init_from = ""  # run folder or checkpoint to take weights from; "" starts fresh
+    c.init_from = ""  # run folder, checkpoint, .pt or .safetensors to take weights from; "" starts fresh
     c.data = ConfigDict(
         dict(
             path="digits",  # the set that comes with the package; or a folder or .zip of images
@@ -28,6 +28,7 @@ def get_config():
     c.model = ConfigDict(
         dict(
             patch_size=2,  # 16 patches
+            wavelet_scale=0,  # 0: a U-ViT on pixels
             width=64,
             depth=5,
             heads=4,

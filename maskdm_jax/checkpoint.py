@@ -66,10 +66,7 @@ class Checkpoints:
         Raises:
           CheckpointError: names, shapes or dtypes differ.
         """
-        folder = self.folder / str(step)
-        rest = _load(folder, "optimizer", _rest(abstract))
-        params, ema = (_load(folder, name, getattr(abstract, name)) for name in ("params", "ema"))
-        return TrainState(params=params, ema=ema, **rest)
+        return load_state(self.folder / str(step), abstract)
 
     def wait(self) -> None:
         """Wait until what was saved is on disk."""
@@ -103,27 +100,33 @@ def load_meta(checkpoint: pathlib.Path) -> dict:
         return reader.restore(checkpoint / "meta")
 
 
-def load_weights(checkpoint: pathlib.Path, which: str, abstract):
+def load_state(checkpoint: pathlib.Path, abstract: TrainState) -> TrainState:
+    """Read all of a checkpoint that `find` gave, placed as `abstract` says.
+
+    Raises:
+      CheckpointError: names, shapes or dtypes differ.
+    """
+    params, ema = (load_item(checkpoint, name, getattr(abstract, name)) for name in ("params", "ema"))
+    return TrainState(params=params, ema=ema, **load_item(checkpoint, "optimizer", _rest(abstract)))
+
+
+def load_item(checkpoint: pathlib.Path, item: str, abstract):
     """Read `params` or `ema` of a checkpoint that `find` gave, placed as `abstract` says.
 
     Raises:
       CheckpointError: names, shapes or dtypes differ.
     """
-    return _load(checkpoint, which, abstract)
+    # Every name, shape and dtype is compared first: Orbax casts dtypes without a word.
+    with ocp.StandardCheckpointer() as reader:
+        with _damage(checkpoint):
+            stored = ocp.StandardCheckpointHandler().metadata(checkpoint / item).tree
+        compare(f"the {item} of {checkpoint}", stored, abstract)
+        with _damage(checkpoint):
+            return reader.restore(checkpoint / item, abstract)
 
 
 def _rest(state: TrainState) -> dict:
     return {f.name: getattr(state, f.name) for f in dataclasses.fields(state) if f.name not in ("params", "ema")}
-
-
-def _load(checkpoint: pathlib.Path, item: str, abstract):
-    """Restore one item after comparing every name, shape and dtype: Orbax casts dtypes without a word."""
-    with ocp.StandardCheckpointer() as reader:
-        with _damage(checkpoint):
-            stored = reader.metadata(checkpoint / item).item_metadata.tree
-        compare(f"the {item} of {checkpoint}", stored, abstract)
-        with _damage(checkpoint):
-            return reader.restore(checkpoint / item, abstract)
 
 
 def _is_checkpoint(path: pathlib.Path) -> bool:

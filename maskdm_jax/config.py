@@ -8,6 +8,7 @@ names the ones to run, in order.
 import dataclasses
 import difflib
 import math
+import types
 import typing
 
 from maskdm_jax import diffusion, masking, samplers
@@ -37,9 +38,10 @@ class Data:
 
 @dataclasses.dataclass(frozen=True)
 class Model:
-    """The U-ViT; see `models.uvit.UViT`."""
+    """The network; see `models.uvit.UViT` and `models.wavelet_uvit.WaveletUViT`."""
 
     patch_size: int
+    wavelet_scale: int  # 0: a U-ViT on pixels. 1, 2, ...: on Haar coefficients, detail patches so much wider
     width: int
     depth: int  # 2k and 2k + 1 are the same network
     heads: int
@@ -90,6 +92,7 @@ class Stage:
     ema_decay: float
     ema_every: int
     mask: Mask
+    detail_mask: Mask | None = None  # of the details of a wavelet model; left out: drawn by the settings of `mask`
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,7 +146,7 @@ class Config:
     """A whole run."""
 
     seed: int
-    init_from: str  # run folder, checkpoint or official .pt whose weights the run starts from; "" starts fresh
+    init_from: str  # run folder, checkpoint, .pt or .safetensors whose weights the run starts from; "" starts fresh
     data: Data
     model: Model
     diffusion: Diffusion
@@ -199,41 +202,52 @@ def differences(old: dict, new: dict, prefix: str = "") -> list[str]:
     return lines
 
 
-def grid(config: Config) -> tuple[int, int]:
-    """Rows and columns of patches."""
-    side = config.data.image_size // config.model.patch_size
-    return side, side
+def grids(config: Config) -> tuple[tuple[int, int], ...]:
+    """Rows and columns of patches, of the image or of each band of a wavelet model."""
+    side, scale = config.data.image_size // config.model.patch_size, config.model.wavelet_scale
+    if not scale:
+        return ((side, side),)
+    return ((side // 2, side // 2), (side // 2 // scale, side // 2 // scale))
 
 
-def mask_plan(config: Config, stage: str) -> masking.MaskPlan:
-    """The mask plan of a stage."""
-    try:
-        return masking.make_plan(grid=grid(config), **dataclasses.asdict(config.stage[stage].mask))
-    except ValueError as error:
-        raise ConfigError(f"config.{stage}.mask: {error}") from None
+def mask_plans(config: Config, stage: str) -> tuple[masking.MaskPlan, ...]:
+    """The mask plans of a stage: one, or one for each band of a wavelet model."""
+    masks = {"mask": config.stage[stage].mask}
+    if config.model.wavelet_scale:
+        masks["detail_mask"] = config.stage[stage].detail_mask or config.stage[stage].mask
+    plans = []
+    for (name, mask), grid in zip(masks.items(), grids(config), strict=True):
+        try:
+            plans.append(masking.make_plan(grid=grid, **dataclasses.asdict(mask)))
+        except ValueError as error:
+            raise ConfigError(f"config.{stage}.{name}: {error}") from None
+    return tuple(plans)
 
 
 def _build(cls, path: str, raw):
     if not isinstance(raw, dict):
         raise ConfigError(f"{path} must be a dict of settings, not {raw!r}")
-    return cls(**_read(path, raw, {f.name: f.type for f in dataclasses.fields(cls)}))
+    optional = {f.name for f in dataclasses.fields(cls) if f.default is not dataclasses.MISSING}
+    return cls(**_read(path, raw, {f.name: f.type for f in dataclasses.fields(cls)}, optional))
 
 
-def _read(path: str, raw: dict, types: dict) -> dict:
+def _read(path: str, raw: dict, kinds: dict, optional=frozenset()) -> dict:
     for key in raw:
-        if key not in types:
-            close = difflib.get_close_matches(key, types, n=1)
-            hint = f"did you mean {close[0]!r}?" if close else f"known keys: {', '.join(types)}"
+        if key not in kinds:
+            close = difflib.get_close_matches(key, kinds, n=1)
+            hint = f"did you mean {close[0]!r}?" if close else f"known keys: {', '.join(kinds)}"
             raise ConfigError(f"{path}.{key} is not a setting; {hint}")
-    missing = [key for key in types if key not in raw]
+    missing = [key for key in kinds if key not in raw and key not in optional]
     if missing:
         raise ConfigError(f"{path} lacks {', '.join(missing)}; see configs/demo.py for a complete config")
-    return {key: _value(f"{path}.{key}", raw[key], kind) for key, kind in types.items()}
+    return {key: _value(f"{path}.{key}", raw[key], kind) for key, kind in kinds.items() if key in raw}
 
 
 def _value(path: str, value, kind):
     if dataclasses.is_dataclass(kind):
         return _build(kind, path, value)
+    if isinstance(kind, types.UnionType):  # of a dataclass and None
+        return None if value is None else _value(path, value, typing.get_args(kind)[0])
     if typing.get_origin(kind) is tuple:
         if not isinstance(value, (tuple, list)) or not all(isinstance(v, str) for v in value):
             raise ConfigError(f"{path} must be a tuple of names, such as ('pretrain', 'finetune'), not {value!r}")
@@ -285,6 +299,16 @@ def _check(config: Config) -> None:
     need("data.channels", data.channels, data.channels in (1, 3), "3 (colour) or 1 (grey)")
     need("data.flip", data.flip, 0 <= data.flip <= 1, "a probability")
     need("data.path", data.path, bool(data.path), "a folder or .zip of images, or 'digits'")
+    at_least("model.wavelet_scale", model.wavelet_scale, 0)
+    if model.wavelet_scale:
+        unit = 2 * model.patch_size * model.wavelet_scale
+        if data.image_size % unit:
+            need("data.image_size", data.image_size, False, f"a multiple of 2 * patch_size * wavelet_scale = {unit}")
+        if data.label_dropout or config.sampling.guidance:
+            raise ConfigError(
+                "a wavelet model (config.model.wavelet_scale) has no token for 'no label', as in the reference; set "
+                "config.data.label_dropout and config.sampling.guidance to 0"
+            )
     if data.image_size % model.patch_size:
         sides = [p for p in range(1, data.image_size + 1) if data.image_size % p == 0]
         need("model.patch_size", model.patch_size, False, f"a divisor of data.image_size {data.image_size}: {sides}")
@@ -331,4 +355,6 @@ def _check(config: Config) -> None:
             need(f"{name}.{key}", getattr(stage, key), 0 <= getattr(stage, key) < 1, "in [0, 1)")
         if stage.batch_size % stage.micro_batches:
             need(f"{name}.micro_batches", stage.micro_batches, False, f"a divisor of batch_size {stage.batch_size}")
-        mask_plan(config, name)
+        if stage.detail_mask and not model.wavelet_scale:
+            raise ConfigError(f"config.{name}.detail_mask is for wavelet models, but config.model.wavelet_scale is 0")
+        mask_plans(config, name)

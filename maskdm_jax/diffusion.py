@@ -18,10 +18,12 @@ class Schedule:
     """Per-step quantities, computed in float64 and stored as float32 NumPy arrays [T]."""
 
     betas: np.ndarray
+    alpha: np.ndarray
     alpha_bar: np.ndarray
     alpha_bar_prev: np.ndarray
     sqrt_alpha_bar: np.ndarray
     sqrt_one_minus_alpha_bar: np.ndarray
+    log_one_minus_alpha_bar: np.ndarray
     sqrt_recip_alpha_bar: np.ndarray
     sqrt_recipm1_alpha_bar: np.ndarray
     posterior_variance: np.ndarray
@@ -79,10 +81,12 @@ def make_schedule(name: str, timesteps: int = 1000, *, size: int = 64) -> Schedu
     variance = betas * (1 - prev) / (1 - alpha_bar)
     columns = dict(
         betas=betas,
+        alpha=1 - betas,
         alpha_bar=alpha_bar,
         alpha_bar_prev=prev,
         sqrt_alpha_bar=np.sqrt(alpha_bar),
         sqrt_one_minus_alpha_bar=np.sqrt(1 - alpha_bar),
+        log_one_minus_alpha_bar=np.log(1 - alpha_bar),
         sqrt_recip_alpha_bar=np.sqrt(1 / alpha_bar),
         sqrt_recipm1_alpha_bar=np.sqrt(1 / alpha_bar - 1),
         posterior_variance=variance,
@@ -171,12 +175,17 @@ def denoising_loss(predict, schedule: Schedule, x0, t, eps, *, objective="noise"
     """Loss of each image, [B] float32: weight(t) times the mean error over its (visible) elements.
 
     Args:
-      predict: (x_t, t) -> the objective, of x_t's shape.
-      x0, eps: clean data and noise, [B, ...]; for masked training the visible patches [B, V, p*p*C].
+      predict: (x_t, t) -> the objective, like x_t.
+      x0, eps: clean data and noise, [B, ...]; for masked training the visible patches [B, V, d]. Or a tuple of
+        such arrays, the bands of a wavelet model, whose mean errors add up.
       t: [B] int32.
       weights: [T] from `loss_weights`, or None for 1.
     """
-    target = OBJECTIVES[objective](schedule, x0, t, eps)
-    error = LOSSES[loss](predict(q_sample(schedule, x0, t, eps), t) - target)
-    per_image = error.reshape(error.shape[0], -1).mean(axis=1)
+
+    def error(output, x0, eps):
+        e = LOSSES[loss](output - OBJECTIVES[objective](schedule, x0, t, eps))
+        return e.reshape(e.shape[0], -1).mean(axis=1)
+
+    x_t = jax.tree.map(lambda x0, eps: q_sample(schedule, x0, t, eps), x0, eps)
+    per_image = sum(jax.tree.leaves(jax.tree.map(error, predict(x_t, t), x0, eps)))
     return per_image if weights is None else per_image * jnp.asarray(weights)[t]

@@ -9,7 +9,6 @@ import shutil
 import zipfile
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 from PIL import Image
@@ -19,20 +18,11 @@ from maskdm_jax.config import Config, differences, parse
 from maskdm_jax.diffusion import make_schedule
 from maskdm_jax.network import Network, make_network
 from maskdm_jax.observe import save_image, write_atomically
+from maskdm_jax.representation import make_representation
 
 
 class GenerateError(ValueError):
     """Samples that cannot be made as asked; the message says why and what would work."""
-
-
-def to_unit(image):
-    """uint8 0..255 -> float32 -1..1."""
-    return image.astype(jnp.float32) / 127.5 - 1.0
-
-
-def to_uint8(x):
-    """float32 -1..1 -> uint8, rounded."""
-    return jnp.round((jnp.clip(x, -1.0, 1.0) + 1.0) * 127.5).astype(jnp.uint8)
 
 
 def make_generator(config: Config, network: Network, mesh, batch_size: int):
@@ -44,7 +34,7 @@ def make_generator(config: Config, network: Network, mesh, batch_size: int):
     devices = mesh.size
     padded = -(-batch_size // devices) * devices
     schedule = make_schedule(config.diffusion.schedule, config.diffusion.timesteps, size=config.diffusion.shift_size)
-    size, sampling = config.data.image_size, config.sampling
+    space, sampling = make_representation(config), config.sampling
     place = sharding.batch_sharding(mesh)
 
     def run(params, key, index, labels):
@@ -53,16 +43,16 @@ def make_generator(config: Config, network: Network, mesh, batch_size: int):
 
         if sampling.guidance:
             predict = samplers.guided(predict, lambda x, t: network.apply(params, x, t), sampling.guidance)
-        x, noise = samplers.image_noise(key, index, (size, size, config.data.channels))
-        options = dict(objective=config.diffusion.objective)
+        x, noise = samplers.image_noise(key, index, space.shape)
+        options = dict(objective=config.diffusion.objective, clip=space.clip)
         if sampling.method == "ddim":
             x0 = samplers.ddim(predict, x, noise, schedule, steps=sampling.steps, eta=sampling.eta, **options)
         elif sampling.method == "dpm_solver":
-            options |= dict(clip=(-1.0, 1.0), steps=sampling.steps, order=sampling.order, spacing=sampling.spacing)
+            options |= dict(steps=sampling.steps, order=sampling.order, spacing=sampling.spacing)
             x0 = samplers.dpm_solver(predict, x, schedule, **options)
         else:
             x0 = samplers.ddpm(predict, x, noise, schedule, **options)
-        return to_uint8(x0)
+        return space.decode(x0)
 
     compiled = jax.jit(run, out_shardings=place)
 
@@ -112,7 +102,7 @@ def load(path, *, weights: str = "ema", sampling: dict | None = None) -> Loaded:
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=everywhere), network.abstract_params()
     )
     return Loaded(
-        found, weights, config, network, checkpoint.load_weights(found, weights, abstract), meta["classes"], mesh
+        found, weights, config, network, checkpoint.load_item(found, weights, abstract), meta["classes"], mesh
     )
 
 

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from maskdm_jax.models.uvit import UViT
+from maskdm_jax.models.wavelet_uvit import WaveletUViT
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,7 +22,7 @@ class Network:
         return nnx.to_pure_dict(nnx.state(self.make(nnx.Rngs(key)), nnx.Param))
 
     def apply(self, params, x, t, labels=None, positions=None):
-        """See `UViT.__call__`."""
+        """See `UViT.__call__` and `WaveletUViT.__call__`."""
         return nnx.merge(self.graphdef, params)(x, t, labels, positions)
 
     def abstract_params(self) -> dict:
@@ -34,7 +35,9 @@ def make_network(config) -> Network:
     fields = dataclasses.asdict(config.model)
     fields |= dict(dtype=jnp.dtype(fields["dtype"]), image_size=config.data.image_size, channels=config.data.channels)
 
+    scale = fields.pop("wavelet_scale")
+
     def make(rngs):
-        return UViT(**fields, rngs=rngs)
+        return WaveletUViT(scale=scale, **fields, rngs=rngs) if scale else UViT(**fields, rngs=rngs)
 
     return Network(nnx.graphdef(nnx.eval_shape(lambda: make(nnx.Rngs(0)))), make)

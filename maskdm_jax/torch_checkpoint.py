@@ -1,83 +1,110 @@
-"""The official PyTorch checkpoints: names and layouts of their weights, and the way to our parameters and back.
+"""The official PyTorch checkpoints: their parts, and the names, order and layouts of the tensors in them.
 
-Conversion only renames, transposes and reshapes, so it is exact in both directions.
+A file of the official trainer is a dict of `step`, `model` and `ema` (state dicts of the diffusion wrapper: 13
+schedule buffers and, under `model.`, the network), `opt` (AdamW, by position of the tensors) and `scaler`.
+A `.safetensors` file holds the network's tensors alone, under the same names.
+
+Conversion renames, transposes and reshapes, nothing else, so it is exact in both directions.
 """
 
+import collections
+import dataclasses
+import json
+import math
+import os
+import pathlib
 import re
+import typing
 
+import ml_dtypes
 import numpy as np
+import safetensors
+import safetensors.numpy
 
 from maskdm_jax import torch_file
+from maskdm_jax.diffusion import Schedule
 from maskdm_jax.torch_file import TorchFileError
 
-_LINEAR = {"weight": "kernel", "bias": "bias"}
-_NORM = {"weight": "scale", "bias": "bias"}
-_PARTS = {  # official name within the network -> our path and the names of its tensors
-    "encoder.patch_embed.proj": ("patch_embed", _LINEAR),
-    "encoder.time_embed.0": ("time_mlp.fc1", _LINEAR),
-    "encoder.time_embed.2": ("time_mlp.fc2", _LINEAR),
-    "encoder.label_emb": ("label_embed", {"weight": "embedding"}),
-    "encoder.norm": ("norm", _NORM),
-    "encoder_to_output": ("head", _LINEAR),
-}
-_BLOCK_PARTS = {
-    "norm1": _NORM,
-    "norm2": _NORM,
-    "attn": {"q_bias": "q_bias", "v_bias": "v_bias"},
-    "attn.qkv": _LINEAR,
-    "attn.proj": _LINEAR,
-    "mlp.fc1": _LINEAR,
-    "mlp.fc2": _LINEAR,
-    "skip_linear": _LINEAR,
-}
-_TENSORS = {"encoder.encoder_pos_embed": "pos_embed", "encoder.uncond_embed": "uncond_embed"}
-_OUR_TENSORS = {ours: name for name, ours in _TENSORS.items()}
-_BLOCK = re.compile(r"encoder\.(in_blocks\.\d+|mid_block|out_blocks\.\d+)\.(.+)")
+# --- Names and layouts --------------------------------------------------------------------------
 
 
-_WRAPPER = {"params": ("model", "model."), "ema": ("ema", "ema_model.model.")}  # part of the file, prefix of names
+def _tensors(theirs: str, ours: str, weight: str = "kernel", bias: str | None = "bias") -> dict:
+    names = {f"{theirs}.weight": f"{ours}.{weight}"}
+    return names | ({f"{theirs}.bias": f"{ours}.{bias}"} if bias else {})
 
 
-def load_weights(path, which: str) -> dict:
-    """Read `params` (the raw weights) or `ema` of an official `.pt`: our nested dict of NumPy arrays.
+def _block(theirs: str, ours: str) -> dict:
+    names = _tensors(f"{theirs}.norm1", f"{ours}.norm1", "scale")
+    names |= {f"{theirs}.attn.{bias}": f"{ours}.attn.{bias}" for bias in ("q_bias", "v_bias")}
+    names |= _tensors(f"{theirs}.attn.qkv", f"{ours}.attn.qkv", bias=None)
+    names |= _tensors(f"{theirs}.attn.proj", f"{ours}.attn.proj")
+    names |= _tensors(f"{theirs}.norm2", f"{ours}.norm2", "scale")
+    for linear in ("mlp.fc1", "mlp.fc2", "skip_linear"):
+        names |= _tensors(f"{theirs}.{linear}", f"{ours}.{linear}")
+    return names
 
-    Raises:
-      TorchFileError: it is not a checkpoint of the official trainer; the message says why.
-    """
-    part, prefix = _WRAPPER[which]
-    content = torch_file.read(path)
-    if not isinstance(content, dict) or not isinstance(content.get(part), dict):
-        raise TorchFileError(f"{path} has no {part!r}; a checkpoint of the official trainer has step, model, opt, ema")
-    tensors = {name.removeprefix(prefix): t for name, t in content[part].items() if name.startswith(prefix)}
-    try:
-        return params_from_state_dict(tensors)
-    except KeyError as error:
-        raise TorchFileError(f"{path}: {error.args[0]}") from None
+
+# Official name -> our path, in the official order, for both networks; * is the number of a block.
+_NAMES = (
+    {"encoder.uncond_embed": "backbone.uncond_embed", "encoder.encoder_pos_embed": "pos_embed"}
+    | _tensors("encoder.patch_embed.proj", "patch_embed")
+    | _tensors("encoder.approx_patch_embed.proj", "approx_patch_embed")
+    | _tensors("encoder.detail_patch_embed.proj", "detail_patch_embed")
+    | _tensors("encoder.label_emb", "backbone.label_embed", "embedding", bias=None)
+    | _tensors("encoder.time_embed.0", "backbone.time_mlp.fc1")
+    | _tensors("encoder.time_embed.2", "backbone.time_mlp.fc2")
+    | _block("encoder.in_blocks.*", "backbone.in_blocks.*")
+    | _block("encoder.mid_block", "backbone.mid_block")
+    | _block("encoder.out_blocks.*", "backbone.out_blocks.*")
+    | _tensors("encoder.norm", "backbone.norm", "scale")
+    | _tensors("encoder_to_output", "head")
+    | _tensors("approx_to_output", "approx_head")
+    | _tensors("detail_to_output", "detail_head")
+)
+_OUR_NAMES = {ours: theirs for theirs, ours in _NAMES.items()}
+_ORDER = {theirs: i for i, theirs in enumerate(_NAMES)}
+_NUMBER = re.compile(r"\d+(?=\.(?:norm|attn|mlp|skip))")  # of a block
+
+
+def _pattern(name: str) -> tuple[str, int]:
+    """A name with its block's number as *, and that number (0 outside the numbered blocks)."""
+    number = _NUMBER.search(name)
+    return (name, 0) if number is None else (_NUMBER.sub("*", name, count=1), int(number[0]))
 
 
 def our_path(name: str) -> tuple:
-    """Path of the official tensor `name` in our parameter tree, e.g. ('in_blocks', 0, 'attn', 'qkv', 'kernel').
+    """Path of the official tensor `name` in our parameters, e.g. ('backbone', 'in_blocks', 0, 'attn', 'qkv', 'kernel').
 
     Raises:
       KeyError: the name is not one of a U-ViT.
     """
-    if name in _TENSORS:
-        return (_TENSORS[name],)
-    module, _, tensor = name.rpartition(".")
-    block = _BLOCK.fullmatch(module)
-    if block and tensor in _BLOCK_PARTS.get(block[2], {}):
-        path = f"{block[1]}.{block[2]}.{_BLOCK_PARTS[block[2]][tensor]}"
-    elif module in _PARTS and tensor in _PARTS[module][1]:
-        path = f"{_PARTS[module][0]}.{_PARTS[module][1][tensor]}"
-    else:
+    pattern, number = _pattern(name)
+    if pattern not in _NAMES:
         raise KeyError(f"{name!r} is not the name of a U-ViT tensor")
-    return tuple(int(part) if part.isdigit() else part for part in path.split("."))
+    return tuple(number if part == "*" else part for part in _NAMES[pattern].split("."))
+
+
+def official_name(path: tuple) -> str:
+    """Inverse of `our_path`."""
+    number = next((part for part in path if isinstance(part, int)), None)
+    pattern = ".".join("*" if isinstance(part, int) else part for part in path)
+    return _OUR_NAMES[pattern].replace("*", str(number))
+
+
+def official_rank(name: str) -> tuple:
+    """Sorts official names as the official network lists them, on which the optimizer's numbering rests."""
+    pattern, number = _pattern(name)
+    blocks = pattern.partition("*")[0]
+    first = next(i for known, i in _ORDER.items() if known.startswith(blocks)) if "*" in pattern else _ORDER[pattern]
+    return first, number, _ORDER[pattern]
 
 
 def our_layout(name: str, tensor: np.ndarray) -> np.ndarray:
     """Rearrange an official tensor: Linear [out, in] to [in, out], patch convolution [D, C, p, p] to [p*p*C, D]."""
-    if name in _TENSORS:
-        return tensor.reshape(tensor.shape[1:])  # the official tensor has a leading batch dimension of 1
+    if name.endswith(("encoder_pos_embed", "uncond_embed")):
+        if tensor.shape[:1] != (1,):
+            raise TorchFileError(f"{name} is {tensor.shape}; its first dimension must be 1, for the batch")
+        return tensor[0]
     if tensor.ndim == 4:
         return tensor.transpose(2, 3, 1, 0).reshape(-1, tensor.shape[0])
     if tensor.ndim == 2 and not name.endswith("label_emb.weight"):
@@ -85,8 +112,24 @@ def our_layout(name: str, tensor: np.ndarray) -> np.ndarray:
     return tensor
 
 
+def official_layout(name: str, tensor: np.ndarray, patch_size: int, scale: int = 1) -> np.ndarray:
+    """Inverse of `our_layout`, for patches of `patch_size` and detail patches `scale` times as wide."""
+    if name.endswith(("encoder_pos_embed", "uncond_embed")):
+        return tensor[None]
+    if name.endswith("patch_embed.proj.weight"):
+        side = patch_size * scale if "detail" in name else patch_size
+        return tensor.reshape(side, side, -1, tensor.shape[1]).transpose(3, 2, 0, 1)
+    if tensor.ndim == 2 and not name.endswith("label_emb.weight"):
+        return tensor.T
+    return tensor
+
+
 def params_from_state_dict(state_dict: dict) -> dict:
-    """The network's tensors by official name -> our nested dict of parameters (NumPy, dtypes kept)."""
+    """The network's tensors by official name -> our nested dict of parameters (NumPy, dtypes kept).
+
+    Raises:
+      KeyError: a name is not one of a U-ViT.
+    """
     params = {}
     for name, tensor in state_dict.items():
         *parents, last = our_path(name)
@@ -97,40 +140,328 @@ def params_from_state_dict(state_dict: dict) -> dict:
     return params
 
 
-def official_name(path: tuple) -> str:
-    """Inverse of `our_path`."""
-    names = [str(key) for key in path]
-    if names[0] in _OUR_TENSORS:
-        return _OUR_TENSORS[names[0]]
-    depth = {"in_blocks": 2, "out_blocks": 2, "mid_block": 1}.get(names[0], 0)
-    block, parts = names[:depth], names[depth:]
-    if block:
-        module, tensor = ".".join(parts[:-1]), parts[-1]
-        tensors = _BLOCK_PARTS[module]
-        prefix = f"encoder.{'.'.join(block)}.{module}"
-    else:
-        ours, tensor = ".".join(parts[:-1]), parts[-1]
-        prefix, tensors = next((name, tensors) for name, (path, tensors) in _PARTS.items() if path == ours)
-    return f"{prefix}.{next(theirs for theirs, our in tensors.items() if our == tensor)}"
+def state_dict_from_params(params: dict, patch_size: int, scale: int = 1) -> dict:
+    """Inverse of `params_from_state_dict`: {official name: contiguous NumPy array}, in the official order."""
+    tensors = {}
+
+    def collect(node, path):
+        if isinstance(node, dict):
+            for key, child in node.items():
+                collect(child, (*path, key))
+        else:
+            name = official_name(path)
+            tensors[name] = np.ascontiguousarray(official_layout(name, np.asarray(node), patch_size, scale))
+
+    collect(params, ())
+    return {name: tensors[name] for name in sorted(tensors, key=official_rank)}
 
 
-def official_layout(name: str, tensor: np.ndarray, patch_size: int) -> np.ndarray:
-    """Inverse of `our_layout`."""
-    if name in _TENSORS:
-        return tensor[None]
-    if name.endswith("patch_embed.proj.weight"):
-        return tensor.reshape(patch_size, patch_size, -1, tensor.shape[1]).transpose(3, 2, 0, 1)
-    if tensor.ndim == 2 and not name.endswith("label_emb.weight"):
-        return tensor.T
+# --- Files --------------------------------------------------------------------------------------
+
+BUFFERS = {  # of the official diffusion wrapper, in its order -> column of `diffusion.Schedule`
+    "alphas": "alpha",
+    "betas": "betas",
+    "alphas_cumprod": "alpha_bar",
+    "alphas_cumprod_prev": "alpha_bar_prev",
+    "sqrt_alphas_cumprod": "sqrt_alpha_bar",
+    "sqrt_one_minus_alphas_cumprod": "sqrt_one_minus_alpha_bar",
+    "log_one_minus_alphas_cumprod": "log_one_minus_alpha_bar",
+    "sqrt_recip_alphas_cumprod": "sqrt_recip_alpha_bar",
+    "sqrt_recipm1_alphas_cumprod": "sqrt_recipm1_alpha_bar",
+    "posterior_variance": "posterior_variance",
+    "posterior_log_variance_clipped": "posterior_log_variance",
+    "posterior_mean_coef1": "posterior_mean_x0",
+    "posterior_mean_coef2": "posterior_mean_xt",
+}
+SUFFIXES = (".pt", ".pth", ".safetensors")
+_METADATA = "maskdm_jax"  # key in the header of a .safetensors file
+
+
+class Moment(typing.NamedTuple):
+    """AdamW's state of one tensor."""
+
+    step: int
+    mu: np.ndarray  # float32, like the tensor
+    nu: np.ndarray
+
+
+@dataclasses.dataclass
+class Official:
+    """What an official checkpoint holds; tensors by official name within the network, in the official order."""
+
+    model: dict[str, np.ndarray]  # raw weights
+    ema: dict[str, np.ndarray] | None = None
+    ema_step: int = 0
+    ema_initted: bool = False
+    moments: dict[str, Moment] | None = None  # tensors that never had a gradient have none
+    group: dict | None = None  # AdamW's settings, without `params`
+    step: int = 0
+    scaler: typing.Any = None
+    buffers: dict[str, np.ndarray] | None = None  # of the noise schedule
+    left_out: tuple[str, ...] = ()  # what the file holds besides, in words
+
+
+def schedule_buffers(schedule: Schedule) -> dict[str, np.ndarray]:
+    """The 13 buffers of the official diffusion wrapper."""
+    return {name: getattr(schedule, column) for name, column in BUFFERS.items()}
+
+
+def read(path) -> Official:
+    """Read a checkpoint of the official trainer, or a state dict saved alone, from a `.pt` file.
+
+    Nothing in the file is executed. Half-precision weights become float32.
+
+    Raises:
+      TorchFileError: it is damaged or something else; the message says what.
+    """
+    content = torch_file.read(path)
+    with _named(path):
+        if not isinstance(content, dict):
+            raise TorchFileError(f"it holds a {type(content).__name__}; {_WANTED}")
+        if "model" not in content:
+            if not any(_pattern(str(name).removeprefix("model."))[0] in _NAMES for name in content):
+                raise TorchFileError(f"it has no 'model'; {_WANTED}")
+            model, buffers = _split(content, "")
+            return Official(model, buffers=buffers)
+        model, buffers = _split(_dict(content, "model"), "model: ")
+        official = Official(model, buffers=buffers, step=_count(content.get("step", 0), "step"))
+        official.scaler = content.get("scaler")
+        official.left_out = tuple(
+            f"{key!r} of the file" for key in content if key not in ("step", "model", "opt", "ema", "scaler")
+        )
+        if content.get("ema") is not None:
+            _read_ema(official, _dict(content, "ema"))
+        if content.get("opt") is not None:
+            _read_optimizer(official, _dict(content, "opt"))
+        return official
+
+
+_WANTED = "a checkpoint of the official trainer is a dict of step, model, opt, ema and scaler"
+
+
+def _read_ema(official: Official, ema: dict) -> None:
+    parts = {"ema_model": {}, "online_model": {}}
+    for name, tensor in ema.items():
+        part, _, rest = name.partition(".")
+        if part in parts:
+            parts[part][rest] = tensor
+        elif name not in ("initted", "step"):
+            raise TorchFileError(f"'ema' holds {name!r}, which is not known here")
+    official.ema, _ = _split(parts["ema_model"], "ema: ema_model.")
+    _same_names(official.ema, official.model, "ema_model")
+    online, _ = _split(parts["online_model"], "ema: online_model.") if parts["online_model"] else (official.model, None)
+    if not all(np.array_equal(online.get(name), tensor) for name, tensor in official.model.items()):
+        official.left_out += ("ema.online_model, which differs from the weights of 'model' here",)
+    official.ema_step = _count(ema.get("step", official.step), "ema.step")
+    official.ema_initted = bool(_count(ema.get("initted", True), "ema.initted"))
+
+
+def _read_optimizer(official: Official, opt: dict) -> None:
+    state, groups = opt.get("state"), opt.get("param_groups")
+    if not isinstance(state, dict) or not isinstance(groups, list) or not all(isinstance(g, dict) for g in groups):
+        raise TorchFileError("'opt' lacks state or param_groups")
+    if len(groups) != 1:
+        raise TorchFileError(f"'opt' has {len(groups)} groups of parameters; the official trainer makes one")
+    group, names = dict(groups[0]), list(official.model)
+    numbers = group.pop("params", None)
+    if not isinstance(numbers, list) or len(numbers) != len(names):
+        raise TorchFileError(f"'opt' knows {len(numbers or ())} tensors, the network has {len(names)}")
+    official.group = group
+    official.moments = {}
+    for name, number in zip(names, numbers, strict=True):
+        if number not in state:
+            continue
+        entry = state[number]
+        if not isinstance(entry, dict) or entry.keys() != {"step", "exp_avg", "exp_avg_sq"}:
+            raise TorchFileError(f"the optimizer's state of {name} is not that of AdamW (step, exp_avg, exp_avg_sq)")
+        step = _count(entry["step"], f"the optimizer's step of {name}")
+        pair = [_float32(f"{kind} of {name}", entry[kind]) for kind in ("exp_avg", "exp_avg_sq")]
+        for tensor in pair:
+            if tensor.shape != official.model[name].shape:
+                raise TorchFileError(f"a moment of {name} is {tensor.shape}, the tensor {official.model[name].shape}")
+        official.moments[name] = Moment(step, *pair)
+
+
+def write(path, official: Official) -> None:
+    """Write a file that the official trainer resumes from, fine-tunes from and samples from; whole or not at all.
+
+    Wants `buffers`, `group` and `ema`; without `moments` the optimizer starts anew.
+    """
+    wrapper = official.buffers | {f"model.{name}": tensor for name, tensor in official.model.items()}
+    averaged = official.buffers | {f"model.{name}": tensor for name, tensor in official.ema.items()}
+    ema = {"initted": np.bool_(official.ema_initted), "step": np.int64(official.ema_step)}
+    ema |= {f"online_model.{name}": tensor for name, tensor in wrapper.items()}  # the same arrays: stored once
+    ema |= {f"ema_model.{name}": tensor for name, tensor in averaged.items()}
+    names, state = list(official.model), {}
+    for name, moment in (official.moments or {}).items():
+        step = np.float32(moment.step)
+        state[names.index(name)] = {"step": step, "exp_avg": moment.mu, "exp_avg_sq": moment.nu}
+    content = {
+        "step": official.step,
+        "model": collections.OrderedDict(wrapper),
+        "opt": {"state": state, "param_groups": [official.group | {"params": list(range(len(names)))}]},
+        "ema": collections.OrderedDict(ema),
+        "scaler": official.scaler,
+    }
+    torch_file.write(path, content)
+
+
+def read_safetensors(path) -> tuple[dict[str, np.ndarray], dict]:
+    """Weights by official name, float32, in the official order, and what `write_safetensors` noted in the header.
+
+    Raises:
+      TorchFileError: it is damaged, or not of a U-ViT.
+      OSError: it cannot be opened.
+    """
+    path = pathlib.Path(path)
+    path.open("rb").close()  # for the ordinary errors of a missing or forbidden file
+    with _named(path):
+        try:
+            with safetensors.safe_open(path, framework="numpy") as file:
+                header = file.metadata() or {}
+                tensors = {name: file.get_tensor(name) for name in list(file.keys())}
+            noted = json.loads(header.get(_METADATA, "{}"))
+        except (safetensors.SafetensorError, ValueError, TypeError, AttributeError) as error:
+            raise TorchFileError(f"it is damaged or not a .safetensors file ({error})") from None
+        if not isinstance(noted, dict):
+            raise TorchFileError(f"its header's {_METADATA!r} is damaged")
+        model, _ = _split(tensors, "")
+        return {name: model[name] for name in sorted(model, key=official_rank)}, noted
+
+
+def write_safetensors(path, model: dict[str, np.ndarray], noted: dict) -> None:
+    """Write weights by official name; `noted` goes into the header as JSON. Whole or not at all."""
+    path = pathlib.Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    tensors = {name: np.ascontiguousarray(tensor) for name, tensor in model.items()}
+    try:
+        temporary.write_bytes(safetensors.numpy.save(tensors, {"format": "pt", _METADATA: json.dumps(noted)}))
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def load_weights(path, which: str = "params") -> dict:
+    """Our parameters from a `.pt` (`params`, the raw weights, or `ema`) or from a `.safetensors`, which has one set.
+
+    Raises:
+      TorchFileError: the file is damaged or something else; the message says what.
+    """
+    if pathlib.Path(path).suffix == ".safetensors":
+        return params_from_state_dict(read_safetensors(path)[0])
+    official = read(path)
+    weights = official.model if which == "params" else official.ema
+    if weights is None:
+        raise TorchFileError(f"{path} has no 'ema'; {_WANTED}")
+    return params_from_state_dict(weights)
+
+
+class _named:
+    """Begins the message of a TorchFileError with the file's name."""
+
+    def __init__(self, path):
+        self._path = path
+
+    def __enter__(self):
+        pass
+
+    def __exit__(self, kind, error, trace):
+        if kind is TorchFileError:
+            raise TorchFileError(f"{self._path}: {error}") from None
+
+
+def _dict(content: dict, key: str) -> dict:
+    part = content[key]
+    if not isinstance(part, dict) or not part or not all(isinstance(name, str) for name in part):
+        raise TorchFileError(f"{key!r} is not what the official trainer writes; {_WANTED}")
+    return part
+
+
+def _split(state_dict: dict, where: str) -> tuple[dict, dict | None]:
+    """The network's tensors of a state dict, and the schedule's buffers if all are there. All else is an error."""
+    network, buffers = {}, {}
+    for full, tensor in state_dict.items():
+        name = str(full).removeprefix("model.")
+        if not isinstance(tensor, np.ndarray):
+            raise TorchFileError(f"{where}{full} is a {type(tensor).__name__}, not a tensor")
+        if full in BUFFERS:
+            buffers[full] = tensor
+        elif _pattern(name)[0] not in _NAMES:
+            raise TorchFileError(f"{where}{name!r} is not the name of a U-ViT tensor")
+        else:
+            network[name] = _float32(f"{where}{full}", tensor)
+    if not network:
+        raise TorchFileError(f"{where}there are no tensors of a U-ViT")
+    return network, buffers if len(buffers) == len(BUFFERS) else None
+
+
+def _same_names(these: dict, those: dict, what: str) -> None:
+    wrong = [name for name in these.keys() ^ those.keys()] + [
+        name for name in these.keys() & those.keys() if these[name].shape != those[name].shape
+    ]
+    if wrong:
+        raise TorchFileError(f"{what} and the weights of 'model' differ in names or shapes: {sorted(wrong)[:3]}")
+
+
+def _float32(what: str, tensor) -> np.ndarray:
+    if not isinstance(tensor, np.ndarray):
+        raise TorchFileError(f"{what} is a {type(tensor).__name__}, not a tensor")
+    if tensor.dtype in (np.float16, ml_dtypes.bfloat16):
+        return tensor.astype(np.float32)
+    if tensor.dtype != np.float32:
+        raise TorchFileError(f"{what} is {tensor.dtype}; float32 is wanted")
     return tensor
 
 
-def state_dict_from_params(params: dict, patch_size: int, path: tuple = ()) -> dict:
-    """Inverse of `params_from_state_dict`: {official name: NumPy array}."""
-    if not isinstance(params, dict):
-        name = official_name(path)
-        return {name: official_layout(name, np.asarray(params), patch_size)}
-    tensors = {}
-    for key, value in params.items():
-        tensors |= state_dict_from_params(value, patch_size, (*path, key))
-    return tensors
+def _count(value, what: str) -> int:
+    """A number of steps (or a flag), stored as a number or as a tensor of one element."""
+    number = value.item() if isinstance(value, np.ndarray) and value.size == 1 else value
+    if not isinstance(number, (int, float)) or not math.isfinite(number) or number != int(number) or number < 0:
+        raise TorchFileError(f"{what} is {value!r}, which is not a count")
+    return int(number)
+
+
+# --- What a file tells of the run that made it --------------------------------------------------
+
+
+def architecture(model: dict[str, np.ndarray]) -> dict:
+    """Settings of the network with these tensors, as `config.Model` and `config.Data` name them, without `heads`.
+
+    Raises:
+      TorchFileError: the tensors do not make a U-ViT; the message names one.
+    """
+
+    def shape(name, ndim):
+        if name not in model:
+            raise TorchFileError(f"tensor {name!r} is missing")
+        if model[name].ndim != ndim or not model[name].size:
+            raise TorchFileError(f"tensor {name!r} is {model[name].shape}; {ndim} dimensions are wanted")
+        return model[name].shape
+
+    wavelet = "encoder.approx_patch_embed.proj.weight" in model
+    embed = "encoder.approx_patch_embed.proj.weight" if wavelet else "encoder.patch_embed.proj.weight"
+    width, channels, patch_size, _ = shape(embed, 4)
+    _, tokens, _ = shape("encoder.encoder_pos_embed", 3)
+    conditional = "encoder.label_emb.weight" in model
+    scale = shape("encoder.detail_patch_embed.proj.weight", 4)[2] // patch_size if wavelet else 0
+    patches = tokens - (2 if conditional else 1)
+    if wavelet and scale:
+        patches = patches * scale**2 // (scale**2 + 1)  # those of the approximation
+    side = math.isqrt(max(patches, 0))
+    if side < 1 or side * side != patches or (wavelet and not scale):
+        raise TorchFileError(
+            f"'encoder.encoder_pos_embed' has {tokens} positions, which are not those of square images"
+        )
+    blocks = {int(name.split(".")[2]) for name in model if name.startswith("encoder.in_blocks.")}
+    return dict(
+        image_size=side * patch_size * (2 if wavelet else 1),
+        channels=channels,
+        patch_size=patch_size,
+        wavelet_scale=scale,
+        width=width,
+        depth=2 * len(blocks),
+        mlp_ratio=shape("encoder.mid_block.mlp.fc1.weight", 2)[0] / width,
+        qv_bias="encoder.mid_block.attn.q_bias" in model,
+        num_classes=shape("encoder.label_emb.weight", 2)[0] if conditional else 0,
+        time_mlp="encoder.time_embed.0.weight" in model,
+    )

@@ -24,9 +24,9 @@ from maskdm_jax.config import Config, ConfigError, Stage
 from maskdm_jax.data.pipeline import Batches
 from maskdm_jax.data.sources import open_source
 from maskdm_jax.diffusion import denoising_loss, loss_weights, make_schedule
-from maskdm_jax.generate import make_generator, to_unit
-from maskdm_jax.models.layers import patchify
+from maskdm_jax.generate import make_generator
 from maskdm_jax.network import Network, make_network
+from maskdm_jax.representation import make_representation
 from maskdm_jax.train_state import TrainState, ema_step_size, learning_rate, make_optimizer, new_state
 
 log = logging.getLogger(__name__)
@@ -40,33 +40,42 @@ class NonFiniteLoss(RuntimeError):
 
 
 class Inputs(typing.NamedTuple):
-    """What the loss needs of each image; V visible patches of d = p*p*C numbers."""
+    """What the loss needs of each image; V visible patches of d numbers. A wavelet model has tuples, one per band."""
 
-    x0: jax.Array  # [B, V, d] clean patches in [-1, 1]
+    x0: jax.Array  # [B, V, d] clean patches
     t: jax.Array  # [B] int32
     eps: jax.Array  # [B, V, d] noise
     positions: jax.Array | None  # [B, V] int32; None when nothing is hidden
     labels: jax.Array | None  # [B] int32, -1 where the label is hidden; None for an unconditional model
 
 
-def draw_inputs(config: Config, plan: masking.MaskPlan, key, batch) -> Inputs:
+def draw_inputs(config: Config, stage: str, key, batch) -> Inputs:
     """Draw flip, mask, time, noise and label dropout for each image from the key and the image's global index alone.
 
     batch: image uint8 [B, S, S, C], label int32 [B], index uint32 [B].
     """
+    space, plans = make_representation(config), config_lib.mask_plans(config, stage)
 
     def one(image, label, index):
         flip_key, mask_key, t_key, eps_key, label_key = jax.random.split(jax.random.fold_in(key, index), 5)
         if config.data.flip:
             image = jnp.where(jax.random.bernoulli(flip_key, config.data.flip), image[:, ::-1], image)
-        patches, positions = patchify(image[None], config.model.patch_size)[0], None
-        if not plan.hides_nothing:
-            positions = masking.sample_positions(plan, mask_key)
-            patches = patches[positions]  # from here on, hidden patches do not exist
+        bands, structure = jax.tree.flatten(space.cut(space.encode(image[None])))  # one band [1, N, d] if of pixels
+        patches, positions, eps = [], [], []
+        for i, (band, plan) in enumerate(zip(bands, plans, strict=True)):
+            positions.append(masking.sample_positions(plan, jax.random.fold_in(mask_key, i)))
+            patches.append(band[0] if plan.hides_nothing else band[0][positions[-1]])  # hidden patches end here
+            eps.append(jax.random.normal(jax.random.fold_in(eps_key, i), patches[-1].shape))
         t = jax.random.randint(t_key, (), 0, config.diffusion.timesteps)
         label = jnp.where(jax.random.bernoulli(label_key, config.data.label_dropout), -1, label)
-        labels = label if config.model.num_classes else None
-        return Inputs(to_unit(patches), t, jax.random.normal(eps_key, patches.shape), positions, labels)
+        as_given = lambda parts: jax.tree.unflatten(structure, parts)
+        return Inputs(
+            x0=as_given(patches),
+            t=t,
+            eps=as_given(eps),
+            positions=None if all(plan.hides_nothing for plan in plans) else as_given(positions),
+            labels=label if config.model.num_classes else None,
+        )
 
     return jax.vmap(one)(batch["image"], batch["label"], batch["index"])
 
@@ -140,7 +149,7 @@ def average(fn, batch, parts: int, mesh):
 def compile_step(config: Config, name: str, network: Network, mesh, abstract: TrainState):
     """Jit the step of stage `name`: the state is donated and stays where `abstract` has it."""
     stage = config.stage[name]
-    draw = functools.partial(draw_inputs, config, config_lib.mask_plan(config, name))
+    draw = functools.partial(draw_inputs, config, name)
     step = functools.partial(train_step, draw=draw, loss=make_loss(config, network), stage=stage, mesh=mesh)
     placed = jax.tree.map(lambda leaf: leaf.sharding, abstract)
     return jax.jit(
@@ -263,7 +272,7 @@ def begin(config: Config, network: Network, mesh, checkpoints: checkpoint.Checkp
         log.info(
             "start: resuming %s at step %d (%s, step %d)", checkpoints.folder, step, meta["stage"], meta["stage_step"]
         )
-        if meta["images"] != len(source):
+        if meta["images"] not in (None, len(source)):  # None: converted from elsewhere
             log.warning(
                 "the data changed: %d images then, %d now; the order is another one", meta["images"], len(source)
             )
@@ -275,7 +284,7 @@ def begin(config: Config, network: Network, mesh, checkpoints: checkpoint.Checkp
     key = jax.random.key(config.seed)
     if config.init_from:
         params, found = _initial_weights(config.init_from, abstract.params)
-        log.info("start: weights of %s (raw, as the reference fine-tunes), new optimizer", found)
+        log.info("start: weights of %s, new optimizer", found)
     else:
         params = jax.jit(network.init, out_shardings=placed.params)(key)
         log.info("start: fresh weights, seed %d", config.seed)
@@ -283,16 +292,16 @@ def begin(config: Config, network: Network, mesh, checkpoints: checkpoint.Checkp
 
 
 def _initial_weights(path: str, abstract) -> tuple[dict, pathlib.Path]:
-    """Raw weights of a run folder, one of its checkpoints or an official `.pt`, placed as `abstract` says."""
-    if path.endswith(".pt"):
+    """Raw weights of a run folder, a checkpoint, an official `.pt` or a `.safetensors`, placed as `abstract` says."""
+    if path.endswith(torch_checkpoint.SUFFIXES):
         found = pathlib.Path(path).expanduser().absolute()
         if not found.is_file():
             raise checkpoint.CheckpointError(f"config.init_from {path!r} is not a file")
-        params = torch_checkpoint.load_weights(found, "params")
+        params = torch_checkpoint.load_weights(found)
         checkpoint.compare(f"the weights of {found}", params, abstract)
         return jax.device_put(params, jax.tree.map(lambda leaf: leaf.sharding, abstract)), found
     found = checkpoint.find(path)
-    return checkpoint.load_weights(found, "params", abstract), found
+    return checkpoint.load_item(found, "params", abstract), found
 
 
 def next_stage(config: Config, index: int, network: Network, mesh, state: TrainState) -> TrainState:
@@ -327,7 +336,8 @@ def _resumed_stage(config: Config, meta: dict, where: pathlib.Path) -> int:
 
 def _warn(config: Config) -> None:
     """Say what will run but hardly work."""
-    numbers = config.model.patch_size**2 * config.data.channels
+    shape = jax.eval_shape(make_representation(config).cut, jnp.zeros((1, *make_representation(config).shape)))
+    numbers = max(band.shape[-1] for band in jax.tree.leaves(shape))
     if config.model.width < numbers:
         log.warning(
             "a patch has %d numbers but config.model.width is only %d: the noise of a patch cannot pass through the "
@@ -335,6 +345,12 @@ def _warn(config: Config) -> None:
             numbers,
             config.model.width,
         )
+
+
+def _describe(plans) -> str:
+    if len(plans) == 1:
+        return str(plans[0])
+    return "; ".join(f"{band}: {plan}" for band, plan in zip(("approximation", "details"), plans, strict=True))
 
 
 def _devices(mesh) -> tuple[int, str]:
@@ -354,9 +370,10 @@ class _Run:
     def stage(self, index: int, state: TrainState, meta: dict) -> TrainState:
         """Train stage `index` from `state` (and the position in `meta`, if resumed) to its end."""
         name = self.config.stages[index]
-        stage, plan = self.config.stage[name], config_lib.mask_plan(self.config, name)
+        stage, plans = self.config.stage[name], config_lib.mask_plans(self.config, name)
+        visible, total = sum(plan.visible for plan in plans), sum(plan.total for plan in plans)
         first, offset = int(state.step), self.ends[index] - stage.steps
-        log.info("stage %s: %d steps of %d images; %s", name, stage.steps, stage.batch_size, plan)
+        log.info("stage %s: %d steps of %d images; %s", name, stage.steps, stage.batch_size, _describe(plans))
         if first == stage.steps:
             return state
         batches = Batches(
@@ -388,11 +405,11 @@ class _Run:
             means = window.take()
             images = per_second * stage.batch_size
             text = (
-                f"loss {means['loss']:.4f} | {images:,.0f} images/s | {plan.visible} of {plan.total} tokens | "
+                f"loss {means['loss']:.4f} | {images:,.0f} images/s | {visible} of {total} tokens | "
                 f"{observe.duration(self._time_left(index, step, per_second))} left"
             )
             progress.numbers(step, text)
-            extra = dict(images_per_second=images, visible_tokens=plan.visible, stage=name)
+            extra = dict(images_per_second=images, visible_tokens=visible, stage=name)
             self.metrics.write(offset + step, means | extra)
 
         # Step k is read after step k + 1 was started, so that the device never waits for Python.
@@ -456,7 +473,8 @@ class _Run:
         """Seconds to the end of the run, later stages estimated by their visible patches."""
 
         def cost(name):
-            return self.config.stage[name].batch_size * config_lib.mask_plan(self.config, name).visible
+            plans = config_lib.mask_plans(self.config, name)
+            return self.config.stage[name].batch_size * sum(plan.visible for plan in plans)
 
         names = self.config.stages
         later = sum(self.config.stage[name].steps * cost(name) for name in names[index + 1 :]) / cost(names[index])

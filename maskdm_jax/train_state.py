@@ -26,13 +26,43 @@ def make_optimizer(stage) -> optax.GradientTransformation:
     """AdamW of a `config.Stage`: decay on every tensor, clipping by global norm when `clip_norm` is positive.
 
     The rate is learning_rate * min(step / warmup_steps, 1) with the step counted from 0, so the first update
-    of a warmed-up stage has rate 0, as in the reference.
+    of a warmed-up stage has rate 0, as in the reference. The two tensors of the label token rest, and have
+    counts of their own, in steps whose batch gives them no gradient (all labels hidden, or none).
     """
     # The same state with and without clipping, so that a run can be resumed with it switched on.
     clip = optax.clip_by_global_norm(stage.clip_norm) if stage.clip_norm else optax.identity()
-    return optax.chain(
-        clip, optax.adamw(learning_rate(stage), b1=stage.b1, b2=stage.b2, eps=1e-8, weight_decay=stage.weight_decay)
+    adamw = optax.chain(
+        optax.scale_by_adam(b1=stage.b1, b2=stage.b2, eps=1e-8), optax.add_decayed_weights(stage.weight_decay)
     )
+    groups = {"all": adamw} | {name: _resting_at_zero(adamw) for name in LABEL_TENSORS}
+    return optax.chain(clip, optax.partition(groups, _groups_of), optax.scale_by_learning_rate(learning_rate(stage)))
+
+
+LABEL_TENSORS = ("label_embed", "uncond_embed")  # of `models.backbone.Backbone`
+
+
+def _groups_of(params):
+    """Names the optimizer's group of each tensor."""
+
+    def group(path, _):
+        return next((key.key for key in path if key.key in LABEL_TENSORS), "all")
+
+    return jax.tree_util.tree_map_with_path(group, params)
+
+
+def _resting_at_zero(inner: optax.GradientTransformation) -> optax.GradientTransformation:
+    """Leaves state and parameters as they are when the gradient is zero.
+
+    PyTorch, and with it the reference, does this to tensors that took no part in a step.
+    """
+
+    def update(grads, state, params):
+        used = jnp.any(jnp.array([jnp.any(g != 0) for g in jax.tree.leaves(grads)]))
+        updates, moved = inner.update(grads, state, params)
+        choose = lambda new, old: jax.tree.map(lambda n, o: jnp.where(used, n, o), new, old)
+        return choose(updates, jax.tree.map(jnp.zeros_like, updates)), choose(moved, state)
+
+    return optax.GradientTransformation(inner.init, update)
 
 
 def learning_rate(stage) -> optax.Schedule:

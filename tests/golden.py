@@ -13,9 +13,10 @@ OBJECTIVES = {"pred_noise": "noise", "pred_v": "v", "pred_x0": "x0"}
 
 
 def cases(folder, kind: str):
-    """Paths of the `.npz` files of a kind: uvit, train, schedules or samplers."""
+    """Paths of the `.npz` files of a kind: uvit, wavelet, train, schedules or samplers."""
     marks = {
         "uvit": lambda names: "out_visible" in names,
+        "wavelet": lambda names: "out_visible_approx" in names,
         "train": lambda names: "param_norm" in names,
         "schedules": lambda names: any(n.endswith("/betas") for n in names),
         "samplers": lambda names: any(n.endswith("/sample") for n in names),
@@ -47,16 +48,21 @@ def params(state_dict: dict) -> dict:
 
 def config(network: dict, stage: dict | None = None, mask: dict | None = None, diffusion: dict | None = None):
     """Our config of an official network (and stage)."""
+    wavelet = "data_chans" in network
     mask = {"kind": "none", "rate": 0.0, "block": 1, "crop": 1} | (mask or {})
     mask["rate"] = mask.pop("ratio", mask["rate"])
+    if wavelet:
+        rates = mask["rate"] or (0.0, 0.0)
+        stage = (stage or {}) | dict(detail_mask=mask | dict(rate=rates[1]))
+        mask["rate"] = rates[0]
     return config_lib.parse(
         dict(
             seed=0,
             init_from="",
             data=dict(
                 path="digits",
-                image_size=network["img_size"],
-                channels=network["in_chans"],
+                image_size=network["img_size"] * (2 if wavelet else 1),
+                channels=network["data_chans" if wavelet else "in_chans"],
                 labels=network["num_classes"] > 0,
                 label_dropout=0.0,
                 flip=0.0,
@@ -65,6 +71,7 @@ def config(network: dict, stage: dict | None = None, mask: dict | None = None, d
             ),
             model=dict(
                 patch_size=network["patch_size"],
+                wavelet_scale=network["scale"] if wavelet else 0,
                 width=network["encoder_embed_dim"],
                 depth=network["encoder_depth"],
                 heads=network["encoder_heads"],

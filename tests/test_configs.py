@@ -16,6 +16,8 @@ NAMES = [
     "celeba64_pretrain",
     "celebahq",
     "celebahq_finetune",
+    "celebahq_l_finetune",
+    "celebahq_l_pretrain",
     "celebahq_pretrain",
     "celebahq_pretrain_50",
     "celebahq_s_finetune",
@@ -50,7 +52,7 @@ def test_config_is_complete_and_says_how_to_run_it(root, name):
 
 
 # Of the reference's recipe table: size, images, batch, rate, warm-up, clip, EMA, schedule, visible, flip.
-B, S = (768, 12, 12), (512, 13, 8)
+B, S, L = (768, 12, 12), (512, 13, 8), (1024, 16, 16)
 RECIPES = {
     "celebahq_pretrain": [("pretrain", B, 256, 256, 2e-4, 0, 1.0, 0.999, "cosine", 416, 0)],
     "celebahq_pretrain_50": [("pretrain", B, 256, 64, 2e-4, 5000, 1.0, 0.999, "cosine", 2048, 0)],
@@ -65,6 +67,8 @@ RECIPES = {
     "celebahq_s_pretrain": [("pretrain", S, 256, 256, 2e-4, 0, 1.0, 0.999, "cosine", 416, 0)],
     "celebahq_s_finetune": [("finetune", S, 256, 64, 5e-5, 0, 0.0, 0.999, "cosine", 4096, 0.5)],
     "celeba64_pretrain": [("pretrain", S, 64, 256, 2e-4, 0, 0.0, 0.999, "linear", 128, 0)],
+    "celebahq_l_pretrain": [("pretrain", L, 256, 128, 1e-4, 0, 1.0, 0.999, "cosine", 2 * 320, 0.5)],
+    "celebahq_l_finetune": [("finetune", L, 256, 16, 5e-5, 0, 1.0, 0.999, "cosine", 2 * 1024, 0.5)],
     "celeba64_finetune": [("finetune", S, 64, 128, 2e-4, 0, 0.0, 0.999, "linear", 256, 0)],
 }
 
@@ -90,8 +94,11 @@ def test_recipes(root, name):
             "noise",
             "l2",
         )
-        assert config_lib.mask_plan(config, stage_name).visible == visible
-        assert stage.steps == 200_000
+        assert sum(plan.visible for plan in config_lib.mask_plans(config, stage_name)) == visible
+        assert stage.steps == (550_000 if name == "celebahq_l_finetune" else 200_000)
+        assert (stage.ema_every, config.model.qv_bias, config.model.wavelet_scale) == (
+            (10, True, 1) if size == L else (1, False, 0)
+        )
 
 
 @pytest.mark.parametrize(
@@ -105,7 +112,7 @@ def test_recipes(root, name):
 )
 def test_masks_of_celeba64(root, mask, visible):
     config = config_lib.parse(load(root, "celeba64_pretrain", mask))
-    assert config_lib.mask_plan(config, "pretrain").visible == visible
+    assert config_lib.mask_plans(config, "pretrain")[0].visible == visible
 
 
 def test_every_setting_is_explained():

@@ -35,12 +35,6 @@ def ten(loaded, tmp_path_factory):
     return generate.generate_to_folder(loaded, tmp_path_factory.mktemp("out") / "ten", 10, batch_size=8)
 
 
-def test_to_uint8_inverts_to_unit():
-    values = np.arange(256, dtype=np.uint8)
-    np.testing.assert_array_equal(generate.to_uint8(generate.to_unit(values)), values)
-    assert generate.to_uint8(np.float32([-9, 9])).tolist() == [0, 255]
-
-
 def test_an_image_is_the_same_in_any_batch_and_on_any_mesh():
     config = tiny.config()
     network = make_network(config)

@@ -9,12 +9,15 @@ import numpy as np
 import pytest
 from golden import nhwc
 
+from maskdm_jax import config as config_lib
 from maskdm_jax import diffusion, masking, samplers, train
 from maskdm_jax.models.layers import patchify
 from maskdm_jax.network import make_network
+from maskdm_jax.representation import make_representation
 from maskdm_jax.sharding import make_mesh
-from maskdm_jax.torch_checkpoint import our_layout, our_path, state_dict_from_params
+from maskdm_jax.torch_checkpoint import BUFFERS, our_layout, our_path, schedule_buffers, state_dict_from_params
 from maskdm_jax.train_state import make_optimizer, new_state
+from maskdm_jax.wavelet import haar, inverse_haar
 
 
 def at_path(tree, path):
@@ -72,19 +75,58 @@ def test_uvit_visible_patches_and_gradients(uvit):
         assert np.abs(at_path(grads, our_path(name)) - expected).max() < 2e-5 * np.abs(expected).max(), name
 
 
-SCHEDULES = {
-    "betas": "betas",
-    "alphas_cumprod": "alpha_bar",
-    "alphas_cumprod_prev": "alpha_bar_prev",
-    "sqrt_alphas_cumprod": "sqrt_alpha_bar",
-    "sqrt_one_minus_alphas_cumprod": "sqrt_one_minus_alpha_bar",
-    "sqrt_recip_alphas_cumprod": "sqrt_recip_alpha_bar",
-    "sqrt_recipm1_alphas_cumprod": "sqrt_recipm1_alpha_bar",
-    "posterior_variance": "posterior_variance",
-    "posterior_log_variance_clipped": "posterior_log_variance",
-    "posterior_mean_coef1": "posterior_mean_x0",
-    "posterior_mean_coef2": "posterior_mean_xt",
-}
+@pytest.fixture(scope="module")
+def wavelet(wavelet_case):
+    arrays, meta = golden.load(wavelet_case)
+    config = golden.config(meta["config"], mask=meta["mask"])
+    return arrays, meta, config, make_network(config), golden.params(meta["state_dict"])
+
+
+def test_wavelet_transform_and_its_inverse(wavelet):
+    arrays, _, config, _, _ = wavelet
+    coefficients = haar(jnp.asarray(nhwc(arrays["image"])))
+    np.testing.assert_allclose(coefficients, nhwc(arrays["coeffs"]), atol=1e-6)
+    np.testing.assert_allclose(inverse_haar(coefficients), nhwc(arrays["image_back"]), atol=1e-6)
+    shape = make_representation(config).shape
+    assert shape == coefficients.shape[1:]
+
+
+def test_wavelet_network_whole(wavelet):
+    arrays, meta, _, network, params = wavelet
+    abstract = network.abstract_params()
+    assert jax.tree.map(np.shape, params) == jax.tree.map(np.shape, abstract)
+    assert sum(leaf.size for leaf in jax.tree.leaves(abstract)) == meta["n_params"]
+    out = jax.jit(network.apply)(params, nhwc(arrays["x_t"]), jnp.array(arrays["t"]))
+    expected = nhwc(arrays["out_full"])
+    assert np.abs(out - expected).max() < 2e-5 * expected.std()
+
+
+def test_wavelet_losses_and_gradients(wavelet):
+    """Image, noise and mask in; both bands' outputs, the two losses and every gradient out."""
+    arrays, meta, config, network, params = wavelet
+    space, plans = make_representation(config), config_lib.mask_plans(config, "stage")
+    split = plans[0].total
+    positions = (golden.positions(arrays["mask"][:, :split]), golden.positions(arrays["mask"][:, split:]))
+    assert [p.shape[1] for p in positions] == [plan.visible for plan in plans]
+    x0 = jnp.asarray(nhwc(arrays["coeffs"]))
+    x0 = x0.at[..., : config.data.channels].set(2 * x0[..., : config.data.channels] - 1)
+    visible = lambda x: jax.tree.map(masking.gather, space.cut(jnp.asarray(x)), positions)
+    t = jnp.array(arrays["t"])
+    schedule = diffusion.make_schedule("cosine")
+    np.testing.assert_allclose(
+        diffusion.q_sample(schedule, x0, t, nhwc(arrays["noise"])), nhwc(arrays["x_t"]), atol=1e-5
+    )
+    inputs = train.Inputs(visible(x0), t, visible(nhwc(arrays["noise"])), positions, None)
+    out = jax.jit(network.apply)(params, visible(nhwc(arrays["x_t"])), t, None, positions)
+    for ours, name, eps in zip(out, ("approx", "detail"), inputs.eps, strict=True):
+        expected = arrays[f"out_visible_{name}"]
+        assert np.abs(ours - expected).max() < 2e-5 * expected.std()
+        assert float(jnp.mean(jnp.square(ours - eps))) == pytest.approx(float(arrays[f"loss_{name}"]), rel=1e-5)
+    loss, grads = jax.jit(jax.value_and_grad(train.make_loss(config, network)))(params, inputs)
+    assert float(loss) == pytest.approx(float(arrays["loss"]), rel=1e-5)
+    for name, norm in meta["grad_norm"].items():
+        ours = float(jnp.linalg.norm(at_path(grads, our_path(name)).ravel()))
+        assert ours == pytest.approx(norm, rel=2e-5, abs=1e-9), name
 
 
 def schedule_of(name: str):
@@ -98,15 +140,15 @@ def test_schedules(schedules_case):
     compared = 0
     for key, expected in arrays.items():
         name, _, buffer = key.partition("/")
-        if name != "pieces" and buffer in SCHEDULES:
-            np.testing.assert_allclose(getattr(schedule_of(name), SCHEDULES[buffer]), expected, rtol=1e-6, atol=1e-12)
+        if name != "pieces" and buffer in BUFFERS:
+            np.testing.assert_array_equal(schedule_buffers(schedule_of(name))[buffer], expected, err_msg=key)
             compared += 1
         elif buffer.startswith("loss_weight"):
             _, kind, gamma = buffer.split(":")
             weights = diffusion.loss_weights(schedule_of(name), {"p2": "p2", "min": "min_snr"}[kind], float(gamma))
             np.testing.assert_allclose(weights, expected, rtol=1e-6)
             compared += 1
-    assert compared >= len(SCHEDULES)
+    assert compared >= len(BUFFERS) - 1
 
 
 def test_pieces_of_the_diffusion(schedules_case):

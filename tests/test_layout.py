@@ -6,12 +6,13 @@ import pytest
 
 ORDER = [  # a module may import those above it
     {"models.layers", "torch_file", "wavelet"},
-    {"masking", "diffusion", "models.uvit", "torch_checkpoint", "train_state", "sharding", "data.sources"},
-    {"samplers", "data.pipeline"},
+    {"masking", "diffusion", "models.backbone", "train_state", "sharding", "data.sources"},
+    {"models.uvit", "models.wavelet_uvit", "samplers", "torch_checkpoint", "data.pipeline"},
     {"config"},
-    {"network", "checkpoint", "observe"},
+    {"network", "representation", "checkpoint", "observe"},
     {"generate"},
     {"train"},
+    {"convert"},
 ]
 
 

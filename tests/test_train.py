@@ -58,12 +58,12 @@ def test_eight_devices_compute_what_one_does(reference_losses, mesh, monkeypatch
     monkeypatch.setattr(sharding, "MIN_SHARDED_SIZE", 64)  # so that tiny parameters are split too
     losses, state = run_steps(tiny.config(mesh__data=mesh[0], mesh__fsdp=mesh[1]), 5, jax.devices())
     np.testing.assert_allclose(losses, reference_losses[0], rtol=1e-5)
-    kernel = state.params["mid_block"]["mlp"]["fc1"]["kernel"]
+    kernel = state.params["backbone"]["mid_block"]["mlp"]["fc1"]["kernel"]
     assert kernel.addressable_shards[0].data.size == kernel.size // mesh[1]
     moments = [m for m in jax.tree.leaves(state.opt_state) if m.shape == kernel.shape]
     assert moments
     assert all(m.sharding == kernel.sharding for m in moments)
-    assert state.ema["mid_block"]["mlp"]["fc1"]["kernel"].sharding == kernel.sharding
+    assert state.ema["backbone"]["mid_block"]["mlp"]["fc1"]["kernel"].sharding == kernel.sharding
 
 
 def test_micro_batches_compute_what_the_whole_batch_does(reference_losses):
@@ -73,11 +73,10 @@ def test_micro_batches_compute_what_the_whole_batch_does(reference_losses):
 
 def test_randomness_belongs_to_the_example_not_to_its_row():
     config = tiny.config()
-    plan = config_lib.mask_plan(config, "pretrain")
     batch = next(Batches(config.data, batch_size=8, seed=0))
     order = np.random.RandomState(0).permutation(8)
     key = jax.random.key(0)
-    draw = jax.jit(functools.partial(train.draw_inputs, config, plan))
+    draw = jax.jit(functools.partial(train.draw_inputs, config, "pretrain"))
     straight, shuffled = draw(key, batch), draw(key, {name: rows[order] for name, rows in batch.items()})
     jax.tree.map(lambda a, b: np.testing.assert_array_equal(a[order], b), straight, shuffled)
     assert len(set(straight.t.tolist())) > 4
@@ -91,7 +90,7 @@ def test_randomness_belongs_to_the_example_not_to_its_row():
 def test_labels_are_dropped_at_the_rate_asked_for():
     config = tiny.config(data__label_dropout=0.25)
     batch = next(Batches(config.data, batch_size=1000, seed=0))
-    inputs = train.draw_inputs(config, config_lib.mask_plan(config, "pretrain"), jax.random.key(0), batch)
+    inputs = train.draw_inputs(config, "pretrain", jax.random.key(0), batch)
     dropped = np.asarray(inputs.labels) == -1
     assert 0.2 < dropped.mean() < 0.3
     np.testing.assert_array_equal(np.asarray(inputs.labels)[~dropped], batch["label"][~dropped])
@@ -111,21 +110,19 @@ def test_the_same_batch_is_seen_afresh_at_every_step():
 def test_inputs_are_the_visible_patches_of_the_image():
     config = tiny.config(data__flip=0.0)
     batch = next(Batches(config.data, batch_size=8, seed=0))
-    inputs = train.draw_inputs(config, config_lib.mask_plan(config, "pretrain"), jax.random.key(0), batch)
+    inputs = train.draw_inputs(config, "pretrain", jax.random.key(0), batch)
     assert inputs.x0.shape == inputs.eps.shape == (8, 8, 4)
     for image, patches, positions in zip(batch["image"], inputs.x0, inputs.positions, strict=True):
         for patch, position in zip(patches, positions, strict=True):
             row, column = divmod(int(position), 4)
             expected = image[2 * row : 2 * row + 2, 2 * column : 2 * column + 2].reshape(-1) / 127.5 - 1
             np.testing.assert_allclose(patch, expected, atol=1e-6)
-    whole = train.draw_inputs(config, config_lib.mask_plan(config, "finetune"), jax.random.key(0), batch)
+    whole = train.draw_inputs(config, "finetune", jax.random.key(0), batch)
     assert whole.positions is None
     assert whole.x0.shape == (8, 16, 4)
-    mirrored = train.draw_inputs(
-        tiny.config(data__flip=1.0), config_lib.mask_plan(config, "finetune"), jax.random.key(0), batch
-    )
+    mirrored = train.draw_inputs(tiny.config(data__flip=1.0), "finetune", jax.random.key(0), batch)
     turned = dict(batch, image=batch["image"][:, :, ::-1])
-    again = train.draw_inputs(config, config_lib.mask_plan(config, "finetune"), jax.random.key(0), turned)
+    again = train.draw_inputs(config, "finetune", jax.random.key(0), turned)
     np.testing.assert_array_equal(mirrored.x0, again.x0)
 
 
@@ -156,7 +153,7 @@ def params_of(folder, which="params"):
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=jax.sharding.SingleDeviceSharding(ONE[0])),
         make_network(config).abstract_params(),
     )
-    return jax.tree.map(np.asarray, checkpoint.load_weights(found, which, abstract))
+    return jax.tree.map(np.asarray, checkpoint.load_item(found, which, abstract))
 
 
 def history(workdir):
@@ -239,7 +236,7 @@ def test_a_stage_starts_from_raw_weights_with_a_new_optimizer_and_ema(whole_run,
 def test_weights_that_do_not_fit_are_refused_by_name(whole_run, tmp_path):
     with pytest.raises(CheckpointError, match=r"head.bias is \(4,\) float32 there and \(16,\) float32 here"):
         train.train(tiny.config(init_from=str(whole_run), model__patch_size=4), tmp_path / "a", devices=ONE)
-    with pytest.raises(CheckpointError, match="unknown to this model: time_mlp.fc1.bias"):
+    with pytest.raises(CheckpointError, match="unknown to this model: backbone.time_mlp.fc1.bias"):
         train.train(tiny.config(init_from=str(whole_run), model__time_mlp=False), tmp_path / "b", devices=ONE)
     with pytest.raises(CheckpointError, match="holds no checkpoint; give a run folder"):
         train.train(tiny.config(init_from=str(tmp_path)), tmp_path / "c", devices=ONE)

@@ -1,6 +1,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 import tiny
 
@@ -46,3 +47,28 @@ def test_decay_acts_on_every_tensor_and_clipping_bounds_the_gradient():
     moments = [leaf for path, leaf in jax.tree_util.tree_leaves_with_path(state) if "mu" in jax.tree_util.keystr(path)]
     norm = jnp.sqrt(sum(jnp.sum(jnp.square(m)) for m in moments)) / (1 - stage.b1)
     assert float(norm) == pytest.approx(stage.clip_norm, rel=1e-4)
+
+
+def test_label_tensors_rest_in_steps_that_do_not_use_them():
+    """A zero gradient leaves value, moments and count alone; the others go on."""
+    stage = tiny.config(pretrain__warmup_steps=0, pretrain__weight_decay=0.5).stage["pretrain"]
+    params = {
+        "backbone": {"label_embed": {"embedding": jnp.ones((2, 3))}, "uncond_embed": jnp.ones(3)},
+        "x": jnp.ones(2),
+    }
+    optimizer = train_state.make_optimizer(stage)
+    state = optimizer.init(params)
+    gradient = jax.tree.map(jnp.ones_like, params)
+    updates, state = optimizer.update(gradient, state, params)
+    assert all((u != 0).all() for u in jax.tree.leaves(updates))
+    gradient["backbone"]["uncond_embed"] = jnp.zeros(3)
+    updates, state = optimizer.update(gradient, state, params)
+    assert not updates["backbone"]["uncond_embed"].any()
+    assert (updates["backbone"]["label_embed"]["embedding"] != 0).all()
+    assert (updates["x"] != 0).all()
+    adam = [n for n in jax.tree.leaves(state, is_leaf=is_adam) if is_adam(n)]
+    assert sorted(int(a.count) for a in adam) == [1, 2, 2]
+
+
+def is_adam(node):
+    return isinstance(node, optax.ScaleByAdamState)

@@ -24,6 +24,7 @@ RUN = dict(
     data=dict(path="digits", image_size=8, channels=1, labels=True, label_dropout=0.0, flip=0.5, threads=1, workers=0),
     model=dict(
         patch_size=2,
+        wavelet_scale=0,
         width=16,
         depth=3,
         heads=2,

@@ -1,4 +1,4 @@
-"""The parts of a U-ViT: patches, attention, MLP, block, time embedding.
+"""The parts of a U-ViT: patches and their embedding, attention, MLP, block, time embedding.
 
 Shapes use B images, T tokens, N patches, D width, H heads, p patch size, C channels.
 Every module keeps float32 parameters and computes in `dtype`; LayerNorm, attention
@@ -41,6 +41,26 @@ def timestep_embedding(t, dim: int):
     frequencies = jnp.exp(-math.log(10_000) * jnp.arange(half, dtype=jnp.float32) / half)
     angles = t.astype(jnp.float32)[:, None] * frequencies[None]
     return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
+
+
+class PatchEmbed(nnx.Linear):
+    """Flattened patches [B, V, d] to tokens [B, V, D] with their position embeddings added.
+
+    The reference's convolution with stride p is a Linear on flattened patches. It keeps its framework's default
+    start: uniform in +-1/sqrt(fan_in), bias too.
+    """
+
+    def __init__(self, patch_dim: int, width: int, *, dtype, rngs: nnx.Rngs):
+        bound = patch_dim**-0.5
+        uniform = nnx.initializers.uniform(2 * bound)
+        centred = lambda key, shape, dtype: uniform(key, shape, dtype) - bound
+        super().__init__(patch_dim, width, kernel_init=centred, bias_init=centred, dtype=dtype, rngs=rngs)
+
+    def __call__(self, patches, pos_grid, positions=None):
+        """pos_grid: [N, D] of the whole grid; positions: [B, V] of the visible patches, None for all in order."""
+        pos = pos_grid[None] if positions is None else pos_grid[positions]
+        # The sum is taken in float32 and rounded once, to the compute dtype.
+        return (super().__call__(patches) + pos).astype(self.dtype)
 
 
 class LayerNorm(nnx.LayerNorm):

@@ -1,0 +1,41 @@
+"""Convert a checkpoint: python launch/convert.py --src=model-20.pt --dst=runs/official --num_heads=12
+
+The paths tell the kinds: a run folder or one of its checkpoints, an official .pt, or a .safetensors (weights
+only). Needs neither PyTorch nor an accelerator. docs/checkpoints.md says what carries over.
+"""
+
+import sys
+
+from absl import app, flags, logging
+from ml_collections import config_flags
+
+SRC = flags.DEFINE_string("src", None, "Run folder, checkpoint folder, .pt or .safetensors.", required=True)
+DST = flags.DEFINE_string("dst", None, "Run folder, .pt or .safetensors; must not exist yet.", required=True)
+HEADS = flags.DEFINE_integer("num_heads", None, "Attention heads: the one thing that a file does not show.")
+CONFIG = config_flags.DEFINE_config_file("config", None, "Config of the run, to train it further.")
+STAGE = flags.DEFINE_string("stage", None, "Stage of --config that the file belongs to; the first when not given.")
+WEIGHTS = flags.DEFINE_enum("weights", "ema", ["ema", "params"], "What a .safetensors gets: averaged or raw weights.")
+
+
+def main(argv):
+    if len(argv) > 1:
+        raise app.UsageError(f"unexpected arguments {argv[1:]}")
+    logging.set_verbosity(logging.WARNING)
+    import jax
+
+    jax.config.update("jax_platforms", "cpu")
+    from maskdm_jax.checkpoint import CheckpointError
+    from maskdm_jax.config import ConfigError
+    from maskdm_jax.convert import convert
+    from maskdm_jax.torch_file import TorchFileError
+
+    options = dict(heads=HEADS.value, config=CONFIG.value, stage=STAGE.value, weights=WEIGHTS.value)
+    try:
+        lines = convert(SRC.value, DST.value, **options)
+    except (CheckpointError, ConfigError, TorchFileError) as error:
+        sys.exit(f"error: {error}")
+    print("\n".join(lines))
+
+
+if __name__ == "__main__":
+    app.run(main)

@@ -1,0 +1,104 @@
+"""What the U-ViT and its wavelet sibling share: label and time tokens, and transformer blocks with long skips."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from maskdm_jax.models.layers import Block, LayerNorm, Mlp, normal_002, timestep_embedding
+
+
+class Backbone(nnx.Module):
+    """Transformer over `[label?, time, patches]`: `depth // 2` blocks, one in the middle, `depth // 2` with long skips.
+
+    Args:
+      width, depth, heads: of the transformer; depths 2k and 2k + 1 are the same network.
+      mlp_ratio: hidden width of an MLP over `width`.
+      qv_bias: give q and v a bias.
+      num_classes: 0 for an unconditional model.
+      unconditional_token: give a conditional model a learned token that stands for "no label".
+      time_mlp: send the time embedding through a two-layer MLP before it becomes a token.
+      dtype: of the computation.
+      remat: recompute each block in the backward pass rather than keep its activations.
+      rngs: parameter initialisation.
+    """
+
+    def __init__(
+        self,
+        *,
+        width: int,
+        depth: int,
+        heads: int,
+        mlp_ratio: float,
+        qv_bias: bool,
+        num_classes: int,
+        unconditional_token: bool,
+        time_mlp: bool,
+        dtype,
+        remat: bool,
+        rngs: nnx.Rngs,
+    ):
+        if width % 2:
+            raise ValueError(f"width {width} is odd; the time embedding is half cosines, half sines")
+        self.width, self.num_classes, self.dtype, self.remat = width, num_classes, dtype, remat
+        self.extras = extra_tokens(num_classes)
+        self.time_mlp = Mlp(width, 4 * width, activation=jax.nn.silu, dtype=dtype, rngs=rngs) if time_mlp else None
+        if num_classes:
+            self.label_embed = nnx.Embed(num_classes, width, embedding_init=nnx.initializers.normal(1.0), rngs=rngs)
+            self.uncond_embed = nnx.Param(normal_002(rngs.params(), (width,))) if unconditional_token else None
+
+        def block(skip):
+            return Block(width, heads, int(width * mlp_ratio), qv_bias=qv_bias, skip=skip, dtype=dtype, rngs=rngs)
+
+        self.in_blocks = nnx.List([block(skip=False) for _ in range(depth // 2)])
+        self.mid_block = block(skip=False)
+        self.out_blocks = nnx.List([block(skip=True) for _ in range(depth // 2)])
+        self.norm = LayerNorm(width, out_dtype=dtype, rngs=rngs)
+
+    def __call__(self, patch_tokens, pos_extras, t, labels=None):
+        """Transform patch tokens [B, V, D] (position embeddings added), to [B, V, D] after the final norm.
+
+        Args:
+          pos_extras: [extras, D], position embeddings of the label (if any) and time tokens.
+          t: [B], 0..999, integer or fractional.
+          labels: [B] int32 in 0..num_classes-1, -1 for "no label"; None is no label for all.
+
+        Raises:
+          ValueError: labels for an unconditional model, or none for one without an unconditional token.
+        """
+        extras = jnp.stack(self._extra_tokens(t, labels), axis=1) + pos_extras[None]
+        h = jnp.concatenate([extras.astype(self.dtype), patch_tokens], axis=1)  # [B, extras + V, D]
+
+        def run(block, *args):
+            return jax.checkpoint(lambda *a: block(*a))(*args) if self.remat else block(*args)
+
+        skips = []
+        for block in self.in_blocks:
+            h = run(block, h)
+            skips.append(h)
+        h = run(self.mid_block, h)
+        for block in self.out_blocks:
+            h = run(block, h, skips.pop())
+        return self.norm(h[:, self.extras :])
+
+    def _extra_tokens(self, t, labels):
+        """The label token (of a conditional model) and the time token, each [B, D]."""
+        if labels is not None and not self.num_classes:
+            raise ValueError("labels were given to an unconditional model (num_classes = 0)")
+        time = timestep_embedding(t, self.width)
+        if self.time_mlp is not None:
+            time = self.time_mlp(time).astype(jnp.float32)
+        if not self.num_classes:
+            return [time]
+        if self.uncond_embed is None:
+            if labels is None:
+                raise ValueError("this conditional model has no token for 'no label'; give labels")
+            return [self.label_embed(labels), time]
+        if labels is None:
+            return [jnp.broadcast_to(self.uncond_embed[None], time.shape), time]
+        known = self.label_embed(jnp.maximum(labels, 0))
+        return [jnp.where(labels[:, None] >= 0, known, self.uncond_embed[None]), time]
+
+
+def extra_tokens(num_classes: int) -> int:
+    """Tokens before the patches, never hidden: time, and the label of a conditional model."""
+    return 2 if num_classes else 1

@@ -1,0 +1,526 @@
+"""Checkpoints that go both ways. PyTorch is the judge: `torch_twin` is its side, with strict loading."""
+
+import functools
+import subprocess
+import sys
+
+import golden
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import tiny
+import torch
+import torch_twin
+from safetensors.torch import load_file
+
+from maskdm_jax import checkpoint, generate, masking, torch_checkpoint, torch_file, train
+from maskdm_jax import config as config_lib
+from maskdm_jax.checkpoint import CheckpointError
+from maskdm_jax.config import ConfigError
+from maskdm_jax.convert import convert
+from maskdm_jax.diffusion import make_schedule
+from maskdm_jax.network import make_network
+from maskdm_jax.representation import make_representation
+from maskdm_jax.sharding import make_mesh
+from maskdm_jax.torch_file import TorchFileError
+
+ONE = jax.devices()[:1]
+TINY = dict(
+    img_size=16, patch_size=2, in_chans=3, encoder_embed_dim=32, encoder_depth=4, encoder_heads=4, mlp_ratio=2
+) | dict(qkv_bias=False, num_classes=-1, mlp_time_embed=False)  # of official_tiny.pt
+KINDS = {  # official settings of every kind of network
+    "plain": TINY,
+    "conditional": TINY | dict(num_classes=5, mlp_time_embed=True, qkv_bias=True, encoder_depth=3, in_chans=1),
+    "wavelet": TINY | dict(in_chans=12, data_chans=3, scale=1, img_size=8, qkv_bias=True),
+    "wavelet_scale_2": TINY | dict(in_chans=4, data_chans=1, scale=2, img_size=16),
+    "wavelet_conditional": TINY | dict(in_chans=12, data_chans=3, scale=1, img_size=8, num_classes=5),
+}
+
+
+def same(a, b, where="file"):
+    """Every tensor, number and string of two files' contents equal, bit for bit, in the same order."""
+    if isinstance(a, dict):
+        assert list(a) == list(b), where
+        for key in a:
+            same(a[key], b[key], f"{where}.{key}")
+    elif isinstance(a, (list, tuple)):
+        assert len(a) == len(b), where
+        for i, (x, y) in enumerate(zip(a, b, strict=True)):
+            same(x, y, f"{where}[{i}]")
+    elif isinstance(a, (np.ndarray, jax.Array)):
+        assert (a.dtype, a.shape) == (b.dtype, b.shape), where
+        assert np.asarray(a).tobytes() == np.asarray(b).tobytes(), where
+    else:
+        assert a == b, where
+        assert type(a) is type(b), where
+
+
+@pytest.fixture(scope="module")
+def official(root):
+    return root / "tests" / "golden" / "official_tiny.pt"
+
+
+@pytest.fixture(scope="module")
+def converted(official, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("converted") / "run"
+    convert(official, folder, heads=4)
+    return folder
+
+
+def twin_file(path, c, seed=0, schedule="linear", steps=3):
+    """A file as the official trainer writes it, made by PyTorch after a few steps."""
+    torch.manual_seed(seed)
+    buffers = torch_checkpoint.schedule_buffers(make_schedule(schedule))
+    model, average = torch_twin.Diffusion(c, buffers), torch_twin.Diffusion(c, buffers)
+    ema = torch_twin.Ema(model, average, 0.9, 1)
+    opt = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.99, 0.98), weight_decay=0.03)
+    for step in range(steps):
+        opt.zero_grad()
+        # The token for "no label" takes part in the first step only, so its optimizer state lags behind.
+        used = [p for name, p in model.named_parameters() if "uncond_embed" not in name or step == 0]
+        sum((p * torch.randn_like(p)).sum() for p in used).backward()
+        opt.step()
+        ema.update()
+    parts = dict(step=steps, model=model.state_dict(), opt=opt.state_dict(), ema=ema.state_dict(), scaler=None)
+    torch.save(parts, path)
+    return path
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def kind(request, tmp_path_factory):
+    """Of each kind of network: its settings, a file from PyTorch, and the run folder made of it."""
+    folder = tmp_path_factory.mktemp(request.param)
+    file = twin_file(folder / "twin.pt", KINDS[request.param])
+    convert(file, folder / "run", heads=4)
+    return KINDS[request.param], file, folder / "run"
+
+
+def test_there_and_back_is_bit_identical_for_the_official_file(official, converted, tmp_path):
+    convert(converted, tmp_path / "back.pt")
+    same(torch_file.read(official), torch_file.read(tmp_path / "back.pt"))
+
+
+def test_there_and_back_is_bit_identical_for_every_kind(kind, tmp_path):
+    _, file, run = kind
+    convert(run, tmp_path / "back.pt")
+    same(torch_file.read(file), torch_file.read(tmp_path / "back.pt"))
+
+
+def inputs(c, seed=0):
+    rng = np.random.RandomState(seed)
+    x = rng.standard_normal((3, c["in_chans"], c["img_size"], c["img_size"])).astype(np.float32)
+    labels = np.array([0, 4, 2]) if c["num_classes"] > 0 else None
+    return x, np.array([0, 500, 999]), labels
+
+
+@pytest.mark.parametrize("which", ["params", "ema"])
+def test_the_network_answers_as_in_pytorch(kind, which):
+    c, file, run = kind
+    x, t, labels = inputs(c)
+    loaded = generate.load(run, weights=which)
+    ours = jax.jit(loaded.network.apply)(
+        loaded.params, golden.nhwc(x), t, None if labels is None else jnp.int32(labels)
+    )
+    wrapper = torch_twin.Diffusion(c, torch_checkpoint.schedule_buffers(make_schedule("linear")))
+    content = torch.load(file, weights_only=True)
+    states = {"params": content["model"], "ema": {}}
+    prefix = "ema_model."
+    states["ema"] = {k.removeprefix(prefix): v for k, v in content["ema"].items() if k.startswith(prefix)}
+    wrapper.load_state_dict(states[which], strict=True)
+    with torch.no_grad():
+        given = None if labels is None else torch.tensor(labels)
+        theirs = golden.nhwc(wrapper.model(torch.tensor(x), torch.tensor(t), labels=given).numpy())
+    assert np.abs(ours - theirs).max() < 2e-5 * theirs.std()
+
+
+@pytest.fixture(scope="module", params=["uvit", "wavelet"])
+def exported(request, tmp_path_factory):
+    """A run trained here, exported to `.pt`: (config, checkpoint folder, file)."""
+    folder = tmp_path_factory.mktemp(request.param)
+    changes = dict(model__wavelet_scale=1, model__patch_size=1) if request.param == "wavelet" else {}
+    config = tiny.config(
+        stages=("pretrain",), diffusion__schedule="shifted_cosine", diffusion__shift_size=32, **changes
+    )
+    last = train.train(config, folder / "run", devices=ONE)
+    convert(folder / "run", folder / "model.pt")
+    return config, last, folder / "model.pt"
+
+
+def official_settings(config):
+    c = dict(patch_size=config.model.patch_size, encoder_embed_dim=config.model.width)
+    c |= dict(encoder_depth=config.model.depth, encoder_heads=config.model.heads, mlp_ratio=config.model.mlp_ratio)
+    c |= dict(qkv_bias=True, num_classes=10, mlp_time_embed=True, img_size=config.data.image_size, in_chans=1)
+    return c | (dict(img_size=4, in_chans=4, data_chans=1, scale=1) if config.model.wavelet_scale else {})
+
+
+def test_an_exported_file_works_in_pytorch(exported):
+    """Strict loading of all parts, equal outputs of raw and EMA weights, and the optimizer goes on."""
+    config, last, file = exported
+    content = torch.load(file, weights_only=True, mmap=True)
+    c = official_settings(config)
+    buffers = torch_checkpoint.schedule_buffers(make_schedule("shifted_cosine", size=32))
+    ema = torch_twin.Ema(torch_twin.Diffusion(c, buffers), torch_twin.Diffusion(c, buffers), 0.9, 1)
+    ema.load_state_dict(content["ema"], strict=True)
+    model = torch_twin.Diffusion(c, buffers)
+    model.load_state_dict(content["model"], strict=True)
+    assert content["step"] == int(ema.step) == config.stage["pretrain"].steps
+    assert not ema.initted
+    for name, values in buffers.items():
+        np.testing.assert_array_equal(getattr(ema.ema_model, name), values)
+    rng = np.random.RandomState(0)
+    x = rng.standard_normal((3, c["in_chans"], c["img_size"], c["img_size"])).astype(np.float32)
+    t, labels = np.array([0, 500, 999]), np.array([0, 9, 5])
+    for which, wrapper in [("params", model), ("params", ema.online_model), ("ema", ema.ema_model)]:
+        loaded = generate.load(last, weights=which)
+        ours = jax.jit(loaded.network.apply)(loaded.params, golden.nhwc(x), t, jnp.int32(labels))
+        with torch.no_grad():
+            theirs = golden.nhwc(wrapper.model(torch.tensor(x), torch.tensor(t), labels=torch.tensor(labels)).numpy())
+        assert np.abs(ours - theirs).max() < 2e-5 * theirs.std()
+    opt = torch.optim.AdamW(model.parameters(), lr=1.0)
+    opt.load_state_dict(content["opt"])
+    assert opt.param_groups[0]["lr"] == pytest.approx(1e-3)
+    assert opt.param_groups[0]["betas"] == (0.9, 0.99)
+    before = [p.detach().clone() for p in model.parameters()]
+    model.model(torch.tensor(x), torch.tensor(t), labels=torch.tensor(labels)).square().mean().backward()
+    opt.step()
+    moved = [float((a - b.detach()).abs().max()) for a, b in zip(before, model.parameters(), strict=True)]
+    assert all(0 <= m < 0.1 for m in moved)
+    assert max(moved) > 1e-4
+    assert {float(entry["step"]) for entry in opt.state.values()} == {config.stage["pretrain"].steps + 1.0}
+    unused = "uncond_embed" in dict(model.model.encoder.named_parameters())  # no label was hidden
+    assert len(opt.state) == len(before) - unused
+
+
+@pytest.mark.parametrize("name", ["plain", "conditional", "wavelet"])
+def test_ten_steps_here_equal_ten_steps_there(name, tmp_path):
+    """From one official file, with its optimizer, EMA and step: losses, weights and EMA stay together."""
+    c = KINDS[name]
+    # 99 steps: the EMA's law changes at step 100, within the ten.
+    file = twin_file(tmp_path / "file.pt", c, schedule="cosine", steps=99)
+    lr, clip, every = 2e-4, 1.0, 2
+    stage = dict(steps=200, batch_size=4, learning_rate=lr, b1=0.99, b2=0.98, weight_decay=0.03, clip_norm=clip)
+    stage |= dict(ema_decay=0.9, ema_every=every)
+    config = golden.config(c, stage, dict(kind="patch", ratio=[0.5, 0.25] if "data_chans" in c else 0.5))
+    convert(file, tmp_path / "run", config=config_lib.to_dict(config))
+
+    network, mesh = make_network(config), make_mesh(devices=ONE)
+    state = checkpoint.load_state(checkpoint.find(tmp_path / "run"), train.abstract_state(config, 0, network, mesh))
+    space, plans = make_representation(config), config_lib.mask_plans(config, "stage")
+    step = jax.jit(
+        functools.partial(
+            train.train_step,
+            draw=lambda key, batch: batch,
+            loss=train.make_loss(config, network),
+            stage=config.stage["stage"],
+            mesh=mesh,
+        )
+    )
+
+    content = torch.load(file, weights_only=True)
+    buffers = torch_checkpoint.schedule_buffers(make_schedule("cosine"))
+    model = torch_twin.Diffusion(c, buffers)
+    ema = torch_twin.Ema(model, torch_twin.Diffusion(c, buffers), 0.9, every)
+    ema.load_state_dict(content["ema"], strict=True)
+    opt = torch.optim.AdamW(model.parameters(), lr=lr)
+    opt.load_state_dict(content["opt"])
+    opt.param_groups[0]["lr"] = lr
+
+    rng = np.random.RandomState(1)
+    for i in range(10):
+        shape = (4, c["in_chans"], c["img_size"], c["img_size"])
+        x0, noise = (rng.standard_normal(shape).astype(np.float32) for _ in range(2))
+        t = rng.randint(0, 1000, 4)
+        # every other batch without labels, so that both label tokens get gradients
+        labels = rng.randint(0, 5, 4) if c["num_classes"] > 0 and i % 2 else None
+        hidden = [
+            np.stack([rng.permutation(plan.total) >= plan.visible for _ in range(4)]) for plan in plans
+        ]  # per band, True where hidden
+        positions = tuple(golden.positions(mask) for mask in hidden)
+        positions = positions if "data_chans" in c else positions[0]
+        visible = lambda x, p=positions: jax.tree.map(masking.gather, space.cut(jnp.asarray(golden.nhwc(x))), p)
+        ours = None
+        if c["num_classes"] > 0:
+            ours = np.int32(-np.ones(4) if labels is None else labels)
+        batch = train.Inputs(visible(x0), jnp.int32(t), visible(noise), positions, ours)
+        state, metrics = step(state, batch)
+
+        opt.zero_grad()
+        at = lambda name, t=t: getattr(model, name)[t][:, None, None, None]
+        x_t = at("sqrt_alphas_cumprod") * torch.tensor(x0)
+        x_t += at("sqrt_one_minus_alphas_cumprod") * torch.tensor(noise)
+        mask, given = torch.tensor(np.concatenate(hidden, 1)), None if labels is None else torch.tensor(labels)
+        out = model.model(x_t, torch.tensor(t), mask=mask, labels=given)
+        outs, targets = (out, batch.eps) if isinstance(out, tuple) else ((out,), (batch.eps,))
+        loss = sum((o - torch.tensor(np.asarray(e))).square().mean() for o, e in zip(outs, targets, strict=True))
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
+        opt.step()
+        ema.update()
+        assert float(metrics["loss"]) == pytest.approx(loss.item(), rel=1e-5), i
+        assert float(metrics["grad_norm"]) == pytest.approx(norm.item(), rel=2e-5), i
+
+    named = lambda tree: torch_checkpoint.state_dict_from_params(tree, c["patch_size"], c.get("scale", 1))
+    for tree, wrapper in [(state.params, model), (state.ema, ema.ema_model)]:
+        theirs = dict(wrapper.model.named_parameters())
+        for name_, tensor in named(tree).items():
+            expected = theirs[name_].detach().numpy()
+            assert np.abs(tensor - expected).max() < 2e-5 * np.abs(expected).max(), name_
+    assert int(state.step) == 109 == int(ema.step)
+
+
+def test_safetensors_go_both_ways(official, converted, tmp_path):
+    content = torch_file.read(official)
+    for which, prefix, state_dict in [
+        ("params", "model.", content["model"]),
+        ("ema", "ema_model.model.", content["ema"]),
+    ]:
+        file = tmp_path / f"{which}.safetensors"
+        convert(official, file, heads=4, weights=which)
+        network = torch_twin.network(TINY)
+        network.load_state_dict(load_file(file), strict=True)
+        for name, tensor in network.state_dict().items():
+            np.testing.assert_array_equal(tensor, state_dict[prefix + name])
+        lines = convert(file, tmp_path / which)  # heads and all else are in its header
+        assert any("one set of weights" in line for line in lines)
+        same(generate.load(tmp_path / which).params, generate.load(converted, weights=which).params)
+    convert(tmp_path / "ema.safetensors", tmp_path / "ema.pt")
+    back = torch_file.read(tmp_path / "ema.pt")
+    same(
+        {k: v for k, v in back["model"].items() if k.startswith("model.")},
+        {k.removeprefix("ema_model."): v for k, v in content["ema"].items() if k.startswith("ema_model.model.")},
+    )
+    opt = torch.optim.AdamW(torch_twin.network(TINY).parameters())
+    opt.load_state_dict(torch.load(tmp_path / "ema.pt", weights_only=True)["opt"])
+
+
+def test_safetensors_from_elsewhere_and_a_bare_state_dict(official, converted, tmp_path):
+    from safetensors.torch import save_file
+
+    tensors = torch.load(official, weights_only=True)["model"]
+    save_file(dict(tensors), tmp_path / "wrapper.safetensors")
+    bare = {name.removeprefix("model."): t for name, t in tensors.items() if name.startswith("model.")}
+    save_file({name: t.to(torch.bfloat16) for name, t in bare.items()}, tmp_path / "half.safetensors")
+    torch.save(bare, tmp_path / "bare.pt")
+    expected = generate.load(converted, weights="params").params
+    for name in ("wrapper.safetensors", "bare.pt"):
+        convert(tmp_path / name, tmp_path / name.partition(".")[0], heads=4)
+        same(generate.load(tmp_path / name.partition(".")[0]).params, expected)
+        jax.tree.map(np.testing.assert_array_equal, expected, torch_checkpoint.load_weights(tmp_path / name))
+    with pytest.raises(ConfigError, match="pass --num_heads=H"):
+        convert(tmp_path / "half.safetensors", tmp_path / "half")
+    convert(tmp_path / "half.safetensors", tmp_path / "half", heads=4)
+    jax.tree.map(
+        functools.partial(np.testing.assert_allclose, rtol=1e-2), generate.load(tmp_path / "half").params, expected
+    )
+
+
+def test_what_is_inferred_from_a_file(kind):
+    c, _, run = kind
+    config = generate.load(run).config
+    assert config.data.image_size == c["img_size"] * (2 if "data_chans" in c else 1)
+    assert config.data.channels == c.get("data_chans", c["in_chans"])
+    assert config.model.depth == c["encoder_depth"] // 2 * 2
+    assert config.model.num_classes == max(c["num_classes"], 0)
+    assert config.model.qv_bias is c["qkv_bias"]
+    assert config.model.time_mlp is c["mlp_time_embed"]
+    assert config.model.mlp_ratio == c["mlp_ratio"]
+    assert config.model.wavelet_scale == c.get("scale", 0)
+    assert config.diffusion.schedule == "linear"
+    assert (config.stage["stage"].b2, config.stage["stage"].weight_decay) == (0.98, 0.03)
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "linear", "shifted"])
+def test_the_schedule_is_recognised(schedule, tmp_path):
+    made = make_schedule("shifted_cosine", size=256) if schedule == "shifted" else make_schedule(schedule)
+    content = torch.load(twin_file(tmp_path / "a.pt", TINY, steps=1), weights_only=True)
+    content["model"] |= {k: torch.tensor(v) for k, v in torch_checkpoint.schedule_buffers(made).items()}
+    torch.save(content, tmp_path / "b.pt")
+    convert(tmp_path / "b.pt", tmp_path / "run", heads=4)
+    diffusion = generate.load(tmp_path / "run").config.diffusion
+    expected = ("shifted_cosine", 256) if schedule == "shifted" else (schedule, 64)
+    assert (diffusion.schedule, diffusion.shift_size) == expected
+    content["model"]["betas"] = torch.linspace(0.01, 0.02, 1000)
+    torch.save(content, tmp_path / "c.pt")
+    with pytest.raises(TorchFileError, match=r"c.pt: its betas are those of no noise schedule"):
+        convert(tmp_path / "c.pt", tmp_path / "odd", heads=4)
+    assert not (tmp_path / "odd").exists()
+
+
+def test_a_converted_run_goes_on_and_init_from_takes_all_kinds(official, converted, tmp_path):
+    from PIL import Image
+
+    for i in range(10):
+        (tmp_path / "images").mkdir(exist_ok=True)
+        Image.new("RGB", (16, 16), (20 * i, 100, 200)).save(tmp_path / "images" / f"{i}.png")
+    raw = config_lib.to_dict(golden.config(TINY, dict(steps=131, learning_rate=0.0)))
+    raw["data"]["path"] = str(tmp_path / "images")
+    config = config_lib.parse(raw)
+    convert(official, tmp_path / "run", config=raw)
+    last = train.train(config, tmp_path / "run", devices=ONE)
+    assert last.name == "131"
+    assert "resuming" in (tmp_path / "run" / "log.txt").read_text()
+    assert "changed" not in (tmp_path / "run" / "log.txt").read_text()
+    state = checkpoint.load_state(last, train.abstract_state(config, 0, make_network(config), make_mesh(devices=ONE)))
+    assert int(state.step) == 131 == int(optax.tree.get(state.opt_state, "ScaleByScheduleState").count)
+    raw_weights = generate.load(converted, weights="params").params
+    same(jax.tree.map(np.asarray, state.params), jax.tree.map(np.asarray, raw_weights))
+
+    convert(official, tmp_path / "w.safetensors", heads=4, weights="params")
+    for start in (official, converted, tmp_path / "w.safetensors"):
+        name = f"from_{start.name}"
+        raw["init_from"], raw["stage"]["steps"] = str(start), 1
+        run = train.train(config_lib.parse(raw), tmp_path / name, devices=ONE)
+        same(jax.tree.map(np.asarray, generate.load(run, weights="params").params), raw_weights)
+
+
+def test_a_file_of_the_second_stage(official, tmp_path):
+    stage = dict(steps=130, learning_rate=2e-4)
+    raw = config_lib.to_dict(golden.config(TINY, stage))
+    raw["first"], raw["stages"] = raw["stage"] | dict(steps=50), ["first", "stage"]
+    with pytest.raises(ConfigError, match=r"at step 130, but config.first.steps is 50; give the stage .* with --stage"):
+        convert(official, tmp_path / "run", config=raw)
+    assert not (tmp_path / "run").exists()
+    convert(official, tmp_path / "run", config=raw, stage="stage")
+    found = checkpoint.find(tmp_path / "run")
+    assert found.name == "180"
+    assert checkpoint.load_meta(found)["past"] == {"first": 50}
+
+
+def test_what_cannot_work_is_said_and_nothing_is_written(official, converted, tmp_path):
+    def fails(error, match, src=official, dst=tmp_path / "out", **options):
+        with pytest.raises(error, match=match):
+            convert(src, dst, **options)
+        assert sorted(p.name for p in tmp_path.iterdir()) == before
+
+    before = []
+    fails(ConfigError, "pass --num_heads=H")
+    fails(ConfigError, "heads is 4, --num_heads is 2", config=config_lib.to_dict(golden.config(TINY)), heads=2)
+    fails(ConfigError, r"config.model.heads is 5; it must be a divisor of model.width 32", heads=5)
+    wrong = config_lib.to_dict(golden.config(TINY | dict(encoder_embed_dim=64, encoder_depth=6)))
+    fails(
+        ConfigError, "config.model.width is 64, the file has 32; config.model.depth is 6, the file has 4", config=wrong
+    )
+    linear = config_lib.to_dict(golden.config(TINY, diffusion=dict(schedule="linear")))
+    fails(ConfigError, "config.diffusion.schedule is linear, the file has cosine", config=linear)
+    fails(ConfigError, "of the same kind", dst=tmp_path / "again.pt")
+    fails(ConfigError, ".ckpt is not known", dst=tmp_path / "model.ckpt")
+    fails(CheckpointError, "none.pt is not a file", src=tmp_path / "none.pt")
+    fails(CheckpointError, "holds no checkpoint", src=tmp_path / "none", dst=tmp_path / "out.pt")
+    fails(ConfigError, "--stage names a stage of a --config", heads=4, stage="pretrain")
+    fails(ConfigError, "made with 4 heads", src=converted, dst=tmp_path / "out.pt", heads=2)
+    fails(ConfigError, "exists already", dst=official.parent, heads=4)
+
+    before = ["damaged.pt"]
+    content = official.read_bytes()
+    (tmp_path / "damaged.pt").write_bytes(content[: len(content) // 2])
+    fails(TorchFileError, "damaged.pt is damaged", src=tmp_path / "damaged.pt", heads=4)
+    before = ["damaged.pt", "short.safetensors"]
+    convert(official, tmp_path / "short.safetensors", heads=4)
+    content = (tmp_path / "short.safetensors").read_bytes()
+    for cut in (0, 4, 100, len(content) // 2):
+        (tmp_path / "short.safetensors").write_bytes(content[:cut])
+        fails(TorchFileError, r"short.safetensors: it is damaged", src=tmp_path / "short.safetensors", heads=4)
+
+
+def change(content, where, value):
+    *path, last = where
+    node = functools.reduce(lambda node, key: node[key], path, content)
+    if value is None:
+        del node[last]
+    else:
+        node[last] = value
+
+
+@pytest.mark.parametrize(
+    ("where", "value", "message"),
+    [
+        (("step",), -3, "step is -3, which is not a count"),
+        (("step",), "many", "step is 'many', which is not a count"),
+        (
+            ("model", "model.encoder.norm.weight"),
+            None,
+            "missing in the checkpoint: backbone.norm.scale|differ in names",
+        ),
+        (("model", "model.encoder.norm.weight"), np.zeros(32), "is float64; float32 is wanted"),
+        (
+            ("model", "model.encoder.norm.weight"),
+            np.zeros(5, np.float32),
+            r"norm.scale is \(5,\)|differ in names or shapes",
+        ),
+        (("model", "model.final.weight"), np.zeros(5, np.float32), "'final.weight' is not the name of a U-ViT tensor"),
+        (("model", "model.encoder.norm.weight"), "text", "is a str, not a tensor"),
+        (("model",), {}, "'model' is not what the official trainer writes"),
+        (("ema", "ema_model.model.encoder.norm.weight"), None, "differ in names"),
+        (("ema", "surprise"), 3, "'ema' holds 'surprise'"),
+        (("opt", "state", 3, "exp_avg"), np.zeros(3, np.float32), r"a moment of .* is \(3,\), the tensor"),
+        (("opt", "state", 3, "max_exp_avg_sq"), np.zeros(3, np.float32), "is not that of AdamW"),
+        (("opt", "state", 3), None, r"has done \[0, 130\] steps on different tensors"),
+        (("opt", "state", 3, "step"), np.float32(7), r"has done \[7, 130\] steps on different tensors"),
+        (("opt", "param_groups", 0, "params"), [0, 1], "'opt' knows 2 tensors, the network has 66"),
+        (("opt", "param_groups"), [{}, {}], "'opt' has 2 groups"),
+        (("opt", "state"), None, "'opt' lacks state"),
+        (("model", "model.encoder.encoder_pos_embed"), np.zeros((2, 65, 32), np.float32), "must be 1|differ in names"),
+    ],
+)
+def test_odd_official_files_are_refused_by_name(official, tmp_path, where, value, message):
+    content = torch_file.read(official)
+    change(content, where, value)
+    torch_file.write(tmp_path / "odd.pt", content)
+    with pytest.raises((TorchFileError, CheckpointError), match=message):
+        convert(tmp_path / "odd.pt", tmp_path / "run", heads=4)
+    assert [p.name for p in tmp_path.iterdir()] == ["odd.pt"]
+
+
+def test_what_differs_from_the_usual_is_kept_or_named(official, tmp_path):
+    content = torch_file.read(official)
+    content["ema"]["step"], content["ema"]["initted"] = np.array(77), np.array(False)
+    content["scaler"] = {"scale": 65536.0, "growth_factor": 2.0, "_growth_tracker": 12}
+    for entry in content["opt"]["state"].values():
+        entry["step"] = np.array(128.0, np.float32)  # half-precision training skips steps
+    torch_file.write(tmp_path / "odd.pt", content)
+    lines = convert(tmp_path / "odd.pt", tmp_path / "run", heads=4)
+    assert any("EMA says step 77, initted False at training step 130" in line for line in lines)
+    convert(tmp_path / "run", tmp_path / "back.pt")
+    same(torch_file.read(tmp_path / "odd.pt"), torch_file.read(tmp_path / "back.pt"))
+
+    content["note"] = "hello"
+    torch_file.write(tmp_path / "odd2.pt", content)
+    lines = convert(tmp_path / "odd2.pt", tmp_path / "run2", heads=4)
+    assert any(line.startswith("left out: 'note' of the file") for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("name", "broken"),
+    [
+        ("run", "maskdm_jax.convert.write_atomically"),
+        ("w.safetensors", "pathlib.Path.write_bytes"),
+        ("back.pt", "zipfile.ZipFile.writestr"),
+    ],
+)
+def test_a_full_disk_leaves_nothing(official, converted, tmp_path, monkeypatch, name, broken):
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(broken, full)
+    with pytest.raises(CheckpointError, match=rf"{name} could not be written: .*No space left"):
+        convert(converted if name == "back.pt" else official, tmp_path / name, heads=4)
+    assert not list(tmp_path.iterdir())
+
+
+def test_from_the_command_line(root, official, tmp_path, child_env):
+    def run(*args):
+        command = [sys.executable, "launch/convert.py", *map(str, args)]
+        return subprocess.run(command, cwd=root, env=child_env, capture_output=True, text=True, timeout=120)
+
+    done = run(f"--src={official}", f"--dst={tmp_path / 'run'}", "--num_heads=4")
+    assert done.returncode == 0, done.stderr
+    assert "holds checkpoint 130: weights, EMA, optimizer, step 130 of stage 'stage'" in done.stdout
+    assert not done.stderr
+    done = run(f"--src={tmp_path / 'run'}", f"--dst={tmp_path / 'back.pt'}")
+    assert done.returncode == 0, done.stderr
+    assert "encoder_heads: 4" in done.stdout
+    done = run(f"--src={official}", f"--dst={tmp_path / 'other'}")
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: the number of attention heads cannot be seen in the file")
