@@ -9,6 +9,7 @@ import shutil
 import zipfile
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 from PIL import Image
@@ -25,6 +26,35 @@ class GenerateError(ValueError):
     """Samples that cannot be made as asked; the message says why and what would work."""
 
 
+def make_sampler(config: Config, network: Network):
+    """Build `sample(params, x, noise, labels=None, start=None)` -> x0 by the config's `sampling`; see `samplers`.
+
+    Raises:
+      GenerateError: from `sample`, if it is to start in the middle with a sampler that cannot.
+    """
+    sampling, clip = config.sampling, make_representation(config).clip
+    schedule = make_schedule(config.diffusion.schedule, config.diffusion.timesteps, size=config.diffusion.shift_size)
+
+    def sample(params, x, noise, labels=None, start=None):
+        def predict(x, t):
+            return network.apply(params, x, t, labels)
+
+        if sampling.guidance:
+            predict = samplers.guided(predict, lambda x, t: network.apply(params, x, t), sampling.guidance)
+        options = dict(objective=config.diffusion.objective, clip=clip)
+        if sampling.method == "dpm_solver":
+            if start is not None:
+                raise GenerateError("dpm_solver starts from pure noise only; use ddim or ddpm")
+            options |= dict(steps=sampling.steps, order=sampling.order, spacing=sampling.spacing)
+            return samplers.dpm_solver(predict, x, schedule, **options)
+        if sampling.method == "ddpm":
+            return samplers.ddpm(predict, x, noise, schedule, start=start, **options)
+        steps = sampling.steps if start is None else min(sampling.steps, start + 1)
+        return samplers.ddim(predict, x, noise, schedule, start=start, steps=steps, eta=sampling.eta, **options)
+
+    return sample
+
+
 def make_generator(config: Config, network: Network, mesh, batch_size: int):
     """Build `generate(params, seed, index, labels=None)` -> uint8 [n, S, S, C] for up to `batch_size` images.
 
@@ -33,26 +63,12 @@ def make_generator(config: Config, network: Network, mesh, batch_size: int):
     """
     devices = mesh.size
     padded = -(-batch_size // devices) * devices
-    schedule = make_schedule(config.diffusion.schedule, config.diffusion.timesteps, size=config.diffusion.shift_size)
-    space, sampling = make_representation(config), config.sampling
+    space, sample = make_representation(config), make_sampler(config, network)
     place = sharding.batch_sharding(mesh)
 
     def run(params, key, index, labels):
-        def predict(x, t):
-            return network.apply(params, x, t, labels)
-
-        if sampling.guidance:
-            predict = samplers.guided(predict, lambda x, t: network.apply(params, x, t), sampling.guidance)
         x, noise = samplers.image_noise(key, index, space.shape)
-        options = dict(objective=config.diffusion.objective, clip=space.clip)
-        if sampling.method == "ddim":
-            x0 = samplers.ddim(predict, x, noise, schedule, steps=sampling.steps, eta=sampling.eta, **options)
-        elif sampling.method == "dpm_solver":
-            options |= dict(steps=sampling.steps, order=sampling.order, spacing=sampling.spacing)
-            x0 = samplers.dpm_solver(predict, x, schedule, **options)
-        else:
-            x0 = samplers.ddpm(predict, x, noise, schedule, **options)
-        return space.decode(x0)
+        return space.decode(sample(params, x, noise, labels))
 
     compiled = jax.jit(run, out_shardings=place)
 
@@ -65,6 +81,39 @@ def make_generator(config: Config, network: Network, mesh, batch_size: int):
         return np.asarray(compiled(params, jax.random.key(seed), fill(index), labels))[:n]
 
     return generate
+
+
+def interpolate(loaded: "Loaded", image_a, image_b, *, n: int, start: int, seed: int = 0, label=None) -> np.ndarray:
+    """Make n images between two, uint8 [n, S, S, C], the first at `image_a`, the last at `image_b`.
+
+    Args:
+      image_a, image_b: uint8 [S, S, C] of the model's size, as `data.pipeline.decode` makes them.
+      start: step that both are noised to, 0..T-1; see `samplers.interpolate`.
+      seed: of the noise, which all n share.
+      label: class of a conditional model, by name or number; None is its "no label".
+
+    Raises:
+      GenerateError: start, n or label do not fit, or the sampler cannot start in the middle.
+    """
+    config, last = loaded.config, loaded.config.diffusion.timesteps - 1
+    if not 0 <= start <= last or n < 1:
+        raise GenerateError(f"start is {start} and n is {n}; they must be in 0..{last} and at least 1")
+    labels = None
+    if label is not None:
+        labels = jnp.full((n,), _label_cycle(loaded, [label])[0])
+    elif config.model.num_classes and config.model.wavelet_scale:
+        raise GenerateError("a conditional wavelet model needs a label")
+    space, sample = make_representation(config), make_sampler(config, loaded.network)
+    schedule = make_schedule(config.diffusion.schedule, config.diffusion.timesteps, size=config.diffusion.shift_size)
+
+    def run(params, key, a, b):
+        x, noise = samplers.image_noise(key, jnp.zeros(n, "int32"), space.shape)  # one image's noise, n times
+        denoise = lambda x_t: sample(params, x_t, noise, labels, start)
+        a, b = space.encode(jnp.stack([a, b]))
+        weights = np.linspace(0, 1, n, dtype=np.float32)
+        return space.decode(samplers.interpolate(denoise, schedule, a, b, weights, x[0], start))
+
+    return np.asarray(jax.jit(run)(loaded.params, jax.random.key(seed), image_a, image_b))
 
 
 @dataclasses.dataclass(frozen=True)

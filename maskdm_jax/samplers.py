@@ -9,6 +9,7 @@ All share one signature:
     noise: step number i (0, 1, ... traced int32) -> standard normal of x's shape, used by step i.
     schedule: `diffusion.Schedule`.
     clip: bounds of the predicted x0, or None.
+    start: of ddim and ddpm, the time step whose x_t is given as x; T - 1, pure noise, when None.
 
 Noise comes as a function of the step so that the caller decides where it is from: keyed by image
 index (`image_noise`), so that an image does not depend on its batch or device, or a recorded list in tests.
@@ -18,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from maskdm_jax.diffusion import Schedule, predictions, q_posterior
+from maskdm_jax.diffusion import Schedule, predictions, q_posterior, q_sample
 
 
 def image_noise(key, index, shape: tuple[int, ...]):
@@ -47,12 +48,12 @@ def ddim_times(timesteps: int, steps: int) -> np.ndarray:
     return np.where(i < (steps + 1) // 2, rising, falling).astype(np.int32)[::-1]
 
 
-def ddim(predict, x, noise, schedule: Schedule, *, objective="noise", clip=(-1.0, 1.0), steps=250, eta=1.0):
+def ddim(predict, x, noise, schedule: Schedule, *, objective="noise", clip=(-1.0, 1.0), steps=250, eta=1.0, start=None):
     """DDIM (Song et al. 2021, eq. 12). eta 0 is deterministic; 1 over all steps is DDPM in distribution.
 
     With the noise objective the noise is not recomputed after x0 was clipped, as in the reference.
     """
-    times = ddim_times(schedule.timesteps, steps)
+    times = ddim_times(schedule.timesteps if start is None else start + 1, steps)
     # float32 throughout, like the reference: these differences cancel, so float64 would give other coefficients.
     one = np.float32(1)
     a, a_next = schedule.alpha_bar[times[:-1]], np.append(schedule.alpha_bar[times[1:-1]], one)
@@ -74,9 +75,9 @@ def ddim(predict, x, noise, schedule: Schedule, *, objective="noise", clip=(-1.0
     return jax.lax.scan(step, x, {name: jnp.asarray(column) for name, column in columns.items()})[0]
 
 
-def ddpm(predict, x, noise, schedule: Schedule, *, objective="noise", clip=(-1.0, 1.0)):
+def ddpm(predict, x, noise, schedule: Schedule, *, objective="noise", clip=(-1.0, 1.0), start=None):
     """Ancestral sampling over all T steps (Ho et al. 2020, algorithm 2), from the posterior with x0 clipped."""
-    last = schedule.timesteps - 1
+    last = schedule.timesteps - 1 if start is None else start
 
     def step(x, t):
         ts = jnp.full((x.shape[0],), t)
@@ -172,6 +173,22 @@ def dpm_solver(
     columns = {name: jnp.asarray(column, jnp.float32) for name, column in columns.items()}
     zeros = jnp.zeros_like(x)
     return jax.lax.scan(step, (x, zeros, zeros), columns)[0][0]
+
+
+def interpolate(sample, schedule: Schedule, x0_a, x0_b, weights, eps, start: int):
+    """Images between two (Ho et al. 2020, section 4.3): both are noised to step `start`, mixed, and denoised.
+
+    Args:
+      sample: x_t [n, ...] at step `start` -> x0, a sampler with all else bound.
+      x0_a, x0_b: the clean images [...].
+      weights: [n] float32, 0 is `x0_a`, 1 is `x0_b`.
+      eps: noise [...], the same for both and for all weights, so that the mixture has the right amount of it.
+      start: the higher, the farther from both; a few hundred of 1000 steps keep their layout.
+    """
+    n, shape = len(weights), (-1,) + (1,) * x0_a.ndim
+    w = jnp.asarray(weights, jnp.float32).reshape(shape)
+    x0 = (1 - w) * x0_a[None] + w * x0_b[None]  # noising is linear and the noise is shared: mixing commutes with it
+    return sample(q_sample(schedule, x0, jnp.full((n,), start), jnp.broadcast_to(eps[None], x0.shape)))
 
 
 def guided(predict_labelled, predict_unlabelled, weight: float):

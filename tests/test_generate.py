@@ -1,4 +1,6 @@
 import json
+import subprocess
+import sys
 
 import jax
 import numpy as np
@@ -140,3 +142,51 @@ def test_raw_weights_and_other_samplers(loaded, run):
     ((index, images),) = generate.generate_batches(raw, range(2), [0, 1], seed=0, batch_size=2)
     assert images.shape == (2, 8, 8, 1)
     assert index.tolist() == [0, 1]
+
+
+def test_images_between_two(loaded):
+    """Hardly noised, the row goes from one image to the other; all start from the same noise."""
+    size, channels = loaded.config.data.image_size, loaded.config.data.channels
+    a = np.full((size, size, channels), 30, np.uint8)
+    b = np.full((size, size, channels), 220, np.uint8)
+    row = generate.interpolate(loaded, a, b, n=5, start=0).astype(int)
+    np.testing.assert_allclose(row.mean((1, 2, 3)), [30, 77.5, 125, 172.5, 220], atol=3)
+    np.testing.assert_array_equal(row, generate.interpolate(loaded, a, b, n=5, start=0))
+    far = generate.interpolate(loaded, a, b, n=3, start=900, seed=1, label="4")
+    assert far.shape == (3, size, size, channels)
+    other = generate.interpolate(loaded, a, b, n=3, start=900, seed=2, label=4)
+    assert (far != other).any()
+    same = generate.interpolate(loaded, a, a, n=3, start=900, seed=2, label=4)
+    np.testing.assert_array_equal(same[0], same[2])
+
+
+def test_bad_interpolations_are_refused(loaded, run):
+    image = np.zeros((8, 8, 1), np.uint8)
+    for options, message in [
+        (dict(n=3, start=1000), "start is 1000 and n is 3; they must be in 0..999"),
+        (dict(n=0, start=10), "n is 0"),
+        (dict(n=3, start=10, label="cat"), r"labels \['cat'\] are neither classes"),
+    ]:
+        with pytest.raises(GenerateError, match=message):
+            generate.interpolate(loaded, image, image, **options)
+    fast = generate.load(run, sampling=dict(method="dpm_solver"))
+    with pytest.raises(GenerateError, match="dpm_solver starts from pure noise only"):
+        generate.interpolate(fast, image, image, n=3, start=10)
+
+
+def test_interpolation_from_the_command_line(root, run, tmp_path, child_env):
+    for i in range(2):
+        Image.new("L", (20, 12), 200 * i).save(tmp_path / f"{i}.png")
+
+    def call(images, *args):
+        command = [sys.executable, "launch/interpolate.py", f"--run={run}", f"--images={images}", *args]
+        return subprocess.run(command, cwd=root, env=child_env, capture_output=True, text=True, timeout=120)
+
+    images, out = f"{tmp_path / '0.png'},{tmp_path / '1.png'}", tmp_path / "out" / "between.png"
+    done = call(images, f"--out={out}", "--n=3", "--seeds=2", "--start=100")
+    assert done.returncode == 0, done.stderr
+    assert np.asarray(Image.open(out)).shape == (2 * 68 + 4, 5 * 68 + 4, 3)
+    done = call(f"{tmp_path / '0.png'},{tmp_path / 'none.png'}")
+    assert done.returncode == 1
+    assert "none.png" in done.stderr
+    assert "Traceback" not in done.stderr

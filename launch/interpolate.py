@@ -1,0 +1,49 @@
+"""Images between two: python launch/interpolate.py --run=runs/mine --images=a.png,b.png --out=between.png
+
+Both are noised to --start (0 to 999), mixed and denoised: the higher, the farther the images between may go from
+both; a few hundred keep their layout. A grid has a row per --seeds.
+"""
+
+import pathlib
+import sys
+
+from absl import app, flags, logging
+
+RUN = flags.DEFINE_string("run", None, "Run folder (its newest checkpoint) or checkpoint folder.", required=True)
+IMAGES = flags.DEFINE_list("images", None, "Two image files; resized and cropped as in training.", required=True)
+OUT = flags.DEFINE_string("out", "interpolation.png", "PNG file to write; the two images are its outer columns.")
+N = flags.DEFINE_integer("n", 9, "Images per row, the ends included.", lower_bound=2)
+START = flags.DEFINE_integer("start", 500, "Step that both images are noised to.")
+SEEDS = flags.DEFINE_integer("seeds", 3, "Rows, each with noise of its own.", lower_bound=1)
+LABEL = flags.DEFINE_string("label", None, "Class of a conditional model, by name or number; none when not given.")
+WEIGHTS = flags.DEFINE_enum("weights", "ema", ["ema", "params"], "Averaged or raw weights.")
+
+
+def main(argv):
+    if len(argv) > 1:
+        raise app.UsageError(f"unexpected arguments {argv[1:]}")
+    if len(IMAGES.value) != 2:
+        raise app.UsageError("give two files: --images=a.png,b.png")
+    logging.set_verbosity(logging.WARNING)
+    import numpy as np
+
+    from maskdm_jax import generate, observe
+    from maskdm_jax.checkpoint import CheckpointError
+    from maskdm_jax.config import ConfigError
+    from maskdm_jax.data.pipeline import decode
+
+    try:
+        loaded = generate.load(RUN.value, weights=WEIGHTS.value)
+        data = loaded.config.data
+        ends = [decode(pathlib.Path(path).read_bytes(), data.image_size, data.channels) for path in IMAGES.value]
+        options = dict(n=N.value, start=START.value, label=LABEL.value)
+        rows = [generate.interpolate(loaded, *ends, seed=seed, **options) for seed in range(SEEDS.value)]
+    except (CheckpointError, ConfigError, generate.GenerateError, OSError, ValueError) as error:
+        sys.exit(f"error: {error}")
+    images = np.concatenate([np.stack([ends[0], *row, ends[1]]) for row in rows])
+    observe.save_image(OUT.value, observe.sample_grid(images, N.value + 2))
+    print(f"done: {OUT.value}, {SEEDS.value} rows of {N.value} images between the two outer ones")
+
+
+if __name__ == "__main__":
+    app.run(main)
