@@ -32,8 +32,10 @@ def main(argv):
     options = dict(heads=HEADS.value, config=CONFIG.value, stage=STAGE.value, weights=WEIGHTS.value)
     try:
         lines = convert(SRC.value, DST.value, **options)
-    except (CheckpointError, ConfigError, TorchFileError) as error:
+    except (CheckpointError, ConfigError, TorchFileError, OSError) as error:
         sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit("interrupted; nothing was written")
     print("\n".join(lines))
 
 

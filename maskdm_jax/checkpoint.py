@@ -18,6 +18,7 @@ from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, CustomSt
 from maskdm_jax.train_state import TrainState
 
 FOLDER = "checkpoints"
+META = ("stage", "stage_step", "past", "data", "window", "images", "classes", "config")
 
 
 class CheckpointError(ValueError):
@@ -97,7 +98,11 @@ def find(path) -> pathlib.Path:
 def load_meta(checkpoint: pathlib.Path) -> dict:
     """The JSON part of a checkpoint that `find` gave."""
     with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as reader, _damage(checkpoint):
-        return reader.restore(checkpoint / "meta")
+        meta = reader.restore(checkpoint / "meta")
+        missing = [key for key in META if not isinstance(meta, dict) or key not in meta]
+        if missing:
+            raise KeyError(f"its meta lacks {', '.join(missing)}")
+        return meta
 
 
 def load_state(checkpoint: pathlib.Path, abstract: TrainState) -> TrainState:
@@ -120,7 +125,7 @@ def load_item(checkpoint: pathlib.Path, item: str, abstract):
     with ocp.StandardCheckpointer() as reader:
         with _damage(checkpoint):
             stored = ocp.StandardCheckpointHandler().metadata(checkpoint / item).tree
-        compare(f"the {item} of {checkpoint}", stored, abstract)
+        compare(f"the {item} of {checkpoint} do not fit config.model", stored, abstract)
         with _damage(checkpoint):
             return reader.restore(checkpoint / item, abstract)
 
@@ -144,11 +149,11 @@ def _damage(checkpoint: pathlib.Path):
         ) from error
 
 
-def compare(what: str, stored, abstract) -> None:
+def compare(message: str, stored, abstract) -> None:
     """Check that two trees have the same names, shapes and dtypes.
 
     Raises:
-      CheckpointError: they do not; the message begins with `what` and names the differences.
+      CheckpointError: they do not; `message`, then the differences by name.
     """
     stored, wanted = _shapes(stored), _shapes(abstract)
     problems = [f"missing in the checkpoint: {name}" for name in wanted.keys() - stored.keys()]
@@ -160,7 +165,7 @@ def compare(what: str, stored, abstract) -> None:
     ]
     if problems:
         shown = "; ".join(sorted(problems)[:5]) + (f"; and {len(problems) - 5} more" if len(problems) > 5 else "")
-        raise CheckpointError(f"{what} do not fit config.model: {shown}")
+        raise CheckpointError(f"{message}: {shown}")
 
 
 def _shapes(tree) -> dict:

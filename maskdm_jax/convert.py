@@ -1,5 +1,6 @@
 """Checkpoints from one form to another: run folder (Orbax), official `.pt`, `.safetensors` (weights only)."""
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -8,6 +9,7 @@ import shutil
 import typing
 
 import jax
+import ml_dtypes
 import numpy as np
 import optax
 
@@ -34,6 +36,7 @@ class _Source:
     config: Config | None  # of the run; None if the file does not say
     stage: str = ""  # of the config
     classes: list[str] = dataclasses.field(default_factory=list)
+    notes: list[str] = dataclasses.field(default_factory=list)  # for a person
 
 
 def convert(
@@ -56,63 +59,74 @@ def convert(
     Raises:
       TorchFileError, CheckpointError, ConfigError: nothing was written; the message says why.
     """
-    src, dst = (pathlib.Path(path).expanduser().absolute() for path in (src, dst))
+    src, dst = (pathlib.Path(os.path.expanduser(path)).absolute() for path in (src, dst))
     kinds = [_kind(path) for path in (src, dst)]
     if kinds[0] == kinds[1]:
         raise ConfigError(f"{src} and {dst} are of the same kind; there is nothing to convert")
-    if dst.exists() and not (dst.is_dir() and not any(dst.iterdir())):
-        raise ConfigError(f"{dst} exists already; give another --dst or move it away")
     if weights not in ("ema", "params"):
         raise ConfigError(f"weights {weights!r} are unknown; choose ema or params (the raw ones)")
-    if kinds[0] != "folder" and not src.is_file():
-        raise CheckpointError(f"{src} is not a file")
-    read = {"folder": _from_folder, "pt": _from_pt, "safetensors": _from_safetensors}[kinds[0]]
-    write = {"folder": _to_folder, "pt": _to_pt, "safetensors": _to_safetensors}[kinds[1]]
+    if config is not None:
+        config = config_lib.parse(config)
+    readers = {"folder": _from_folder, "pt": _from_pt, "safetensors": _from_safetensors}
+    with _saying(f"{src} cannot be read"):
+        if kinds[0] != "folder" and not src.is_file():
+            raise CheckpointError(f"{src} is not a file")
+        source = readers[kinds[0]](src, kinds[1] == "safetensors")
     try:
-        source = read(src)
-        _settle_config(source, heads, config, stage)
-        dst.parent.mkdir(parents=True, exist_ok=True)
-        lines = write(dst, source, weights)
+        _settle_config(source, src, heads, config, stage)
+        with _saying(f"{dst} cannot be written"):
+            if os.path.lexists(dst) and not (kinds[1] == "folder" and dst.is_dir() and not any(dst.iterdir())):
+                raise ConfigError(f"{dst} exists already; give another --dst or move it away")
+            dst.parent.mkdir(parents=True, exist_ok=True)
+            lines = {"folder": _to_folder, "pt": _to_pt, "safetensors": _to_safetensors}[kinds[1]](dst, source, weights)
     except TorchFileError as error:
-        raise error if str(src) in str(error) else TorchFileError(f"{src}: {error}") from None
-    except OSError as error:
-        raise CheckpointError(f"{dst} could not be written: {error}") from error
-    return [*lines, *(f"left out: {what}" for what in source.official.left_out)]
+        raise TorchFileError(f"{src}: {error}") from None
+    return [*lines, *source.notes, *(f"left out: {what}" for what in source.official.left_out)]
 
 
 def _kind(path: pathlib.Path) -> str:
-    if path.suffix in _OTHER_FILES:
-        raise ConfigError(f"{path}: {path.suffix} is not known; give a .pt, a .safetensors or a run folder")
-    return FILE_KINDS.get(path.suffix, "folder")
+    suffix = path.suffix.lower()
+    if suffix in _OTHER_FILES:
+        raise ConfigError(f"{path}: {suffix} is not known; give a .pt, a .safetensors or a run folder")
+    return FILE_KINDS.get(suffix, "folder")
+
+
+@contextlib.contextmanager
+def _saying(what: str):
+    """What the system refuses, in one line."""
+    try:
+        yield
+    except OSError as error:
+        raise CheckpointError(f"{what}: {error}") from error
 
 
 # --- Reading ------------------------------------------------------------------------------------
 
 
-def _from_pt(path: pathlib.Path) -> _Source:
-    return _Source(torch_checkpoint.read(path), None)
+def _from_pt(path: pathlib.Path, weights_only: bool) -> _Source:
+    return _Source(torch_checkpoint.read(path, weights_only=weights_only), None)
 
 
-def _from_safetensors(path: pathlib.Path) -> _Source:
-    model, noted = torch_checkpoint.read_safetensors(path)
+def _from_safetensors(path: pathlib.Path, weights_only: bool) -> _Source:
+    official, noted = torch_checkpoint.read_safetensors(path)
     if not noted:
-        return _Source(Official(model), None)
+        return _Source(official, None)
     try:
         config = config_lib.parse(noted["config"])
         stage = noted["stage"]
         if stage not in config.stages:
             raise ConfigError(f"stage {stage!r} is not in the config")
-        return _Source(Official(model), config, stage, [str(name) for name in noted["classes"]])
+        return _Source(official, config, stage, [str(name) for name in noted["classes"]])
     except (KeyError, TypeError, ValueError) as error:  # ConfigError is a ValueError
         raise TorchFileError(f"{path}: its header does not hold a config of this project ({error})") from None
 
 
-def _from_folder(path: pathlib.Path) -> _Source:
+def _from_folder(path: pathlib.Path, weights_only: bool) -> _Source:
     found = checkpoint.find(path)
     meta = checkpoint.load_meta(found)
-    raw = meta["config"] | {"mesh": {"data": -1, "fsdp": 1}}  # whatever machine trained it
-    config = config_lib.parse(raw)
-    stage = meta["stage"]
+    config, stage = config_lib.parse(meta["config"]), meta["stage"]
+    if stage not in config.stages:
+        raise CheckpointError(f"{found} is damaged: its stage {stage!r} is not in its config")
     index, mesh = config.stages.index(stage), make_mesh(devices=jax.devices()[:1])
     network = make_network(config)
     state = checkpoint.load_state(found, train.abstract_state(config, index, network, mesh))
@@ -125,18 +139,17 @@ def _from_folder(path: pathlib.Path) -> _Source:
         named(state.params),
         ema=named(state.ema),
         ema_step=step,
-        ema_initted=step > _first_average(of_stage.ema_every),
+        ema_initted=ema_initted(step, of_stage.ema_every),
         moments=_moments(state.opt_state, named),
         group=_group(of_stage) | {"lr": float(rate(step))},
         step=step,
-        buffers=_buffers(config),
     )
     kept = meta.get("official")  # of a file that this checkpoint was made from
     if kept:
         official.ema_step, official.ema_initted = kept["ema_step"], kept["ema_initted"]
         official.scaler, official.group = (
             kept["scaler"],
-            official.group if kept["group"] is None else _tuples(kept["group"]),
+            kept["group"] and kept["group"] | {"betas": tuple(kept["group"]["betas"])},
         )
     return _Source(official, config, stage, meta["classes"])
 
@@ -164,9 +177,9 @@ def _without_masked(tree: dict) -> dict:
     }
 
 
-def _first_average(every: int) -> int:
-    """Number of the EMA's call that sets the official flag `initted`."""
-    return (EMA_COPY_STEPS // every + 1) * every
+def ema_initted(calls: int, every: int) -> bool:
+    """The flag of the official EMA after so many calls: whether it has acted after its copying steps."""
+    return calls > (EMA_COPY_STEPS // every + 1) * every
 
 
 def _group(stage) -> dict:
@@ -187,11 +200,6 @@ def _group(stage) -> dict:
     )
 
 
-def _tuples(group: dict) -> dict:
-    """A group that went through JSON, its betas a tuple again."""
-    return {key: tuple(value) if isinstance(value, list) else value for key, value in group.items()}
-
-
 def _buffers(config: Config) -> dict:
     diffusion = config.diffusion
     schedule = make_schedule(diffusion.schedule, diffusion.timesteps, size=diffusion.shift_size)
@@ -201,13 +209,18 @@ def _buffers(config: Config) -> dict:
 # --- The config ---------------------------------------------------------------------------------
 
 
-def _settle_config(source: _Source, heads: int | None, given, stage: str | None) -> None:
+def _settle_config(
+    source: _Source, path: pathlib.Path, heads: int | None, given: Config | None, stage: str | None
+) -> None:
     """Find the config of the run: the source's own, the one given, or one made from the file."""
     found = torch_checkpoint.architecture(source.official.model)
-    if source.official.buffers is not None and source.config is None:
+    if source.config is not None:
+        own = source.config.diffusion
+        found |= dict(schedule=own.schedule, shift_size=own.shift_size, timesteps=own.timesteps)
+        found |= dict(objective=own.objective, heads=source.config.model.heads)
+    elif source.official.buffers is not None:
         found |= _schedule_of(source.official.buffers)
     if given is not None:
-        given = config_lib.parse(given)
         _compare(given, found, heads)
         source.config, source.stage = given, stage or given.stages[0]
         if source.stage not in given.stages:
@@ -220,6 +233,8 @@ def _settle_config(source: _Source, heads: int | None, given, stage: str | None)
             hint = f"; the official models have width / 64 = {width // 64}" if width % 64 == 0 else ""
             raise ConfigError(f"the number of attention heads cannot be seen in the file: pass --num_heads=H{hint}")
         source.config, source.stage = config_lib.parse(_config_of(source.official, found, heads)), "stage"
+        if source.official.buffers is None:
+            source.notes.append("note: the file does not show its noise schedule; cosine is assumed (or give --config)")
     elif heads not in (None, source.config.model.heads):
         raise ConfigError(f"--num_heads={heads}, but the checkpoint was made with {source.config.model.heads} heads")
     steps = source.config.stage[source.stage].steps
@@ -231,18 +246,29 @@ def _settle_config(source: _Source, heads: int | None, given, stage: str | None)
     if not source.classes:
         source.classes = [str(i) for i in range(found["num_classes"])]
     params = params_from_state_dict(source.official.model)
-    checkpoint.compare("the weights", params, make_network(source.config).abstract_params())
+    wanted = make_network(source.config).abstract_params()
+    checkpoint.compare(f"the weights in {path} are not those of a whole U-ViT", params, wanted)
+
+
+_ROUNDING = {np.dtype(np.float32): 1e-5, np.dtype(np.float64): 1e-5, np.dtype(np.float16): 1e-3}
+_ROUNDING |= {np.dtype(ml_dtypes.bfloat16): 1e-2}  # of the numbers that schedules may be stored in, relative
 
 
 def _schedule_of(buffers: dict) -> dict:
     """Settings of the schedule with these buffers."""
     betas, timesteps = buffers["betas"], buffers["betas"].size
     candidates = [("cosine", 64), ("linear", 64)] + [("shifted_cosine", size) for size in range(1, 2049)]
-    if betas.ndim == 1 and timesteps > 20:
-        for name, size in candidates:
+    if betas.ndim == 1 and 20 < timesteps <= 100_000 and betas.dtype in _ROUNDING:
+        rounding, values = _ROUNDING[betas.dtype], betas.astype(np.float64)
+
+        def distance(candidate):
+            name, size = candidate
             known = make_schedule(name, timesteps, size=size).betas
-            if np.allclose(known, betas, rtol=1e-5, atol=1e-9):
-                return dict(schedule=name, shift_size=size, timesteps=timesteps)
+            return np.max(np.abs(known - values) / (rounding * known + 1e-7))
+
+        name, size = min(candidates, key=distance)
+        if distance((name, size)) < 1:
+            return dict(schedule=name, shift_size=size, timesteps=timesteps)
     raise TorchFileError("its betas are those of no noise schedule that is known here (linear, cosine, shifted cosine)")
 
 
@@ -349,29 +375,43 @@ def _to_folder(dst: pathlib.Path, source: _Source, weights: str) -> list[str]:
     )
     lines = []
     if official.buffers is not None and not all(
-        np.array_equal(ours, official.buffers[name]) for name, ours in _buffers(config).items()
+        np.array_equal(ours, official.buffers.get(name)) for name, ours in _buffers(config).items()
     ):
-        lines.append("note: the file's schedule buffers differ from ours by rounding; ours are used")
+        lines.append("note: the file's schedule buffers are incomplete or differ by rounding; ours are used")
     if official.ema is None:
         lines.append("note: the file has one set of weights; it serves as raw weights and as EMA")
-    elif official.ema_step != official.step or official.ema_initted != (
-        official.ema_step > _first_average(stage.ema_every)
-    ):
+    elif official.ema_step != official.step or official.ema_initted != ema_initted(official.step, stage.ema_every):
         lines.append(
             f"note: the file's EMA says step {official.ema_step}, initted {official.ema_initted} at training step "
             f"{official.step}; this is kept for the way back, but training here goes by the training step"
         )
+    # Asked first: Orbax's threads meet a full disk with hundreds of lines.
+    needed = 4 * sum(leaf.nbytes for leaf in jax.tree.leaves(params))  # weights, EMA and two moments
+    free = shutil.disk_usage(dst.parent).free
+    if free < needed:
+        raise OSError(f"it takes {needed / 1e9:.2f} GB and the disk has {free / 1e9:.2f} GB free")
     temporary = dst.with_name(f".{dst.name}.{os.getpid()}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)  # of a killed process with our number
     try:
-        checkpoints = checkpoint.Checkpoints(temporary, keep=1)
-        checkpoints.save(before + official.step, state, meta)
-        checkpoints.close()
+        _save(temporary, before + official.step, state, meta)
         write_atomically(temporary / "config.json", json.dumps(meta["config"], indent=2).encode())
         os.replace(temporary, dst)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     what = "weights, EMA, optimizer" if official.moments else "weights" + ", EMA" * (official.ema is not None)
     return [f"{dst} holds checkpoint {before + official.step}: {what}, step {official.step} of stage {name!r}", *lines]
+
+
+def _save(folder: pathlib.Path, step: int, state: TrainState, meta: dict) -> None:
+    checkpoints = checkpoint.Checkpoints(folder, keep=1)
+    try:
+        checkpoints.save(step, state, meta)
+        checkpoints.wait()
+    except Exception as error:  # Orbax passes on whatever its storage throws
+        raise OSError(str(error).strip().splitlines()[0][:200]) from error
+    finally:
+        with contextlib.suppress(Exception):
+            checkpoints.close()
 
 
 def _optimizer_state(fresh, official: Official):
@@ -415,7 +455,7 @@ def _to_pt(dst: pathlib.Path, source: _Source, weights: str) -> list[str]:
         official,
         ema=official.model if official.ema is None else official.ema,
         group=official.group or _group(stage),
-        buffers=official.buffers or _buffers(source.config),
+        buffers=_buffers(source.config),
     )
     torch_checkpoint.write(dst, complete)
     what = "weights, EMA, optimizer" if official.moments else "weights (also as EMA), new optimizer"
@@ -430,7 +470,9 @@ def _to_safetensors(dst: pathlib.Path, source: _Source, weights: str) -> list[st
     which = "ema" if weights == "ema" and official.ema is not None else "params"
     noted = dict(config=config_lib.to_dict(source.config), stage=source.stage, classes=source.classes, weights=which)
     torch_checkpoint.write_safetensors(dst, official.ema if which == "ema" else official.model, noted)
-    return [f"{dst} holds the {'EMA' if which == 'ema' else 'raw weights'} (chosen with --weights)"]
+    if which != weights:
+        source.notes.append("note: the source has one set of weights, no EMA")
+    return [f"{dst} holds the {'EMA' if which == 'ema' else 'raw weights'} (--weights chooses)"]
 
 
 def _network_yaml(config: Config) -> typing.Iterator[str]:

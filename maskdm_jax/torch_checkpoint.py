@@ -63,7 +63,7 @@ _NAMES = (
 )
 _OUR_NAMES = {ours: theirs for theirs, ours in _NAMES.items()}
 _ORDER = {theirs: i for i, theirs in enumerate(_NAMES)}
-_NUMBER = re.compile(r"\d+(?=\.(?:norm|attn|mlp|skip))")  # of a block
+_NUMBER = re.compile(r"(?<=blocks\.)(?:0|[1-9]\d{0,3})(?=\.)")  # of a block
 
 
 def _pattern(name: str) -> tuple[str, int]:
@@ -197,7 +197,7 @@ class Official:
     group: dict | None = None  # AdamW's settings, without `params`
     step: int = 0
     scaler: typing.Any = None
-    buffers: dict[str, np.ndarray] | None = None  # of the noise schedule
+    buffers: dict[str, np.ndarray] | None = None  # of the noise schedule, `betas` at least
     left_out: tuple[str, ...] = ()  # what the file holds besides, in words
 
 
@@ -206,10 +206,11 @@ def schedule_buffers(schedule: Schedule) -> dict[str, np.ndarray]:
     return {name: getattr(schedule, column) for name, column in BUFFERS.items()}
 
 
-def read(path) -> Official:
+def read(path, *, weights_only: bool = False) -> Official:
     """Read a checkpoint of the official trainer, or a state dict saved alone, from a `.pt` file.
 
-    Nothing in the file is executed. Half-precision weights become float32.
+    Nothing in the file is executed. Half-precision tensors become float32. `weights_only` leaves the optimizer
+    alone, which may then be of any kind.
 
     Raises:
       TorchFileError: it is damaged or something else; the message says what.
@@ -219,19 +220,19 @@ def read(path) -> Official:
         if not isinstance(content, dict):
             raise TorchFileError(f"it holds a {type(content).__name__}; {_WANTED}")
         if "model" not in content:
-            if not any(_pattern(str(name).removeprefix("model."))[0] in _NAMES for name in content):
+            if not any("encoder" in str(name) for name in content):
                 raise TorchFileError(f"it has no 'model'; {_WANTED}")
             model, buffers = _split(content, "")
             return Official(model, buffers=buffers)
         model, buffers = _split(_dict(content, "model"), "model: ")
         official = Official(model, buffers=buffers, step=_count(content.get("step", 0), "step"))
-        official.scaler = content.get("scaler")
-        official.left_out = tuple(
+        official.scaler = _plain(official, "scaler", content.get("scaler"))
+        official.left_out += tuple(
             f"{key!r} of the file" for key in content if key not in ("step", "model", "opt", "ema", "scaler")
         )
-        if content.get("ema") is not None:
+        if content.get("ema"):
             _read_ema(official, _dict(content, "ema"))
-        if content.get("opt") is not None:
+        if content.get("opt") and not weights_only:
             _read_optimizer(official, _dict(content, "opt"))
         return official
 
@@ -250,7 +251,7 @@ def _read_ema(official: Official, ema: dict) -> None:
     official.ema, _ = _split(parts["ema_model"], "ema: ema_model.")
     _same_names(official.ema, official.model, "ema_model")
     online, _ = _split(parts["online_model"], "ema: online_model.") if parts["online_model"] else (official.model, None)
-    if not all(np.array_equal(online.get(name), tensor) for name, tensor in official.model.items()):
+    if not all(np.array_equal(online.get(name), tensor, equal_nan=True) for name, tensor in official.model.items()):
         official.left_out += ("ema.online_model, which differs from the weights of 'model' here",)
     official.ema_step = _count(ema.get("step", official.step), "ema.step")
     official.ema_initted = bool(_count(ema.get("initted", True), "ema.initted"))
@@ -264,9 +265,17 @@ def _read_optimizer(official: Official, opt: dict) -> None:
         raise TorchFileError(f"'opt' has {len(groups)} groups of parameters; the official trainer makes one")
     group, names = dict(groups[0]), list(official.model)
     numbers = group.pop("params", None)
-    if not isinstance(numbers, list) or len(numbers) != len(names):
-        raise TorchFileError(f"'opt' knows {len(numbers or ())} tensors, the network has {len(names)}")
-    official.group = group
+    if not isinstance(numbers, list) or not all(type(n) is int for n in numbers) or len(numbers) != len(names):
+        known = len(numbers) if isinstance(numbers, list) else "no"
+        raise TorchFileError(f"'opt' knows {known} tensors, the network has {len(names)}")
+    plain = lambda key, value: value if key == "betas" else _plain(official, f"opt.param_groups {key}", value)
+    official.group = {key: plain(key, value) for key, value in group.items()}
+    for name in ("lr", "initial_lr", "weight_decay"):
+        _number(official.group.get(name, 0.0), f"opt.param_groups {name}")
+    betas = group.get("betas")
+    if not isinstance(betas, (tuple, list)) or len(betas) != 2:
+        raise TorchFileError(f"opt.param_groups betas is {betas!r}; two numbers are wanted")
+    official.group["betas"] = tuple(_number(_plain(official, "", beta), "opt.param_groups betas") for beta in betas)
     official.moments = {}
     for name, number in zip(names, numbers, strict=True):
         if number not in state:
@@ -306,8 +315,8 @@ def write(path, official: Official) -> None:
     torch_file.write(path, content)
 
 
-def read_safetensors(path) -> tuple[dict[str, np.ndarray], dict]:
-    """Weights by official name, float32, in the official order, and what `write_safetensors` noted in the header.
+def read_safetensors(path) -> tuple[Official, dict]:
+    """One set of weights, with the schedule's buffers if they are there, and what `write_safetensors` noted.
 
     Raises:
       TorchFileError: it is damaged, or not of a U-ViT.
@@ -321,12 +330,12 @@ def read_safetensors(path) -> tuple[dict[str, np.ndarray], dict]:
                 header = file.metadata() or {}
                 tensors = {name: file.get_tensor(name) for name in list(file.keys())}
             noted = json.loads(header.get(_METADATA, "{}"))
-        except (safetensors.SafetensorError, ValueError, TypeError, AttributeError) as error:
+        except (safetensors.SafetensorError, ValueError, TypeError, AttributeError, RecursionError) as error:
             raise TorchFileError(f"it is damaged or not a .safetensors file ({error})") from None
         if not isinstance(noted, dict):
             raise TorchFileError(f"its header's {_METADATA!r} is damaged")
-        model, _ = _split(tensors, "")
-        return {name: model[name] for name in sorted(model, key=official_rank)}, noted
+        model, buffers = _split(tensors, "")
+        return Official({name: model[name] for name in sorted(model, key=official_rank)}, buffers=buffers), noted
 
 
 def write_safetensors(path, model: dict[str, np.ndarray], noted: dict) -> None:
@@ -347,9 +356,9 @@ def load_weights(path, which: str = "params") -> dict:
     Raises:
       TorchFileError: the file is damaged or something else; the message says what.
     """
-    if pathlib.Path(path).suffix == ".safetensors":
-        return params_from_state_dict(read_safetensors(path)[0])
-    official = read(path)
+    if str(path).lower().endswith(".safetensors"):
+        return params_from_state_dict(read_safetensors(path)[0].model)
+    official = read(path, weights_only=True)
     weights = official.model if which == "params" else official.ema
     if weights is None:
         raise TorchFileError(f"{path} has no 'ema'; {_WANTED}")
@@ -378,21 +387,24 @@ def _dict(content: dict, key: str) -> dict:
 
 
 def _split(state_dict: dict, where: str) -> tuple[dict, dict | None]:
-    """The network's tensors of a state dict, and the schedule's buffers if all are there. All else is an error."""
+    """The network's tensors of a state dict, and the schedule's buffers if betas are there. The rest is an error."""
     network, buffers = {}, {}
     for full, tensor in state_dict.items():
-        name = str(full).removeprefix("model.")
+        inner = str(full).removeprefix("module.")  # of a model that was saved while wrapped for several devices
+        name = inner.removeprefix("model.")
         if not isinstance(tensor, np.ndarray):
             raise TorchFileError(f"{where}{full} is a {type(tensor).__name__}, not a tensor")
-        if full in BUFFERS:
-            buffers[full] = tensor
+        if inner in BUFFERS:
+            buffers[inner] = tensor
         elif _pattern(name)[0] not in _NAMES:
             raise TorchFileError(f"{where}{name!r} is not the name of a U-ViT tensor")
+        elif name in network:
+            raise TorchFileError(f"{where}there are two tensors {name!r}, with and without a prefix")
         else:
             network[name] = _float32(f"{where}{full}", tensor)
     if not network:
         raise TorchFileError(f"{where}there are no tensors of a U-ViT")
-    return network, buffers if len(buffers) == len(BUFFERS) else None
+    return network, buffers if "betas" in buffers else None
 
 
 def _same_names(these: dict, those: dict, what: str) -> None:
@@ -418,7 +430,36 @@ def _count(value, what: str) -> int:
     number = value.item() if isinstance(value, np.ndarray) and value.size == 1 else value
     if not isinstance(number, (int, float)) or not math.isfinite(number) or number != int(number) or number < 0:
         raise TorchFileError(f"{what} is {value!r}, which is not a count")
+    if number >= 2**31:
+        raise TorchFileError(f"{what} is {value!r}; counts go up to 2^31 - 1")
     return int(number)
+
+
+def _number(value, what: str) -> float:
+    if not isinstance(value, (int, float)) or isinstance(value, bool) or not math.isfinite(value):
+        raise TorchFileError(f"{what} is {value!r}, which is not a number")
+    return value
+
+
+def _plain(official: Official, what: str, value):
+    """A setting as JSON keeps it, tensors of one element as numbers; what is of another kind is left out."""
+
+    def plain(value):
+        if isinstance(value, np.ndarray) and value.size == 1:
+            return value.item()
+        if isinstance(value, dict) and all(isinstance(key, str) for key in value):
+            return {key: plain(item) for key, item in value.items()}
+        if isinstance(value, list):
+            return [plain(item) for item in value]
+        if value is None or isinstance(value, (bool, int, float, str)):
+            return value
+        raise TypeError
+
+    try:
+        return plain(value)
+    except TypeError:
+        official.left_out += (f"{what}, which is not made of plain numbers and words",)
+        return None
 
 
 # --- What a file tells of the run that made it --------------------------------------------------

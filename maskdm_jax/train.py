@@ -8,6 +8,7 @@ import functools
 import json
 import logging
 import math
+import os
 import pathlib
 import time
 import typing
@@ -293,12 +294,12 @@ def begin(config: Config, network: Network, mesh, checkpoints: checkpoint.Checkp
 
 def _initial_weights(path: str, abstract) -> tuple[dict, pathlib.Path]:
     """Raw weights of a run folder, a checkpoint, an official `.pt` or a `.safetensors`, placed as `abstract` says."""
-    if path.endswith(torch_checkpoint.SUFFIXES):
-        found = pathlib.Path(path).expanduser().absolute()
+    if path.lower().endswith(torch_checkpoint.SUFFIXES):
+        found = pathlib.Path(os.path.expanduser(path)).absolute()
         if not found.is_file():
             raise checkpoint.CheckpointError(f"config.init_from {path!r} is not a file")
         params = torch_checkpoint.load_weights(found)
-        checkpoint.compare(f"the weights of {found}", params, abstract)
+        checkpoint.compare(f"the weights of {found} do not fit config.model", params, abstract)
         return jax.device_put(params, jax.tree.map(lambda leaf: leaf.sharding, abstract)), found
     found = checkpoint.find(path)
     return checkpoint.load_item(found, "params", abstract), found

@@ -1,6 +1,9 @@
 """Checkpoints that go both ways. PyTorch is the judge: `torch_twin` is its side, with strict loading."""
 
 import functools
+import json
+import os
+import shutil
 import subprocess
 import sys
 
@@ -19,7 +22,7 @@ from maskdm_jax import checkpoint, generate, masking, torch_checkpoint, torch_fi
 from maskdm_jax import config as config_lib
 from maskdm_jax.checkpoint import CheckpointError
 from maskdm_jax.config import ConfigError
-from maskdm_jax.convert import convert
+from maskdm_jax.convert import convert, ema_initted
 from maskdm_jax.diffusion import make_schedule
 from maskdm_jax.network import make_network
 from maskdm_jax.representation import make_representation
@@ -304,8 +307,10 @@ def test_safetensors_from_elsewhere_and_a_bare_state_dict(official, converted, t
     save_file({name: t.to(torch.bfloat16) for name, t in bare.items()}, tmp_path / "half.safetensors")
     torch.save(bare, tmp_path / "bare.pt")
     expected = generate.load(converted, weights="params").params
-    for name in ("wrapper.safetensors", "bare.pt"):
-        convert(tmp_path / name, tmp_path / name.partition(".")[0], heads=4)
+    save_file({f"module.{name}": t.clone() for name, t in bare.items()}, tmp_path / "parallel.safetensors")
+    for name in ("wrapper.safetensors", "bare.pt", "parallel.safetensors"):
+        lines = convert(tmp_path / name, tmp_path / name.partition(".")[0], heads=4)
+        assert any("cosine is assumed" in line for line in lines) == (name != "wrapper.safetensors")
         same(generate.load(tmp_path / name.partition(".")[0]).params, expected)
         jax.tree.map(np.testing.assert_array_equal, expected, torch_checkpoint.load_weights(tmp_path / name))
     with pytest.raises(ConfigError, match="pass --num_heads=H"):
@@ -348,6 +353,69 @@ def test_the_schedule_is_recognised(schedule, tmp_path):
     assert not (tmp_path / "odd").exists()
 
 
+def test_the_schedule_is_kept_or_the_guess_is_said(tmp_path):
+    """Never a silent cosine: buffers count wherever they are, in any precision, all of them or not."""
+    from safetensors.torch import save_file
+
+    content = torch.load(twin_file(tmp_path / "a.pt", TINY, schedule="linear", steps=1), weights_only=True)
+    save_file(dict(content["model"]), tmp_path / "wrapper.safetensors")
+    torch.save({"model": {k: t.half() for k, t in content["model"].items()}}, tmp_path / "half.pt")
+    torch.save({"model": {k: t.bfloat16() for k, t in content["model"].items()}}, tmp_path / "bfloat.pt")
+    del content["model"]["alphas"]
+    torch.save(content, tmp_path / "part.pt")
+    for name in ("wrapper.safetensors", "half.pt", "bfloat.pt", "part.pt"):
+        convert(tmp_path / name, tmp_path / f"of_{name[:4]}", heads=4)
+        assert generate.load(tmp_path / f"of_{name[:4]}").config.diffusion.schedule == "linear"
+
+
+def test_a_config_must_agree_with_what_the_source_knows(converted, tmp_path):
+    convert(converted, tmp_path / "w.safetensors")
+    raw = config_lib.to_dict(golden.config(TINY | dict(encoder_heads=8), diffusion=dict(schedule="linear")))
+    for src, dst in [(tmp_path / "w.safetensors", "run"), (converted, "w.pt"), (converted, "v.safetensors")]:
+        with pytest.raises(ConfigError, match="schedule is linear, the file has cosine; config.model.heads is 8, the"):
+            convert(src, tmp_path / dst, config=raw)
+        assert not (tmp_path / dst).exists()
+
+
+def test_an_unusual_optimizer_or_no_ema_does_not_keep_the_weights_back(official, tmp_path):
+    content = torch_file.read(official)
+    content["opt"], content["ema"] = {"state": {}, "param_groups": [{"momentum": 0.9}, {}]}, {}
+    torch_file.write(tmp_path / "sgd.pt", content)
+    lines = convert(tmp_path / "sgd.pt", tmp_path / "w.safetensors", heads=4)
+    assert any("no EMA" in line for line in lines)
+    torch_checkpoint.load_weights(tmp_path / "sgd.pt")
+    with pytest.raises(TorchFileError, match="sgd.pt: 'opt' has 2 groups"):
+        convert(tmp_path / "sgd.pt", tmp_path / "run", heads=4)
+    del content["opt"]
+    torch_file.write(tmp_path / "none.PT", content)
+    lines = convert(tmp_path / "none.PT", tmp_path / "run", heads=4)
+    assert any("one set of weights" in line for line in lines)
+
+
+def test_what_a_killed_call_left_is_not_taken_over(official, tmp_path):
+    """A number of a process may come again, and with it the temporary folder's name."""
+    other = twin_file(tmp_path / "other.pt", TINY, steps=130)
+    convert(other, tmp_path / f".run.{os.getpid()}.tmp", heads=4)
+    convert(official, tmp_path / "run", heads=4)
+    expected = torch_checkpoint.load_weights(official)
+    jax.tree.map(np.testing.assert_array_equal, generate.load(tmp_path / "run", weights="params").params, expected)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["other.pt", "run"]
+
+
+def test_a_damaged_run_folder_is_named(converted, tmp_path):
+    shutil.copytree(converted, tmp_path / "run")
+    meta = next((tmp_path / "run").rglob("meta")) / "metadata"
+    content = json.loads(meta.read_text())
+    for key, value, message in [
+        ("stage", "other", "its stage 'other' is not in its config"),
+        ("classes", None, "lacks"),
+    ]:
+        broken = {k: v for k, v in (content | {key: value}).items() if v is not None or k == "images"}
+        meta.write_text(json.dumps(broken))
+        with pytest.raises(CheckpointError, match=f"checkpoints/130 is damaged.*{message}"):
+            convert(tmp_path / "run", tmp_path / "out.pt")
+
+
 def test_a_converted_run_goes_on_and_init_from_takes_all_kinds(official, converted, tmp_path):
     from PIL import Image
 
@@ -385,7 +453,18 @@ def test_a_file_of_the_second_stage(official, tmp_path):
     convert(official, tmp_path / "run", config=raw, stage="stage")
     found = checkpoint.find(tmp_path / "run")
     assert found.name == "180"
-    assert checkpoint.load_meta(found)["past"] == {"first": 50}
+    meta = checkpoint.load_meta(found)
+    assert meta["past"] == {"first": 50}
+    assert meta["data"] == {"global_next_index": 130 * 8}
+
+
+@pytest.mark.parametrize("every", [1, 7, 10, 200])
+def test_the_flag_of_the_ema_follows_the_reference(every):
+    """When `initted` turns true, told by the averaging wrapper itself."""
+    ema = torch_twin.Ema(torch.nn.Linear(1, 1), torch.nn.Linear(1, 1), 0.9, every)
+    for calls in range(1, 450):
+        ema.update()
+        assert bool(ema.initted) == ema_initted(calls, every), calls
 
 
 def test_what_cannot_work_is_said_and_nothing_is_written(official, converted, tmp_path):
@@ -411,6 +490,9 @@ def test_what_cannot_work_is_said_and_nothing_is_written(official, converted, tm
     fails(ConfigError, "--stage names a stage of a --config", heads=4, stage="pretrain")
     fails(ConfigError, "made with 4 heads", src=converted, dst=tmp_path / "out.pt", heads=2)
     fails(ConfigError, "exists already", dst=official.parent, heads=4)
+    fails(CheckpointError, "cannot be written: .*Not a directory|File exists", dst=official / "out", heads=4)
+    fails(CheckpointError, "cannot be written: .*too long", dst=tmp_path / ("x" * 300), heads=4)
+    fails(CheckpointError, "cannot be read: .*too long", src=tmp_path / ("x" * 300 + ".pt"), heads=4)
 
     before = ["damaged.pt"]
     content = official.read_bytes()
@@ -461,6 +543,13 @@ def change(content, where, value):
         (("opt", "param_groups", 0, "params"), [0, 1], "'opt' knows 2 tensors, the network has 66"),
         (("opt", "param_groups"), [{}, {}], "'opt' has 2 groups"),
         (("opt", "state"), None, "'opt' lacks state"),
+        (("opt", "param_groups", 0, "params"), [[0]] * 66, "'opt' knows 66 tensors"),
+        (("opt", "param_groups", 0, "betas"), (0.9, 0.9, 0.9), r"betas is \(0.9, 0.9, 0.9\); two numbers"),
+        (("opt", "param_groups", 0, "lr"), "low", "opt.param_groups lr is 'low', which is not a number"),
+        (("step",), 2**31, "counts go up to"),
+        (("model", "encoder.norm.weight"), np.zeros(32, np.float32), "two tensors 'encoder.norm.weight'"),
+        (("model", "model.encoder.in_blocks.01.norm1.weight"), np.zeros(32, np.float32), "is not the name of"),
+        (("model", f"model.encoder.in_blocks.{'9' * 5000}.norm1.weight"), np.zeros(32, np.float32), "is not the name"),
         (("model", "model.encoder.encoder_pos_embed"), np.zeros((2, 65, 32), np.float32), "must be 1|differ in names"),
     ],
 )
@@ -486,15 +575,29 @@ def test_what_differs_from_the_usual_is_kept_or_named(official, tmp_path):
     same(torch_file.read(tmp_path / "odd.pt"), torch_file.read(tmp_path / "back.pt"))
 
     content["note"] = "hello"
+    content["scaler"] = {"scale": np.array(65536.0), "odd": (1, 2)}
+    content["opt"]["param_groups"][0]["lr"] = np.array(1e-4)  # as `capturable` has it
     torch_file.write(tmp_path / "odd2.pt", content)
     lines = convert(tmp_path / "odd2.pt", tmp_path / "run2", heads=4)
     assert any(line.startswith("left out: 'note' of the file") for line in lines)
+    assert any(line.startswith("left out: scaler, which is not made of plain") for line in lines)
+    convert(tmp_path / "run2", tmp_path / "back2.pt")
+    assert torch_file.read(tmp_path / "back2.pt")["opt"]["param_groups"][0]["lr"] == 1e-4
+
+
+def test_a_folder_that_will_not_fit_is_not_begun(official, tmp_path, monkeypatch):
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=100_000))
+    with pytest.raises(CheckpointError, match=r"run cannot be written: it takes 0.00 GB and the disk has 0.00 GB free"):
+        convert(official, tmp_path / "run", heads=4)
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(
     ("name", "broken"),
     [
         ("run", "maskdm_jax.convert.write_atomically"),
+        ("run", "maskdm_jax.checkpoint.Checkpoints.wait"),
         ("w.safetensors", "pathlib.Path.write_bytes"),
         ("back.pt", "zipfile.ZipFile.writestr"),
     ],
@@ -504,7 +607,7 @@ def test_a_full_disk_leaves_nothing(official, converted, tmp_path, monkeypatch, 
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(broken, full)
-    with pytest.raises(CheckpointError, match=rf"{name} could not be written: .*No space left"):
+    with pytest.raises(CheckpointError, match=rf"{name} cannot be written: .*No space left"):
         convert(converted if name == "back.pt" else official, tmp_path / name, heads=4)
     assert not list(tmp_path.iterdir())
 
