@@ -230,9 +230,9 @@ def read(path, *, weights_only: bool = False) -> Official:
         official.left_out += tuple(
             f"{key!r} of the file" for key in content if key not in ("step", "model", "opt", "ema", "scaler")
         )
-        if content.get("ema"):
+        if not _absent(content, "ema"):
             _read_ema(official, _dict(content, "ema"))
-        if content.get("opt") and not weights_only:
+        if not weights_only and not _absent(content, "opt"):
             _read_optimizer(official, _dict(content, "opt"))
         return official
 
@@ -377,6 +377,11 @@ class _named:
     def __exit__(self, kind, error, trace):
         if kind is TorchFileError:
             raise TorchFileError(f"{self._path}: {error}") from None
+
+
+def _absent(content: dict, key: str) -> bool:
+    part = content.get(key)
+    return part is None or (isinstance(part, dict) and not part)
 
 
 def _dict(content: dict, key: str) -> dict:

@@ -1,3 +1,5 @@
+import random
+
 import golden
 import jax
 import numpy as np
@@ -95,3 +97,40 @@ def test_what_does_not_fit_is_named(official, images, tmp_path):
     torch_file.write(tmp_path / "resnet.pt", {"model": {"model.conv1.weight": np.ones(3, np.float32)}})
     with pytest.raises(TorchFileError, match="'conv1.weight' is not the name of a U-ViT tensor"):
         torch_checkpoint.load_weights(tmp_path / "resnet.pt", "params")
+
+
+JUNK = [None, -1, 2**40, 1e300, float("nan"), True, "x", b"", [], [0], {}, {"a": 1}, {0: 1}, (), (1, 2, 3)]
+JUNK += [
+    np.zeros(shape, dtype) for shape in [(), (0,), (3,), (1, 2), (2, 0, 3), (1, 1, 1, 1)] for dtype in ("f4", "i8")
+]
+
+
+def test_content_of_any_kind_gives_an_official_file_or_one_clear_error(official, monkeypatch):
+    """A whole file whose parts are exchanged for others at random, at any depth."""
+    whole, draw = torch_file.read(official), random.Random(0)
+    messages = []
+    for _ in range(2_000):
+        content, target = whole, None
+        path = []
+        while isinstance(content, (dict, list)) and content and (not path or draw.random() < 0.8):
+            path.append(draw.choice(list(content) if isinstance(content, dict) else range(len(content))))
+            content = content[path[-1]]
+        broken = target = dict(whole)
+        for key in path[:-1]:
+            target[key] = target[key].copy()
+            target = target[key]
+        if draw.random() < 0.2:
+            del target[path[-1]]
+        elif isinstance(target, dict) and draw.random() < 0.2:
+            target[draw.choice(["x", 3, "model.encoder.norm.bias", "encoder.norm.bias"])] = draw.choice(JUNK)
+        else:
+            target[path[-1]] = draw.choice(JUNK)
+        monkeypatch.setattr(torch_file, "read", lambda _, content=broken: content)
+        try:
+            found = torch_checkpoint.read("odd.pt")
+            torch_checkpoint.architecture(found.model)
+            torch_checkpoint.params_from_state_dict(found.model)
+        except TorchFileError as error:
+            messages.append(str(error))
+    assert 1_000 < len(messages) < 2_000
+    assert all(len(message.splitlines()) == 1 for message in messages)
