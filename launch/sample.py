@@ -1,7 +1,7 @@
 """Sample: python launch/sample.py --run=runs/demo --n=100 --out=samples/demo
 
-Writes 000000.png, ..., grid.png and samples.json into the folder; --format=npz packs the images into
-samples.npz instead. Run it again with the same command to go on after a stop; a larger --n adds images.
+Writes 000000.png, ... and samples.json into the folder, and a grid beside it (samples/demo.png), so that the folder
+holds exactly the samples; --format=npz packs the images into samples.npz instead. Run it again with the same command to go on after a stop; a larger --n adds images.
 """
 
 import pathlib
@@ -28,7 +28,7 @@ GUIDANCE = flags.DEFINE_float(
     "guidance", None, "Weight of classifier-free guidance; as the config says when not given."
 )
 COLUMNS = flags.DEFINE_integer("columns", 10, "Of the grid.", lower_bound=1)
-GRID = flags.DEFINE_integer("grid", 100, "Images in grid.png at most; 0 makes none.", lower_bound=0)
+GRID = flags.DEFINE_integer("grid", 100, "Images in the grid at most; 0 makes none.", lower_bound=0)
 
 
 def main(argv):
@@ -72,8 +72,9 @@ def main(argv):
         else:
             images = np.stack([np.asarray(Image.open(folder / f"{i:06d}.png")) for i in range(shown)])
         images = images.reshape(shown, *images.shape[1:3], -1)
-        observe.save_image(folder / "grid.png", observe.sample_grid(images, COLUMNS.value))
-    print(f"done: {N.value} images in {folder}" + (f", grid {folder / 'grid.png'}" if shown else ""))
+        grid = folder.with_name(f"{folder.name}.png")
+        observe.save_image(grid, observe.sample_grid(images, COLUMNS.value))
+    print(f"done: {N.value} images in {folder}" + (f", grid {grid}" if shown else ""))
 
 
 if __name__ == "__main__":

@@ -100,7 +100,7 @@ def interpolate(loaded: "Loaded", image_a, image_b, *, n: int, start: int, seed:
         raise GenerateError(f"start is {start} and n is {n}; they must be in 0..{last} and at least 1")
     labels = None
     if label is not None:
-        labels = jnp.full((n,), _label_cycle(loaded, [label])[0])
+        labels = jnp.full((n,), label_cycle(loaded, [label])[0])
     elif config.model.num_classes and config.model.wavelet_scale:
         raise GenerateError("a conditional wavelet model needs a label")
     space, sample = make_representation(config), make_sampler(config, loaded.network)
@@ -200,7 +200,7 @@ def generate_to_folder(
         raise GenerateError(f"format {file_format!r} is unknown; choose png or npz")
     if n < 1 or batch_size < 1:
         raise GenerateError(f"n and batch_size must be at least 1, not {n} and {batch_size}")
-    cycle = _label_cycle(loaded, labels)
+    cycle = label_cycle(loaded, labels)
     of_image = None if cycle is None else np.resize(np.asarray(cycle, np.int32), n)
     folder = pathlib.Path(os.path.expanduser(folder)).absolute()
     settings = dict(
@@ -248,7 +248,12 @@ def generate_to_folder(
     return folder
 
 
-def _label_cycle(loaded: Loaded, labels) -> list[int] | None:
+def label_cycle(loaded: Loaded, labels) -> list[int] | None:
+    """Numbers of the classes to cycle through, from names or numbers; all classes when `labels` is empty.
+
+    Raises:
+      GenerateError: labels for an unconditional model, or unknown ones.
+    """
     count = loaded.config.model.num_classes
     if not count:
         if labels:

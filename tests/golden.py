@@ -13,13 +13,14 @@ OBJECTIVES = {"pred_noise": "noise", "pred_v": "v", "pred_x0": "x0"}
 
 
 def cases(folder, kind: str):
-    """Paths of the `.npz` files of a kind: uvit, wavelet, train, schedules or samplers."""
+    """Paths of the `.npz` files of a kind: uvit, wavelet, train, schedules, samplers or inception."""
     marks = {
         "uvit": lambda names: "out_visible" in names,
         "wavelet": lambda names: "out_visible_approx" in names,
         "train": lambda names: "param_norm" in names,
         "schedules": lambda names: any(n.endswith("/betas") for n in names),
         "samplers": lambda names: any(n.endswith("/sample") for n in names),
+        "inception": lambda names: any(n.endswith("/features2048") for n in names),
     }
     return [path for path in sorted(pathlib.Path(folder).glob("*.npz")) if marks[kind](np.load(path).files)]
 
@@ -39,6 +40,20 @@ def weight(name: str, shape) -> np.ndarray:
     embedding = "." in name and "emb" in name.split(".")[-2]
     scale = fan_in**-0.5 if name.endswith("weight") and fan_in and not embedding else 0.1
     return (scale * z).astype(np.float32)
+
+
+def inception_weight(name: str, shape) -> np.ndarray:
+    """The value that the recipe gives to a tensor of FID's Inception network."""
+    if name.endswith("num_batches_tracked"):
+        return np.array(0)
+    z = np.random.RandomState(zlib.crc32(name.encode())).standard_normal(tuple(shape))
+    if name.endswith("running_var"):
+        z = 1.0 + 0.2 * np.tanh(z)
+    elif name.endswith("bn.weight"):
+        z = 1.0 + 0.1 * z
+    else:
+        z = (0.1 if name.endswith(("bias", "running_mean")) else (2.0 / np.prod(shape[1:])) ** 0.5) * z
+    return z.astype(np.float32)
 
 
 def params(state_dict: dict) -> dict:

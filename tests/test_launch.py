@@ -133,7 +133,7 @@ def test_samples_from_a_run(launch, demo, tmp_path):
     args = [f"--run={workdir}", f"--out={out}", "--n=6", "--batch=4", "--columns=3", "--labels=7,1"]
     code, output = launch("sample", *args)
     assert code == 0, output
-    assert output.strip().splitlines()[-1] == f"done: 6 images in {out}, grid {out / 'grid.png'}"
+    assert output.strip().splitlines()[-1] == f"done: 6 images in {out}, grid {out}.png"
     assert len(list(out.glob("0*.png"))) == 6
     assert json.loads((out / "samples.json").read_text())["labels"] == [7, 1]
     code, output = launch("sample", *args, "--seed=1")

@@ -50,11 +50,10 @@ class _Decode:
         raise DataError(f"{self.source.names[record]} and its {step} neighbours are all unreadable; the last: {cause}")
 
 
-def decode(image, size: int, channels: int) -> np.ndarray:
-    """Encoded bytes or uint8 [H, W, C] -> uint8 [size, size, channels].
+def open_image(image, channels: int) -> Image.Image:
+    """Encoded bytes or uint8 [H, W, C] -> 8-bit image in colour (3 channels) or grey (1), in its own size.
 
-    Rotated as EXIF says, transparency laid on white, short side resized to `size` (bicubic), centre cropped.
-    Images of the right size pass through untouched.
+    Rotated as EXIF says, transparency laid on white.
     """
     if isinstance(image, np.ndarray):
         image = Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image)
@@ -69,7 +68,16 @@ def decode(image, size: int, channels: int) -> np.ndarray:
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    image = image.convert("RGB" if channels == 3 else "L")
+    return image.convert("RGB" if channels == 3 else "L")
+
+
+def decode(image, size: int, channels: int) -> np.ndarray:
+    """Encoded bytes or uint8 [H, W, C] -> uint8 [size, size, channels].
+
+    Opened as `open_image` does; short side resized to `size` (bicubic), centre cropped. Images of the right size
+    pass through untouched.
+    """
+    image = open_image(image, channels)
     short = min(image.size)
     left, top = (image.width - short) // 2, (image.height - short) // 2
     middle = (left, top, left + short, top + short)

@@ -1,0 +1,194 @@
+"""The Inception network of FID (the graph of 2015-12-05) with the weights that `pytorch-fid` distributes.
+
+Not the classifier of today's libraries: average pooling leaves the padding out, the last block max-pools, and there
+are 1,008 classes. Everything is float32, on TPU too, where convolutions would be bfloat16 by default.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from maskdm_jax import torch_file
+from maskdm_jax.torch_file import TorchFileError
+
+SIZE = 299  # side of the images that the network sees
+DIM = 2048  # of the features
+TAPS = (64, 192, 768, 2048)  # widths of the places where features can be taken; FID takes the last
+_BATCH_NORM_EPS = 1e-3
+
+
+def load_weights(path) -> dict:
+    """Read `pt_inception-2015-12-05-6726825d.pth`, in either of PyTorch's formats; see `prepare`.
+
+    Raises:
+      TorchFileError: the file is damaged or holds another network.
+    """
+    content = torch_file.read(path)
+    if not isinstance(content, dict):
+        raise TorchFileError(f"{path} holds a {type(content).__name__}, not the weights of FID's Inception network")
+    try:
+        return prepare(content)
+    except (KeyError, ValueError, TypeError, AttributeError) as error:
+        raise TorchFileError(f"{path} does not hold the weights of FID's Inception network ({error})") from None
+
+
+def prepare(state_dict: dict) -> dict:
+    """PyTorch's tensors by name -> {layer: (kernel [h, w, in, out], offset [out])}, batch norm folded in; and `fc`.
+
+    The fold is computed in float64 and rounded once.
+    """
+    params = {}
+    for name in state_dict:
+        layer, found, _ = name.partition(".conv.weight")
+        if not found:
+            continue
+        weight = np.asarray(state_dict[name], np.float64)
+        norm = {part: np.asarray(state_dict[f"{layer}.bn.{part}"], np.float64) for part in _NORM}
+        scale = norm["weight"] / np.sqrt(norm["running_var"] + _BATCH_NORM_EPS)
+        kernel = (weight * scale[:, None, None, None]).transpose(2, 3, 1, 0)
+        params[layer] = (kernel.astype(np.float32), (norm["bias"] - scale * norm["running_mean"]).astype(np.float32))
+    params["fc"] = np.asarray(state_dict["fc.weight"], np.float32).T
+    abstract = jax.ShapeDtypeStruct((1, 8, 8, 3), np.uint8)
+    pooled, _ = jax.eval_shape(apply, params, abstract)
+    if pooled.shape != (1, DIM):
+        raise ValueError(f"its features have {pooled.shape[-1]} numbers, not {DIM}")
+    return params
+
+
+_NORM = ("weight", "bias", "running_mean", "running_var")
+
+
+def apply(params: dict, images) -> tuple[jax.Array, jax.Array]:
+    """Features and class scores of uint8 images [B, H, W, 3] or grey [B, H, W, 1]: float32 [B, 2048], [B, 1008].
+
+    The scores are logits without the layer's bias, as the Inception Score has always used them.
+    """
+    return apply_to_resized(params, resize(images))
+
+
+def apply_to_resized(params: dict, x) -> tuple[jax.Array, jax.Array]:
+    """The same of what `resize` gave."""
+    pooled = taps(params, x)[DIM]
+    return pooled, jnp.dot(pooled, params["fc"], precision=jax.lax.Precision.HIGHEST)
+
+
+def taps(params: dict, x) -> dict[int, jax.Array]:
+    """Features of resized images by width (`TAPS`), averaged over the image: {64: [B, 64], ..., 2048: [B, 2048]}."""
+    conv = functools.partial(_conv, params)
+    out = {}
+    x = conv(x, "Conv2d_1a_3x3", stride=2)
+    x = conv(x, "Conv2d_2a_3x3")
+    x = conv(x, "Conv2d_2b_3x3", padding=1)
+    x = _max_pool(x)
+    out[64] = x
+    x = conv(x, "Conv2d_3b_1x1")
+    x = conv(x, "Conv2d_4a_3x3")
+    x = _max_pool(x)
+    out[192] = x
+    for name in ("Mixed_5b", "Mixed_5c", "Mixed_5d"):
+        x = _block_a(conv, x, name)
+    x = _block_b(conv, x, "Mixed_6a")
+    for name in ("Mixed_6b", "Mixed_6c", "Mixed_6d", "Mixed_6e"):
+        x = _block_c(conv, x, name)
+    out[768] = x
+    x = _block_d(conv, x, "Mixed_7a")
+    x = _block_e(conv, x, "Mixed_7b", _average_pool)
+    x = _block_e(conv, x, "Mixed_7c", functools.partial(_max_pool, stride=1, padding=1))
+    out[2048] = x
+    return {width: x.mean(axis=(1, 2)) for width, x in out.items()}
+
+
+def resize(images):
+    """uint8 [B, H, W, C] -> float32 [B, 299, 299, 3] in -1..1: bilinear, half-pixel centres, no antialiasing."""
+    b, h, w, c = images.shape
+    x = images.astype(jnp.float32) / 255.0
+    if (h, w) != (SIZE, SIZE):
+        x = jax.image.resize(x, (b, SIZE, SIZE, c), "bilinear", antialias=False)
+    return jnp.broadcast_to(2.0 * x - 1.0, (b, SIZE, SIZE, 3))
+
+
+def _conv(params, x, name, stride=1, padding=0):
+    """Convolution, (folded) batch norm, ReLU. `padding` is a number or (rows, columns)."""
+    kernel, offset = params[name]
+    rows, columns = padding if isinstance(padding, tuple) else (padding, padding)
+    x = jax.lax.conv_general_dilated(
+        x,
+        kernel,
+        (stride, stride),
+        ((rows, rows), (columns, columns)),
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        precision=jax.lax.Precision.HIGHEST,
+    )
+    return jax.nn.relu(x + offset[None, None, None])
+
+
+def _max_pool(x, stride=2, padding=0):
+    around = ((0, 0), (padding, padding), (padding, padding), (0, 0))
+    return jax.lax.reduce_window(x, -jnp.inf, jax.lax.max, (1, 3, 3, 1), (1, stride, stride, 1), around)
+
+
+def _average_pool(x):
+    """3 x 3 means of the pixels that exist: the padding does not count."""
+    add = lambda x: jax.lax.reduce_window(x, 0.0, jax.lax.add, (1, 3, 3, 1), (1, 1, 1, 1), "SAME")
+    return add(x) / add(jnp.ones((1, *x.shape[1:3], 1), x.dtype))
+
+
+def _chain(conv, x, name, *layers):
+    """Layers `name`_1, `name`_2, ... with the paddings given."""
+    for i, padding in enumerate(layers, 1):
+        x = conv(x, f"{name}_{i}", padding=padding)
+    return x
+
+
+def _block_a(conv, x, name):
+    return jnp.concatenate(
+        [
+            conv(x, f"{name}.branch1x1"),
+            _chain(conv, x, f"{name}.branch5x5", 0, 2),
+            _chain(conv, x, f"{name}.branch3x3dbl", 0, 1, 1),
+            conv(_average_pool(x), f"{name}.branch_pool"),
+        ],
+        axis=-1,
+    )
+
+
+def _block_b(conv, x, name):
+    double = _chain(conv, x, f"{name}.branch3x3dbl", 0, 1)
+    parts = [conv(x, f"{name}.branch3x3", stride=2), conv(double, f"{name}.branch3x3dbl_3", stride=2), _max_pool(x)]
+    return jnp.concatenate(parts, axis=-1)
+
+
+def _block_c(conv, x, name):
+    row, column = (0, 3), (3, 0)  # 1 x 7 and 7 x 1
+    return jnp.concatenate(
+        [
+            conv(x, f"{name}.branch1x1"),
+            _chain(conv, x, f"{name}.branch7x7", 0, row, column),
+            _chain(conv, x, f"{name}.branch7x7dbl", 0, column, row, column, row),
+            conv(_average_pool(x), f"{name}.branch_pool"),
+        ],
+        axis=-1,
+    )
+
+
+def _block_d(conv, x, name):
+    seven = _chain(conv, x, f"{name}.branch7x7x3", 0, (0, 3), (3, 0))
+    parts = [
+        conv(conv(x, f"{name}.branch3x3_1"), f"{name}.branch3x3_2", stride=2),
+        conv(seven, f"{name}.branch7x7x3_4", stride=2),
+        _max_pool(x),
+    ]
+    return jnp.concatenate(parts, axis=-1)
+
+
+def _block_e(conv, x, name, pool):
+    def fork(x, layer):
+        """A 1 x 3 and a 3 x 1 convolution side by side."""
+        return [conv(x, f"{name}.{layer}a", padding=(0, 1)), conv(x, f"{name}.{layer}b", padding=(1, 0))]
+
+    single = conv(x, f"{name}.branch3x3_1")
+    double = _chain(conv, x, f"{name}.branch3x3dbl", 0, 1)
+    parts = [conv(x, f"{name}.branch1x1"), *fork(single, "branch3x3_2"), *fork(double, "branch3x3dbl_3")]
+    return jnp.concatenate([*parts, conv(pool(x), f"{name}.branch_pool")], axis=-1)

@@ -1,0 +1,124 @@
+"""Numbers that compare two sets of images by their features. NumPy in float64 throughout.
+
+Features are [n, d] arrays, one row per image.
+"""
+
+import dataclasses
+
+import numpy as np
+import scipy.linalg
+import scipy.special
+
+
+@dataclasses.dataclass(frozen=True)
+class Moments:
+    """Mean [d] and covariance [d, d] (divided by n - 1) of n features, as `.npz` statistics hold them."""
+
+    n: int
+    mu: np.ndarray
+    sigma: np.ndarray
+
+
+class MomentSums:
+    """Running sums from which `Moments` are made; what was added is not kept."""
+
+    def __init__(self, dim: int):
+        self._n, self._sum, self._products = 0, np.zeros(dim), np.zeros((dim, dim))
+        self._origin = None
+
+    def add(self, features) -> None:
+        """Take in [n, d]."""
+        x = np.asarray(features, np.float64)
+        if self._origin is None:
+            self._origin = x.mean(axis=0)  # near the mean, so that the difference of sums below keeps its digits
+        x = x - self._origin
+        self._n += len(x)
+        self._sum += x.sum(axis=0)
+        self._products += x.T @ x
+
+    def moments(self) -> Moments:
+        """Moments of all that was added.
+
+        Raises:
+          ValueError: fewer than two features were added.
+        """
+        if self._n < 2:
+            raise ValueError(f"a covariance needs at least 2 images, not {self._n}")
+        mean = self._sum / self._n
+        sigma = (self._products - self._n * np.outer(mean, mean)) / (self._n - 1)
+        return Moments(self._n, self._origin + mean, sigma)
+
+
+def frechet_distance(a: Moments, b: Moments) -> float:
+    """Squared Frechet distance of two Gaussians, the "FID" of Inception features (Heusel et al. 2017, eq. 6).
+
+    tr (Sa Sb)^(1/2) is the sum of the roots of the eigenvalues of Sa^(1/2) Sb Sa^(1/2), which is symmetric: no
+    complex roots, and singular covariances (fewer images than features) need no special care.
+    """
+    if a.mu.shape != b.mu.shape:
+        raise ValueError(f"features of {a.mu.size} and of {b.mu.size} numbers cannot be compared")
+    values, vectors = scipy.linalg.eigh(a.sigma)
+    root = (vectors * np.sqrt(np.maximum(values, 0))) @ vectors.T
+    product = root @ b.sigma @ root
+    cross = np.sqrt(np.maximum(scipy.linalg.eigvalsh((product + product.T) / 2), 0)).sum()
+    return float(np.sum((a.mu - b.mu) ** 2) + np.trace(a.sigma) + np.trace(b.sigma) - 2 * cross)
+
+
+def kernel_distance(a, b, *, subsets: int = 100, size: int = 1000, seed: int = 0) -> tuple[float, float]:
+    """KID (Binkowski et al. 2018): mean and standard deviation over `subsets` of the unbiased squared MMD.
+
+    The kernel is (x.y / d + 1)^3; each subset draws `size` features (or all, if there are fewer) of either set.
+    """
+    a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+    size = min(size, len(a), len(b))
+    if size < 2:
+        raise ValueError("KID needs at least 2 images on either side")
+    draw = np.random.RandomState(seed)
+    values = []
+    for _ in range(subsets):
+        x, y = a[draw.choice(len(a), size, replace=False)], b[draw.choice(len(b), size, replace=False)]
+        kernel = lambda p, q: (p @ q.T / p.shape[1] + 1) ** 3
+        within = sum((k.sum() - np.trace(k)) / (size * (size - 1)) for k in (kernel(x, x), kernel(y, y)))
+        values.append(within - 2 * kernel(x, y).mean())
+    return float(np.mean(values)), float(np.std(values))
+
+
+def inception_score(logits, *, splits: int = 10, seed: int = 0) -> tuple[float, float]:
+    """Inception Score (Salimans et al. 2016): mean and standard deviation over `splits` of exp(E KL(p(y|x) || p(y))).
+
+    logits: [n, classes]. They are shuffled first: samples of a conditional model come in the order of their classes.
+    """
+    logits = np.asarray(logits, np.float64)[np.random.RandomState(seed).permutation(len(logits))]
+    if len(logits) < splits:
+        raise ValueError(f"{len(logits)} images do not fill {splits} splits")
+    log_p = logits - scipy.special.logsumexp(logits, axis=1, keepdims=True)
+    scores = []
+    for part in np.array_split(log_p, splits):
+        p = np.exp(part)
+        scores.append(np.exp((p * (part - np.log(p.mean(axis=0)))).sum(axis=1).mean()))
+    return float(np.mean(scores)), float(np.std(scores))
+
+
+def precision_recall(reference, samples, *, neighbours: int = 3, chunk: int = 2000) -> tuple[float, float]:
+    """Improved precision and recall (Kynkaanniemi et al. 2019): shares of samples within the reference, and vice versa.
+
+    A set's manifold is the union of balls around its features, each as large as the distance to its k-th neighbour.
+    """
+    reference, samples = np.asarray(reference, np.float64), np.asarray(samples, np.float64)
+    if min(len(reference), len(samples)) <= neighbours:
+        raise ValueError(f"precision and recall need more than {neighbours} images on either side")
+
+    def distances(a, b):
+        """Squared distances, a chunk of a's rows at a time."""
+        norms = (b**2).sum(axis=1)
+        for start in range(0, len(a), chunk):
+            part = a[start : start + chunk]
+            yield np.maximum((part**2).sum(axis=1)[:, None] - 2 * part @ b.T + norms[None], 0)
+
+    def radii(x):
+        return np.concatenate([np.partition(d, neighbours, axis=1)[:, neighbours] for d in distances(x, x)])
+
+    def covered(points, x, radius):
+        return float(np.concatenate([(d <= radius[None]).any(axis=1) for d in distances(points, x)]).mean())
+
+    return covered(samples, reference, radii(reference)), covered(reference, samples, radii(samples))
