@@ -1,7 +1,8 @@
 """Sample: python launch/sample.py --run=runs/demo --n=100 --out=samples/demo
 
 Writes 000000.png, ... and samples.json into the folder, and a grid beside it (samples/demo.png), so that the folder
-holds exactly the samples; --format=npz packs the images into samples.npz instead. Run it again with the same command to go on after a stop; a larger --n adds images.
+holds exactly the samples; --format=npz packs the images into samples.npz instead. Run it
+again with the same command to go on after a stop; a larger --n adds images.
 """
 
 import pathlib

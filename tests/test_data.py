@@ -105,7 +105,7 @@ def test_batches_of_one(batch_size, hosts):
 
 
 def test_bad_paths_are_named(tmp_path, stored):
-    with pytest.raises(DataError, match="'nowhere' does not exist; pass --config.data.path"):
+    with pytest.raises(DataError, match="'nowhere' does not exist; give a folder or .zip"):
         open_source("nowhere")
     with pytest.raises(DataError, match="holds no images; looked through 1 files"):
         open_source(stored({"a.txt": b"text"}))

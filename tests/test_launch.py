@@ -150,7 +150,7 @@ def test_samples_from_a_run(launch, demo, tmp_path):
     [
         (["--config=configs/demo.py", "--config.model.widht=3"], "widht"),
         (["--config=configs/demo.py", "--config.pretrain.mask.rate=1.5"], "error: config.pretrain.mask: mask rate 1.5"),
-        (["--config=configs/demo.py", "--config.data.path=nowhere"], "error: data.path 'nowhere' does not exist"),
+        (["--config=configs/demo.py", "--config.data.path=nowhere"], "error: 'nowhere' does not exist"),
         (["--config=configs/demo.py", "--config.init_from=nowhere"], "holds no checkpoint; give a run folder"),
         (["--config=configs/demo.py", "stray"], "unexpected arguments"),
         ([], "which run? give --config=configs/NAME.py"),

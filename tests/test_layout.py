@@ -5,12 +5,12 @@ import ast
 import pytest
 
 ORDER = [  # a module may import those above it
-    {"models.layers", "torch_file", "wavelet", "evaluation.metrics"},
+    {"models.layers", "torch_file", "wavelet", "evaluation.metrics", "data.prepared"},
     {"evaluation.inception", "masking", "diffusion", "models.backbone", "train_state", "sharding", "data.sources"},
     {"models.uvit", "models.wavelet_uvit", "samplers", "torch_checkpoint", "data.pipeline"},
     {"config"},
     {"network", "representation", "checkpoint", "observe"},
-    {"generate"},
+    {"generate", "data.prepare"},
     {"evaluation.features"},
     {"evaluation.evaluate"},
     {"train"},

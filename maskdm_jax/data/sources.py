@@ -1,4 +1,4 @@
-"""Where images are: folders, zip files, the embedded set. Random access by index, safe to pickle into workers.
+"""Where images are: prepared sets, folders, zip files, the embedded set. Random access, safe to pickle into workers.
 
 A source has `names` (one per image), `classes` (names, or [] without labels), `len()` and `read(i)` ->
 (image, label): the image as it is stored, encoded bytes or a uint8 array [H, W, C].
@@ -13,11 +13,10 @@ import zipfile
 
 import numpy as np
 
+from maskdm_jax.data import DataError
+from maskdm_jax.data.prepared import CARD, PreparedImages
+
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"}
-
-
-class DataError(ValueError):
-    """Data that cannot be used; the message names the path and says what would work."""
 
 
 class Digits:
@@ -100,7 +99,7 @@ class ZipImages:
 
 
 def open_source(path: str, labels: bool = False):
-    """Open `digits`, a folder or a .zip.
+    """Open `digits`, a prepared set, a folder or a .zip.
 
     Raises:
       DataError: nothing is there, it is of another kind, it holds no image, or labels are asked of a flat set.
@@ -108,13 +107,15 @@ def open_source(path: str, labels: bool = False):
     if path == "digits":
         return Digits(labels)
     place = pathlib.Path(os.path.expanduser(path))
+    if (place / CARD).exists():
+        return PreparedImages(place, labels)
     if place.is_dir():
         return ImageFolder(place, labels)
     if place.is_file() and place.suffix.lower() == ".zip":
         return ZipImages(place, labels)
     if place.exists():
-        raise DataError(f"data.path {path!r} is neither a folder nor a .zip of images")
-    raise DataError(f"data.path {path!r} does not exist; pass --config.data.path=FOLDER_OR_ZIP (or 'digits')")
+        raise DataError(f"{path!r} is neither a folder nor a .zip of images")
+    raise DataError(f"{path!r} does not exist; give a folder or .zip of images, a prepared set, or 'digits'")
 
 
 def _index(path, found: list[str], labels: bool):

@@ -1,0 +1,252 @@
+"""From images as they are on disk to a prepared set: decoded, cropped and resized once, verified, with a data card."""
+
+import collections
+import concurrent.futures
+import contextlib
+import dataclasses
+import datetime
+import hashlib
+import io
+import json
+import os
+import pathlib
+
+import numpy as np
+import PIL
+from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
+from PIL import Image
+
+from maskdm_jax.data import DataError
+from maskdm_jax.data.pipeline import UNREADABLE_LIMIT, decode
+from maskdm_jax.data.prepared import CARD, content_hash, encode_record, read_card, shard_name
+from maskdm_jax.observe import write_atomically
+
+PER_SHARD = 2048  # images of the source; a stop loses the work on one shard at most
+_PLAN = "plan.json"
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What is to be prepared. A folder that holds an unfinished set of another plan is not touched."""
+
+    source: str
+    names_hash: str  # of the source's names in order
+    images: int
+    size: int
+    channels: int
+    labels: bool
+    classes: list[str]
+    per_shard: int
+
+    @property
+    def shards(self) -> int:
+        """Number of shards."""
+        return -(-self.images // self.per_shard)
+
+
+def prepare(
+    source, out, *, name: str, size: int, channels: int = 3, threads: int = 0, per_shard=PER_SHARD, progress=None
+):
+    """Write a prepared set of a source's images; see `data.prepared`. Call it again to go on after a stop.
+
+    Args:
+      source: a source; see `data.sources`. Its classes, if it was opened with labels, become the set's.
+      out: folder, new, empty or with an unfinished set of the same images and settings.
+      name: of the source, for the card.
+      size: side S of the images: short side resized (bicubic), centre cropped. Stored losslessly, as PNG.
+      channels: 3 (colour) or 1 (grey).
+      threads: that decode and encode; 0 takes two per core.
+      progress: called with the number of source images done, after each.
+
+    Returns:
+      the data card, a dict.
+
+    Raises:
+      DataError: `out` holds something else, more than 1% of the images are unreadable, or verification failed.
+      OSError: the disk refused.
+    """
+    out = pathlib.Path(out).expanduser().absolute()
+    plan = Plan(
+        source=name,
+        names_hash=hashlib.sha256("\0".join(source.names).encode("utf-8", "surrogateescape")).hexdigest(),
+        images=len(source),
+        size=size,
+        channels=channels,
+        labels=bool(source.classes),
+        classes=list(source.classes),
+        per_shard=per_shard,
+    )
+    if size < 1 or channels not in (1, 3):
+        raise DataError(f"size {size} must be at least 1 and channels {channels} 3 or 1")
+    finished = _claim(out, plan)
+    if finished is not None:
+        return finished
+    notes, done = [], 0
+    with concurrent.futures.ThreadPoolExecutor(threads or 2 * (os.cpu_count() or 1)) as pool:
+        for i in range(plan.shards):
+            start = i * per_shard
+            stop = min(start + per_shard, plan.images)
+            note = _note_of(out, i)
+            if note is None:
+
+                def tick(within, start=start):
+                    if progress:
+                        progress(start + within)
+
+                note = _write_shard(source, plan, out, i, range(start, stop), pool, tick)
+            notes.append(note)
+            done = stop
+            if progress:
+                progress(done)
+            _check_unreadable(plan, notes)
+    for i, note in enumerate(notes):
+        _verify(out / shard_name(i, plan.shards), note)
+    counts = collections.Counter()
+    for note in notes:
+        counts.update({int(label): number for label, number in note["labels"].items()})
+    card = dict(
+        format="maskdm-jax prepared images, version 1",
+        source=plan.source,
+        image=dict(
+            size=size,
+            channels=channels,
+            crop="centre square of the short side",
+            resize=f"Pillow {PIL.__version__} bicubic with antialiasing, none if the size is right",
+            colour="EXIF rotation applied, transparency on white, converted to " + ("RGB" if channels == 3 else "grey"),
+            encoding="PNG",
+        ),
+        count=sum(note["count"] for note in notes),
+        classes=plan.classes,
+        count_by_class={plan.classes[label]: counts[label] for label in sorted(counts)} if plan.labels else {},
+        left_out=[entry for note in notes for entry in note["left_out"]],
+        shards=plan.shards,
+        shard_hashes=[note["hash"] for note in notes],
+        content_hash=content_hash([note["hash"] for note in notes]),
+        prepared=datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"),
+    )
+    write_atomically(out / CARD, json.dumps(card, indent=2, ensure_ascii=False).encode())
+    for i in range(plan.shards):
+        _note_path(out, i).unlink(missing_ok=True)
+    (out / _PLAN).unlink(missing_ok=True)
+    return card
+
+
+def _claim(out: pathlib.Path, plan: Plan) -> dict | None:
+    """Make the folder this plan's, or find that it is; the card if all is done already."""
+    wanted = json.loads(json.dumps(dataclasses.asdict(plan)))
+    if (out / CARD).exists():
+        card = read_card(out)
+        if card["source"] == plan.source and card["image"]["size"] == plan.size and card["classes"] == plan.classes:
+            return card
+        raise DataError(
+            f"{out} holds a finished set of {card['source']} at {card['image']['size']} px; give another folder"
+        )
+    if (out / _PLAN).exists():
+        try:
+            there = json.loads((out / _PLAN).read_text())
+        except ValueError as error:
+            raise DataError(f"{out / _PLAN} is damaged ({error}); remove {out} and start again") from None
+        changed = [f"{key}: {there.get(key)} -> {value}" for key, value in wanted.items() if there.get(key) != value]
+        if changed:
+            raise DataError(
+                f"{out} holds an unfinished set of other settings ({'; '.join(changed)[:300]}); give another folder"
+            )
+        return None
+    if out.exists() and any(out.iterdir()):
+        raise DataError(f"{out} is not empty and holds no prepared set; give a new or empty folder")
+    out.mkdir(parents=True, exist_ok=True)
+    write_atomically(out / _PLAN, json.dumps(wanted, indent=2).encode())
+    return None
+
+
+def _note_path(out: pathlib.Path, i: int) -> pathlib.Path:
+    return out / f"shard-{i:05d}.json"
+
+
+def _note_of(out: pathlib.Path, i: int) -> dict | None:
+    """What an earlier call noted of a shard that it finished."""
+    with contextlib.suppress(OSError, ValueError):
+        return json.loads(_note_path(out, i).read_text())
+    return None
+
+
+def _write_shard(source, plan: Plan, out: pathlib.Path, i: int, numbers, pool, tick) -> dict:
+    """Write shard i under a temporary name, then rename it and note what is in it."""
+    path = out / shard_name(i, plan.shards)
+    temporary = path.with_name(f".{path.name}.tmp")
+
+    def one(number):
+        try:
+            image, label = source.read(number)
+            return _png(decode(image, plan.size, plan.channels)), label
+        except Exception as error:  # whatever a decoder throws at a damaged file
+            return error, -1
+
+    digest, labels, left_out, count = hashlib.sha256(), collections.Counter(), [], 0
+    try:
+        with _writing(path):
+            writer = ArrayRecordWriter(str(temporary), "group_size:1")
+        try:
+            for within, (number, (image, label)) in enumerate(zip(numbers, pool.map(one, numbers), strict=True), 1):
+                if isinstance(image, Exception):
+                    reason = str(image).strip().splitlines() or [type(image).__name__]
+                    left_out.append(f"{source.names[number]}: {reason[0][:200]}")
+                else:
+                    label = label if plan.labels else -1
+                    record = encode_record(source.names[number], label, image)
+                    with _writing(path):
+                        writer.write(record)
+                    digest.update(record)
+                    labels[label] += 1
+                    count += 1
+                tick(within)
+        finally:
+            with _writing(path):
+                writer.close()
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    note = dict(count=count, labels={str(k): v for k, v in labels.items()}, left_out=left_out, hash=digest.hexdigest())
+    write_atomically(_note_path(out, i), json.dumps(note).encode())
+    return note
+
+
+@contextlib.contextmanager
+def _writing(path: pathlib.Path):
+    """What the writer throws, as what it mostly is: a disk that is full."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise OSError(f"{path} cannot be written: {str(error).splitlines()[0][:200]}") from error
+
+
+def _png(image: np.ndarray) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def _check_unreadable(plan: Plan, notes: list[dict]) -> None:
+    left_out = [entry for note in notes for entry in note["left_out"]]
+    if len(left_out) > max(UNREADABLE_LIMIT * plan.images, 0):
+        raise DataError(
+            f"{len(left_out)} of {plan.images} images are unreadable, more than {UNREADABLE_LIMIT:.0%} "
+            f"({'; '.join(left_out[:3])}); repair or remove them"
+        )
+
+
+def _verify(path: pathlib.Path, note: dict) -> None:
+    """Read a shard back and compare its hash with what was written.
+
+    Raises:
+      DataError: they differ; the shard's note is removed, so that the next call writes it again.
+    """
+    digest, reader = hashlib.sha256(), None
+    with contextlib.suppress(RuntimeError, OSError):
+        reader = ArrayRecordReader(str(path), "readahead_buffer_size:0")
+        for record in reader.read_all() if note["count"] else ():
+            digest.update(record)
+        reader.close()
+    if digest.hexdigest() != note["hash"]:
+        _note_path(path.parent, int(path.name.split("-")[1])).unlink(missing_ok=True)
+        raise DataError(f"{path} is not what was written; run the same command again to write it anew")

@@ -1,0 +1,268 @@
+"""Prepared sets: made, stopped, broken, read."""
+
+import io
+import json
+import multiprocessing
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import tiny
+from PIL import Image
+
+from maskdm_jax.data import DataError, prepare
+from maskdm_jax.data.pipeline import Batches, decode
+from maskdm_jax.data.prepared import PreparedImages, decode_record, encode_record, read_card, shard_name
+from maskdm_jax.data.sources import open_source
+
+
+def encoded(mode, size=(20, 14), kind="PNG", seed=0, **options) -> bytes:
+    depth = len(Image.new(mode, (1, 1)).getbands())
+    pixels = np.random.RandomState(seed).randint(0, 256, (size[1], size[0], depth)).astype(np.uint8)
+    image = Image.fromarray(pixels[..., 0] if depth == 1 else pixels[..., :4], None if mode == "P" else mode)
+    if mode == "P":
+        image = image.convert("P")
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def turned() -> bytes:
+    exif = Image.Exif()
+    exif[274] = 6  # rotated by 90 degrees
+    return encoded("RGB", kind="JPEG", exif=exif)
+
+
+def deep() -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(np.random.RandomState(0).randint(0, 65536, (14, 20)).astype(np.uint16)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+FILES = {
+    "cat/grey.png": encoded("L"),
+    "cat/alpha.png": encoded("RGBA"),
+    "cat/palette.gif": encoded("P", kind="GIF"),
+    "cat/cmyk.jpg": encoded("CMYK", kind="JPEG"),
+    "cat/wrong_suffix.png": encoded("RGB", kind="JPEG"),
+    "dog/turned.jpg": turned(),
+    "dog/sixteen_bits.png": deep(),
+    "dog/größe ☃.png": encoded("RGB"),
+    "dog/wide.png": encoded("RGB", (300, 9)),
+    "dog/grey.png": encoded("RGB", seed=3),  # the same name as another's
+    "dog/exact.png": encoded("RGB", (12, 12), seed=4),
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    root = tmp_path_factory.mktemp("images")
+    for name, content in FILES.items():
+        (root / name).parent.mkdir(exist_ok=True)
+        (root / name).write_bytes(content)
+    return root
+
+
+def make(folder, out, **options):
+    return prepare.prepare(open_source(str(folder), True), out, **(dict(name="pets", size=12, per_shard=4) | options))
+
+
+@pytest.fixture(scope="module")
+def prepared(folder, tmp_path_factory):
+    out = tmp_path_factory.mktemp("prepared") / "set"
+    return out, make(folder, out)
+
+
+def test_a_prepared_set_holds_what_training_would_have_read(folder, prepared):
+    """Of every mode, orientation and depth: the same pixels, label and name."""
+    out, card = prepared
+    raw, ready = open_source(str(folder), True), open_source(str(out), True)
+    assert isinstance(ready, PreparedImages)
+    assert list(ready.names) == raw.names
+    assert ready.classes == raw.classes == ["cat", "dog"]
+    for i in range(len(raw)):
+        (a, label_a), (b, label_b) = raw.read(i), ready.read(i)
+        np.testing.assert_array_equal(decode(a, 12, 3), decode(b, 12, 3))
+        assert label_a == label_b
+    assert card["count"] == len(ready) == 11
+    assert card["count_by_class"] == {"cat": 5, "dog": 6}
+    assert sorted(p.name for p in out.iterdir()) == ["card.json", *(shard_name(i, 3) for i in range(3))]
+
+
+def test_the_card_says_how(prepared):
+    out, card = prepared
+    assert read_card(out) == card
+    assert card["source"] == "pets"
+    assert "bicubic" in card["image"]["resize"]
+    assert card["image"]["size"] == 12
+    assert len(card["shard_hashes"]) == card["shards"] == 3
+    assert card["left_out"] == []
+
+
+def test_training_reads_it_like_the_folder(folder, prepared):
+    data = lambda path: (
+        tiny.config(
+            data__path=str(path), data__image_size=12, data__channels=3, model__num_classes=2, model__patch_size=2
+        ).data
+    )
+    ours, theirs = (Batches(data(path), batch_size=4, seed=0) for path in (prepared[0], folder))
+    for _ in range(5):
+        a, b = next(ours), next(theirs)
+        for key in b:
+            np.testing.assert_array_equal(a[key], b[key])
+    pickle.loads(pickle.dumps(ours.source)).read(3)
+
+
+def test_the_hash_is_of_the_content(folder, prepared, tmp_path):
+    assert make(folder, tmp_path / "a")["content_hash"] == prepared[1]["content_hash"]
+    assert make(folder, tmp_path / "b", size=10)["content_hash"] != prepared[1]["content_hash"]
+    assert make(folder, tmp_path / "a") == prepared[1], "a finished set is left alone"
+
+
+def test_records_come_back():
+    for name, label, image in [("a/ü☃.png", 7, b"\x00\x01"), ("", -1, b""), ("x" * 300, 2**31 - 1, bytes(5))]:
+        assert decode_record(encode_record(name, label, image)) == (name, label, image)
+
+
+def test_a_stop_loses_one_shard_at_most(folder, prepared, tmp_path):
+    """Stopped in every shard in turn, it goes on and ends with the same set."""
+    written = []
+
+    class Stop(Exception):
+        pass
+
+    for at in (2, 6, 10):
+
+        def progress(done, at=at):
+            written.append(done)
+            if done == at:
+                raise Stop
+
+        with pytest.raises(Stop):
+            make(folder, tmp_path / "set", progress=progress)
+        with pytest.raises(DataError, match="its preparation was not finished|holds no images"):
+            read_card(tmp_path / "set")
+    card = make(folder, tmp_path / "set", progress=written.append)
+    assert card["content_hash"] == prepared[1]["content_hash"]
+    assert sorted(p.name for p in (tmp_path / "set").iterdir()) == sorted(p.name for p in prepared[0].iterdir())
+
+
+def child(folder, out):
+    make(folder, out, progress=lambda done: time.sleep(0.05))
+
+
+def test_kill_9_at_any_moment(folder, prepared, tmp_path):
+    out = tmp_path / "set"
+    context = multiprocessing.get_context("spawn")
+    for wait in (0.05, 0.2):
+        process = context.Process(target=child, args=(folder, out))
+        process.start()
+        while not list(out.glob("shard-*.json")) and process.is_alive():
+            time.sleep(0.005)
+        time.sleep(wait)
+        os.kill(process.pid, signal.SIGKILL)
+        process.join()
+        assert not (out / "card.json").exists()
+    assert make(folder, out)["content_hash"] == prepared[1]["content_hash"]
+    assert sorted(p.name for p in out.iterdir()) == sorted(p.name for p in prepared[0].iterdir())
+
+
+def test_unreadable_images_are_named_and_few(tmp_path):
+    root = tmp_path / "images"
+    root.mkdir()
+    for i in range(120):
+        (root / f"{i:03d}.png").write_bytes(encoded("RGB", seed=i))
+    (root / "007.png").write_bytes(encoded("RGB")[:50])
+    source = open_source(str(root))
+    card = prepare.prepare(source, tmp_path / "out", name="x", size=8)
+    assert card["count"] == 119
+    assert [entry.split(":")[0] for entry in card["left_out"]] == ["007.png"]
+    assert len(open_source(str(tmp_path / "out"))) == 119
+    (root / "008.png").write_bytes(b"not an image")
+    with pytest.raises(DataError, match=r"2 of 120 images are unreadable, more than 1% \(007.png: .*008.png"):
+        prepare.prepare(source, tmp_path / "other", name="x", size=8)
+
+
+def test_a_full_disk_and_a_lying_one(folder, tmp_path, monkeypatch):
+    class Full(prepare.ArrayRecordWriter):
+        def close(self):
+            super().close()
+            raise RuntimeError("write() failed: No space left on device; writing")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(prepare, "ArrayRecordWriter", Full)
+        with pytest.raises(
+            OSError, match="00000-of-00003.arrayrecord cannot be written: write.. failed: No space left"
+        ):
+            make(folder, tmp_path / "set")
+    assert [p.name for p in (tmp_path / "set").iterdir()] == ["plan.json"]
+    with monkeypatch.context() as patched:
+        patched.setattr(prepare, "_png", lambda image: bytes(10))  # what is written differs from what was meant
+        note = prepare._write_shard(
+            open_source(str(folder)),
+            prepare.Plan("x", "", 11, 12, 3, False, [], 4),
+            tmp_path / "set",
+            0,
+            range(4),
+            __import__("concurrent.futures").futures.ThreadPoolExecutor(1),
+            lambda _: None,
+        )
+    with pytest.raises(DataError, match="is not what was written; run the same command again"):
+        prepare._verify(tmp_path / "set" / shard_name(0, 3), note | {"hash": "0" * 64})
+    assert make(folder, tmp_path / "set")["count"] == 11
+
+
+def test_other_folders_are_not_touched(folder, prepared, tmp_path):
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "thesis.txt").write_text("x")
+    with pytest.raises(DataError, match="is not empty and holds no prepared set"):
+        make(folder, tmp_path / "full")
+    with pytest.raises(DataError, match="holds a finished set of pets at 12 px"):
+        make(folder, prepared[0], size=16)
+    with pytest.raises(RuntimeError, match="stop"):
+        make(folder, tmp_path / "half", progress=lambda done: (_ for _ in ()).throw(RuntimeError("stop")))
+    with pytest.raises(DataError, match="unfinished set of other settings .size: 12 -> 16"):
+        make(folder, tmp_path / "half", size=16)
+
+
+def test_damaged_sets_are_named(prepared, tmp_path):
+    import shutil
+
+    def broken(change):
+        shutil.rmtree(tmp_path / "set", ignore_errors=True)
+        shutil.copytree(prepared[0], tmp_path / "set")
+        change(tmp_path / "set")
+        return str(tmp_path / "set")
+
+    shard = shard_name(1, 3)
+    for change, message in [
+        (lambda p: (p / shard).unlink(), f"lacks {shard}"),
+        (lambda p: (p / shard).write_bytes((p / shard).read_bytes()[:-80]), "has a damaged shard"),
+        (lambda p: (p / "card.json").write_text("{"), "card.json is damaged"),
+        (lambda p: (p / "card.json").write_text("{}"), "lacks count"),
+        (
+            lambda p: (p / "card.json").write_text(json.dumps(read_card(p) | {"count": 12})),
+            "has 11 images, its card says",
+        ),
+        (lambda p: (p / "card.json").write_text(json.dumps(read_card(p) | {"classes": []})), "prepared without labels"),
+    ]:
+        with pytest.raises(DataError, match=message):
+            open_source(broken(change), True)
+
+
+def test_from_the_command_line(root, folder, tmp_path, child_env):
+    def run(*args):
+        command = [sys.executable, "launch/prepare_data.py", *map(str, args)]
+        return subprocess.run(command, cwd=root, env=child_env, capture_output=True, text=True, timeout=120)
+
+    done = run(f"--src={folder}", f"--out={tmp_path / 'set'}", "--size=8", "--labels")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith(f"done: 11 images in 2 classes in {tmp_path / 'set'}, content ")
+    done = run(f"--src={tmp_path / 'none'}", f"--out={tmp_path / 'other'}", "--size=8")
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: '")
