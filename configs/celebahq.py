@@ -18,9 +18,13 @@ def get_config():
     c.init_from = ""  # run folder, checkpoint, .pt or .safetensors to take weights from; "" starts fresh
     c.data = ConfigDict(
         dict(
-            path="data/celebahq256",  # folder or .zip of images
+            path="data/celebahq256",  # prepared set, folder, .zip or .tar of images, TFDS data folder, LMDB
+            split="",  # of a TFDS data folder
             image_size=256,  # short side resized (bicubic), centre cropped
             channels=3,
+            classes=(),  # names of those to use; () for all
+            fraction=1.0,  # share of the images to use, drawn once by fraction_seed
+            fraction_seed=0,
             labels=False,
             label_dropout=0.0,
             flip=0.0,

@@ -5,7 +5,8 @@
 Hardware: one accelerator of 80 GB or 8 of 16 GB; less with micro_batches or remat.
 Expected cost, by arithmetic, not measured: 200k x 64 images x 2.42 TFLOP
 = 31 EFLOP, about 21.8 hours of one H100 in bfloat16 at 40% of its peak (989 TFLOP/s).
-data.path holds the images of the subset. From scratch for comparison: --config.init_from="".
+The images are drawn once by data.fraction_seed, those of 1% among those of 10%.
+From scratch for comparison: --config.init_from="".
 """
 
 from ml_collections import ConfigDict
@@ -17,9 +18,13 @@ def get_config():
     c.init_from = "runs/vggface2_pretrain"  # the raw weights to transfer; "" trains from scratch
     c.data = ConfigDict(
         dict(
-            path="data/celebahq256_10percent",  # folder or .zip of images
+            path="data/celebahq256",  # prepared set, folder, .zip or .tar of images, TFDS data folder, LMDB
+            split="",  # of a TFDS data folder
             image_size=256,  # short side resized (bicubic), centre cropped
             channels=3,
+            classes=(),  # names of those to use; () for all
+            fraction=0.1,  # share of the images to use, drawn once by fraction_seed; 0.01 for the 1% runs
+            fraction_seed=0,
             labels=False,
             label_dropout=0.0,
             flip=0.5,

@@ -16,8 +16,12 @@ def get_config():
     c.data = ConfigDict(
         dict(
             path="digits",  # the set that comes with the package; or a folder or .zip of images
+            split="",  # of a TFDS data folder
             image_size=8,
             channels=1,
+            classes=(),  # names of those to use; () for all
+            fraction=1.0,  # share of the images to use, drawn once by fraction_seed
+            fraction_seed=0,
             labels=True,
             label_dropout=0.0,  # above 0 allows --config.sampling.guidance
             flip=0.0,

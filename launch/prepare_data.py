@@ -1,40 +1,83 @@
-"""Prepare a set of images once: python launch/prepare_data.py --src=DIR_OR_ZIP --out=data/mine256 --size=256
+"""Prepare a set of images once, for training and as a reference of evaluation.
 
-Every image is decoded, turned as EXIF says, resized by its short side, centre cropped and stored losslessly in
-ArrayRecord files, with a data card (card.json) that says how. Run it again with the same command to go on after a
-stop. Give the folder to training and evaluation like any other: --config.data.path=data/mine256.
+    python launch/prepare_data.py --src=DIR_OR_ZIP --out=data/mine256 --size=256 [--labels]
+    python launch/prepare_data.py --dataset=celeba --src=DOWNLOADS --out=data/celeba64
+
+Every image is decoded, turned as EXIF says, cropped, resized and stored losslessly in ArrayRecord files, with a data
+card (card.json) that says how. Run it again with the same command to go on after a stop. Give the folder to training
+and evaluation like any other: --config.data.path=data/mine256. docs/data.md lists the published sets and their files.
 """
 
+import pathlib
 import sys
 
 from absl import app, flags, logging
 
-SRC = flags.DEFINE_string("src", None, "Folder or .zip of images, or a prepared set.", required=True)
-OUT = flags.DEFINE_string("out", None, "Folder for the prepared set; new or empty, or unfinished.", required=True)
-SIZE = flags.DEFINE_integer("size", None, "Side of the images, in pixels.", required=True, lower_bound=1)
-LABELS = flags.DEFINE_bool("labels", False, "Take the first folder level that differs as the class.")
+SETS = ("celeba", "celebahq", "vggface2", "lsun_church", "cifar10", "imagenet64")
+DATASET = flags.DEFINE_enum("dataset", None, SETS, "Published set, which decides split, labels, crop and size.")
+SRC = flags.DEFINE_string(
+    "src", None, "Folder, .zip or .tar of images, LMDB, address (gs://...), tfds:NAME, or a published set's files."
+)
+OUT = flags.DEFINE_string("out", None, "Folder for the prepared set; new or empty, or unfinished.")
+SIZE = flags.DEFINE_integer("size", None, "Side of the images, in pixels; a published set's own if left out.")
+SPLIT = flags.DEFINE_string("split", "", "Of a published or TFDS set: train, valid, test or all.")
+LABELS = flags.DEFINE_bool("labels", None, "Keep classes: of a folder, the first folder level that differs.")
 GREY = flags.DEFINE_bool("grey", False, "One channel instead of three.")
+CROP = flags.DEFINE_string("crop", None, "centre (the largest square), centre:SIDE or LEFT,TOP,SIDE, in pixels.")
+FILTER = flags.DEFINE_enum("filter", None, ["bicubic", "bilinear", "lanczos", "box"], "Of the resizing; antialiased.")
+FRACTION = flags.DEFINE_float("fraction", 1.0, "Share of the images, drawn by --seed; 0.01 are among those of 0.1.")
+SEED = flags.DEFINE_integer("seed", 0, "Of --fraction.", lower_bound=0)
+ANY_COUNT = flags.DEFINE_bool("any_count", False, "Accept a part of a published set.")
 THREADS = flags.DEFINE_integer("threads", 0, "Decoding threads; 0 takes two per core.", lower_bound=0)
 
 
 def main(argv):
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments {argv[1:]}")
+    if not SRC.value or not OUT.value:
+        raise app.UsageError("give --src and --out")
+    if not 0 < FRACTION.value <= 1:
+        raise app.UsageError(f"--fraction={FRACTION.value:g}: it must be in (0, 1]")
     logging.set_verbosity(logging.WARNING)
+    import dataclasses
+
     from tqdm import tqdm
 
-    from maskdm_jax.data import DataError, prepare
-    from maskdm_jax.data.sources import open_source
+    from maskdm_jax.data import DataError, files, images, prepare, published, sources
 
+    # Decompressed archives lie beside the set until it is done.
+    scratch = pathlib.Path(f"{pathlib.Path(OUT.value).expanduser().absolute()}.unpacked.tar")
+    chosen = {"size": SIZE.value, "crop": CROP.value, "filter": FILTER.value, "channels": 1 if GREY.value else None}
+    chosen = {key: value for key, value in chosen.items() if value is not None}
     try:
-        source = open_source(SRC.value, LABELS.value)
-        options = dict(name=SRC.value, size=SIZE.value, channels=1 if GREY.value else 3, threads=THREADS.value)
+        scratch.parent.mkdir(parents=True, exist_ok=True)
+        if DATASET.value:
+            framing = dataclasses.replace(published.SETS[DATASET.value].framing, **chosen)
+            options = dict(split=SPLIT.value, labels=LABELS.value, any_count=ANY_COUNT.value)
+            source, split = published.open_published(DATASET.value, SRC.value, scratch, **options)
+        else:
+            if SIZE.value is None:
+                raise DataError("how large? give --size=PIXELS, or --dataset=NAME for a published set")
+            framing, split, labels = images.Framing(**chosen), SPLIT.value, bool(LABELS.value)
+            if SRC.value.startswith("tfds:"):
+                source = published.open_tfds(SRC.value, labels, split)
+            else:
+                local = SRC.value if "://" in SRC.value else str(pathlib.Path(SRC.value).expanduser())
+                local = local if "://" in local else str(files.decompressed(local, scratch))
+                source = sources.open_source(local, labels, split)
+        source = sources.select(source, fraction=FRACTION.value, seed=SEED.value)
+        name = DATASET.value or pathlib.PurePath(SRC.value).name
+        if FRACTION.value < 1:
+            name += f", {FRACTION.value:.3%} by seed {SEED.value}"
         with tqdm(total=len(source), unit="image", file=sys.stderr) as bar:
-            card = prepare.prepare(source, OUT.value, progress=lambda done: bar.update(done - bar.n), **options)
-    except (DataError, OSError) as error:
+            progress = lambda done: bar.update(done - bar.n)
+            options = dict(name=name, split=split, threads=THREADS.value, progress=progress)
+            card = prepare.prepare(source, OUT.value, framing, **options)
+    except (ValueError, OSError) as error:  # DataError is a ValueError, and so is a crop that cannot be understood
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
         sys.exit("interrupted; run the same command again to go on")
+    scratch.unlink(missing_ok=True)
     for entry in card["left_out"]:
         print(f"left out: {entry}")
     classes = f" in {len(card['classes'])} classes" if card["classes"] else ""

@@ -26,10 +26,14 @@ class ConfigError(ValueError):
 class Data:
     """Where the images are and how they are read."""
 
-    path: str  # folder or .zip of images, or "digits" for the embedded set
+    path: str  # see `data.sources.open_source`; "digits" is the embedded set
+    split: str  # of a TFDS data folder; "" otherwise
     image_size: int  # pixels; short side resized (bicubic), centre cropped
     channels: int  # 3 colour, 1 grey
-    labels: bool  # the first folder level that differs is the class
+    classes: tuple[str, ...]  # names of those to use, numbered in this order; () for all
+    fraction: float  # share of the images to use, drawn once by fraction_seed
+    fraction_seed: int  # of that draw; independent of the run's seed
+    labels: bool  # of a folder: the first folder level that differs is the class
     label_dropout: float  # probability of hiding a label in training, for classifier-free guidance
     flip: float  # probability of a horizontal flip
     threads: int  # reading threads per process
@@ -297,6 +301,9 @@ def _check(config: Config) -> None:
     need("mesh.data", config.mesh.data, config.mesh.data == -1 or config.mesh.data >= 1, "-1 or at least 1")
     need("seed", config.seed, 0 <= config.seed < 2**31, "in [0, 2^31)")
     need("data.channels", data.channels, data.channels in (1, 3), "3 (colour) or 1 (grey)")
+    need("data.fraction", data.fraction, 0 < data.fraction <= 1, "in (0, 1]")
+    at_least("data.fraction_seed", data.fraction_seed, 0)
+    need("data.classes", data.classes, len(set(data.classes)) == len(data.classes), "without repetitions")
     need("data.flip", data.flip, 0 <= data.flip <= 1, "a probability")
     need("data.path", data.path, bool(data.path), "a folder or .zip of images, or 'digits'")
     at_least("model.wavelet_scale", model.wavelet_scale, 0)

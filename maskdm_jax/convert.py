@@ -304,8 +304,12 @@ def _config_of(official: Official, found: dict, heads: int) -> dict:
         init_from="",
         data=dict(
             path="unknown",
+            split="",
             image_size=found["image_size"],
             channels=found["channels"],
+            classes=[],
+            fraction=1.0,
+            fraction_seed=0,
             labels=found["num_classes"] > 0,
             label_dropout=0.0,
             flip=0.0,

@@ -87,7 +87,7 @@ def interpolate(loaded: "Loaded", image_a, image_b, *, n: int, start: int, seed:
     """Make n images between two, uint8 [n, S, S, C], the first at `image_a`, the last at `image_b`.
 
     Args:
-      image_a, image_b: uint8 [S, S, C] of the model's size, as `data.pipeline.decode` makes them.
+      image_a, image_b: uint8 [S, S, C] of the model's size, as `data.images.decode` makes them.
       start: step that both are noised to, 0..T-1; see `samplers.interpolate`.
       seed: of the noise, which all n share.
       label: class of a conditional model, by name or number; None is its "no label".

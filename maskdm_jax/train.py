@@ -22,8 +22,7 @@ from jax.sharding import PartitionSpec as P
 from maskdm_jax import checkpoint, masking, observe, sharding, torch_checkpoint
 from maskdm_jax import config as config_lib
 from maskdm_jax.config import Config, ConfigError, Stage
-from maskdm_jax.data.pipeline import Batches
-from maskdm_jax.data.sources import open_source
+from maskdm_jax.data.pipeline import Batches, open_data
 from maskdm_jax.diffusion import denoising_loss, loss_weights, make_schedule
 from maskdm_jax.generate import make_generator
 from maskdm_jax.network import Network, make_network
@@ -184,7 +183,7 @@ def train(config: Config, workdir, *, devices=None) -> pathlib.Path:
     """
     workdir = pathlib.Path(workdir).expanduser().absolute()
     mesh = make_mesh_for(config, devices)
-    source = open_source(config.data.path, config.data.labels)
+    source = open_data(config.data)
     check_source(config, source)
     network = make_network(config)
     with observe.logging_to(workdir), contextlib.ExitStack() as closing:

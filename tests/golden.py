@@ -5,6 +5,7 @@ import pathlib
 import zlib
 
 import numpy as np
+import tiny
 
 from maskdm_jax import config as config_lib
 from maskdm_jax.torch_checkpoint import params_from_state_dict
@@ -74,15 +75,12 @@ def config(network: dict, stage: dict | None = None, mask: dict | None = None, d
         dict(
             seed=0,
             init_from="",
-            data=dict(
-                path="digits",
+            data=tiny.RUN["data"]
+            | dict(
                 image_size=network["img_size"] * (2 if wavelet else 1),
                 channels=network["data_chans" if wavelet else "in_chans"],
                 labels=network["num_classes"] > 0,
-                label_dropout=0.0,
                 flip=0.0,
-                threads=1,
-                workers=0,
             ),
             model=dict(
                 patch_size=network["patch_size"],

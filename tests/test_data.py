@@ -10,8 +10,9 @@ import tiny
 from PIL import Image
 
 from maskdm_jax.data import sources
-from maskdm_jax.data.pipeline import Batches, decode
-from maskdm_jax.data.sources import DataError, open_source
+from maskdm_jax.data.images import Framing, decode
+from maskdm_jax.data.pipeline import Batches
+from maskdm_jax.data.sources import DataError, open_source, select
 
 
 def png(value=0, size=(10, 8), mode="RGB", kind="PNG") -> bytes:
@@ -112,9 +113,65 @@ def test_bad_paths_are_named(tmp_path, stored):
     (tmp_path / "broken.zip").write_bytes(b"PK\x03\x04 not really")
     with pytest.raises(DataError, match="broken.zip is not a readable zip"):
         open_source(str(tmp_path / "broken.zip"))
-    (tmp_path / "set.tar").write_bytes(b"")
-    with pytest.raises(DataError, match="neither a folder nor a .zip"):
-        open_source(str(tmp_path / "set.tar"))
+    (tmp_path / "set.rar").write_bytes(b"")
+    with pytest.raises(DataError, match="neither a folder nor a .zip or .tar"):
+        open_source(str(tmp_path / "set.rar"))
+
+
+def test_classes_and_fractions_are_selected():
+    whole = sources.Digits(labels=True)
+    odd = select(whole, ("7", "3"))
+    assert odd.classes == ["7", "3"]
+    assert len(odd) == sum(label in (3, 7) for label in whole.labels)
+    assert [odd.read(i)[1] for i in range(len(odd))] == odd.labels
+    assert {whole.labels[int(name[7:-1])] for name in odd.names} == {3, 7}
+    np.testing.assert_array_equal(odd.read(5)[0], whole.read(int(odd.names[5][7:-1]))[0])
+    tenth, hundredth, other = (select(whole, (), share, seed) for share, seed in ((0.1, 0), (0.01, 0), (0.1, 1)))
+    assert (len(tenth), len(hundredth)) == (180, 18)
+    assert set(hundredth.names) < set(tenth.names) != set(other.names)
+    assert list(tenth.names) == list(select(whole, (), 0.1).names)
+    assert tenth.classes == whole.classes
+    unlabelled = select(whole, ("7", "3"), labels=False)
+    assert (unlabelled.classes, unlabelled.labels, unlabelled.read(0)[1]) == ([], [], 0)
+    assert list(unlabelled.names) == list(odd.names)
+    assert select(whole) is whole
+    with pytest.raises(DataError, match=r"classes \['x'\] are not in the data; it has 0, 1, 2"):
+        select(whole, ("7", "x"))
+    assert pickle.loads(pickle.dumps(odd)).read(3)[1] == odd.read(3)[1]
+
+
+def test_training_on_a_part():
+    data = tiny.config(data__classes=("7", "3"), data__fraction=0.5, model__num_classes=2).data
+    batches = Batches(data, batch_size=16, seed=0)
+    assert len(batches.source) == 181
+    assert set(next(batches)["label"].tolist()) == {0, 1}
+    data = tiny.config(data__classes=("7",), data__labels=False, model__num_classes=0).data
+    assert set(next(Batches(data, batch_size=4, seed=0))["label"].tolist()) == {0}
+
+
+def test_a_busy_disk_is_asked_again(monkeypatch):
+    """Errors of reading pass; what is not there is not there."""
+    monkeypatch.setattr(sources, "_PAUSES", (0, 0, 0))
+    failures = []
+
+    class Busy(sources.Digits):
+        def read(self, i):
+            if len(failures) < 3:
+                failures.append(i)
+                raise OSError("Stale file handle")
+            return super().read(i)
+
+    assert sources.read_patiently(Busy(), 4)[1] == sources.Digits().read(4)[1]
+    assert failures == [4, 4, 4]
+
+    class Gone(sources.Digits):
+        def read(self, i):
+            failures.append(i)
+            raise FileNotFoundError(i)
+
+    with pytest.raises(FileNotFoundError):
+        sources.read_patiently(Gone(), 5)
+    assert failures.count(5) == 1
 
 
 def test_the_embedded_set():
@@ -132,17 +189,17 @@ class TestDecode:
         pixels = np.random.RandomState(0).randint(0, 256, (16, 16, 3), np.uint8)
         buffer = io.BytesIO()
         Image.fromarray(pixels).save(buffer, "PNG")
-        np.testing.assert_array_equal(decode(buffer.getvalue(), 16, 3), pixels)
+        np.testing.assert_array_equal(decode(buffer.getvalue(), Framing(16, 3)), pixels)
 
     def test_short_side_then_centre_crop(self):
         pixels = np.zeros((8, 32, 3), np.uint8)
         pixels[:, 12:20] = 255  # the middle
-        assert decode(pixels, 8, 3).min() == 255
-        assert decode(pixels, 4, 3).mean() > 240
+        assert decode(pixels, Framing(8, 3)).min() == 255
+        assert decode(pixels, Framing(4, 3)).mean() > 240
 
     def test_very_long_images_cost_no_more_than_their_middle(self):
-        assert decode(np.full((1, 60_000, 3), 7, np.uint8), 64, 3).min() == 7
-        assert decode(np.full((1, 1, 1), 7, np.uint8), 64, 3).max() == 7
+        assert decode(np.full((1, 60_000, 3), 7, np.uint8), Framing(64, 3)).min() == 7
+        assert decode(np.full((1, 1, 1), 7, np.uint8), Framing(64, 3)).max() == 7
 
     @pytest.mark.parametrize(
         ("mode", "value", "expected"),
@@ -158,16 +215,16 @@ class TestDecode:
         ],
     )
     def test_modes(self, mode, value, expected):
-        image = decode(png(value, (8, 8), mode), 8, 3)
+        image = decode(png(value, (8, 8), mode), Framing(8, 3))
         assert (image == expected).all()
         assert image.shape == (8, 8, 3)
 
     @pytest.mark.parametrize(("value", "expected"), [(100, 100), (100 * 256, 100)])
     def test_32_bit_grey(self, value, expected):
-        assert (decode(png(value, (8, 8), "I", "TIFF"), 8, 3) == expected).all()
+        assert (decode(png(value, (8, 8), "I", "TIFF"), Framing(8, 3)) == expected).all()
 
     def test_cmyk_becomes_rgb(self):
-        image = decode(png((0, 255, 255, 0), (8, 8), "CMYK", "TIFF"), 8, 3)
+        image = decode(png((0, 255, 255, 0), (8, 8), "CMYK", "TIFF"), Framing(8, 3))
         assert image[0, 0].tolist() == [255, 0, 0]
 
     def test_exif_rotation(self):
@@ -177,7 +234,7 @@ class TestDecode:
         exif[0x0112] = 3  # stored upside down
         buffer = io.BytesIO()
         image.save(buffer, "PNG", exif=exif)
-        turned = decode(buffer.getvalue(), 8, 1)
+        turned = decode(buffer.getvalue(), Framing(8, 1))
         assert turned[:3].max() < 10
         assert turned[5:].min() > 245
 

@@ -5,10 +5,10 @@ import ast
 import pytest
 
 ORDER = [  # a module may import those above it
-    {"models.layers", "torch_file", "wavelet", "evaluation.metrics", "data.prepared"},
-    {"evaluation.inception", "masking", "diffusion", "models.backbone", "train_state", "sharding", "data.sources"},
-    {"models.uvit", "models.wavelet_uvit", "samplers", "torch_checkpoint", "data.pipeline"},
-    {"config"},
+    {"models.layers", "torch_file", "wavelet", "evaluation.metrics", "data.prepared", "data.images", "data.files"},
+    {"evaluation.inception", "masking", "diffusion", "models.backbone", "train_state", "sharding", "data.databases"},
+    {"models.uvit", "models.wavelet_uvit", "samplers", "torch_checkpoint", "data.sources"},
+    {"config", "data.pipeline", "data.published"},
     {"network", "representation", "checkpoint", "observe"},
     {"generate", "data.prepare"},
     {"evaluation.features"},

@@ -16,7 +16,8 @@ import tiny
 from PIL import Image
 
 from maskdm_jax.data import DataError, prepare
-from maskdm_jax.data.pipeline import Batches, decode
+from maskdm_jax.data.images import Framing, decode
+from maskdm_jax.data.pipeline import Batches
 from maskdm_jax.data.prepared import PreparedImages, decode_record, encode_record, read_card, shard_name
 from maskdm_jax.data.sources import open_source
 
@@ -69,7 +70,8 @@ def folder(tmp_path_factory):
 
 
 def make(folder, out, **options):
-    return prepare.prepare(open_source(str(folder), True), out, **(dict(name="pets", size=12, per_shard=4) | options))
+    framing = Framing(options.pop("size", 12))
+    return prepare.prepare(open_source(str(folder), True), out, framing, **(dict(name="pets", per_shard=4) | options))
 
 
 @pytest.fixture(scope="module")
@@ -87,11 +89,12 @@ def test_a_prepared_set_holds_what_training_would_have_read(folder, prepared):
     assert ready.classes == raw.classes == ["cat", "dog"]
     for i in range(len(raw)):
         (a, label_a), (b, label_b) = raw.read(i), ready.read(i)
-        np.testing.assert_array_equal(decode(a, 12, 3), decode(b, 12, 3))
+        np.testing.assert_array_equal(decode(a, Framing(12, 3)), decode(b, Framing(12, 3)))
         assert label_a == label_b
     assert card["count"] == len(ready) == 11
+    np.testing.assert_array_equal(ready.labels, raw.labels)
     assert card["count_by_class"] == {"cat": 5, "dog": 6}
-    assert sorted(p.name for p in out.iterdir()) == ["card.json", *(shard_name(i, 3) for i in range(3))]
+    assert sorted(p.name for p in out.iterdir()) == ["card.json", *(shard_name(i, 3) for i in range(3)), "labels.npy"]
 
 
 def test_the_card_says_how(prepared):
@@ -122,6 +125,13 @@ def test_the_hash_is_of_the_content(folder, prepared, tmp_path):
     assert make(folder, tmp_path / "a")["content_hash"] == prepared[1]["content_hash"]
     assert make(folder, tmp_path / "b", size=10)["content_hash"] != prepared[1]["content_hash"]
     assert make(folder, tmp_path / "a") == prepared[1], "a finished set is left alone"
+
+
+def test_the_hash_is_of_pixels_not_of_files(folder, prepared, tmp_path):
+    """Other shards, another container, other encodings of the same pixels: the same set."""
+    assert make(folder, tmp_path / "shards", per_shard=3)["content_hash"] == prepared[1]["content_hash"]
+    again = prepare.prepare(open_source(str(prepared[0]), True), tmp_path / "again", Framing(12), name="pets")
+    assert again["content_hash"] == prepared[1]["content_hash"]
 
 
 def test_records_come_back():
@@ -179,13 +189,13 @@ def test_unreadable_images_are_named_and_few(tmp_path):
         (root / f"{i:03d}.png").write_bytes(encoded("RGB", seed=i))
     (root / "007.png").write_bytes(encoded("RGB")[:50])
     source = open_source(str(root))
-    card = prepare.prepare(source, tmp_path / "out", name="x", size=8)
+    card = prepare.prepare(source, tmp_path / "out", Framing(8), name="x")
     assert card["count"] == 119
     assert [entry.split(":")[0] for entry in card["left_out"]] == ["007.png"]
     assert len(open_source(str(tmp_path / "out"))) == 119
     (root / "008.png").write_bytes(b"not an image")
     with pytest.raises(DataError, match=r"2 of 120 images are unreadable, more than 1% \(007.png: .*008.png"):
-        prepare.prepare(source, tmp_path / "other", name="x", size=8)
+        prepare.prepare(source, tmp_path / "other", Framing(8), name="x")
 
 
 def test_a_full_disk_and_a_lying_one(folder, tmp_path, monkeypatch):
@@ -205,7 +215,8 @@ def test_a_full_disk_and_a_lying_one(folder, tmp_path, monkeypatch):
         patched.setattr(prepare, "_png", lambda image: bytes(10))  # what is written differs from what was meant
         note = prepare._write_shard(
             open_source(str(folder)),
-            prepare.Plan("x", "", 11, 12, 3, False, [], 4),
+            prepare.Plan("x", "", "", 11, {}, [], 4),
+            Framing(12),
             tmp_path / "set",
             0,
             range(4),
@@ -217,6 +228,28 @@ def test_a_full_disk_and_a_lying_one(folder, tmp_path, monkeypatch):
     assert make(folder, tmp_path / "set")["count"] == 11
 
 
+def limited(folder, out, queue):
+    import resource
+
+    resource.setrlimit(resource.RLIMIT_FSIZE, (3000, resource.RLIM_INFINITY))
+    try:
+        make(folder, out)
+    except OSError as error:
+        queue.put(str(error))
+
+
+def test_a_disk_that_takes_no_more(folder, prepared, tmp_path):
+    """The kernel itself refuses to write on: one error, nothing half-written, and it goes on when there is space."""
+    context = multiprocessing.get_context("spawn")
+    queue = context.Queue()
+    process = context.Process(target=limited, args=(folder, tmp_path / "set", queue))
+    process.start()
+    assert "cannot be written" in queue.get(timeout=60)
+    process.join()
+    assert not [p.name for p in (tmp_path / "set").iterdir() if p.suffix == ".arrayrecord" or p.name.endswith(".tmp")]
+    assert make(folder, tmp_path / "set")["content_hash"] == prepared[1]["content_hash"]
+
+
 def test_other_folders_are_not_touched(folder, prepared, tmp_path):
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "thesis.txt").write_text("x")
@@ -226,7 +259,7 @@ def test_other_folders_are_not_touched(folder, prepared, tmp_path):
         make(folder, prepared[0], size=16)
     with pytest.raises(RuntimeError, match="stop"):
         make(folder, tmp_path / "half", progress=lambda done: (_ for _ in ()).throw(RuntimeError("stop")))
-    with pytest.raises(DataError, match="unfinished set of other settings .size: 12 -> 16"):
+    with pytest.raises(DataError, match="unfinished set of other settings .image: .*'size': 12.*'size': 16"):
         make(folder, tmp_path / "half", size=16)
 
 
@@ -243,6 +276,8 @@ def test_damaged_sets_are_named(prepared, tmp_path):
     for change, message in [
         (lambda p: (p / shard).unlink(), f"lacks {shard}"),
         (lambda p: (p / shard).write_bytes((p / shard).read_bytes()[:-80]), "has a damaged shard"),
+        (lambda p: (p / "labels.npy").unlink(), "labels.npy is missing"),
+        (lambda p: np.save(p / "labels.npy", np.zeros(3)), "3 labels for 11 images"),
         (lambda p: (p / "card.json").write_text("{"), "card.json is damaged"),
         (lambda p: (p / "card.json").write_text("{}"), "lacks count"),
         (

@@ -21,7 +21,20 @@ STAGE = dict(
 RUN = dict(
     seed=3,
     init_from="",
-    data=dict(path="digits", image_size=8, channels=1, labels=True, label_dropout=0.0, flip=0.5, threads=1, workers=0),
+    data=dict(
+        path="digits",
+        split="",
+        image_size=8,
+        channels=1,
+        classes=(),
+        fraction=1.0,
+        fraction_seed=0,
+        labels=True,
+        label_dropout=0.0,
+        flip=0.5,
+        threads=1,
+        workers=0,
+    ),
     model=dict(
         patch_size=2,
         wavelet_scale=0,

@@ -6,15 +6,15 @@ threads; host h of H holds the h-th B / H of them.
 """
 
 import dataclasses
-import io
 import logging
 
 import grain
 import numpy as np
 from absl import flags
-from PIL import Image, ImageOps
 
-from maskdm_jax.data.sources import DataError, open_source
+from maskdm_jax.data import DataError
+from maskdm_jax.data.images import Framing, decode
+from maskdm_jax.data.sources import open_source, read_patiently, select
 
 UNREADABLE_LIMIT = 0.01  # share of the images; more than that is a broken data set, not bad luck
 _STREAM_LENGTH = 2**40  # examples: more than any run takes, while grain's endless stream overflows in batches of 1
@@ -28,16 +28,15 @@ class _Decode:
     """Stream element (index, record number) -> example; a picklable function for worker processes."""
 
     source: object
-    image_size: int
-    channels: int
+    framing: Framing
 
     def __call__(self, index: int, record: int) -> dict:
         """Decode a record, or its next readable neighbour; `unreadable` holds the record's number then, else -1."""
         n = len(self.source)
         for step in range(min(n, _MAX_NEIGHBOURS)):
             try:
-                image, label = self.source.read((record + step) % n)
-                image = decode(image, self.image_size, self.channels)
+                image, label = read_patiently(self.source, (record + step) % n)
+                image = decode(image, self.framing)
             except Exception as error:  # whatever a decoder throws at a damaged file
                 cause = error
                 continue
@@ -50,40 +49,16 @@ class _Decode:
         raise DataError(f"{self.source.names[record]} and its {step} neighbours are all unreadable; the last: {cause}")
 
 
-def open_image(image, channels: int) -> Image.Image:
-    """Encoded bytes or uint8 [H, W, C] -> 8-bit image in colour (3 channels) or grey (1), in its own size.
+def open_data(data):
+    """The source that a run trains on.
 
-    Rotated as EXIF says, transparency laid on white.
+    data: `config.Data`.
+
+    Raises:
+      DataError: it cannot be opened, or a class is not in it.
     """
-    if isinstance(image, np.ndarray):
-        image = Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image)
-    else:
-        image = ImageOps.exif_transpose(Image.open(io.BytesIO(image)))
-    if image.mode == "F":
-        raise ValueError("images of floating-point numbers have no agreed range")
-    if image.mode.startswith("I"):  # 16 or 32 bit grey; convert() would clip at 255
-        pixels = np.asarray(image).astype(np.int64)
-        wide = image.mode.startswith("I;16") or pixels.max() > 255
-        image = Image.fromarray((pixels >> 8 if wide else pixels).clip(0, 255).astype(np.uint8))
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert("RGB" if channels == 3 else "L")
-
-
-def decode(image, size: int, channels: int) -> np.ndarray:
-    """Encoded bytes or uint8 [H, W, C] -> uint8 [size, size, channels].
-
-    Opened as `open_image` does; short side resized to `size` (bicubic), centre cropped. Images of the right size
-    pass through untouched.
-    """
-    image = open_image(image, channels)
-    short = min(image.size)
-    left, top = (image.width - short) // 2, (image.height - short) // 2
-    middle = (left, top, left + short, top + short)
-    # Only the middle is computed: all of a very long image, enlarged, would not fit into memory.
-    image = image.crop(middle) if short == size else image.resize((size, size), Image.Resampling.BICUBIC, box=middle)
-    return np.asarray(image).reshape(size, size, channels)
+    source = open_source(data.path, data.labels or bool(data.classes), data.split)
+    return select(source, data.classes, data.fraction, data.fraction_seed, data.labels)
 
 
 class Batches:
@@ -114,13 +89,13 @@ class Batches:
         """
         if batch_size % hosts:
             raise DataError(f"batch_size {batch_size} does not divide among {hosts} hosts")
-        self.source = open_source(data.path, data.labels) if source is None else source
+        self.source = open_data(data) if source is None else source
         self._stream = (
             grain.MapDataset.range(len(self.source))
             .seed(seed)
             .shuffle()
             .repeat(max(1, _STREAM_LENGTH // len(self.source)))
-            .map_with_index(_Decode(self.source, data.image_size, data.channels))
+            .map_with_index(_Decode(self.source, Framing(data.image_size, data.channels)))
         )
         self._data, self._batch_size, self._host, self._hosts = data, batch_size, host, hosts
         self._next = 0

@@ -12,13 +12,14 @@ import os
 import pathlib
 
 import numpy as np
-import PIL
-from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
+from array_record.python.array_record_module import ArrayRecordWriter
 from PIL import Image
 
 from maskdm_jax.data import DataError
-from maskdm_jax.data.pipeline import UNREADABLE_LIMIT, decode
-from maskdm_jax.data.prepared import CARD, content_hash, encode_record, read_card, shard_name
+from maskdm_jax.data.images import DECODER, Framing, decode
+from maskdm_jax.data.pipeline import UNREADABLE_LIMIT
+from maskdm_jax.data.prepared import CARD, LABELS, encode_record, image_digest, read_card, shard_hash, shard_name
+from maskdm_jax.data.sources import read_patiently
 from maskdm_jax.observe import write_atomically
 
 PER_SHARD = 2048  # images of the source; a stop loses the work on one shard at most
@@ -31,10 +32,9 @@ class Plan:
 
     source: str
     names_hash: str  # of the source's names in order
+    split: str
     images: int
-    size: int
-    channels: int
-    labels: bool
+    image: dict  # the framing, described
     classes: list[str]
     per_shard: int
 
@@ -45,16 +45,16 @@ class Plan:
 
 
 def prepare(
-    source, out, *, name: str, size: int, channels: int = 3, threads: int = 0, per_shard=PER_SHARD, progress=None
+    source, out, framing: Framing, *, name: str, split: str = "", threads: int = 0, per_shard=PER_SHARD, progress=None
 ):
     """Write a prepared set of a source's images; see `data.prepared`. Call it again to go on after a stop.
 
     Args:
       source: a source; see `data.sources`. Its classes, if it was opened with labels, become the set's.
       out: folder, new, empty or with an unfinished set of the same images and settings.
+      framing: crop, size and filter. Images are stored losslessly, as PNG.
       name: of the source, for the card.
-      size: side S of the images: short side resized (bicubic), centre cropped. Stored losslessly, as PNG.
-      channels: 3 (colour) or 1 (grey).
+      split: of the source, for the card.
       threads: that decode and encode; 0 takes two per core.
       progress: called with the number of source images done, after each.
 
@@ -69,19 +69,16 @@ def prepare(
     plan = Plan(
         source=name,
         names_hash=hashlib.sha256("\0".join(source.names).encode("utf-8", "surrogateescape")).hexdigest(),
+        split=split,
         images=len(source),
-        size=size,
-        channels=channels,
-        labels=bool(source.classes),
+        image=framing.describe(),
         classes=list(source.classes),
         per_shard=per_shard,
     )
-    if size < 1 or channels not in (1, 3):
-        raise DataError(f"size {size} must be at least 1 and channels {channels} 3 or 1")
     finished = _claim(out, plan)
     if finished is not None:
         return finished
-    notes, done = [], 0
+    notes = []
     with concurrent.futures.ThreadPoolExecutor(threads or 2 * (os.cpu_count() or 1)) as pool:
         for i in range(plan.shards):
             start = i * per_shard
@@ -93,35 +90,33 @@ def prepare(
                     if progress:
                         progress(start + within)
 
-                note = _write_shard(source, plan, out, i, range(start, stop), pool, tick)
+                note = _write_shard(source, plan, framing, out, i, range(start, stop), pool, tick)
             notes.append(note)
-            done = stop
             if progress:
-                progress(done)
+                progress(stop)
             _check_unreadable(plan, notes)
     for i, note in enumerate(notes):
         _verify(out / shard_name(i, plan.shards), note)
-    counts = collections.Counter()
-    for note in notes:
-        counts.update({int(label): number for label, number in note["labels"].items()})
+    labels = np.asarray([label for note in notes for label in note["labels"]], np.int32)
+    counts = collections.Counter(labels.tolist())
+    if plan.classes:
+        buffer = io.BytesIO()
+        np.save(buffer, labels)
+        write_atomically(out / LABELS, buffer.getvalue())
     card = dict(
         format="maskdm-jax prepared images, version 1",
         source=plan.source,
-        image=dict(
-            size=size,
-            channels=channels,
-            crop="centre square of the short side",
-            resize=f"Pillow {PIL.__version__} bicubic with antialiasing, none if the size is right",
-            colour="EXIF rotation applied, transparency on white, converted to " + ("RGB" if channels == 3 else "grey"),
-            encoding="PNG",
-        ),
-        count=sum(note["count"] for note in notes),
+        split=plan.split,
+        image=plan.image,
+        decoder=DECODER,
+        encoding="PNG",
+        count=len(labels),
         classes=plan.classes,
-        count_by_class={plan.classes[label]: counts[label] for label in sorted(counts)} if plan.labels else {},
+        count_by_class={name: counts[label] for label, name in enumerate(plan.classes)},
         left_out=[entry for note in notes for entry in note["left_out"]],
+        content_hash=hashlib.sha256(bytes.fromhex("".join(note["digests"] for note in notes))).hexdigest(),
         shards=plan.shards,
         shard_hashes=[note["hash"] for note in notes],
-        content_hash=content_hash([note["hash"] for note in notes]),
         prepared=datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"),
     )
     write_atomically(out / CARD, json.dumps(card, indent=2, ensure_ascii=False).encode())
@@ -136,10 +131,12 @@ def _claim(out: pathlib.Path, plan: Plan) -> dict | None:
     wanted = json.loads(json.dumps(dataclasses.asdict(plan)))
     if (out / CARD).exists():
         card = read_card(out)
-        if card["source"] == plan.source and card["image"]["size"] == plan.size and card["classes"] == plan.classes:
+        changed = [key for key in ("source", "split", "image", "classes") if card.get(key) != wanted[key]]
+        if not changed:
             return card
         raise DataError(
-            f"{out} holds a finished set of {card['source']} at {card['image']['size']} px; give another folder"
+            f"{out} holds a finished set of {card['source']} at {card['image']['size']} px, which differs in "
+            f"{', '.join(changed)}; give another folder"
         )
     if (out / _PLAN).exists():
         try:
@@ -170,35 +167,36 @@ def _note_of(out: pathlib.Path, i: int) -> dict | None:
     return None
 
 
-def _write_shard(source, plan: Plan, out: pathlib.Path, i: int, numbers, pool, tick) -> dict:
+def _write_shard(source, plan: Plan, framing: Framing, out: pathlib.Path, i: int, numbers, pool, tick) -> dict:
     """Write shard i under a temporary name, then rename it and note what is in it."""
     path = out / shard_name(i, plan.shards)
     temporary = path.with_name(f".{path.name}.tmp")
 
     def one(number):
         try:
-            image, label = source.read(number)
-            return _png(decode(image, plan.size, plan.channels)), label
+            image, label = read_patiently(source, number)
+            pixels, label = decode(image, framing), label if plan.classes else -1
+            return _png(pixels), label, image_digest(label, pixels)
         except Exception as error:  # whatever a decoder throws at a damaged file
-            return error, -1
+            return error, -1, b""
 
-    digest, labels, left_out, count = hashlib.sha256(), collections.Counter(), [], 0
+    written, labels, digests, left_out = hashlib.sha256(), [], [], []
     try:
         with _writing(path):
             writer = ArrayRecordWriter(str(temporary), "group_size:1")
         try:
-            for within, (number, (image, label)) in enumerate(zip(numbers, pool.map(one, numbers), strict=True), 1):
+            results = zip(numbers, pool.map(one, numbers), strict=True)
+            for within, (number, (image, label, digest)) in enumerate(results, 1):
                 if isinstance(image, Exception):
                     reason = str(image).strip().splitlines() or [type(image).__name__]
                     left_out.append(f"{source.names[number]}: {reason[0][:200]}")
                 else:
-                    label = label if plan.labels else -1
                     record = encode_record(source.names[number], label, image)
                     with _writing(path):
                         writer.write(record)
-                    digest.update(record)
-                    labels[label] += 1
-                    count += 1
+                    written.update(record)
+                    labels.append(label)
+                    digests.append(digest.hex())
                 tick(within)
         finally:
             with _writing(path):
@@ -206,7 +204,7 @@ def _write_shard(source, plan: Plan, out: pathlib.Path, i: int, numbers, pool, t
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
-    note = dict(count=count, labels={str(k): v for k, v in labels.items()}, left_out=left_out, hash=digest.hexdigest())
+    note = dict(labels=labels, left_out=left_out, hash=written.hexdigest(), digests="".join(digests))
     write_atomically(_note_path(out, i), json.dumps(note).encode())
     return note
 
@@ -228,7 +226,7 @@ def _png(image: np.ndarray) -> bytes:
 
 def _check_unreadable(plan: Plan, notes: list[dict]) -> None:
     left_out = [entry for note in notes for entry in note["left_out"]]
-    if len(left_out) > max(UNREADABLE_LIMIT * plan.images, 0):
+    if len(left_out) > UNREADABLE_LIMIT * plan.images:
         raise DataError(
             f"{len(left_out)} of {plan.images} images are unreadable, more than {UNREADABLE_LIMIT:.0%} "
             f"({'; '.join(left_out[:3])}); repair or remove them"
@@ -241,12 +239,9 @@ def _verify(path: pathlib.Path, note: dict) -> None:
     Raises:
       DataError: they differ; the shard's note is removed, so that the next call writes it again.
     """
-    digest, reader = hashlib.sha256(), None
+    found = None
     with contextlib.suppress(RuntimeError, OSError):
-        reader = ArrayRecordReader(str(path), "readahead_buffer_size:0")
-        for record in reader.read_all() if note["count"] else ():
-            digest.update(record)
-        reader.close()
-    if digest.hexdigest() != note["hash"]:
+        found = shard_hash(path)
+    if found != note["hash"]:
         _note_path(path.parent, int(path.name.split("-")[1])).unlink(missing_ok=True)
         raise DataError(f"{path} is not what was written; run the same command again to write it anew")

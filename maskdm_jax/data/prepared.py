@@ -2,21 +2,27 @@
 
     DIR/card.json                              written last: a folder without it is unfinished
     DIR/images-00000-of-00012.arrayrecord      records, each an image with its label and its name
+    DIR/labels.npy                             int32, the label of each image, if there are classes
 
 A record is `<i` label (-1 without), `<H` length of the name, the name in UTF-8, and the encoded image.
 """
 
 import collections.abc
+import contextlib
 import hashlib
 import json
+import os
 import pathlib
 import struct
 
+import numpy as np
+from array_record.python.array_record_module import ArrayRecordReader
 from grain.sources import ArrayRecordDataSource
 
 from maskdm_jax.data import DataError
 
 CARD = "card.json"
+LABELS = "labels.npy"
 _HEAD = struct.Struct("<iH")
 
 
@@ -39,9 +45,69 @@ def decode_record(record: bytes) -> tuple[str, int, bytes]:
     return name, label, record[start + length :]
 
 
-def content_hash(shard_hashes: list[str]) -> str:
-    """The set's hash, of the SHA-256 of each shard's records in order."""
-    return hashlib.sha256("".join(shard_hashes).encode()).hexdigest()
+def image_digest(label: int, pixels: np.ndarray) -> bytes:
+    """SHA-256 of an image as it will be seen: label, shape and uint8 pixels, whatever the encoding."""
+    head = np.asarray([label, *pixels.shape], "<i4").tobytes()
+    return hashlib.sha256(head + np.ascontiguousarray(pixels).tobytes()).digest()
+
+
+def shard_hash(path) -> str:
+    """SHA-256 of a shard's records, one after the other.
+
+    Raises:
+      RuntimeError, OSError: it cannot be read.
+    """
+    digest = hashlib.sha256()
+    reader = ArrayRecordReader(str(path), "readahead_buffer_size:0")
+    try:
+        count = reader.num_records()
+        for start in range(0, count, 64):  # bounded in memory, unlike read_all
+            for record in reader.read(start, min(start + 64, count)):
+                digest.update(record)
+    finally:
+        reader.close()
+    return digest.hexdigest()
+
+
+def cache_folder() -> pathlib.Path:
+    """Where copies and statistics are kept: $MASKDM_CACHE, or maskdm_jax in $XDG_CACHE_HOME or ~/.cache."""
+    default = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "maskdm_jax"
+    return pathlib.Path(os.environ.get("MASKDM_CACHE") or default).expanduser().absolute()
+
+
+def fetch(files, root: str) -> pathlib.Path:
+    """Copy a prepared set from an object store to the cache, unless it is there, and verify it.
+
+    files, root: fsspec file system and path of the set.
+
+    Raises:
+      DataError: a shard arrived damaged.
+    """
+    card = json.loads(files.cat_file(f"{root}/{CARD}"))
+    target = cache_folder() / "sets" / card["content_hash"]
+    if (target / CARD).exists():
+        return target
+    target.mkdir(parents=True, exist_ok=True)
+    for i, expected in enumerate(card["shard_hashes"]):
+        path = target / shard_name(i, card["shards"])
+        if path.exists():
+            continue
+        temporary = target / f".{path.name}.{os.getpid()}.tmp"
+        try:
+            files.get_file(f"{root}/{path.name}", str(temporary))
+            found = None
+            with contextlib.suppress(RuntimeError):
+                found = shard_hash(temporary)
+            if found != expected:
+                raise DataError(f"{root}/{path.name} is not what its card says; copy the set there again")
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+    for name in ([LABELS] if card["classes"] else []) + [CARD]:
+        temporary = target / f".{name}.{os.getpid()}.tmp"
+        files.get_file(f"{root}/{name}", str(temporary))
+        os.replace(temporary, target / name)
+    return target
 
 
 def read_card(path) -> dict:
@@ -93,6 +159,7 @@ class PreparedImages:
         if count != self.card["count"]:
             raise DataError(f"{path} has {count} images, its card says {self.card['count']}; copy or prepare it again")
         self.names = _Names(self._records)
+        self.labels = _read_labels(pathlib.Path(path) / LABELS, count) if labels else []
 
     def __len__(self):
         return self.card["count"]
@@ -101,6 +168,16 @@ class PreparedImages:
         """Encoded bytes and label (0 when labels were not asked for)."""
         _, label, image = decode_record(self._records[i])
         return image, label if self.classes else 0
+
+
+def _read_labels(path: pathlib.Path, count: int) -> np.ndarray:
+    try:
+        labels = np.load(path, allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise DataError(f"{path} is missing or damaged ({error}); copy or prepare the set again") from None
+    if labels.shape != (count,):
+        raise DataError(f"{path} has {labels.size} labels for {count} images; copy or prepare the set again")
+    return labels
 
 
 class _Names(collections.abc.Sequence):

@@ -1,22 +1,25 @@
-"""Where images are: prepared sets, folders, zip files, the embedded set. Random access, safe to pickle into workers.
+"""Where images are: prepared sets, folders, archives, databases, object stores. Random access, safe to pickle.
 
-A source has `names` (one per image), `classes` (names, or [] without labels), `len()` and `read(i)` ->
-(image, label): the image as it is stored, encoded bytes or a uint8 array [H, W, C].
+A source has `names` (one per image), `classes` (names, or [] without labels), `labels` (numbers of classes, one per
+image, or [] without), `len()` and `read(i)` -> (image, label): the image as it is stored, encoded bytes or a uint8
+array [H, W, C], and 0 for the label without labels.
 """
 
+import collections.abc
 import importlib.resources
 import io
-import itertools
 import os
 import pathlib
-import zipfile
+import time
 
 import numpy as np
 
 from maskdm_jax.data import DataError
-from maskdm_jax.data.prepared import CARD, PreparedImages
+from maskdm_jax.data.databases import LmdbImages, TfdsImages
+from maskdm_jax.data.files import ImageFolder, RemoteFolder, TarImages, ZipImages, connect, is_tar
+from maskdm_jax.data.prepared import CARD, PreparedImages, fetch
 
-SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"}
+_PAUSES = (0.1, 1.0, 5.0)  # seconds before a failed read is tried again
 
 
 class Digits:
@@ -25,126 +28,129 @@ class Digits:
     def __init__(self, labels: bool = False):
         with importlib.resources.files("maskdm_jax.data").joinpath("digits.npz").open("rb") as file:
             stored = np.load(io.BytesIO(file.read()))
-        self._images, self._labels = stored["images"], stored["labels"]
+        self._images, self._labels = stored["images"], stored["labels"].tolist()
         self.names = [f"digits[{i}]" for i in range(len(self._images))]
         self.classes = [str(digit) for digit in range(10)] if labels else []
+        self.labels = self._labels if labels else []
 
     def __len__(self):
         return len(self.names)
 
     def read(self, i: int):
         """Image (uint8 [8, 8, 1]) and label."""
-        return self._images[i], int(self._labels[i])
+        return self._images[i], self._labels[i]
 
 
-class ImageFolder:
-    """All images under a folder, nested or flat."""
+class Selection:
+    """Some images of a source, by number; labels count along `classes`, a part of the source's."""
 
-    def __init__(self, path, labels: bool = False):
-        self._root = pathlib.Path(path)
-        self.names, self._labels, self.classes = _index(path, list(_walk(str(self._root), "", set())), labels)
-
-    def __len__(self):
-        return len(self.names)
-
-    def read(self, i: int):
-        """Encoded bytes and label."""
-        return (self._root / self.names[i]).read_bytes(), self._labels[i]
-
-
-def _walk(folder: str, prefix: str, seen: set):
-    """Names of the regular files under a folder; links are followed, but no folder is entered twice."""
-    status = os.stat(folder)
-    if (status.st_dev, status.st_ino) in seen:
-        return
-    seen.add((status.st_dev, status.st_ino))
-    with os.scandir(folder) as entries:
-        for entry in sorted(entries, key=lambda entry: entry.name):
-            if entry.is_dir():
-                yield from _walk(entry.path, f"{prefix}{entry.name}/", seen)
-            elif entry.is_file():  # a pipe would block whoever reads it
-                yield prefix + entry.name
-
-
-class ZipImages:
-    """All images in a zip file, nested or flat, read without unpacking it."""
-
-    def __init__(self, path, labels: bool = False):
-        self._path = pathlib.Path(path)
-        self._archive = None
-        try:
-            entries = [info for info in self._open().infolist() if not info.is_dir()]
-        except (zipfile.BadZipFile, NotImplementedError) as error:
-            raise DataError(f"{path} is not a readable zip file ({error}); give a .zip or a folder of images") from None
-        locked = [info.filename for info in entries if info.flag_bits & 1]
-        if locked:
-            raise DataError(f"{path} is encrypted ({locked[0]!r} needs a password); unpack it and give the folder")
-        found = [info.filename for info in entries]
-        self.names, self._labels, self.classes = _index(path, found, labels)
+    def __init__(self, source, numbers, classes: list[str]):
+        self._source, self._numbers, self.classes = source, np.asarray(numbers), list(classes)
+        new = {source.classes.index(name): i for i, name in enumerate(self.classes)}
+        self.labels = [new[source.labels[i]] for i in self._numbers] if self.classes else []
+        self.names = _Picked(source.names, self._numbers)
 
     def __len__(self):
-        return len(self.names)
+        return len(self._numbers)
 
     def read(self, i: int):
-        """Encoded bytes and label."""
-        return self._open().read(self.names[i]), self._labels[i]
-
-    def _open(self):
-        if self._archive is None:  # opened once per process; ZipFile locks its own reads among threads
-            self._archive = zipfile.ZipFile(self._path)
-        return self._archive
-
-    def __getstate__(self):
-        return self.__dict__ | {"_archive": None}
+        """Image and label."""
+        return self._source.read(int(self._numbers[i]))[0], self.labels[i] if self.labels else 0
 
 
-def open_source(path: str, labels: bool = False):
-    """Open `digits`, a prepared set, a folder or a .zip.
+class _Picked(collections.abc.Sequence):
+    """Elements of a sequence by number, looked up when they are asked for."""
+
+    def __init__(self, sequence, numbers):
+        self._sequence, self._numbers = sequence, numbers
+
+    def __len__(self):
+        return len(self._numbers)
+
+    def __getitem__(self, i):
+        return self._sequence[int(self._numbers[i])]
+
+
+def open_source(path: str, labels: bool = False, split: str = ""):
+    """Open what a path names: `digits`, a prepared set, a TFDS data folder, a folder, .zip or .tar of images, an LMDB.
+
+    Paths with a scheme (gs://, s3://, ...) are read through fsspec; a prepared set there is copied to a local cache.
+
+    Args:
+      path: as above; `~` is the home folder.
+      labels: whether classes are wanted.
+      split: of a TFDS data folder, `train` when empty; other sources have none.
 
     Raises:
       DataError: nothing is there, it is of another kind, it holds no image, or labels are asked of a flat set.
     """
+
+    def without_split(source):
+        if split:
+            raise DataError(f"{path!r} has no splits; leave split empty, it is {split!r}")
+        return source
+
     if path == "digits":
-        return Digits(labels)
+        return without_split(Digits(labels))
+    if "://" in path:
+        if path.lower().endswith(".zip"):
+            return without_split(ZipImages(path, labels))
+        files, root = connect(path)
+        if files.exists(f"{root}/{CARD}"):
+            return without_split(PreparedImages(fetch(files, root), labels))
+        return without_split(RemoteFolder(path, labels))
     place = pathlib.Path(os.path.expanduser(path))
     if (place / CARD).exists():
-        return PreparedImages(place, labels)
+        return without_split(PreparedImages(place, labels))
+    if (place / "dataset_info.json").exists():
+        return TfdsImages(place, labels, split)
+    if (place / "data.mdb").exists():
+        return without_split(LmdbImages(place, labels))
     if place.is_dir():
-        return ImageFolder(place, labels)
+        return without_split(ImageFolder(place, labels))
     if place.is_file() and place.suffix.lower() == ".zip":
-        return ZipImages(place, labels)
+        return without_split(ZipImages(place, labels))
+    if place.is_file() and is_tar(place):
+        return without_split(TarImages(place, labels))
     if place.exists():
-        raise DataError(f"{path!r} is neither a folder nor a .zip of images")
+        raise DataError(f"{path!r} is neither a folder nor a .zip or .tar of images")
     raise DataError(f"{path!r} does not exist; give a folder or .zip of images, a prepared set, or 'digits'")
 
 
-def _index(path, found: list[str], labels: bool):
-    """Sorted image names, the label of each, and the class names."""
-    names = sorted(
-        name
-        for name in found
-        if pathlib.PurePosixPath(name).suffix.lower() in SUFFIXES
-        and not any(part.startswith((".", "__MACOSX")) for part in pathlib.PurePosixPath(name).parts if part != "..")
-    )
-    if not names:
-        kinds = ", ".join(sorted(SUFFIXES))
-        raise DataError(f"{path} holds no images; looked through {len(found)} files for {kinds}")
-    if not labels:
-        return names, [0] * len(names), []
-    # A wrapping folder that all images share is not a class: the first level that differs is.
-    folders = [pathlib.PurePosixPath(name).parts[:-1] for name in names]
-    shared = sum(1 for _ in itertools.takewhile(lambda level: len(set(level)) == 1, zip(*folders, strict=False)))
-    if len(set(folders)) == 1 and folders[0]:
-        raise DataError(
-            f"{path} has only one class folder, {'/'.join(folders[0])!r}; labels need two, or set "
-            "--config.data.labels=False --config.model.num_classes=0"
-        )
-    if any(len(parts) <= shared for parts in folders):
-        stray = next(name for name, parts in zip(names, folders, strict=True) if len(parts) <= shared)
-        raise DataError(
-            f"{path} has no class folder for {stray!r}; put every image into a folder per class, at least two of them, "
-            "or set --config.data.labels=False --config.model.num_classes=0"
-        )
-    classes = sorted({parts[shared] for parts in folders})
-    number = {name: i for i, name in enumerate(classes)}
-    return names, [number[parts[shared]] for parts in folders], classes
+def select(source, classes=(), fraction: float = 1.0, seed: int = 0, labels: bool = True):
+    """The images of some classes, or a fixed random share of the images, or both.
+
+    classes: names; all when empty. They are numbered in this order.
+    fraction: in (0, 1], of the images of those classes, at least one. The same seed always gives the same images,
+      and those of a smaller fraction are among those of a larger one.
+    labels: whether the result has any; False leaves them out after choosing by them.
+
+    Raises:
+      DataError: a class is unknown, or the source was opened without labels.
+    """
+    numbers = np.arange(len(source))
+    if classes:
+        unknown = [name for name in classes if name not in source.classes]
+        if unknown:
+            known = ", ".join(source.classes[:20]) + (", ..." if len(source.classes) > 20 else "")
+            raise DataError(f"classes {unknown} are not in the data; it has {known or 'no labels'}")
+        wanted = [source.classes.index(name) for name in classes]
+        numbers = np.flatnonzero(np.isin(np.asarray(source.labels), wanted))
+    if fraction < 1:
+        keep = max(1, round(fraction * len(numbers)))
+        numbers = np.sort(numbers[np.random.default_rng(seed).permutation(len(numbers))[:keep]])
+    if len(numbers) == len(source) and not classes:
+        return source
+    return Selection(source, numbers, (classes or source.classes) if labels else ())
+
+
+def read_patiently(source, i: int):
+    """`source.read(i)`, tried again a few times after an error of the disk or network, which are often busy."""
+    for pause in _PAUSES:
+        try:
+            return source.read(i)
+        except (FileNotFoundError, PermissionError, IsADirectoryError):
+            raise
+        except OSError:
+            time.sleep(pause)
+    return source.read(i)

@@ -11,7 +11,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from maskdm_jax import checkpoint, generate, sharding
-from maskdm_jax.data.pipeline import open_image
+from maskdm_jax.data.images import open_image
 from maskdm_jax.data.sources import DataError, open_source
 from maskdm_jax.evaluation import inception
 from maskdm_jax.evaluation.metrics import Moments, MomentSums

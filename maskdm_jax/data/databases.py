@@ -1,0 +1,232 @@
+"""Images in databases: LMDB, TFDS data folders, and arrays in batch files. See `sources` for what a source is."""
+
+import contextlib
+import functools
+import math
+import os
+import pathlib
+import pickle
+import tarfile
+import threading
+import weakref
+import zipfile
+
+import lmdb
+import numpy as np
+
+from maskdm_jax.data import DataError
+
+_OPEN_DATABASES = weakref.WeakValueDictionary()  # by path
+
+
+class LmdbImages:
+    """All values of an LMDB as images: encoded files, as LSUN has them, or bare pixels of a square colour image.
+
+    In the order of the keys, which are the names.
+    """
+
+    def __init__(self, path, labels: bool = False):
+        if labels:
+            raise DataError(f"{path} is an LMDB, which has no labels; set --config.data.labels=False")
+        self._path, self._database, self.classes, self.labels = os.path.realpath(path), None, [], []
+        try:
+            database = self._open()
+            needed = (database.info()["last_pgno"] + 1) * database.stat()["psize"]
+            there = os.path.getsize(os.path.join(self._path, "data.mdb"))
+            if there < needed:  # reading on would end the process
+                raise DataError(f"{path} is cut short: {there} of {needed} bytes; copy it again")
+            with database.begin() as transaction:
+                keys = [bytes(key) for key in transaction.cursor().iternext(values=False)]
+        except lmdb.Error as error:
+            raise DataError(f"{path} is not a readable LMDB ({error}); copy it again") from None
+        self._keys = [key for key in keys if key not in (b"length", b"__len__", b"__keys__")]
+        if not self._keys:
+            raise DataError(f"{path} is empty; copy it again")
+
+    @functools.cached_property
+    def names(self) -> list[str]:
+        """The keys as text."""
+        return [key.decode("utf-8", "backslashreplace") for key in self._keys]
+
+    def __len__(self):
+        return len(self._keys)
+
+    def read(self, i: int):
+        """Encoded bytes, or uint8 [S, S, 3], and 0."""
+        with self._open().begin() as transaction:
+            value = transaction.get(self._keys[i])
+        side = math.isqrt(len(value) // 3)
+        if side * side * 3 == len(value) and not value.startswith((b"\xff\xd8", b"\x89PNG", b"RIFF")):
+            return np.frombuffer(value, np.uint8).reshape(side, side, 3), 0
+        return value, 0
+
+    def _open(self):
+        if self._database is None:  # a process must not open a database twice
+            self._database = _OPEN_DATABASES.get(self._path)
+        if self._database is None:  # without locks, for it may lie on a read-only disk
+            self._database = lmdb.open(self._path, readonly=True, lock=False, readahead=False, max_readers=1024)
+            _OPEN_DATABASES[self._path] = self._database
+        return self._database
+
+    def __getstate__(self):
+        return self.__dict__ | {"_database": None}
+
+
+class TfdsImages:
+    """A split of a TFDS data folder (.../NAME/VERSION), read without TensorFlow."""
+
+    def __init__(self, path, labels: bool = False, split: str = ""):
+        """Raises:
+        DataError: the folder was prepared as TFRecords, or has no such split, image or label.
+        """
+        import tensorflow_datasets as tfds  # seconds to import
+
+        split = split or "train"
+        try:
+            builder = tfds.builder_from_directory(os.fspath(path))
+            features = builder.info.features
+            image = next(name for name in features if isinstance(features[name], tfds.features.Image))
+            skip = {image: tfds.decode.SkipDecoding()}
+            self._records = builder.as_data_source(split, decoders=skip)
+        except StopIteration:
+            raise DataError(f"{path} has no image; its features are {', '.join(features)}") from None
+        except NotImplementedError:
+            raise DataError(
+                f"{path} was not prepared for random access; prepare it again with "
+                "tfds build --file_format=array_record"
+            ) from None
+        except Exception as error:  # whatever TFDS throws
+            raise DataError(f"{path}, split {split!r}: {str(error).strip().splitlines()[0][:300]}") from None
+        self._image, self.classes, self._label = image, [], None
+        kinds = [name for name in features if isinstance(features[name], tfds.features.ClassLabel)]
+        if labels:
+            if len(kinds) != 1:
+                raise DataError(
+                    f"{path} has {len(kinds)} class labels ({', '.join(kinds)}), not one; set "
+                    "--config.data.labels=False --config.model.num_classes=0"
+                )
+            self._label = kinds[0]
+            self.classes = list(features[self._label].names)
+        self._text = next((name for name in ("file_name", "image/filename", "id") if name in features), None)
+        self.names = [f"{pathlib.Path(path).parent.name}/{split}[{i}]" for i in range(len(self._records))]
+
+    @functools.cached_property
+    def labels(self) -> list[int]:
+        """Reads all records."""
+        return [int(self._records[i][self._label]) for i in range(len(self))] if self._label else []
+
+    def __len__(self):
+        return len(self._records)
+
+    def read(self, i: int):
+        """Encoded bytes and label."""
+        record = self._records[i]
+        return record[self._image], int(record[self._label]) if self._label else 0
+
+
+class ArrayBatches:
+    """Images in a few large files of arrays, as CIFAR-10 and the down-sampled ImageNet are published.
+
+    A file holds `data`, uint8 [n, 3 * S * S], colour planes one after the other, and `labels`: an .npz, a pickled
+    dict (only arrays, numbers, text, lists and dicts are read; nothing is executed), or CIFAR's binary records.
+    """
+
+    def __init__(self, files: list[tuple[str, str]], classes: list[str], *, first_label: int = 0):
+        """files: pairs of a path and "", or of an archive (zip, tar) and the name of a member of it, in order;
+        classes: names, [] for no labels; first_label: number of the first class in the files.
+
+        Loads every file once, for its labels. Two at a time are kept.
+
+        Raises:
+          DataError: a file is damaged or of another kind.
+        """
+        self._files, self.classes, self._kept, self._lock = files, classes, {}, threading.Lock()
+        self.labels, self._starts = [], [0]  # starts: number of each file's first image, and of all
+        for number in range(len(files)):
+            data, labels = self._load(number)
+            if len(labels) != len(data):
+                raise DataError(f"{self._name(number)} has {len(data)} images and {len(labels)} labels; copy it again")
+            self._starts.append(self._starts[-1] + len(data))
+            self.labels += [int(label) - first_label for label in labels] if classes else []
+        if self.labels and not 0 <= min(self.labels) <= max(self.labels) < len(classes):
+            raise DataError(
+                f"{files[0][0]}: labels {min(self.labels)} to {max(self.labels)} are not {len(classes)} classes"
+            )
+
+    @functools.cached_property
+    def names(self) -> list[str]:
+        """File and number."""
+        sizes = np.diff(self._starts)
+        return [f"{self._name(number)}[{i}]" for number, size in enumerate(sizes) for i in range(size)]
+
+    def __len__(self):
+        return self._starts[-1]
+
+    def read(self, i: int):
+        """Image (uint8 [S, S, 3]) and label."""
+        number = int(np.searchsorted(self._starts, i, side="right")) - 1
+        row = self._load(number)[0][i - self._starts[number]]
+        side = math.isqrt(row.size // 3)
+        return np.ascontiguousarray(row.reshape(3, side, side).transpose(1, 2, 0)), self.labels[i] if self.labels else 0
+
+    def _name(self, number: int) -> str:
+        path, member = self._files[number]
+        return pathlib.PurePosixPath(member or path).name
+
+    def _load(self, number: int):
+        with self._lock:
+            if number not in self._kept:
+                while len(self._kept) > 1:
+                    del self._kept[next(iter(self._kept))]
+                self._kept[number] = _read_arrays(*self._files[number])
+            return self._kept[number]
+
+
+def _read_arrays(path: str, member: str):
+    """(data, labels) of a file."""
+    where = f"{path}:{member}" if member else path
+    try:
+        with contextlib.ExitStack() as stack:
+            if not member:
+                file = stack.enter_context(open(path, "rb"))
+            elif zipfile.is_zipfile(path):
+                file = stack.enter_context(stack.enter_context(zipfile.ZipFile(path)).open(member))
+            else:
+                file = stack.enter_context(tarfile.open(path)).extractfile(member)
+            if where.endswith(".npz"):
+                with np.load(file, allow_pickle=False) as stored:
+                    found = {"data": stored["data"], "labels": stored["labels"]}
+            elif where.endswith(".bin"):
+                records = np.frombuffer(file.read(), np.uint8).reshape(-1, 1 + 3 * 32 * 32)
+                found = {"data": records[:, 1:], "labels": records[:, 0]}
+            else:
+                found = {str(k, "ascii") if isinstance(k, bytes) else k: v for k, v in _Arrays(file).load().items()}
+        data, labels = np.asarray(found["data"]), np.asarray(found["labels"])
+        side = math.isqrt(data.shape[1] // 3)
+        if data.dtype != np.uint8 or data.ndim != 2 or side * side * 3 != data.shape[1]:
+            raise ValueError(f"data is {data.dtype} {data.shape}, not uint8 [n, 3 * S * S]")
+    except (FileNotFoundError, PermissionError):
+        raise
+    except Exception as error:  # whatever a damaged file makes of its reader
+        raise DataError(f"{where} is damaged or of another kind ({error}); copy it again") from None
+    return data, labels
+
+
+_ARRAY_PARTS = {
+    ("numpy", "ndarray"),
+    ("numpy", "dtype"),
+    ("_codecs", "encode"),
+    *((module, "_reconstruct") for module in ("numpy.core.multiarray", "numpy._core.multiarray")),
+}
+
+
+class _Arrays(pickle.Unpickler):
+    """Reads pickles of plain containers and NumPy arrays; any other name in the file is refused."""
+
+    def __init__(self, file):
+        super().__init__(file, encoding="bytes")
+
+    def find_class(self, module, name):
+        if (module, name) not in _ARRAY_PARTS:
+            raise pickle.UnpicklingError(f"it names {module}.{name}, which is not an array")
+        return super().find_class(module.replace("numpy.core", "numpy._core"), name)

@@ -1,0 +1,106 @@
+"""From encoded bytes to pixels: colour, rotation, crop and resize."""
+
+import dataclasses
+import io
+
+import numpy as np
+import PIL
+from PIL import Image, ImageOps
+
+FILTERS = {
+    "bicubic": Image.Resampling.BICUBIC,
+    "bilinear": Image.Resampling.BILINEAR,
+    "lanczos": Image.Resampling.LANCZOS,
+    "box": Image.Resampling.BOX,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Framing:
+    """What becomes of an image: its square `crop`, resized to `size`.
+
+    crop: `centre`, all of the short side: resized first, cropped after, as torchvision's Resize and CenterCrop do.
+      `centre:N`, the centred N x N pixels, or `LEFT,TOP,SIDE` in pixels: cropped first, resized after, so that
+      nothing outside counts.
+    filter: of `FILTERS`, with antialiasing. Images of the right size pass through untouched.
+    """
+
+    size: int
+    channels: int = 3  # 3 colour, 1 grey
+    crop: str = "centre"
+    filter: str = "bicubic"
+
+    def __post_init__(self):
+        if self.size < 1 or self.channels not in (1, 3):
+            raise ValueError(f"size {self.size} must be at least 1 and channels {self.channels} 3 or 1")
+        if self.filter not in FILTERS:
+            raise ValueError(f"filter {self.filter!r} is unknown; choose from {', '.join(FILTERS)}")
+        self.box((1 << 30, 1 << 30))
+
+    def box(self, image_size: tuple[int, int]) -> tuple[int, int, int, int]:
+        """The crop of an image of (width, height), as (left, top, right, bottom).
+
+        Raises:
+          ValueError: the crop is not understood or reaches beyond the image.
+        """
+        width, height = image_size
+        kind, _, number = self.crop.partition(":")
+        try:
+            if kind == "centre":
+                side = int(number) if number else min(width, height)
+                left, top = (width - side) // 2, (height - side) // 2
+            else:
+                left, top, side = map(int, self.crop.split(","))
+        except ValueError:
+            raise ValueError(
+                f"crop {self.crop!r} is not understood; give centre, centre:SIDE or LEFT,TOP,SIDE"
+            ) from None
+        if side < 1 or min(left, top) < 0 or left + side > width or top + side > height:
+            raise ValueError(f"crop {self.crop!r} does not fit into {width} x {height} pixels")
+        return left, top, left + side, top + side
+
+    def describe(self) -> dict:
+        """For data cards: what must be equal for two sets to be comparable."""
+        return dict(
+            size=self.size,
+            channels=self.channels,
+            crop=self.crop,
+            resize=f"Pillow {self.filter} with antialiasing, none if the size is right",
+            colour="EXIF rotation applied, transparency on white, converted to " + ("RGB", "grey")[self.channels == 1],
+        )
+
+
+DECODER = f"Pillow {PIL.__version__}"
+
+
+def open_image(image, channels: int) -> Image.Image:
+    """Encoded bytes or uint8 [H, W, C] -> 8-bit image in colour (3 channels) or grey (1), in its own size.
+
+    Rotated as EXIF says, transparency laid on white.
+    """
+    if isinstance(image, np.ndarray):
+        image = Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image)
+    else:
+        image = ImageOps.exif_transpose(Image.open(io.BytesIO(image)))
+    if image.mode == "F":
+        raise ValueError("images of floating-point numbers have no agreed range")
+    if image.mode.startswith("I"):  # 16 or 32 bit grey; convert() would clip at 255
+        pixels = np.asarray(image).astype(np.int64)
+        wide = image.mode.startswith("I;16") or pixels.max() > 255
+        image = Image.fromarray((pixels >> 8 if wide else pixels).clip(0, 255).astype(np.uint8))
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB" if channels == 3 else "L")
+
+
+def decode(image, framing: Framing) -> np.ndarray:
+    """Encoded bytes or uint8 [H, W, C] -> uint8 [size, size, channels], opened as `open_image` does."""
+    image, size = open_image(image, framing.channels), framing.size
+    box = framing.box(image.size)
+    if framing.crop != "centre" or box[2] - box[0] == size:
+        image, box = image.crop(box), None
+    if image.size != (size, size):
+        # With a box, only the middle is computed: all of a very long image, enlarged, would not fit into memory.
+        image = image.resize((size, size), FILTERS[framing.filter], box=box)
+    return np.asarray(image).reshape(size, size, framing.channels)

@@ -1,0 +1,212 @@
+"""The sets of the literature, from the files in which their authors publish them."""
+
+import csv
+import dataclasses
+import io
+import pathlib
+import re
+import tarfile
+import zipfile
+
+from maskdm_jax.data import DataError
+from maskdm_jax.data.databases import ArrayBatches, TfdsImages
+from maskdm_jax.data.files import decompressed, is_tar
+from maskdm_jax.data.images import Framing
+from maskdm_jax.data.sources import Selection, open_source
+
+CIFAR10 = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Published:
+    """How a set is used in the literature, and what it must hold."""
+
+    framing: Framing
+    counts: dict[str, int]  # images of each split; the first split is the default
+    classes: int = 0  # 0: without labels
+
+
+SETS = {
+    # The crop of DDIM (Song et al. 2021) and U-ViT: 128 x 128 pixels around (89, 121) of the aligned 178 x 218.
+    "celeba": Published(
+        Framing(64, crop="25,57,128", filter="bilinear"),
+        {"train": 162_770, "valid": 19_867, "test": 19_962, "all": 202_599},
+    ),
+    "celebahq": Published(Framing(256), {"all": 30_000, "train": 27_000, "valid": 3_000}),
+    "vggface2": Published(Framing(256), {"train": 3_141_890, "test": 169_396}, classes=8_631),
+    "lsun_church": Published(Framing(256), {"train": 126_227, "valid": 300}),
+    "cifar10": Published(Framing(32), {"train": 50_000, "test": 10_000}, classes=10),
+    "imagenet64": Published(Framing(64), {"train": 1_281_167, "valid": 50_000}, classes=1_000),
+}
+_TFDS_SPLITS = {"valid": "validation", "all": "all"}
+
+
+def open_published(
+    dataset: str, src: str, scratch, *, split: str = "", labels: bool | None = None, any_count: bool = False
+):
+    """Open a set of `SETS` from its files.
+
+    Args:
+      src: a folder with the files as they are published, one of them, the unpacked images, or `tfds:NAME`.
+      scratch: path of a file for an archive that must be decompressed; it is made only if needed.
+      split: one of the set's; its first when empty.
+      labels: whether classes are wanted; as the set has them when None.
+      any_count: accept another number of images than the set has.
+
+    Returns:
+      (source, split).
+
+    Raises:
+      DataError: files are missing or damaged, or their number is wrong.
+    """
+    known = SETS[dataset]
+    split = split or next(iter(known.counts))
+    if split not in known.counts:
+        raise DataError(f"{dataset} has no split {split!r}; choose from {', '.join(known.counts)}")
+    labels = known.classes > 0 if labels is None else labels
+    if src.startswith("tfds:"):
+        source = open_tfds(src, labels, _TFDS_SPLITS.get(split, split))
+    else:
+        place = pathlib.Path(src).expanduser()
+        if not place.exists():
+            raise DataError(f"{src!r} does not exist; give the folder with the files of {dataset}")
+        source = _OPENERS[dataset](place, split, labels, scratch)
+    if len(source) != known.counts[split] and not any_count:
+        raise DataError(
+            f"{src} holds {len(source)} images, but {dataset} ({split}) has {known.counts[split]}; give all of it, or "
+            "--any_count if you mean it"
+        )
+    return source, split
+
+
+def open_tfds(src: str, labels: bool, split: str = ""):
+    """`tfds:NAME`, fetched and prepared by TFDS unless it is there already."""
+    import tensorflow_datasets as tfds  # seconds to import
+
+    try:
+        builder = tfds.builder(src.removeprefix("tfds:"), file_format="array_record")
+        builder.download_and_prepare()
+    except Exception as error:  # whatever TFDS throws
+        raise DataError(f"{src} cannot be prepared by TFDS: {str(error).strip().splitlines()[0][:300]}") from None
+    return TfdsImages(builder.data_dir, labels, split)
+
+
+def _celeba(place, split, labels, scratch):
+    if labels:
+        raise DataError("celeba has attributes but no classes; leave --labels out")
+    archive = place if place.is_file() else _first(place, "img_align_celeba.zip")
+    source = open_source(str(archive or place))
+    if split == "all":
+        return source
+    names = {"train": "0", "valid": "1", "test": "2"}
+    wanted = {name for name, part in _celeba_partition(place).items() if part == names[split]}
+    numbers = [i for i, name in enumerate(source.names) if pathlib.PurePosixPath(name).name in wanted]
+    if not numbers:
+        raise DataError(
+            f"{place} holds no image that its split file names as {split}, such as {min(wanted, default='')}"
+        )
+    return Selection(source, numbers, ())
+
+
+def _celeba_partition(place: pathlib.Path) -> dict[str, str]:
+    """File name -> "0" (train), "1" (valid) or "2" (test), from the official text file or its .csv copy."""
+    pattern = re.compile(r"(^|/)list_eval_partition\.(txt|csv)$")
+    text = None
+    if place.is_file():
+        with zipfile.ZipFile(place) as archive:
+            inside = [name for name in archive.namelist() if pattern.search(name)]
+            text = archive.read(inside[0]).decode() if inside else None
+    around = place.parent if place.is_file() else place
+    if text is None:
+        file = _first(around, "list_eval_partition.txt") or _first(around, "list_eval_partition.csv")
+        if file is None:
+            raise DataError(f"{around} lacks list_eval_partition.txt, the official split; put it there, or --split=all")
+        text = file.read_text()
+    rows = csv.reader(io.StringIO(text.replace(" ", ",")))
+    return {row[0]: row[-1] for row in rows if len(row) > 1 and row[-1] in ("0", "1", "2")}
+
+
+def _celebahq(place, split, labels, scratch):
+    if labels:
+        raise DataError("celebahq has no classes; leave --labels out")
+    database = _first(place, f"{ {'valid': 'validation'}.get(split, split) }.lmdb") if place.is_dir() else None
+    source = open_source(str(database or place))
+    # CelebAMask-HQ has face masks beside the images, as many times over.
+    inside = [i for i, name in enumerate(source.names) if "CelebA-HQ-img/" in f"/{name}"]
+    return Selection(source, inside, ()) if inside else source
+
+
+def _vggface2(place, split, labels, scratch):
+    if place.is_dir():
+        tars = (_first(place, f"vggface2_{split}.{suffix}") for suffix in ("tar.gz", "tgz", "tar"))
+        place = next(filter(None, tars), None) or _first(place, split) or place
+    return open_source(str(decompressed(place, scratch)), labels)
+
+
+def _lsun_church(place, split, labels, scratch):
+    name = {"train": "church_outdoor_train_lmdb", "valid": "church_outdoor_val_lmdb"}[split]
+    if place.is_dir() and not (place / "data.mdb").exists():
+        place = _first(place, name) or place
+    zipped = _first(place, f"{name}.zip") if place.is_dir() else None
+    if zipped or (place.is_file() and _members(place, r"data\.mdb$")):
+        raise DataError(f"{zipped or place} holds a database, which cannot be read inside a zip; unpack it first")
+    return open_source(str(place), labels)
+
+
+def _cifar10(place, split, labels, scratch):
+    pattern = {"train": r"(^|/)data_batch_\d(\.bin)?$", "test": r"(^|/)test_batch(\.bin)?$"}[split]
+    return _batches(place, "cifar-10-*.tar.gz", pattern, CIFAR10 if labels else [], 0)
+
+
+def _imagenet64(place, split, labels, scratch):
+    pattern = {
+        "train": r"(^|/)train_data_batch_\d+(\.npz)?$",
+        "valid": r"(^|/)val_data(\.npz)?$",
+    }[split]
+    return _batches(place, "Imagenet64_*.zip", pattern, [str(i) for i in range(1, 1001)] if labels else [], 1)
+
+
+def _batches(place, archives: str, pattern: str, classes, first_label: int):
+    """All files or members of archives whose names match, ordered by the numbers in them."""
+    places = [place] if place.is_file() else sorted(place.glob(archives))
+    found = [(str(path), name) for path in places for name in _members(path, pattern)]
+    if place.is_dir():
+        near = [*place.glob("*"), *place.glob("*/*")]
+        loose = [path for path in near if path.is_file() and re.search(pattern, path.as_posix())]
+        found = [(str(path), "") for path in loose] or found
+    if not found:
+        raise DataError(f"{place} holds no file that matches {pattern!r}, nor {archives} with such files")
+    number = lambda pair: int("".join(re.findall(r"\d+", re.search(pattern, pair[1] or pair[0]).group())) or 0)
+    once = {pathlib.PurePosixPath(pair[1] or pair[0]).stem: pair for pair in found}  # .bin and pickles say the same
+    return ArrayBatches(sorted(once.values(), key=number), classes, first_label=first_label)
+
+
+def _members(path: pathlib.Path, pattern: str) -> list[str]:
+    """Members of a zip or tar whose names match."""
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            names = archive.namelist()
+    elif is_tar(path):
+        try:
+            with tarfile.open(path) as archive:
+                names = [member.name for member in archive if member.isfile()]
+        except (tarfile.TarError, EOFError, OSError) as error:
+            raise DataError(f"{path} is not a readable archive ({error}); copy it again") from None
+    else:
+        return []
+    return [name for name in names if re.search(pattern, name)]
+
+
+def _first(folder: pathlib.Path, name: str) -> pathlib.Path | None:
+    """The entry of that name in a folder or in one of its folders."""
+    return next(iter([*folder.glob(name), *sorted(folder.glob(f"*/{name}"))]), None)
+
+
+_OPENERS = {
+    "celeba": _celeba,
+    "celebahq": _celebahq,
+    "vggface2": _vggface2,
+    "lsun_church": _lsun_church,
+    "cifar10": _cifar10,
+    "imagenet64": _imagenet64,
+}

@@ -1,0 +1,128 @@
+"""Tar archives and object stores; folders and zips are in test_data."""
+
+import bz2
+import gzip
+import io
+import lzma
+import pickle
+import tarfile
+
+import fsspec
+import numpy as np
+import pytest
+from PIL import Image
+
+from maskdm_jax.data import DataError, prepare, prepared
+from maskdm_jax.data.files import decompressed
+from maskdm_jax.data.images import Framing
+from maskdm_jax.data.sources import open_source
+
+
+def png(value) -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", (6, 6), (value, 0, 0)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+FILES = {"set/b/ü.png": png(1), "set/a/2.png": png(2), "set/a/1.png": png(3), "set/a/notes.txt": b"no image"}
+NAMES = ["set/a/1.png", "set/a/2.png", "set/b/ü.png"]
+
+
+@pytest.fixture
+def tar(tmp_path):
+    path = tmp_path / "set.tar"
+    with tarfile.open(path, "w") as archive:
+        for name, content in FILES.items():
+            entry = tarfile.TarInfo(name)
+            entry.size = len(content)
+            archive.addfile(entry, io.BytesIO(content))
+        link = tarfile.TarInfo("set/a/link.png")
+        link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
+        archive.addfile(link)
+    return path
+
+
+def test_a_tar_is_read_in_place(tar):
+    source = open_source(str(tar), labels=True)
+    assert source.names == NAMES
+    assert source.classes == ["a", "b"]
+    assert [source.read(i) for i in range(3)] == [(FILES[name], int("/b/" in name)) for name in NAMES]
+    assert pickle.loads(pickle.dumps(source)).read(2) == source.read(2)
+
+
+@pytest.mark.parametrize(("opener", "suffix"), [(gzip.open, "gz"), (bz2.open, "bz2"), (lzma.open, "xz")])
+def test_a_compressed_tar_is_decompressed_once(tar, tmp_path, opener, suffix):
+    packed, scratch = tmp_path / f"set.tar.{suffix}", tmp_path / "scratch"
+    with opener(packed, "wb") as file:
+        file.write(tar.read_bytes())
+    with pytest.raises(DataError, match="is compressed; prepare the images once with launch/prepare_data.py"):
+        open_source(str(packed))
+    assert decompressed(packed, scratch) == scratch
+    assert scratch.read_bytes() == tar.read_bytes()
+    assert decompressed(packed, scratch) == scratch
+    assert decompressed(tar, tmp_path / "other") == tar
+    packed.write_bytes(packed.read_bytes()[:-60])
+    with pytest.raises(DataError, match="is damaged"):
+        decompressed(packed, tmp_path / "other")
+    assert not (tmp_path / "other").exists()
+
+
+def test_damaged_tars_are_named(tar):
+    whole = tar.read_bytes()
+    for length in (600, 700, 1100, 1600):  # within the first image, its padding, headers, the second image
+        tar.write_bytes(whole[:length])
+        with pytest.raises(DataError, match=r"set.tar (is not a readable tar file|is cut short)"):
+            open_source(str(tar))
+    tar.write_bytes(b"hello" * 300)
+    with pytest.raises(DataError, match="set.tar is not a readable tar file"):
+        open_source(str(tar))
+
+
+@pytest.fixture
+def store():
+    files = fsspec.filesystem("memory")
+    for name, content in FILES.items():
+        files.pipe(f"/bucket/{name}", content)
+    yield files
+    files.rm("/bucket", recursive=True)
+
+
+def test_images_on_an_object_store(store, tmp_path):
+    source = open_source("memory://bucket/set", labels=True)
+    assert source.names == [name.removeprefix("set/") for name in NAMES]
+    assert source.read(2) == (FILES["set/b/ü.png"], 1)
+    assert pickle.loads(pickle.dumps(source)).read(0) == source.read(0)
+    with pytest.raises(DataError, match="memory://bucket/none does not exist or is empty"):
+        open_source("memory://bucket/none")
+    with pytest.raises(DataError, match="nonsense://x cannot be reached: Protocol not known"):
+        open_source("nonsense://x")
+
+
+def test_a_zip_on_an_object_store(store, tmp_path):
+    import zipfile
+
+    with zipfile.ZipFile(tmp_path / "set.zip", "w") as archive:
+        for name, content in FILES.items():
+            archive.writestr(name, content)
+    store.pipe("/bucket/set.zip", (tmp_path / "set.zip").read_bytes())
+    source = pickle.loads(pickle.dumps(open_source("memory://bucket/set.zip")))
+    assert source.names == NAMES
+    assert source.read(1) == (FILES["set/a/2.png"], 0)
+
+
+def test_a_prepared_set_on_an_object_store_is_copied_once_and_verified(tar, store, tmp_path, monkeypatch):
+    monkeypatch.setenv("MASKDM_CACHE", str(tmp_path / "cache"))
+    out = tmp_path / "set"
+    card = prepare.prepare(open_source(str(tar), True), out, Framing(4), name="x", per_shard=2)
+    for path in out.iterdir():
+        store.pipe(f"/bucket/done/{path.name}", path.read_bytes())
+    source = open_source("memory://bucket/done", labels=True)
+    assert source.card == card
+    np.testing.assert_array_equal(source.labels, [0, 0, 1])
+    shard = f"/bucket/done/{prepared.shard_name(0, 2)}"
+    store.pipe(shard, store.cat_file(shard)[:-40])
+    assert open_source("memory://bucket/done", labels=True).read(0) == source.read(0), "from the cache"
+    monkeypatch.setenv("MASKDM_CACHE", str(tmp_path / "other"))
+    with pytest.raises(DataError, match="00000-of-00002.arrayrecord is not what its card says"):
+        open_source("memory://bucket/done", labels=True)
+    assert not list((tmp_path / "other").rglob("*.arrayrecord*"))
