@@ -86,6 +86,15 @@ def get_config():
         )
     )
     c.preview = ConfigDict(dict(every=10_000, rows=4, columns=4))
+    c.evaluation = ConfigDict(
+        dict(
+            every=0,  # steps; 0 evaluates never
+            n=10_000,  # samples of the EMA
+            metrics=("fid",),  # of fid, kid, is, pr
+            reference="",  # images to compare with; "" takes those of the training
+            inception_weights="",  # path; "" fetches them once
+        )
+    )
     c.checkpoint = ConfigDict(dict(every=10_000, keep=2))
     c.log = ConfigDict(dict(every=100, tensorboard=True, wandb=False))
     c.mesh = ConfigDict(dict(data=-1, fsdp=1))

@@ -90,6 +90,15 @@ def get_config():
     )
     c.sampling = ConfigDict(dict(method="ddim", steps=100, eta=1.0, order=2, spacing="log_snr", guidance=0.0))
     c.preview = ConfigDict(dict(every=500, rows=10, columns=10))
+    c.evaluation = ConfigDict(
+        dict(
+            every=0,  # steps; 0 evaluates never
+            n=1_000,  # samples of the EMA
+            metrics=("fid",),  # of fid, kid, is, pr
+            reference="",  # images to compare with; "" takes those of the training
+            inception_weights="",  # path; "" fetches them once
+        )
+    )
     c.checkpoint = ConfigDict(dict(every=500, keep=2))
     c.log = ConfigDict(dict(every=50, tensorboard=True, wandb=False))
     c.mesh = ConfigDict(dict(data=-1, fsdp=1))

@@ -3,7 +3,6 @@
 Run it again with the same command to go on after a stop.
 """
 
-import os
 import pathlib
 import sys
 
@@ -20,17 +19,12 @@ def main(argv):
     if CONFIG.value is None:
         raise app.UsageError("which run? give --config=configs/NAME.py, for example configs/demo.py")
     logging.set_verbosity(logging.WARNING)  # Orbax reports every file at INFO
-    import jax
-
-    # A stop and restart should not pay for compilation twice.
-    if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
-        jax.config.update("jax_compilation_cache_dir", str(pathlib.Path("~/.cache/maskdm_jax").expanduser()))
-
-    from maskdm_jax import config, train
+    from maskdm_jax import cache, config, train
     from maskdm_jax.checkpoint import CheckpointError
     from maskdm_jax.data.sources import DataError
     from maskdm_jax.torch_file import TorchFileError
 
+    cache.keep_compiled_programs()
     name = pathlib.Path(config_flags.get_config_filename(flags.FLAGS["config"])).stem
     try:
         train.train(config.parse(CONFIG.value), WORKDIR.value or pathlib.Path("runs") / name)

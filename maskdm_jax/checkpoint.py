@@ -18,7 +18,7 @@ from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, CustomSt
 from maskdm_jax.train_state import TrainState
 
 FOLDER = "checkpoints"
-META = ("stage", "stage_step", "past", "data", "window", "images", "classes", "config")
+META = ("stage", "stage_step", "past", "data", "window", "images", "classes", "card", "config")
 
 
 class CheckpointError(ValueError):

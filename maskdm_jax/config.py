@@ -14,6 +14,7 @@ import typing
 from maskdm_jax import diffusion, masking, samplers
 
 SAMPLERS = ("ddim", "ddpm", "dpm_solver")
+METRICS = ("fid", "kid", "is", "pr")
 DTYPES = ("float32", "bfloat16")
 _RESERVED = ("step", "stages")
 
@@ -121,6 +122,17 @@ class Preview:
 
 
 @dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """Numbers made of the EMA's samples while training; see `evaluation.evaluate`."""
+
+    every: int  # steps, and the end of each stage; 0: never
+    n: int  # samples
+    metrics: tuple[str, ...]  # of fid, kid, is, pr
+    reference: str  # images to compare with; "": those of the training, as training sees them
+    inception_weights: str  # path; "": fetched once
+
+
+@dataclasses.dataclass(frozen=True)
 class Checkpoint:
     """When to save and what to keep."""
 
@@ -156,6 +168,7 @@ class Config:
     diffusion: Diffusion
     sampling: Sampling
     preview: Preview
+    evaluation: Evaluation
     checkpoint: Checkpoint
     log: Log
     mesh: MeshShape
@@ -298,6 +311,10 @@ def _check(config: Config) -> None:
     at_least("data.workers", data.workers, 0)
     at_least("model.num_classes", model.num_classes, 0)
     at_least("preview.every", config.preview.every, 0)
+    at_least("evaluation.every", config.evaluation.every, 0)
+    at_least("evaluation.n", config.evaluation.n, 2)
+    for name in config.evaluation.metrics or ("",):
+        choice("evaluation.metrics", name, METRICS)
     need("mesh.data", config.mesh.data, config.mesh.data == -1 or config.mesh.data >= 1, "-1 or at least 1")
     need("seed", config.seed, 0 <= config.seed < 2**31, "in [0, 2^31)")
     need("data.channels", data.channels, data.channels in (1, 3), "3 (colour) or 1 (grey)")

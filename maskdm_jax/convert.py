@@ -343,6 +343,7 @@ def _config_of(official: Official, found: dict, heads: int) -> dict:
         ),
         sampling=dict(method="ddim", steps=250, eta=1.0, order=2, spacing="log_snr", guidance=0.0),
         preview=dict(every=0, rows=4, columns=4),
+        evaluation=dict(every=0, n=10_000, metrics=["fid"], reference="", inception_weights=""),
         checkpoint=dict(every=10_000, keep=2),
         log=dict(every=100, tensorboard=True, wandb=False),
         mesh=dict(data=-1, fsdp=1),
@@ -369,6 +370,7 @@ def _to_folder(dst: pathlib.Path, source: _Source, weights: str) -> list[str]:
         window={},
         images=None,
         classes=source.classes,
+        card={},
         config=config_lib.to_dict(config),
         official=dict(
             ema_step=official.ema_step,

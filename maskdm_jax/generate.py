@@ -1,6 +1,7 @@
-"""Making images from weights: image number i of a seed is the same image in any batch, on any mesh."""
+"""Making images from weights: image number i of a seed is the same image on any number of devices and hosts."""
 
 import dataclasses
+import functools
 import io
 import json
 import os
@@ -11,11 +12,12 @@ import zipfile
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
 from PIL import Image
 
 from maskdm_jax import checkpoint, samplers, sharding
-from maskdm_jax.config import Config, differences, parse
+from maskdm_jax.config import Config, differences, parse, to_dict
 from maskdm_jax.diffusion import make_schedule
 from maskdm_jax.network import Network, make_network
 from maskdm_jax.observe import save_image, write_atomically
@@ -126,6 +128,7 @@ class Loaded:
     network: Network
     params: dict
     classes: list[str]
+    card: dict  # of the data that it was trained on; see `data.sources.card_of`
     mesh: jax.sharding.Mesh
 
 
@@ -145,22 +148,43 @@ def load(path, *, weights: str = "ema", sampling: dict | None = None) -> Loaded:
     raw["sampling"] |= sampling or {}
     raw["mesh"] = {"data": -1, "fsdp": 1}  # of the machine that trained; this one may have other devices
     config = parse(raw)
-    network, mesh = make_network(config), sharding.make_mesh()
+    # Each host makes images of its own on its own devices: they have nothing to tell each other.
+    network, mesh = make_network(config), sharding.make_mesh(devices=jax.local_devices())
     everywhere = NamedSharding(mesh, PartitionSpec())
     abstract = jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=everywhere), network.abstract_params()
     )
-    return Loaded(
-        found, weights, config, network, checkpoint.load_item(found, weights, abstract), meta["classes"], mesh
-    )
+    params = checkpoint.load_item(found, weights, abstract)
+    return Loaded(found, weights, config, network, params, meta["classes"], meta["card"], mesh)
+
+
+def as_loaded(config: Config, network: Network, params, classes, card: dict, where) -> Loaded:
+    """Weights in memory, such as a running training's EMA, on every local device, as `load` gives those of a file."""
+    mesh = sharding.make_mesh(devices=jax.local_devices())
+    if jax.process_count() > 1:
+        params = multihost_utils.process_allgather(params, tiled=True)
+    params = jax.device_put(params, NamedSharding(mesh, PartitionSpec()))
+    return Loaded(pathlib.Path(where), "ema", config, network, params, list(classes), card, mesh)
+
+
+@functools.lru_cache(maxsize=2)
+def _shared_generator(config: str, mesh, batch_size: int):
+    """One compiled program for several seeds, and for several checkpoints of a run. config: JSON."""
+    config = parse(json.loads(config))
+    return make_generator(config, make_network(config), mesh, batch_size)
 
 
 def generate_batches(loaded: Loaded, index, labels, *, seed: int, batch_size: int):
-    """Yield (index, images) batch by batch for the image numbers `index`, with `labels` (or None) of equal length."""
-    generate = make_generator(loaded.config, loaded.network, loaded.mesh, batch_size)
+    """Yield (index, images) for the image numbers `index`, with `labels` (or None) of equal length.
+
+    batch_size: images per device and call. Devices run the same program on rows of their own, so that on one
+      platform an image comes out bit for bit the same on any number of devices.
+    """
+    together = batch_size * loaded.mesh.size
+    generate = _shared_generator(json.dumps(to_dict(loaded.config)), loaded.mesh, together)
     index = np.asarray(index, np.int32)
-    for start in range(0, len(index), batch_size):
-        part = slice(start, start + batch_size)
+    for start in range(0, len(index), together):
+        part = slice(start, start + together)
         yield (
             index[part],
             generate(loaded.params, seed, index[part], None if labels is None else np.asarray(labels)[part]),
@@ -180,15 +204,17 @@ def generate_to_folder(
 ) -> pathlib.Path:
     """Make images 0..n-1 of a seed and write them; images that an earlier, stopped call finished are kept.
 
+    With several hosts, each calls this and makes its share; the folder must be one that all of them see.
+
     Args:
       loaded: from `load`.
       folder: receives `000000.png`, ... or `samples.npz` (images uint8 [n, S, S, C], labels int32 [n]), and
         `samples.json`, the settings.
       labels: classes, by name or number, to cycle through; image i gets labels[i % len(labels)]. Default: all
         classes of a conditional model.
-      batch_size: images per call of the network. It belongs to the settings, for its programs round differently.
+      batch_size: images per device and call. It belongs to the settings, for other sizes round differently.
       file_format: `png` or `npz`.
-      progress: called with the number of images done, after each batch.
+      progress: called with the number of images done (of this host's, with several), after each batch.
 
     Returns:
       the folder.
@@ -212,8 +238,12 @@ def generate_to_folder(
         classes=loaded.classes,
         batch_size=batch_size,
         format=file_format,
+        card=loaded.card,
     )
-    _claim(folder, settings)
+    host, hosts = jax.process_index(), jax.process_count()
+    if host == 0:
+        _claim(folder, settings)
+    _wait_for_all("claimed")
     parts = folder / "parts"  # of an unfinished .npz
 
     def name(i):
@@ -228,24 +258,33 @@ def generate_to_folder(
         parts.mkdir(exist_ok=True)
     # Whole batches only, on fixed borders: an image's batch is the same however often we were stopped.
     there = lambda i: i < len(packed) or name(i).exists()
-    starts = [s for s in range(0, n, batch_size) if not all(there(i) for i in range(s, min(s + batch_size, n)))]
-    index = [i for start in starts for i in range(start, min(start + batch_size, n))]
+    batches = [range(start, min(start + batch_size, n)) for start in range(0, n, batch_size)][host::hosts]
+    missing = [batch for batch in batches if not all(map(there, batch))]
+    index = [i for batch in missing for i in batch]
     todo = None if of_image is None else of_image[index]
-    done = n - len(index)
+    done = sum(map(len, batches)) - len(index)
     for numbers, images in generate_batches(loaded, index, todo, seed=seed, batch_size=batch_size):
         for i, image in zip(numbers, images, strict=True):
             _write_image(name(i), image)
         done += len(numbers)
         if progress:
             progress(done)
-    if file_format == "npz":
+    _wait_for_all("made")
+    if file_format == "npz" and host == 0:
         images = np.stack([packed[i] if i < len(packed) else np.load(name(i)) for i in range(n)])
         arrays = dict(images=images) if of_image is None else dict(images=images, labels=of_image)
         buffer = io.BytesIO()
         np.savez_compressed(buffer, **arrays)
         write_atomically(folder / "samples.npz", buffer.getvalue())
         shutil.rmtree(parts)
+    _wait_for_all("packed")
     return folder
+
+
+def _wait_for_all(what: str) -> None:
+    """Until every host is here."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(f"samples {what}")
 
 
 def label_cycle(loaded: Loaded, labels) -> list[int] | None:

@@ -22,9 +22,13 @@ from jax.sharding import PartitionSpec as P
 from maskdm_jax import checkpoint, masking, observe, sharding, torch_checkpoint
 from maskdm_jax import config as config_lib
 from maskdm_jax.config import Config, ConfigError, Stage
+from maskdm_jax.data.images import Framing
 from maskdm_jax.data.pipeline import Batches, open_data
+from maskdm_jax.data.sources import card_of
 from maskdm_jax.diffusion import denoising_loss, loss_weights, make_schedule
-from maskdm_jax.generate import make_generator
+from maskdm_jax.evaluation.evaluate import Evaluator, check_comparable, compare
+from maskdm_jax.evaluation.features import Images, framed, open_images, sampled
+from maskdm_jax.generate import as_loaded, make_generator
 from maskdm_jax.network import Network, make_network
 from maskdm_jax.representation import make_representation
 from maskdm_jax.train_state import TrainState, ema_step_size, learning_rate, make_optimizer, new_state
@@ -266,7 +270,7 @@ def begin(config: Config, network: Network, mesh, checkpoints: checkpoint.Checkp
     """This run's own checkpoint > `init_from` > fresh; says which in one line."""
     step = checkpoints.latest()
     if step is not None:
-        meta = checkpoints.meta(step)
+        meta, framing = checkpoints.meta(step), Framing(config.data.image_size, config.data.channels)
         index = _resumed_stage(config, meta, checkpoints.folder / str(step))
         state = checkpoints.restore(step, abstract_state(config, index, network, mesh))
         log.info(
@@ -276,6 +280,8 @@ def begin(config: Config, network: Network, mesh, checkpoints: checkpoint.Checkp
             log.warning(
                 "the data changed: %d images then, %d now; the order is another one", meta["images"], len(source)
             )
+        elif meta["card"] and meta["card"].get("content_hash") != card_of(source, framing).get("content_hash"):
+            log.warning("the data changed: as many images as then, but their content hash is another")
         for line in config_lib.differences(meta["config"], json.loads(json.dumps(config_lib.to_dict(config)))):
             log.warning("the config changed since that checkpoint: %s", line)
         return Start(index, state, meta)
@@ -364,6 +370,8 @@ class _Run:
         self.config, self.workdir, self.mesh, self.source = config, workdir, mesh, source
         self.network, self.checkpoints, self.metrics = network, checkpoints, metrics
         self.ends = stage_ends(config)
+        self.card = card_of(source, Framing(config.data.image_size, config.data.channels))
+        self.evaluation = _Evaluation(config, source, self.card) if config.evaluation.every else None
         self.unreadable = set()  # images found so, over all stages
         self.generate = make_generator(config, network, mesh, config.preview.rows * config.preview.columns)
 
@@ -423,14 +431,17 @@ class _Run:
                 pending = (step, values)
                 progress.advance()
                 last = step == stage.steps
-                preview = last or (self.config.preview.every and step % self.config.preview.every == 0)
-                save = last or step % self.config.checkpoint.every == 0
-                if preview or save:
+                due = lambda every, step=step, last=last: last or (every and step % every == 0)
+                preview, save = due(self.config.preview.every), due(self.config.checkpoint.every)
+                evaluate = self.evaluation and due(self.config.evaluation.every)
+                if preview or save or evaluate:
                     finish(*pending)  # a checkpoint must not hold what a non-finite step made
                     pending = None
                     with rate.paused():
                         if preview:
                             self._preview(offset + step, state.ema)
+                        if evaluate:
+                            self._evaluate(offset + step, state.ema)
                         if save:
                             self._save(index, step, state, batches, window)
         return state
@@ -455,6 +466,13 @@ class _Run:
         self.metrics.image(step, "samples", path)
         log.info("samples of the EMA at step %d: %s", step, path)
 
+    def _evaluate(self, step: int, ema) -> None:
+        loaded = as_loaded(self.config, self.network, ema, self.source.classes, self.card, self.workdir)
+        values = self.evaluation(loaded)
+        self.metrics.write(step, {f"eval/{name}": value for name, value in values.items()})
+        text = ", ".join(f"{name} {value:.4g}" for name, value in values.items())
+        log.info("evaluation of %d samples of the EMA at step %d: %s", self.config.evaluation.n, step, text)
+
     def _save(self, index: int, step: int, state: TrainState, batches: Batches, window: "_Window") -> None:
         names = self.config.stages
         meta = dict(
@@ -465,6 +483,7 @@ class _Run:
             window=window.sums(),
             images=len(self.source),
             classes=self.source.classes,
+            card=self.card,
             config=config_lib.to_dict(self.config),
         )
         self.checkpoints.save(self.ends[index] - self.config.stage[names[index]].steps + step, state, meta)
@@ -495,6 +514,28 @@ class _Run:
             f"--config.{name}.learning_rate (now {stage.learning_rate:g}), with --config.{name}.clip_norm=1.0 (now "
             f"{stage.clip_norm:g}), or with --config.model.dtype=float32 (now {self.config.model.dtype})"
         )
+
+
+class _Evaluation:
+    """Numbers of a network's samples against the run's reference, whose features are computed once."""
+
+    def __init__(self, config: Config, source, card: dict):
+        """Reads the weights and opens the reference, so that what cannot work is said before training."""
+        self._config = config
+        settings, framing = config.evaluation, Framing(config.data.image_size, config.data.channels)
+        self._evaluator = Evaluator(settings.inception_weights, batch_size=min(64, settings.n))
+        if settings.reference:
+            self._reference = open_images(settings.reference)
+            samples = Images("the samples", settings.n, iterate=None, card=card)
+            check_comparable(self._reference, samples, settings.metrics)
+        else:
+            self._reference = framed(config.data.path, source, framing)
+
+    def __call__(self, loaded) -> dict[str, float]:
+        settings = self._config.evaluation
+        self._reference = self._evaluator.reference(self._reference, settings.metrics)
+        images = sampled(loaded, settings.n, seed=self._config.seed, batch_size=self._evaluator.batch_size)
+        return compare(self._reference, self._evaluator.samples(images, settings.metrics), settings.metrics)
 
 
 class _Window:

@@ -44,3 +44,18 @@ def child_env():
         "JAX_COMPILATION_CACHE_DIR": str(ROOT / ".pytest_cache" / "xla"),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2",
     }
+
+
+@pytest.fixture(scope="session")
+def inception_weights(tmp_path_factory):
+    """A file like that of FID's Inception weights, with the golden file's random numbers."""
+    import golden
+    import numpy as np
+
+    from maskdm_jax import torch_file
+
+    _, meta = golden.load(ROOT / "tests" / "golden" / "fid_inception.npz")
+    state_dict = {name: golden.inception_weight(name, shape) for name, shape in meta["state_dict"].items()}
+    path = tmp_path_factory.mktemp("weights") / "inception.pth"
+    torch_file.write(path, {name: np.asarray(value) for name, value in state_dict.items()})
+    return path

@@ -107,6 +107,7 @@ def config(network: dict, stage: dict | None = None, mask: dict | None = None, d
             | (diffusion or {}),
             sampling=dict(method="ddim", steps=10, eta=1.0, order=2, spacing="log_snr", guidance=0.0),
             preview=dict(every=0, rows=1, columns=1),
+            evaluation=tiny.RUN["evaluation"],
             checkpoint=dict(every=1, keep=1),
             log=dict(every=1, tensorboard=False, wandb=False),
             mesh=dict(data=-1, fsdp=1),

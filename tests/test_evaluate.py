@@ -4,28 +4,28 @@ import json
 import subprocess
 import sys
 
-import golden
 import jax
 import numpy as np
 import pytest
 import tiny
 from PIL import Image
 
-from maskdm_jax import torch_file, train
-from maskdm_jax.data.sources import DataError
+from maskdm_jax import generate, train
+from maskdm_jax.data import prepare
+from maskdm_jax.data.images import Framing
+from maskdm_jax.data.pipeline import open_data
+from maskdm_jax.data.prepared import read_card
+from maskdm_jax.data.sources import DataError, open_source
 from maskdm_jax.evaluation import inception
-from maskdm_jax.evaluation.evaluate import compare, evaluate
-from maskdm_jax.evaluation.features import EvaluationError, Extractor, load_set
+from maskdm_jax.evaluation.evaluate import Evaluator, check_comparable, compare, evaluate
+from maskdm_jax.evaluation.features import EvaluationError, Extractor, Images, open_images
+from maskdm_jax.observe import read_metrics
 from maskdm_jax.sharding import make_mesh
 
 
 @pytest.fixture(scope="module")
-def weights(root, tmp_path_factory):
-    _, meta = golden.load(root / "tests" / "golden" / "fid_inception.npz")
-    state_dict = {name: golden.inception_weight(name, shape) for name, shape in meta["state_dict"].items()}
-    path = tmp_path_factory.mktemp("weights") / "inception.pth"
-    torch_file.write(path, {name: np.asarray(value) for name, value in state_dict.items()})
-    return path
+def weights(inception_weights):
+    return inception_weights
 
 
 @pytest.fixture(scope="module")
@@ -57,22 +57,22 @@ def test_frechet_distance_of_two_folders(folders, weights, extractor):
     a, b = (a - mean_a) / np.sqrt(len(a) - 1), (b - mean_b) / np.sqrt(len(b) - 1)
     expected = np.sum((mean_a - mean_b) ** 2) + np.sum(a**2) + np.sum(b**2)
     expected -= 2 * np.linalg.norm(a @ b.T, ord="nuc")
-    sets = [load_set(folder, extractor) for folder in folders]
+    sets = [extractor(open_images(folder)) for folder in folders]
     assert [s.n for s in sets] == [11, 9]
     assert compare(*sets, ("fid",))["fid"] == pytest.approx(expected, rel=1e-4)
 
 
 def test_an_npz_of_images_or_of_statistics_is_as_good_as_the_folder(folders, extractor, weights, tmp_path):
     np.savez(tmp_path / "images.npz", images=pixels(folders[1]))
-    packed, loose = load_set(tmp_path / "images.npz", extractor), load_set(folders[1], extractor)
+    packed, loose = (extractor(open_images(path)) for path in (tmp_path / "images.npz", folders[1]))
     np.testing.assert_allclose(packed.features, loose.features, atol=1e-5)
     saved = tmp_path / "reference.npz"
-    first = evaluate(folders[0], folders[1], weights, wanted=("fid",), batch_size=8, save_statistics=saved)
-    statistics = load_set(saved, extractor)
+    first, _, _ = evaluate(folders[0], folders[1], weights, wanted=("fid",), batch_size=8, statistics=saved)
+    statistics = open_images(saved)
     assert statistics.n == 11
     assert compare(statistics, packed, ("fid",))["fid"] == pytest.approx(first["fid"], rel=1e-6)
     with pytest.raises(EvaluationError, match="KID and precision/recall need images, but .*reference.npz holds"):
-        compare(statistics, packed, ("kid",))
+        check_comparable(statistics, packed.images, ("kid",))
 
 
 def test_images_may_differ_in_size_and_kind(folders, extractor, tmp_path):
@@ -82,23 +82,144 @@ def test_images_may_differ_in_size_and_kind(folders, extractor, tmp_path):
     images = [rng.randint(0, 256, shape).astype(np.uint8) for shape in shapes]
     for i, image in enumerate(images):
         Image.fromarray(image).save(tmp_path / f"{i}.png")
-    found = load_set(tmp_path, extractor).features
-    alone = [extractor("one", [np.atleast_3d(image)] * 2).features[0] for image in images]
+    found = extractor(open_images(tmp_path)).features
+    twice = lambda image: Images("one", 2, lambda start, stop: iter([np.atleast_3d(image)] * 2))
+    alone = [extractor(twice(image)).features[0] for image in images]
     np.testing.assert_allclose(found, alone, atol=2e-4 * np.std(alone))
 
 
-def test_samples_of_a_checkpoint_and_several_seeds(folders, weights, tmp_path):
-    config = tiny.config(stages=("finetune",))
-    train.train(config, tmp_path / "run", devices=jax.devices()[:1])
+@pytest.fixture(scope="module")
+def run(tmp_path_factory, weights):
+    """A run on the digits that evaluated itself."""
+    workdir = tmp_path_factory.mktemp("run") / "digits"
+    config = tiny.config(
+        stages=("finetune",),
+        data__fraction=0.006,  # 11 images
+        evaluation__every=1,
+        evaluation__metrics=("fid", "kid"),
+        evaluation__inception_weights=str(weights),
+    )
+    train.train(config, workdir, devices=jax.devices()[:1])
+    return workdir
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory):
+    """Those eleven digits as a folder."""
+    folder = tmp_path_factory.mktemp("digits")
+    source = open_data(tiny.config(data__fraction=0.006).data)
+    for i in range(len(source)):
+        Image.fromarray(source.read(i)[0][..., 0]).save(folder / f"{i:02d}.png")
+    return folder
+
+
+def test_samples_of_a_checkpoint_and_several_seeds(digits, run, weights):
     options = dict(wanted=("kid", "pr"), n=6, batch_size=8)
-    one = evaluate(folders[0], tmp_path / "run", weights, seeds=[1], **options)
-    two = evaluate(folders[0], tmp_path / "run", weights, seeds=[1, 2], **options)
+    one, _, _ = evaluate(digits, run, weights, seeds=[1], **options)
+    two, _, _ = evaluate(digits, run, weights, seeds=[1, 2], **options)
     assert one["n"] == two["n"] == 6
+    assert one["made_by"]["checkpoint"] == str(run / "checkpoints" / "2")
     assert one["kid"] in [pytest.approx(value, rel=1e-6) for value in two["range"]["kid"]]
     assert two["kid"] == pytest.approx(np.mean(two["range"]["kid"]))
     assert two["range"]["kid"][0] < two["range"]["kid"][1]
     with pytest.raises(EvaluationError, match=r"say how many images to make of it \(--n\)"):
-        evaluate(folders[0], tmp_path / "run", weights, batch_size=8)
+        evaluate(digits, run, weights, batch_size=8)
+
+
+def test_training_evaluates_itself(digits, run, weights):
+    """At every step asked for, and equal to the same evaluation from outside."""
+    lines = [line for line in read_metrics(run / "metrics.jsonl") if "eval/fid" in line]
+    assert [line["step"] for line in lines] == [1, 2]
+    outside, _, _ = evaluate(digits, run, weights, wanted=("fid", "kid"), n=8, seeds=[3], batch_size=8)
+    assert lines[-1]["eval/fid"] == pytest.approx(outside["fid"], rel=1e-4)
+    assert lines[-1]["eval/kid"] == pytest.approx(outside["kid"], rel=1e-3)
+    assert "evaluation of 8 samples of the EMA at step 2: fid " in (run / "log.txt").read_text()
+
+
+def test_a_run_that_cannot_be_evaluated_does_not_begin(folders, weights, tmp_path):
+    for changes, message in [
+        (dict(evaluation__reference=str(folders[0])), "were not made alike .size: 24 and 8"),
+        (dict(evaluation__reference=str(tmp_path / "none")), "does not exist"),
+        (dict(evaluation__inception_weights=str(tmp_path / "none")), "No such file"),
+    ]:
+        settings = dict(evaluation__every=1, evaluation__inception_weights=str(weights)) | changes
+        with pytest.raises((EvaluationError, DataError, OSError), match=message):
+            train.train(tiny.config(**settings), tmp_path / "run", devices=jax.devices()[:1])
+
+
+def prepared(folder, out, **framing):
+    prepare.prepare(open_source(str(folder)), out, Framing(**framing), name="faces")
+    return out
+
+
+def test_what_was_not_made_alike_is_refused(folders, weights, tmp_path, run):
+    fine, cut = (
+        prepared(folders[0], tmp_path / "a", size=8),
+        prepared(folders[0], tmp_path / "b", size=8, crop="0,0,16"),
+    )
+    with pytest.raises(EvaluationError, match=r"not made alike \(crop: centre and 0,0,16\)"):
+        evaluate(fine, cut, weights, batch_size=8)
+    with pytest.raises(
+        EvaluationError, match="size: 24 and 8.*prepare the reference as the training data was, or --ins"
+    ):
+        evaluate(folders[0], fine, weights, batch_size=8)
+    with pytest.raises(EvaluationError, match="channels: 3 and 1; .*colour: .*RGB and .*grey"):
+        evaluate(fine, run, weights, n=6)
+    result, _, _ = evaluate(folders[0], fine, weights, batch_size=8, insist=True)
+    assert result["fid"] > 0
+
+
+def test_samples_carry_the_card_of_their_training(folders, tmp_path):
+    """From the prepared set through the checkpoint to the samples' folder."""
+    data = prepared(folders[0], tmp_path / "data", size=8)
+    changes = dict(data__path=str(data), data__channels=3, data__labels=False, model__num_classes=0)
+    train.train(tiny.config(stages=("finetune",), **changes), tmp_path / "run", devices=jax.devices()[:1])
+    loaded = generate.load(tmp_path / "run")
+    assert loaded.card["content_hash"] == read_card(data)["content_hash"]
+    out = generate.generate_to_folder(loaded, tmp_path / "out", 4, batch_size=4)
+    packed = generate.generate_to_folder(loaded, tmp_path / "npz", 4, batch_size=4, file_format="npz")
+    for path in (out, packed / "samples.npz"):
+        images = open_images(path)
+        assert images.card == loaded.card
+        assert images.made_by["seed"] == 0
+        check_comparable(open_images(data), images, ("fid",))
+        other = prepared(folders[0], tmp_path / f"other-{path.stem}", size=8, filter="box")
+        with pytest.raises(EvaluationError, match="resize: Pillow box with antialiasing.* and Pillow bicubic"):
+            check_comparable(open_images(other), images, ("fid",))
+
+
+def test_statistics_of_a_prepared_set_are_kept(folders, weights, tmp_path, monkeypatch):
+    monkeypatch.setenv("MASKDM_CACHE", str(tmp_path / "cache"))
+    data, other = prepared(folders[0], tmp_path / "a", size=12), prepared(folders[1], tmp_path / "b", size=12)
+    first, _, _ = evaluate(data, other, weights, batch_size=8)
+    (kept,) = (tmp_path / "cache" / "statistics").iterdir()
+    assert kept.name.startswith(read_card(data)["content_hash"])
+    monkeypatch.setattr(Evaluator, "_extract", lambda self, images, what, keep: 1 / 0)
+    assert Evaluator(weights).reference(open_images(data)).n == 11
+    with pytest.raises(ZeroDivisionError):
+        Evaluator(weights).reference(open_images(data), ("kid",))
+    with pytest.raises(ZeroDivisionError):
+        Evaluator(weights).reference(open_images(data, n=5))
+    monkeypatch.undo()
+    monkeypatch.setenv("MASKDM_CACHE", str(tmp_path / "cache"))
+    again, _, _ = evaluate(data, other, weights, batch_size=8)
+    assert again == first
+
+
+def test_weights_are_fetched_once_and_checked(weights, tmp_path, monkeypatch):
+    monkeypatch.setenv("MASKDM_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(inception, "URL", weights.as_uri())
+    with pytest.raises(OSError, match=r"cannot be fetched \(it arrived with hash .*--inception_weights"):
+        inception.fetch_weights()
+    assert not list((tmp_path / "cache" / "weights").iterdir())
+    monkeypatch.setattr(inception, "SHA256", inception.file_hash(weights))
+    path = inception.fetch_weights()
+    assert path.read_bytes() == weights.read_bytes()
+    monkeypatch.setattr(inception, "URL", "file:///nowhere")
+    assert inception.fetch_weights() == path
+    monkeypatch.setenv("MASKDM_CACHE", str(tmp_path / "other"))
+    with pytest.raises(OSError, match="file:///nowhere cannot be fetched"):
+        inception.fetch_weights()
 
 
 def test_what_cannot_be_evaluated_is_named(folders, extractor, weights, tmp_path):
@@ -120,21 +241,24 @@ def test_what_cannot_be_evaluated_is_named(folders, extractor, weights, tmp_path
         (folders[0], dict(n=12), EvaluationError, "has 11 images, fewer than n = 12"),
     ]:
         with pytest.raises(error, match=message):
-            load_set(tmp_path / path, extractor, **options)
+            extractor(open_images(tmp_path / path, **options))
     with pytest.raises(EvaluationError, match="several seeds need a checkpoint"):
         evaluate(folders[0], folders[1], weights, seeds=[0, 1])
 
 
-def test_from_the_command_line(root, folders, weights, child_env):
+def test_from_the_command_line(root, folders, weights, child_env, tmp_path):
     def run(*args):
         command = [sys.executable, "launch/evaluate.py", f"--reference={folders[0]}", *map(str, args)]
         return subprocess.run(command, cwd=root, env=child_env, capture_output=True, text=True, timeout=200)
 
-    done = run(f"--samples={folders[1]}", f"--inception_weights={weights}", "--metrics=fid,kid,pr", "--batch=8")
+    report = tmp_path / "report.html"
+    options = (f"--inception_weights={weights}", "--metrics=fid,kid,pr", "--batch=8", f"--report={report}")
+    done = run(f"--samples={folders[1]}", *options)
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout.splitlines()[-1])
     assert result.keys() >= {"fid", "kid", "kid_std", "precision", "recall", "reference", "samples", "n"}
     assert (result["reference_n"], result["n"]) == (11, 9)
+    assert f"{result['fid']:.4g}" in report.read_text()
     done = run(f"--samples={folders[1]}", f"--inception_weights={folders[0]}/000.png")
     assert done.returncode == 1
     assert "000.png" in done.stderr

@@ -5,14 +5,23 @@ import ast
 import pytest
 
 ORDER = [  # a module may import those above it
-    {"models.layers", "torch_file", "wavelet", "evaluation.metrics", "data.prepared", "data.images", "data.files"},
-    {"evaluation.inception", "masking", "diffusion", "models.backbone", "train_state", "sharding", "data.databases"},
+    {"cache", "models.layers", "torch_file", "wavelet", "evaluation.metrics", "data.images", "data.files"},
+    {
+        "evaluation.inception",
+        "masking",
+        "diffusion",
+        "models.backbone",
+        "train_state",
+        "sharding",
+        "data.databases",
+        "data.prepared",
+    },
     {"models.uvit", "models.wavelet_uvit", "samplers", "torch_checkpoint", "data.sources"},
     {"config", "data.pipeline", "data.published"},
     {"network", "representation", "checkpoint", "observe"},
     {"generate", "data.prepare"},
     {"evaluation.features"},
-    {"evaluation.evaluate"},
+    {"evaluation.evaluate", "evaluation.report"},
     {"train"},
     {"convert"},
 ]

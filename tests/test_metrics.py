@@ -10,7 +10,7 @@ def moments(x, parts=1):
     sums = metrics.MomentSums(x.shape[1])
     for part in np.array_split(x, parts):
         sums.add(part)
-    return sums.moments()
+    return metrics.combine([sums.parts()])
 
 
 def test_frechet_distance_of_the_reference(inception_case):
@@ -27,6 +27,12 @@ def test_moments_in_parts_are_those_of_the_whole():
         np.testing.assert_allclose(ours.sigma, np.cov(x.astype(np.float64).T), rtol=1e-9, atol=1e-10)
     with pytest.raises(ValueError, match="at least 2 images, not 1"):
         moments(x[:1])
+    hosts = [metrics.MomentSums(7) for _ in range(4)]  # the last has nothing to do
+    for host, part in zip(hosts, np.split(x, [3, 400]), strict=False):
+        host.add(part)
+    together = metrics.combine(host.parts() for host in hosts)
+    assert together.n == 500
+    np.testing.assert_allclose(together.sigma, np.cov(x.astype(np.float64).T), rtol=1e-9, atol=1e-10)
 
 
 def test_frechet_distance_of_known_gaussians():

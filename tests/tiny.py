@@ -59,6 +59,7 @@ RUN = dict(
     ),
     sampling=dict(method="ddim", steps=3, eta=1.0, order=2, spacing="log_snr", guidance=0.0),
     preview=dict(every=0, rows=2, columns=4),
+    evaluation=dict(every=0, n=8, metrics=("fid",), reference="", inception_weights=""),
     checkpoint=dict(every=2, keep=1),
     log=dict(every=1, tensorboard=False, wandb=False),
     mesh=dict(data=-1, fsdp=1),

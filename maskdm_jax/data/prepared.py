@@ -19,6 +19,7 @@ import numpy as np
 from array_record.python.array_record_module import ArrayRecordReader
 from grain.sources import ArrayRecordDataSource
 
+from maskdm_jax import cache
 from maskdm_jax.data import DataError
 
 CARD = "card.json"
@@ -69,12 +70,6 @@ def shard_hash(path) -> str:
     return digest.hexdigest()
 
 
-def cache_folder() -> pathlib.Path:
-    """Where copies and statistics are kept: $MASKDM_CACHE, or maskdm_jax in $XDG_CACHE_HOME or ~/.cache."""
-    default = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "maskdm_jax"
-    return pathlib.Path(os.environ.get("MASKDM_CACHE") or default).expanduser().absolute()
-
-
 def fetch(files, root: str) -> pathlib.Path:
     """Copy a prepared set from an object store to the cache, unless it is there, and verify it.
 
@@ -84,7 +79,7 @@ def fetch(files, root: str) -> pathlib.Path:
       DataError: a shard arrived damaged.
     """
     card = json.loads(files.cat_file(f"{root}/{CARD}"))
-    target = cache_folder() / "sets" / card["content_hash"]
+    target = cache.folder("sets") / card["content_hash"]
     if (target / CARD).exists():
         return target
     target.mkdir(parents=True, exist_ok=True)

@@ -17,6 +17,7 @@ import numpy as np
 from maskdm_jax.data import DataError
 from maskdm_jax.data.databases import LmdbImages, TfdsImages
 from maskdm_jax.data.files import ImageFolder, RemoteFolder, TarImages, ZipImages, connect, is_tar
+from maskdm_jax.data.images import Framing
 from maskdm_jax.data.prepared import CARD, PreparedImages, fetch
 
 _PAUSES = (0.1, 1.0, 5.0)  # seconds before a failed read is tried again
@@ -49,6 +50,8 @@ class Selection:
         new = {source.classes.index(name): i for i, name in enumerate(self.classes)}
         self.labels = [new[source.labels[i]] for i in self._numbers] if self.classes else []
         self.names = _Picked(source.names, self._numbers)
+        if hasattr(source, "card"):  # of the images chosen, all but their identity holds
+            self.card = source.card | dict(source=f"part of {source.card['source']}", count=len(self), content_hash="")
 
     def __len__(self):
         return len(self._numbers)
@@ -142,6 +145,22 @@ def select(source, classes=(), fraction: float = 1.0, seed: int = 0, labels: boo
     if len(numbers) == len(source) and not classes:
         return source
     return Selection(source, numbers, (classes or source.classes) if labels else ())
+
+
+def card_of(source, framing: Framing) -> dict:
+    """What is known of images of a source as they come out of a framing, for runs and comparisons.
+
+    `image` says how they were made (see `Framing.describe`); of a whole prepared set also `source`, `split`, `count`
+    and, if the framing changes nothing, `content_hash`.
+    """
+    prepared, image = getattr(source, "card", None), framing.describe()
+    if prepared is None:
+        return dict(image=image)
+    known = {key: prepared[key] for key in ("source", "split", "count")}
+    if (prepared["image"]["size"], prepared["image"]["channels"]) == (framing.size, framing.channels):
+        return known | dict(image=prepared["image"], content_hash=prepared["content_hash"])
+    before = prepared["image"]
+    return known | dict(image=image | dict(crop=f"{before['crop']} at {before['size']}, then {image['crop']}"))
 
 
 def read_patiently(source, i: int):

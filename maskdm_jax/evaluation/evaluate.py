@@ -1,70 +1,167 @@
 """A reference and samples in, numbers out."""
 
-import io
+import pathlib
 import sys
 
 import numpy as np
 from tqdm import tqdm
 
+from maskdm_jax import cache
+from maskdm_jax.config import METRICS
 from maskdm_jax.evaluation import inception, metrics
-from maskdm_jax.evaluation.features import EvaluationError, Extractor, ImageSet, is_checkpoint, load_set
-from maskdm_jax.observe import write_atomically
+from maskdm_jax.evaluation.features import (
+    EvaluationError,
+    Extractor,
+    Images,
+    ImageSet,
+    is_checkpoint,
+    load_statistics,
+    open_images,
+    save_statistics,
+)
+
+
+class Evaluator:
+    """The Inception network and what it has seen of references."""
+
+    def __init__(self, weights="", *, batch_size: int = 64):
+        """weights: path of FID's Inception weights; fetched once when empty. batch_size: images per device and call.
+
+        Raises:
+          TorchFileError, OSError: the weights cannot be read or fetched.
+        """
+        path = pathlib.Path(weights).expanduser() if weights else inception.fetch_weights()
+        self._digest = inception.file_hash(path)
+        self.batch_size = batch_size
+        self._extractor = Extractor(inception.load_weights(path), batch_size=batch_size)
+
+    def reference(self, images: Images | ImageSet, wanted=("fid",), keep: bool = False) -> ImageSet:
+        """A reference with what the metrics wanted of it need; statistics of a prepared set are kept in the cache.
+
+        keep: whether its features are wanted besides.
+        """
+        if isinstance(images, ImageSet):
+            return images
+        keep = keep or bool(set(wanted) & {"kid", "pr"})
+        path = self._cached(images)
+        if path is not None and path.exists() and not keep:
+            return ImageSet(images, load_statistics(path))
+        found = self._extract(images, "reference", keep)
+        if path is not None and not path.exists():
+            save_statistics(path, found.moments)
+        return found
+
+    def samples(self, images: Images | ImageSet, wanted=("fid",), keep: bool = False) -> ImageSet:
+        """Samples with what the metrics wanted of them need."""
+        if isinstance(images, ImageSet):
+            return images
+        return self._extract(images, "samples", keep or bool(set(wanted) - {"fid"}))
+
+    def _cached(self, images: Images) -> pathlib.Path | None:
+        """File of a set's statistics, by the content of the set and of the weights; None where it has no card."""
+        content = images.card.get("content_hash")
+        return cache.folder("statistics") / f"{content}-{self._digest[:16]}.npz" if content else None
+
+    def _extract(self, images: Images, what: str, keep: bool) -> ImageSet:
+        with tqdm(total=images.n, desc=what, unit="image", file=sys.stderr, disable=not sys.stderr.isatty()) as bar:
+            return self._extractor(images, keep=keep, progress=lambda done: bar.update(done - bar.n))
 
 
 def evaluate(
     reference,
     samples,
-    inception_weights,
+    weights="",
     *,
     wanted: tuple[str, ...] = ("fid",),
     n: int | None = None,
     seeds=(0,),
     batch_size: int = 64,
     sampling: dict | None = None,
-    save_statistics=None,
-) -> dict:
-    """Compare samples with a reference; both are paths as `features.load_set` takes them.
+    statistics=None,
+    insist: bool = False,
+    keep: bool = False,
+):
+    """Compare samples with a reference; both are paths as `features.open_images` takes them.
 
     Args:
-      inception_weights: path of FID's Inception weights.
+      weights: path of FID's Inception weights; fetched once when empty.
       wanted: of `fid`, `kid`, `is` (Inception Score) and `pr` (precision and recall).
       n: number of samples; all of a folder when None.
       seeds: of a checkpoint's samples. With several, each number is their mean, and `range` holds lowest and highest.
+      batch_size: images per device and call.
       sampling: replaces fields of a checkpoint's `sampling`.
-      save_statistics: path of an .npz for the reference's `mu`, `sigma` and `n`.
+      statistics: path of an .npz to write, for the reference's `mu`, `sigma` and `n`.
+      insist: compare also what was cropped, resized or coloured in different ways.
+      keep: whether features are wanted in the sets returned, beyond what the metrics need.
 
     Returns:
-      what was compared and the numbers, ready for JSON.
+      what was compared and the numbers, ready for JSON; the reference and the (last seed's) samples as `ImageSet`s.
 
     Raises:
-      EvaluationError, DataError, CheckpointError, TorchFileError: it cannot be done; the message says why.
+      EvaluationError, DataError, CheckpointError, TorchFileError, OSError: it cannot be done; the message says why.
     """
     if len(seeds) > 1 and not is_checkpoint(samples):
         raise EvaluationError(f"several seeds need a checkpoint to sample from; {samples} holds images")
-    extractor = Extractor(inception.load_weights(inception_weights), batch_size=batch_size)
-    real = _load(reference, extractor, "reference", n=n if is_checkpoint(reference) else None)
-    if save_statistics:
-        _save(save_statistics, real)
+    options = dict(sampling=sampling, batch_size=batch_size)
+    real = open_images(reference, n=n if is_checkpoint(reference) else None, **options)
+    made = [open_images(samples, n=n, seed=seed, **options) for seed in seeds]
+    check_comparable(real, made[0], wanted, insist)
+    evaluator = Evaluator(weights, batch_size=batch_size)
+    real = evaluator.reference(real, wanted, keep)
+    if statistics:
+        save_statistics(statistics, real.moments)
     runs = []
-    for seed in seeds:
-        made = _load(samples, extractor, "samples", n=n, seed=seed, sampling=sampling)
-        runs.append(compare(real, made, wanted))
-    result = dict(reference=real.name, reference_n=real.n, samples=made.name, n=made.n)
+    for images in made:
+        sampled = evaluator.samples(images, wanted, keep)
+        runs.append(compare(real, sampled, wanted))
+    result = dict(reference=real.name, reference_n=real.n, samples=sampled.name, n=sampled.n)
+    result |= dict(reference_card=real.images.card, made_by=sampled.images.made_by)
     if len(seeds) == 1:
-        return result | runs[0]
+        return result | runs[0], real, sampled
     values = {name: [run[name] for run in runs] for name in runs[0]}
+    means = {name: float(np.mean(value)) for name, value in values.items()}
     ranges = {name: [min(value), max(value)] for name, value in values.items()}
-    return (
-        result | {name: float(np.mean(value)) for name, value in values.items()} | dict(seeds=list(seeds), range=ranges)
-    )
+    return result | means | dict(seeds=list(seeds), range=ranges), real, sampled
+
+
+def check_comparable(reference, samples, wanted, insist: bool = False) -> None:
+    """Compare what can be known before anything is computed.
+
+    Raises:
+      EvaluationError: a metric needs images where there are statistics; the images are of different sizes, or were
+        cropped, resized or coloured in different ways, and `insist` is False.
+    """
+    unknown = [name for name in wanted if name not in METRICS]
+    if unknown or not wanted:
+        raise EvaluationError(f"metrics {unknown} are unknown; choose from {', '.join(METRICS)}")
+    if set(wanted) & {"kid", "pr"} and isinstance(reference, ImageSet):
+        raise EvaluationError(f"KID and precision/recall need images, but {reference.name} holds statistics alone")
+    if set(wanted) - {"fid"} and isinstance(samples, ImageSet):
+        raise EvaluationError(f"{samples.name} holds statistics alone, which are enough for fid only")
+    if insist:
+        return
+    a, b = (known(side) for side in (reference, samples))
+    different = [f"{key}: {a[key]} and {b[key]}" for key in sorted(a.keys() & b.keys()) if a[key] != b[key]]
+    if different:
+        raise EvaluationError(
+            f"{reference.name} and {samples.name} were not made alike ({'; '.join(different)}), so the numbers would "
+            "say little; prepare the reference as the training data was, or --insist"
+        )
+
+
+def known(side: Images | ImageSet) -> dict:
+    """What is known of how images were made: their card's `image`, and their size."""
+    if isinstance(side, ImageSet):
+        return {}
+    image = dict(side.card.get("image", {}))
+    if "size" not in image and side.get is not None:
+        height, width = side.get(0).shape[:2]
+        image["size"] = height if height == width else f"{width} x {height}"
+    return image
 
 
 def compare(reference: ImageSet, samples: ImageSet, wanted: tuple[str, ...]) -> dict[str, float]:
     """The numbers wanted; see `evaluate`."""
-    if set(wanted) & {"kid", "pr"} and reference.features is None:
-        raise EvaluationError(f"KID and precision/recall need images, but {reference.name} holds statistics alone")
-    if set(wanted) - {"fid"} and samples.features is None:
-        raise EvaluationError(f"{samples.name} holds statistics alone, which are enough for fid only")
     result = {}
     if "fid" in wanted:
         result["fid"] = metrics.frechet_distance(reference.moments, samples.moments)
@@ -75,14 +172,3 @@ def compare(reference: ImageSet, samples: ImageSet, wanted: tuple[str, ...]) -> 
     if "pr" in wanted:
         result["precision"], result["recall"] = metrics.precision_recall(reference.features, samples.features)
     return result
-
-
-def _load(path, extractor: Extractor, what: str, **options) -> ImageSet:
-    with tqdm(desc=what, unit="image", file=sys.stderr, disable=not sys.stderr.isatty()) as bar:
-        return load_set(path, extractor, progress=lambda done: bar.update(done - bar.n), **options)
-
-
-def _save(path, images: ImageSet) -> None:
-    buffer = io.BytesIO()
-    np.savez(buffer, mu=images.moments.mu, sigma=images.moments.sigma, n=images.n)
-    write_atomically(path, buffer.getvalue())

@@ -1,20 +1,28 @@
-"""Sets of images, wherever they are, as Inception features."""
+"""Sets of images, wherever they are, and their Inception features."""
 
+import collections
 import concurrent.futures
 import dataclasses
+import io
 import itertools
+import json
 import pathlib
+import typing
 import zipfile
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
 
 from maskdm_jax import checkpoint, generate, sharding
-from maskdm_jax.data.images import open_image
-from maskdm_jax.data.sources import DataError, open_source
+from maskdm_jax.data.images import Framing, decode, open_image
+from maskdm_jax.data.sources import DataError, card_of, open_source
 from maskdm_jax.evaluation import inception
-from maskdm_jax.evaluation.metrics import Moments, MomentSums
+from maskdm_jax.evaluation.metrics import Moments, MomentSums, combine
+from maskdm_jax.observe import write_atomically
+
+PICTURES = 64  # images of a set that are kept, to be looked at
 
 
 class EvaluationError(ValueError):
@@ -22,13 +30,31 @@ class EvaluationError(ValueError):
 
 
 @dataclasses.dataclass(frozen=True)
+class Images:
+    """A set of images that can be gone through in order: uint8 [H, W, 3 or 1], which may differ in size."""
+
+    name: str
+    n: int
+    iterate: typing.Callable  # (start, stop) -> iterator of those images
+    get: typing.Callable | None = None  # number -> image, where that is cheap
+    card: dict = dataclasses.field(default_factory=dict)  # see `data.sources.card_of`; {} where nothing is known
+    made_by: dict = dataclasses.field(default_factory=dict)  # checkpoint, weights, sampling and seed of samples
+
+
+@dataclasses.dataclass(frozen=True)
 class ImageSet:
     """What the metrics need of a set of images. Statistics from a file have moments alone."""
 
-    name: str
+    images: Images
     moments: Moments
     features: np.ndarray | None = None  # float32 [n, 2048]
     logits: np.ndarray | None = None  # float32 [n, 1008]
+    pictures: tuple = ()  # the first images
+
+    @property
+    def name(self) -> str:
+        """Where the images are."""
+        return self.images.name
 
     @property
     def n(self) -> int:
@@ -41,33 +67,49 @@ class Extractor:
 
     def __init__(self, params: dict, *, batch_size: int = 64, mesh=None):
         """params: from `inception.load_weights`; batch_size: images per call, rounded up to fill the devices."""
-        mesh = sharding.make_mesh() if mesh is None else mesh
+        mesh = sharding.make_mesh(devices=jax.local_devices()) if mesh is None else mesh
         self._place = sharding.batch_sharding(mesh)
         self._params = jax.device_put(params, NamedSharding(mesh, PartitionSpec()))
         self.batch_size = -(-batch_size // mesh.size) * mesh.size
+        self.devices = mesh.size
         self._resize = jax.jit(inception.resize, out_shardings=self._place)
         self._apply = jax.jit(inception.apply_to_resized, out_shardings=NamedSharding(mesh, PartitionSpec()))
 
-    def __call__(self, name: str, images, progress=None) -> ImageSet:
-        """Features of an iterable of uint8 images [H, W, 3 or 1], which may differ in size.
+    def __call__(self, images: Images, *, keep: bool = True, progress=None) -> ImageSet:
+        """Features of all images, moments accumulated in float64. Several hosts take a share each.
 
-        progress: called with the number of images done, after each batch.
+        keep: whether features and logits are wanted besides the moments (12 KB per image).
+        progress: called with the number of images done (by this host), after each batch.
 
         Raises:
           EvaluationError: there are fewer than two images.
         """
-        sums, features, logits, done = MomentSums(inception.DIM), [], [], 0
-        for batch in self._batches(images):
+        if images.n < 2:
+            raise EvaluationError(f"{images.name} has {images.n} images; at least 2 are needed")
+        hosts = jax.process_count()
+        share = -(-images.n // (hosts * self.batch_size)) * self.batch_size
+        start = min(jax.process_index() * share, images.n)
+        sums, done = MomentSums(inception.DIM), 0
+        features, logits = [np.zeros((0, inception.DIM), np.float32)], [np.zeros((0, inception.CLASSES), np.float32)]
+        pictures = []
+        for batch in self._batches(images.iterate(start, min(start + share, images.n))):
             pooled, scores = (np.asarray(out)[: len(batch)] for out in self._apply(self._params, self._ready(batch)))
             sums.add(pooled)
-            features.append(pooled)
-            logits.append(scores)
+            if keep:
+                features.append(pooled)
+                logits.append(scores)
+            pictures += [np.array(image) for image in batch[: PICTURES - len(pictures)]]
             done += len(batch)
             if progress:
                 progress(done)
-        if done < 2:
-            raise EvaluationError(f"{name} has {done} images; at least 2 are needed")
-        return ImageSet(name, sums.moments(), np.concatenate(features), np.concatenate(logits))
+        n, mean, products = sums.parts()
+        counts, means, products = _from_all_hosts(np.asarray(n), mean, products)
+        moments = combine(zip(counts, means, products, strict=True))
+        if not keep:
+            return ImageSet(images, moments, pictures=tuple(pictures))
+        fill = lambda parts: np.concatenate([*parts, np.zeros((share - done, parts[0].shape[1]), np.float32)])
+        features, logits = (np.concatenate(part)[: images.n] for part in _from_all_hosts(fill(features), fill(logits)))
+        return ImageSet(images, moments, features, logits, tuple(pictures))
 
     def _batches(self, images):
         """Up to `batch_size` images of one size at a time, in order."""
@@ -82,38 +124,79 @@ class Extractor:
         return self._resize(jax.device_put(full, self._place))
 
 
-def load_set(
-    path, extractor: Extractor, *, n: int | None = None, seed: int = 0, sampling=None, progress=None
-) -> ImageSet:
-    """A set of images from a path.
+def _from_all_hosts(*arrays: np.ndarray) -> list[np.ndarray]:
+    """Each array of all hosts, stacked, bit for bit: the gathering itself knows no float64."""
+    if jax.process_count() == 1:
+        return [array[None] for array in arrays]
+    as_bytes = [np.frombuffer(np.ascontiguousarray(array).tobytes(), np.uint8) for array in arrays]
+    gathered = [np.asarray(multihost_utils.process_allgather(part)) for part in as_bytes]
+    return [
+        np.frombuffer(part.tobytes(), array.dtype).reshape(-1, *array.shape)
+        for part, array in zip(gathered, arrays, strict=True)
+    ]
+
+
+def open_images(path, *, n: int | None = None, seed: int = 0, sampling=None, batch_size: int = 64):
+    """A set of images, or statistics of one, from a path. Cheap: images are read, or made, when they are asked for.
 
     Args:
-      path: a folder or .zip of images; a run folder or checkpoint, from which `n` images are made; an .npz with
-        `images` (as launch/sample.py packs them) or with `mu` and `sigma`.
+      path: anything that `data.sources.open_source` takes; a run folder or checkpoint, from which `n` images are
+        made; an .npz with `images` (as launch/sample.py packs them) or with `mu` and `sigma`.
       n: the first n images; all when None. A checkpoint needs it.
       seed: of the noise, for a checkpoint.
       sampling: replaces fields of a checkpoint's `sampling`.
-      progress: see `Extractor`.
+      batch_size: images per device and call, for a checkpoint.
+
+    Returns:
+      `Images`, or an `ImageSet` without features.
 
     Raises:
       EvaluationError, DataError, CheckpointError: there is no such set, or it is damaged or too small.
     """
-    path = pathlib.Path(path).expanduser().absolute()
-    if path.suffix == ".npz":
-        return _from_npz(path, extractor, n, progress)
-    if is_checkpoint(path):
-        if n is None:
-            raise EvaluationError(f"{path} is a checkpoint: say how many images to make of it (--n)")
-        loaded = generate.load(path, sampling=sampling)
-        labels = generate.label_cycle(loaded, None)
-        labels = None if labels is None else np.resize(np.asarray(labels, np.int32), n)
-        batches = generate.generate_batches(loaded, range(n), labels, seed=seed, batch_size=extractor.batch_size)
-        return extractor(
-            f"{loaded.checkpoint}, seed {seed}", (image for _, batch in batches for image in batch), progress
-        )
-    source = open_source(str(path), False)
-    _enough(path, len(source), n)
-    return extractor(str(path), _decoded(source, len(source) if n is None else n), progress)
+    if "://" not in str(path):
+        place = pathlib.Path(path).expanduser().absolute()
+        if place.suffix == ".npz":
+            return _from_npz(place, n)
+        if is_checkpoint(place):
+            if n is None:
+                raise EvaluationError(f"{place} is a checkpoint: say how many images to make of it (--n)")
+            loaded = generate.load(place, sampling=sampling)
+            return sampled(loaded, n, seed=seed, batch_size=batch_size)
+        path = place if str(path) != "digits" else path
+    source = open_source(str(path))
+    count = _enough(path, len(source), n)
+    made_by, card = _samples_settings(path), {}
+    if hasattr(source, "card"):
+        image = source.card["image"]
+        card = card_of(source, Framing(image["size"], image["channels"]))
+        if count < len(source):
+            card.pop("content_hash", None)  # of another number of images
+    elif made_by:
+        card = made_by.pop("card")
+    return _of_source(str(path), source, count, lambda image: np.asarray(open_image(image, 3)), card, made_by)
+
+
+def sampled(loaded: "generate.Loaded", n: int, *, seed: int, batch_size: int) -> Images:
+    """Images 0..n-1 of a network and seed, the classes of a conditional one in turn."""
+    labels = generate.label_cycle(loaded, None)
+    labels = None if labels is None else np.resize(np.asarray(labels, np.int32), n)
+
+    def iterate(start, stop):
+        index, wanted = range(start, stop), None if labels is None else labels[start:stop]
+        batches = generate.generate_batches(loaded, index, wanted, seed=seed, batch_size=batch_size)
+        return (image for _, batch in batches for image in batch)
+
+    sampling = dataclasses.asdict(loaded.config.sampling)
+    made_by = dict(checkpoint=str(loaded.checkpoint), weights=loaded.weights, seed=seed, sampling=sampling)
+    size, channels = loaded.config.data.image_size, loaded.config.data.channels
+    card = loaded.card or dict(image=dict(size=size, channels=channels))  # of a converted file, all that is known
+    return Images(f"{loaded.checkpoint}, seed {seed}", n, iterate, card=card, made_by=made_by)
+
+
+def framed(name: str, source, framing: Framing) -> Images:
+    """Images of a source as training sees them."""
+    see = lambda image: decode(image, framing)
+    return _of_source(name, source, len(source), see, card_of(source, framing), {})
 
 
 def is_checkpoint(path) -> bool:
@@ -125,52 +208,88 @@ def is_checkpoint(path) -> bool:
     return True
 
 
-def _enough(path, there: int, n: int | None) -> None:
-    if n is not None and there < n:
-        raise EvaluationError(f"{path} has {there} images, fewer than n = {n}")
+def load_statistics(path) -> Moments:
+    """Moments from an .npz with `mu`, `sigma` and perhaps `n` (0 without).
 
-
-def _from_npz(path: pathlib.Path, extractor: Extractor, n: int | None, progress) -> ImageSet:
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            arrays = {name: file[name] for name in file.files if name in ("mu", "sigma", "n", "images")}
-    except FileNotFoundError:
-        raise EvaluationError(f"{path} does not exist") from None
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
-        raise EvaluationError(f"{path} is damaged or not an .npz file ({error})") from None
-    if "images" in arrays:
-        images = arrays["images"]
-        if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] not in (1, 3):
-            raise EvaluationError(
-                f"{path}: images are {images.dtype} {images.shape}; uint8 [n, H, W, 3 or 1] is wanted"
-            )
-        _enough(path, len(images), n)
-        return extractor(str(path), images[:n], progress)
+    Raises:
+      EvaluationError: it is damaged or holds something else.
+    """
+    arrays = _read_npz(path)
     if not arrays.keys() >= {"mu", "sigma"}:
         raise EvaluationError(f"{path} holds neither images nor statistics (mu and sigma)")
     mu, sigma = np.asarray(arrays["mu"], np.float64), np.asarray(arrays["sigma"], np.float64)
     if mu.shape != (inception.DIM,) or sigma.shape != (inception.DIM, inception.DIM):
         raise EvaluationError(f"{path}: mu {mu.shape} and sigma {sigma.shape} are not of {inception.DIM} features")
-    return ImageSet(str(path), Moments(int(arrays.get("n", 0)), mu, sigma))
+    return Moments(int(arrays.get("n", 0)), mu, sigma)
 
 
-def _decoded(source, n: int):
-    """Images 0..n-1 of a source in their own sizes, decoded a few ahead by threads.
+def save_statistics(path, moments: Moments) -> None:
+    """Write an .npz with `mu`, `sigma` and `n`."""
+    buffer = io.BytesIO()
+    np.savez(buffer, mu=moments.mu, sigma=moments.sigma, n=moments.n)
+    pathlib.Path(path).parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, buffer.getvalue())
 
-    Raises:
+
+def _enough(path, there: int, n: int | None) -> int:
+    if n is not None and there < n:
+        raise EvaluationError(f"{path} has {there} images, fewer than n = {n}")
+    return there if n is None else n
+
+
+def _samples_settings(path) -> dict:
+    """What launch/sample.py noted beside its images; {} without."""
+    try:
+        return json.loads((pathlib.Path(path) / "samples.json").read_text())
+    except (OSError, ValueError):
+        return {}
+
+
+def _read_npz(path) -> dict:
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            return {name: file[name] for name in file.files if name in ("mu", "sigma", "n", "images")}
+    except FileNotFoundError:
+        raise EvaluationError(f"{path} does not exist") from None
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+        raise EvaluationError(f"{path} is damaged or not an .npz file ({error})") from None
+
+
+def _from_npz(path: pathlib.Path, n: int | None) -> Images | ImageSet:
+    arrays = _read_npz(path)
+    if "images" not in arrays:
+        moments = load_statistics(path)
+        return ImageSet(Images(str(path), moments.n, lambda start, stop: iter(())), moments)
+    images = arrays["images"]
+    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] not in (1, 3):
+        raise EvaluationError(f"{path}: images are {images.dtype} {images.shape}; uint8 [n, H, W, 3 or 1] is wanted")
+    images = images[: _enough(path, len(images), n)]
+    made_by = _samples_settings(path.parent) if path.name == "samples.npz" else {}
+    card = made_by.pop("card", {})
+    iterate = lambda start, stop: iter(images[start:stop])
+    return Images(str(path), len(images), iterate, lambda i: images[i], card, made_by)
+
+
+def _of_source(name: str, source, n: int, see, card: dict, made_by: dict) -> Images:
+    """Images 0..n-1 of a source, decoded by `see` a few ahead by threads.
+
+    Raises (while iterating):
       DataError: an image cannot be read. Leaving it out would change the number.
     """
 
-    def read(i):
+    def get(i):
         try:
-            return np.asarray(open_image(source.read(i)[0], 3))
+            return see(source.read(i)[0])
         except Exception as error:  # whatever a decoder throws at a damaged file
             raise DataError(f"{source.names[i]} cannot be read ({error}); repair or remove it") from error
 
-    with concurrent.futures.ThreadPoolExecutor() as pool:
-        ahead = [pool.submit(read, i) for i in range(min(n, 256))]
-        for i in range(n):
-            image = ahead.pop(0).result()
-            if i + 256 < n:
-                ahead.append(pool.submit(read, i + 256))
-            yield image
+    def iterate(start, stop):
+        with concurrent.futures.ThreadPoolExecutor() as pool:
+            ahead = collections.deque(pool.submit(get, i) for i in range(start, min(stop, start + 256)))
+            for i in range(start, stop):
+                image = ahead.popleft().result()
+                if i + 256 < stop:
+                    ahead.append(pool.submit(get, i + 256))
+                yield image
+
+    return Images(name, n, iterate, get, card, made_by)

@@ -5,18 +5,58 @@ are 1,008 classes. Everything is float32, on TPU too, where convolutions would b
 """
 
 import functools
+import hashlib
+import os
+import pathlib
+import shutil
+import urllib.request
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from maskdm_jax import torch_file
+from maskdm_jax import cache, torch_file
 from maskdm_jax.torch_file import TorchFileError
 
 SIZE = 299  # side of the images that the network sees
 DIM = 2048  # of the features
+CLASSES = 1008
+FILE = "pt_inception-2015-12-05-6726825d.pth"
+URL = f"https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/{FILE}"
+SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
 TAPS = (64, 192, 768, 2048)  # widths of the places where features can be taken; FID takes the last
 _BATCH_NORM_EPS = 1e-3
+
+
+def fetch_weights() -> pathlib.Path:
+    """The file of the weights in the cache, fetched once from where `pytorch-fid` has it and checked by its hash.
+
+    Raises:
+      OSError: it cannot be fetched, or arrived as something else.
+    """
+    path = cache.folder("weights") / FILE
+    if path.exists():
+        return path
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{FILE}.{os.getpid()}.tmp")
+    try:
+        with urllib.request.urlopen(URL, timeout=60) as source, open(temporary, "wb") as file:
+            shutil.copyfileobj(source, file)
+        found = file_hash(temporary)
+        if found != SHA256:
+            raise OSError(f"it arrived with hash {found[:12]}..., not {SHA256[:12]}...")
+        os.replace(temporary, path)
+    except OSError as error:
+        raise OSError(f"{URL} cannot be fetched ({error}); get the file and give it by --inception_weights") from None
+    finally:
+        temporary.unlink(missing_ok=True)
+    return path
+
+
+def file_hash(path) -> str:
+    """SHA-256 of a file."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def load_weights(path) -> dict:

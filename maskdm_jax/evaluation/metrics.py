@@ -36,17 +36,27 @@ class MomentSums:
         self._sum += x.sum(axis=0)
         self._products += x.T @ x
 
-    def moments(self) -> Moments:
-        """Moments of all that was added.
-
-        Raises:
-          ValueError: fewer than two features were added.
-        """
-        if self._n < 2:
-            raise ValueError(f"a covariance needs at least 2 images, not {self._n}")
+    def parts(self) -> tuple[int, np.ndarray, np.ndarray]:
+        """(n, mean, sum of products about the mean), which `combine` takes."""
+        if not self._n:
+            return 0, self._sum, self._products
         mean = self._sum / self._n
-        sigma = (self._products - self._n * np.outer(mean, mean)) / (self._n - 1)
-        return Moments(self._n, self._origin + mean, sigma)
+        return self._n, self._origin + mean, self._products - self._n * np.outer(mean, mean)
+
+
+def combine(parts) -> Moments:
+    """Moments of several sets together, such as those of several hosts (Chan et al. 1979).
+
+    Raises:
+      ValueError: they have fewer than two features.
+    """
+    parts = [part for part in parts if part[0]]
+    total = int(sum(n for n, _, _ in parts))
+    if total < 2:
+        raise ValueError(f"a covariance needs at least 2 images, not {total}")
+    mu = sum(n * mean for n, mean, _ in parts) / total
+    products = sum(product + n * np.outer(mean - mu, mean - mu) for n, mean, product in parts)
+    return Moments(total, mu, products / (total - 1))
 
 
 def frechet_distance(a: Moments, b: Moments) -> float:
