@@ -1,20 +1,24 @@
 """Sample: python launch/sample.py --run=runs/demo --n=100 --out=samples/demo
 
 Writes 000000.png, ... and samples.json into the folder, and a grid beside it (samples/demo.png), so that the folder
-holds exactly the samples; --format=npz packs the images into samples.npz instead. Run it
-again with the same command to go on after a stop; a larger --n adds images.
+holds exactly the samples; --format=npz packs the images into samples.npz instead. Run it again with the same command to
+go on after a stop; a larger --n adds images. Several checkpoints in one call, each into a folder of its own:
+
+    python launch/sample.py --run='runs/mine/checkpoints/*' --n=1000 --out=samples/mine
 """
 
+import glob
+import os
 import pathlib
 import sys
 
 from absl import app, flags, logging
 
-RUN = flags.DEFINE_string("run", None, "Run folder (its newest checkpoint) or checkpoint folder.", required=True)
+RUN = flags.DEFINE_list("run", None, "Run folders (their newest checkpoints) or checkpoint folders; * is expanded.")
 OUT = flags.DEFINE_string("out", None, "Folder for the samples; samples/NAME of the run when not given.")
 N = flags.DEFINE_integer("n", 64, "Number of images.", lower_bound=1)
 SEED = flags.DEFINE_integer("seed", 0, "Of the noise: image number i of a seed is always the same image.")
-BATCH = flags.DEFINE_integer("batch", 64, "Images per batch.", lower_bound=1)
+BATCH = flags.DEFINE_integer("batch", 64, "Images per device and call.", lower_bound=1)
 FORMAT = flags.DEFINE_enum("format", "png", ["png", "npz"], "Single files or one array.")
 WEIGHTS = flags.DEFINE_enum("weights", "ema", ["ema", "params"], "Averaged or raw weights.")
 LABELS = flags.DEFINE_list("labels", None, "Classes to cycle through, by name or number; all when not given.")
@@ -35,37 +39,61 @@ GRID = flags.DEFINE_integer("grid", 100, "Images in the grid at most; 0 makes no
 def main(argv):
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments {argv[1:]}")
+    if not RUN.value:
+        raise app.UsageError("which run? give --run=runs/NAME")
     logging.set_verbosity(logging.WARNING)
+    from maskdm_jax import cache, checkpoint, generate
+    from maskdm_jax.config import ConfigError
+
+    cache.keep_compiled_programs()
+    try:
+        for path, out in places(RUN.value, OUT.value).items():
+            sample(path, out)
+    except (checkpoint.CheckpointError, ConfigError, generate.GenerateError, OSError) as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit("interrupted; run the same command again to go on")
+
+
+def places(runs: list[str], out: str | None) -> dict[pathlib.Path, pathlib.Path]:
+    """Checkpoint -> folder of its samples; of several, a folder each in `out`, named by run and step."""
+    from maskdm_jax import checkpoint
+
+    found = []
+    for run in runs:
+        matches = sorted(glob.glob(os.path.expanduser(run)), key=lambda p: (len(p), p)) if "*" in run else [run]
+        if not matches:
+            raise checkpoint.CheckpointError(f"no checkpoint matches {run!r}")
+        found += [checkpoint.find(match) for match in matches]
+    found = list(dict.fromkeys(found))
+    if len(found) == 1:
+        return {found[0]: pathlib.Path(out or pathlib.Path("samples") / pathlib.Path(runs[0]).resolve().name)}
+    return {path: pathlib.Path(out or "samples") / f"{path.parent.parent.name}-{path.name}" for path in found}
+
+
+def sample(path, out):
     import numpy as np
     from PIL import Image
     from tqdm import tqdm
 
     from maskdm_jax import generate, observe
-    from maskdm_jax.checkpoint import CheckpointError
-    from maskdm_jax.config import ConfigError
 
     chosen = {"method": METHOD.value, "steps": STEPS.value, "eta": ETA.value, "order": ORDER.value}
     chosen |= {"spacing": SPACING.value, "guidance": GUIDANCE.value}
-    out = pathlib.Path(OUT.value or pathlib.Path("samples") / pathlib.Path(RUN.value).resolve().name)
-    try:
-        sampling = {key: value for key, value in chosen.items() if value is not None}
-        loaded = generate.load(RUN.value, weights=WEIGHTS.value, sampling=sampling)
-        print(f"{N.value} images from the {WEIGHTS.value} of {loaded.checkpoint}")
-        with tqdm(total=N.value, unit="image") as bar:
-            folder = generate.generate_to_folder(
-                loaded,
-                out,
-                N.value,
-                seed=SEED.value,
-                labels=LABELS.value,
-                batch_size=BATCH.value,
-                file_format=FORMAT.value,
-                progress=lambda done: bar.update(done - bar.n),
-            )
-    except (CheckpointError, ConfigError, generate.GenerateError, OSError) as error:
-        sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        sys.exit("interrupted; run the same command again to go on")
+    sampling = {key: value for key, value in chosen.items() if value is not None}
+    loaded = generate.load(path, weights=WEIGHTS.value, sampling=sampling)
+    print(f"{N.value} images from the {WEIGHTS.value} of {loaded.checkpoint}")
+    with tqdm(total=N.value, unit="image") as bar:
+        folder = generate.generate_to_folder(
+            loaded,
+            out,
+            N.value,
+            seed=SEED.value,
+            labels=LABELS.value,
+            batch_size=BATCH.value,
+            file_format=FORMAT.value,
+            progress=lambda done: bar.update(done - bar.n),
+        )
     shown = min(N.value, GRID.value)
     if shown:
         if FORMAT.value == "npz":

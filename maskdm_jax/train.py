@@ -533,6 +533,8 @@ class _Evaluation:
 
     def __call__(self, loaded) -> dict[str, float]:
         settings = self._config.evaluation
+        if isinstance(self._reference, Images):
+            log.info("features of the %d images of the reference, computed once", self._reference.n)
         self._reference = self._evaluator.reference(self._reference, settings.metrics)
         images = sampled(loaded, settings.n, seed=self._config.seed, batch_size=self._evaluator.batch_size)
         return compare(self._reference, self._evaluator.samples(images, settings.metrics), settings.metrics)

@@ -1,5 +1,6 @@
 """Evaluation from paths to numbers, with random Inception weights: the network itself is tested elsewhere."""
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -165,8 +166,12 @@ def test_what_was_not_made_alike_is_refused(folders, weights, tmp_path, run):
         evaluate(folders[0], fine, weights, batch_size=8)
     with pytest.raises(EvaluationError, match="channels: 3 and 1; .*colour: .*RGB and .*grey"):
         evaluate(fine, run, weights, n=6)
-    result, _, _ = evaluate(folders[0], fine, weights, batch_size=8, insist=True)
+    result, real, made = evaluate(folders[0], fine, weights, batch_size=8, insist=True, keep=True)
     assert result["fid"] > 0
+    few = dataclasses.replace(made, features=made.features[:3], logits=made.logits[:3])
+    for metric, message in [("is", "3 images do not fill 10 splits"), ("pr", "need more than 3 images")]:
+        with pytest.raises(EvaluationError, match=f"/a and .*{message}"):
+            compare(real, few, (metric,))
 
 
 def test_samples_carry_the_card_of_their_training(folders, tmp_path):
@@ -178,7 +183,7 @@ def test_samples_carry_the_card_of_their_training(folders, tmp_path):
     assert loaded.card["content_hash"] == read_card(data)["content_hash"]
     out = generate.generate_to_folder(loaded, tmp_path / "out", 4, batch_size=4)
     packed = generate.generate_to_folder(loaded, tmp_path / "npz", 4, batch_size=4, file_format="npz")
-    for path in (out, packed / "samples.npz"):
+    for path in (out, packed, packed / "samples.npz"):
         images = open_images(path)
         assert images.card == loaded.card
         assert images.made_by["seed"] == 0

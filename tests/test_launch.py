@@ -140,6 +140,18 @@ def test_samples_from_a_run(launch, demo, tmp_path):
     assert code == 1
     assert "error: " in output
     assert "seed: 0 -> 1" in output
+    both = [f"--run={workdir}/checkpoints/*", f"--out={tmp_path / 'both'}", "--n=2", "--batch=2"]
+    code, output = launch("sample", *both)
+    assert code == 0, output
+    steps = sorted(int(path.name) for path in (workdir / "checkpoints").iterdir())
+    assert len(steps) > 1
+    for step in steps:
+        folder = tmp_path / "both" / f"run-{step}"
+        assert len(list(folder.glob("0*.png"))) == 2
+        assert json.loads((folder / "samples.json").read_text())["checkpoint"].endswith(f"/{step}")
+    code, output = launch("sample", f"--run={tmp_path}/no*", f"--out={tmp_path / 'c'}")
+    assert code == 1
+    assert "error: no checkpoint matches" in output
     code, output = launch("sample", f"--run={workdir}", f"--out={tmp_path / 'b'}", "--n=3", "--format=npz", "--eta=0")
     assert code == 0, output
     assert np.load(tmp_path / "b" / "samples.npz")["images"].shape == (3, 8, 8, 1)

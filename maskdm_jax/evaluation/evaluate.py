@@ -161,14 +161,21 @@ def known(side: Images | ImageSet) -> dict:
 
 
 def compare(reference: ImageSet, samples: ImageSet, wanted: tuple[str, ...]) -> dict[str, float]:
-    """The numbers wanted; see `evaluate`."""
+    """The numbers wanted; see `evaluate`.
+
+    Raises:
+      EvaluationError: there are too few images for one.
+    """
     result = {}
-    if "fid" in wanted:
-        result["fid"] = metrics.frechet_distance(reference.moments, samples.moments)
-    if "kid" in wanted:
-        result["kid"], result["kid_std"] = metrics.kernel_distance(reference.features, samples.features)
-    if "is" in wanted:
-        result["is"], result["is_std"] = metrics.inception_score(samples.logits)
-    if "pr" in wanted:
-        result["precision"], result["recall"] = metrics.precision_recall(reference.features, samples.features)
+    try:
+        if "fid" in wanted:
+            result["fid"] = metrics.frechet_distance(reference.moments, samples.moments)
+        if "kid" in wanted:
+            result["kid"], result["kid_std"] = metrics.kernel_distance(reference.features, samples.features)
+        if "is" in wanted:
+            result["is"], result["is_std"] = metrics.inception_score(samples.logits)
+        if "pr" in wanted:
+            result["precision"], result["recall"] = metrics.precision_recall(reference.features, samples.features)
+    except ValueError as error:
+        raise EvaluationError(f"{samples.name} and {reference.name}: {error}") from None
     return result

@@ -155,6 +155,8 @@ def open_images(path, *, n: int | None = None, seed: int = 0, sampling=None, bat
     """
     if "://" not in str(path):
         place = pathlib.Path(path).expanduser().absolute()
+        if (place / "samples.npz").is_file():  # as launch/sample.py --format=npz leaves a folder
+            place = place / "samples.npz"
         if place.suffix == ".npz":
             return _from_npz(place, n)
         if is_checkpoint(place):
