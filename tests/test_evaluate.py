@@ -9,9 +9,11 @@ import jax
 import numpy as np
 import pytest
 import tiny
+import torch
+import torch_inception
 from PIL import Image
 
-from maskdm_jax import generate, train
+from maskdm_jax import generate, torch_file, train
 from maskdm_jax.data import prepare
 from maskdm_jax.data.images import Framing
 from maskdm_jax.data.pipeline import open_data
@@ -51,9 +53,10 @@ def pixels(folder):
 
 
 def test_frechet_distance_of_two_folders(folders, weights, extractor):
-    """Written out: features of all images at once, and tr (Sa Sb)^(1/2) as the nuclear norm of Xa Xb^T, centred."""
-    params = inception.load_weights(weights)
-    a, b = (np.asarray(jax.jit(inception.apply)(params, pixels(f))[0], np.float64) for f in folders)
+    """PyTorch's features of all images at once, and tr (Sa Sb)^(1/2) as the nuclear norm of Xa Xb^T, centred."""
+    with torch.no_grad():
+        state_dict = torch_file.read(weights)
+        a, b = (torch_inception.features(state_dict, pixels(f)).numpy().astype(np.float64) for f in folders)
     mean_a, mean_b = a.mean(0), b.mean(0)
     a, b = (a - mean_a) / np.sqrt(len(a) - 1), (b - mean_b) / np.sqrt(len(b) - 1)
     expected = np.sum((mean_a - mean_b) ** 2) + np.sum(a**2) + np.sum(b**2)

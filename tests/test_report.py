@@ -63,19 +63,19 @@ def test_a_page_shows_everything_and_loads_nothing(run, tmp_path):
     report.write_report(path, RESULT, *sets, run=run, command="python launch/evaluate.py --x='<y>'")
     page = Page(path.read_text())
     assert all(source.startswith("data:image/png;base64,") for source in page.sources)
-    # two grids, and for each of ten samples itself and six neighbours
-    assert len(page.sources) == 2 + 10 * 7
+    # two grids, and for each of ten samples itself and eight neighbours
+    assert len(page.sources) == 2 + 10 * 9
     for text in ("12.35", "1.23", "± 0.1", "0.25", "mine, step 7", "20 samples against 30 images of faces <b> (train)"):
         assert text in page.text, text
     for text in ("ab" * 32, "/data/<script>", "a< to step 2,999", "FID while training", "--x='<y>'", "centre"):
         assert text in page.text, text
-    assert len(path.read_text()) < 2e6
+    assert len(path.read_text()) < 3e6, "noise does not compress; pictures take half"
 
 
 def test_several_seeds_show_their_range(tmp_path):
     several = RESULT | dict(seeds=[0, 1], range=dict(fid=[11.5, 13.25], kid=[0, 1], precision=[0, 1], recall=[0, 1]))
     report.write_report(tmp_path / "r.html", several, image_set("a", 9, 0), image_set("b", 9, 1))
-    assert "11.5 to 13.25 over 2 seeds" in Page((tmp_path / "r.html").read_text()).text
+    assert "11.5 to 13.2, 2 seeds" in Page((tmp_path / "r.html").read_text()).text
 
 
 def test_statistics_have_no_neighbours(tmp_path):

@@ -1,15 +1,13 @@
-"""FID's Inception network and the whole of a folder's statistics in PyTorch, as the usual tool computes them."""
+"""FID's Inception network in PyTorch, from pixels to features, as the usual tool computes them."""
 
 import numpy as np
-import scipy.linalg
 import torch
-from PIL import Image
 from torch.nn import functional as F
 
 
 def features(state_dict, images) -> torch.Tensor:
     """images: uint8 [n, H, W, 3] -> float32 [n, 2048]."""
-    weights = {name: torch.as_tensor(np.asarray(value)) for name, value in state_dict.items()}
+    weights = {name: torch.tensor(np.asarray(value)) for name, value in state_dict.items()}
 
     def conv(x, name, stride=1, padding=0):
         x = F.conv2d(x, weights[f"{name}.conv.weight"], stride=stride, padding=padding)
@@ -24,7 +22,7 @@ def features(state_dict, images) -> torch.Tensor:
     def average(x):
         return F.avg_pool2d(x, 3, 1, 1, count_include_pad=False)
 
-    x = torch.as_tensor(np.asarray(images)).permute(0, 3, 1, 2).float() / 255
+    x = torch.tensor(np.asarray(images)).permute(0, 3, 1, 2).float() / 255
     x = 2 * F.interpolate(x, (299, 299), mode="bilinear", align_corners=False) - 1
     x = conv(conv(conv(x, "Conv2d_1a_3x3", 2), "Conv2d_2a_3x3"), "Conv2d_2b_3x3", padding=1)
     x = conv(conv(F.max_pool2d(x, 3, 2), "Conv2d_3b_1x1"), "Conv2d_4a_3x3")
@@ -52,24 +50,3 @@ def features(state_dict, images) -> torch.Tensor:
             parts += [conv(y, f"{name}.{layer}a", padding=(0, 1)), conv(y, f"{name}.{layer}b", padding=(1, 0))]
         x = torch.cat([*parts, conv(pool(x), f"{name}.branch_pool")], 1)
     return x.mean((2, 3))
-
-
-def folder_statistics(state_dict, folder, batch=50):
-    """Mean and covariance of a folder's features, float64."""
-    paths = sorted(folder.rglob("*.png"))
-    rows = []
-    for start in range(0, len(paths), batch):
-        images = np.stack([np.asarray(Image.open(path).convert("RGB")) for path in paths[start : start + batch]])
-        with torch.no_grad():
-            rows.append(features(state_dict, images).numpy().astype(np.float64))
-    rows = np.concatenate(rows)
-    return rows.mean(0), np.cov(rows, rowvar=False)
-
-
-def frechet_distance(mu_a, sigma_a, mu_b, sigma_b) -> float:
-    """With the matrix square root itself, of covariances lifted a little when they are singular."""
-    root = scipy.linalg.sqrtm(sigma_a @ sigma_b)
-    if not np.isfinite(root).all():
-        lift = 1e-6 * np.eye(len(mu_a))
-        root = scipy.linalg.sqrtm((sigma_a + lift) @ (sigma_b + lift))
-    return float(((mu_a - mu_b) ** 2).sum() + np.trace(sigma_a + sigma_b) - 2 * np.trace(root).real)

@@ -118,6 +118,7 @@ def evaluate(
     result |= dict(reference_card=real.images.card, made_by=sampled.images.made_by)
     if len(seeds) == 1:
         return result | runs[0], real, sampled
+    result |= dict(samples=made[0].made_by["checkpoint"], made_by=sampled.images.made_by | dict(seed=list(seeds)))
     values = {name: [run[name] for run in runs] for name in runs[0]}
     means = {name: float(np.mean(value)) for name, value in values.items()}
     ranges = {name: [min(value), max(value)] for name, value in values.items()}

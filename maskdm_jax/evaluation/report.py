@@ -15,7 +15,7 @@ import maskdm_jax
 from maskdm_jax import observe
 from maskdm_jax.evaluation.features import ImageSet
 
-NEIGHBOURS = 6  # shown of each sample
+NEIGHBOURS = 8  # shown of each sample
 SAMPLES = 10  # of which neighbours are shown
 _NAMES = {
     "fid": ("FID", "Fréchet distance of Inception features; lower is better"),
@@ -85,7 +85,7 @@ def _numbers(result: dict) -> str:
         value, spread = result[key] * scale, ""
         if "range" in result:
             low, high = (v * scale for v in result["range"][key])
-            spread = f"{low:.4g} to {high:.4g} over {len(result['seeds'])} seeds"
+            spread = f"{low:.3g} to {high:.3g}, {len(result['seeds'])} seeds"
         elif f"{key}_std" in result:
             spread = f"± {result[f'{key}_std'] * scale:.2g}"
         tiles.append(f'<div class="tile" title="{meaning}"><b>{value:.4g}</b><span>{name}</span><i>{spread}</i></div>')
@@ -157,7 +157,7 @@ def _cards(result: dict, reference: ImageSet, samples: ImageSet) -> str:
     rows.append(("path", result["reference"], result["samples"]))
     rows.append(("weights", "", made.get("weights", "")))
     rows.append(("sampler", "", ", ".join(f"{key} {value}" for key, value in sampling.items())))
-    rows.append(("seed", "", str(made.get("seed", "")) if "seeds" not in result else str(result["seeds"])))
+    rows.append(("seed", "", str(made.get("seed", ""))))
     a, b = result["reference_card"], samples.images.card
     rows.append(("data", a.get("source", ""), f"trained on {b['source']}" if b.get("source") else ""))
     for key in ("split", "count", "content_hash"):
@@ -218,8 +218,7 @@ def line_chart(points: list[tuple[float, float]], *, log_scale: bool = False, wi
     x_of = lambda x: left + (x - first) / (last - first) * (width - left - right)
     y_of = lambda y: height - bottom - (scale(y) - low) / (high - low) * (height - top - bottom)
     marks = []
-    for value in _ticks(low, high):
-        y = 10**value if log_scale else value
+    for y in _log_ticks(10**low, 10**high) if log_scale else _ticks(low, high):
         at = y_of(y)
         marks.append(f'<line class="axis" x1="{left}" x2="{width - right}" y1="{at:.1f}" y2="{at:.1f}"/>')
         marks.append(f'<text x="{left - 8}" y="{at + 4:.1f}" text-anchor="end">{y:.3g}</text>')
@@ -240,6 +239,16 @@ def _ticks(low: float, high: float) -> list[float]:
     step = next(power * nice for nice in (1, 2, 5, 10) if power * nice >= raw)
     start = math.ceil(low / step)
     return [round(i * step, 12) for i in range(start, math.floor(high / step) + 1)]
+
+
+def _log_ticks(low: float, high: float) -> list[float]:
+    """1, 2 and 5 times powers of ten within a range, thinned out; round numbers if these are too few."""
+    powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    for nice in ((1,), (1, 3), (1, 2, 5)):
+        ticks = [n * 10.0**power for power in powers for n in nice if low <= n * 10.0**power <= high]
+        if len(ticks) >= 3:
+            return ticks[:: -(-len(ticks) // 6)]
+    return [tick for tick in _ticks(low, high) if tick > 0]
 
 
 _STYLE = """
