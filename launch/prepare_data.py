@@ -26,7 +26,7 @@ GREY = flags.DEFINE_bool("grey", False, "One channel instead of three.")
 CROP = flags.DEFINE_string("crop", None, "centre (the largest square), centre:SIDE or LEFT,TOP,SIDE, in pixels.")
 FILTER = flags.DEFINE_enum("filter", None, ["bicubic", "bilinear", "lanczos", "box"], "Of the resizing; antialiased.")
 FRACTION = flags.DEFINE_float("fraction", 1.0, "Share of the images, drawn by --seed; 0.01 are among those of 0.1.")
-SEED = flags.DEFINE_integer("seed", 0, "Of --fraction.", lower_bound=0)
+SEED = flags.DEFINE_integer("seed", 0, "Of --fraction.", lower_bound=0, upper_bound=2**32 - 1)
 ANY_COUNT = flags.DEFINE_bool("any_count", False, "Accept a part of a published set.")
 THREADS = flags.DEFINE_integer("threads", 0, "Decoding threads; 0 takes two per core.", lower_bound=0)
 

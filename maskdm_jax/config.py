@@ -319,7 +319,7 @@ def _check(config: Config) -> None:
     need("seed", config.seed, 0 <= config.seed < 2**31, "in [0, 2^31)")
     need("data.channels", data.channels, data.channels in (1, 3), "3 (colour) or 1 (grey)")
     need("data.fraction", data.fraction, 0 < data.fraction <= 1, "in (0, 1]")
-    at_least("data.fraction_seed", data.fraction_seed, 0)
+    need("data.fraction_seed", data.fraction_seed, 0 <= data.fraction_seed < 2**32, "in [0, 2^32)")
     need("data.classes", data.classes, len(set(data.classes)) == len(data.classes), "without repetitions")
     need("data.flip", data.flip, 0 <= data.flip <= 1, "a probability")
     need("data.path", data.path, bool(data.path), "a folder or .zip of images, or 'digits'")

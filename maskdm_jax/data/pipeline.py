@@ -6,6 +6,7 @@ threads; host h of H holds the h-th B / H of them.
 """
 
 import dataclasses
+import functools
 import logging
 
 import grain
@@ -17,36 +18,66 @@ from maskdm_jax.data.images import Framing, decode
 from maskdm_jax.data.sources import open_source, read_patiently, select
 
 UNREADABLE_LIMIT = 0.01  # share of the images; more than that is a broken data set, not bad luck
-_STREAM_LENGTH = 2**40  # examples: more than any run takes, while grain's endless stream overflows in batches of 1
+_STREAM_LENGTH = 2**40  # examples: more than any run takes
 _MAX_NEIGHBOURS = 100  # tried in place of an unreadable image before giving up
 
 log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
-class _Decode:
-    """Stream element (index, record number) -> example; a picklable function for worker processes."""
+class _ReadBatch:
+    """Number of a host's batch -> its examples; a picklable function for worker processes.
+
+    A batch is read by one call into arrays of its own: for small images, what is done once per image in Python costs
+    as much as decoding it.
+    """
 
     source: object
     framing: Framing
+    seed: int
+    first: int  # element of the stream that batch 0 begins with
+    size: int
 
-    def __call__(self, index: int, record: int) -> dict:
-        """Decode a record, or its next readable neighbour; `unreadable` holds the record's number then, else -1."""
+    def __call__(self, batch: int) -> dict:
+        """Decode a batch; `unreadable` holds the number of each record that a neighbour stands in for, else -1."""
+        start = self.first + int(batch) * self.size
+        side, channels = self.framing.size, self.framing.channels
+        out = dict(
+            image=np.empty((self.size, side, side, channels), np.uint8),
+            label=np.empty(self.size, np.int32),
+            index=np.arange(start, start + self.size).astype(np.uint32),
+            unreadable=np.full(self.size, -1),
+        )
+        for i, record in enumerate(self._records(start)):
+            out["image"][i], out["label"][i], replaced = self._readable(record)
+            if replaced:
+                out["unreadable"][i] = record
+        return out
+
+    def _records(self, start: int) -> list[int]:
+        """Record numbers of a batch's elements of the stream."""
+        records, n = [], len(self.source)
+        while len(records) < self.size:
+            epoch, position = divmod(start + len(records), n)
+            records += _epoch_order(n, self.seed, epoch)[position : position + self.size - len(records)].tolist()
+        return records
+
+    def _readable(self, record: int):
+        """Pixels and label of a record, or of its next readable neighbour, and whether it is that."""
         n = len(self.source)
         for step in range(min(n, _MAX_NEIGHBOURS)):
             try:
                 image, label = read_patiently(self.source, (record + step) % n)
-                image = decode(image, self.framing)
+                return decode(image, self.framing), label, step > 0
             except Exception as error:  # whatever a decoder throws at a damaged file
                 cause = error
-                continue
-            return {
-                "image": image,
-                "label": np.int32(label),
-                "index": np.uint32(index),
-                "unreadable": np.int64(record if step else -1),
-            }
         raise DataError(f"{self.source.names[record]} and its {step} neighbours are all unreadable; the last: {cause}")
+
+
+@functools.lru_cache(maxsize=4)
+def _epoch_order(n: int, seed: int, epoch: int) -> np.ndarray:
+    """Record numbers in an epoch's order. RandomState, unlike NumPy's newer generators, never changes its streams."""
+    return np.random.RandomState(np.random.SeedSequence([seed, epoch]).generate_state(4)).permutation(n)
 
 
 def open_data(data):
@@ -90,14 +121,7 @@ class Batches:
         if batch_size % hosts:
             raise DataError(f"batch_size {batch_size} does not divide among {hosts} hosts")
         self.source = open_data(data) if source is None else source
-        self._stream = (
-            grain.MapDataset.range(len(self.source))
-            .seed(seed)
-            .shuffle()
-            .repeat(max(1, _STREAM_LENGTH // len(self.source)))
-            .map_with_index(_Decode(self.source, Framing(data.image_size, data.channels)))
-        )
-        self._data, self._batch_size, self._host, self._hosts = data, batch_size, host, hosts
+        self._data, self._seed, self._batch_size, self._host, self._hosts = data, seed, batch_size, host, hosts
         self._next = 0
         self._iterator = None
         self.unreadable = set() if unreadable is None else unreadable
@@ -131,8 +155,9 @@ class Batches:
     def _start(self):
         # Batched before it is split among hosts and workers, so neither changes what is in a batch. (grain's
         # ElasticIterator splits first: with worker processes it cannot resume between two of their rounds.)
-        local = self._batch_size // self._hosts
-        batches = self._stream[self._next :].batch(local)[self._host :: self._hosts]
+        local, framing = self._batch_size // self._hosts, Framing(self._data.image_size, self._data.channels)
+        read = _ReadBatch(self.source, framing, self._seed, self._next, local)
+        batches = grain.MapDataset.range(self._host, _STREAM_LENGTH // local, self._hosts).map(read)
         ahead = grain.ReadOptions(num_threads=self._data.threads, prefetch_buffer_size=2 * self._data.threads)
         stream = batches.to_iter_dataset(ahead)
         if self._data.workers:

@@ -141,7 +141,7 @@ def select(source, classes=(), fraction: float = 1.0, seed: int = 0, labels: boo
         numbers = np.flatnonzero(np.isin(np.asarray(source.labels), wanted))
     if fraction < 1:
         keep = max(1, round(fraction * len(numbers)))
-        numbers = np.sort(numbers[np.random.default_rng(seed).permutation(len(numbers))[:keep]])
+        numbers = np.sort(numbers[np.random.RandomState(seed).permutation(len(numbers))[:keep]])
     if len(numbers) == len(source) and not classes:
         return source
     return Selection(source, numbers, (classes or source.classes) if labels else ())
