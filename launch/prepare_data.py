@@ -8,6 +8,8 @@ card (card.json) that says how. Run it again with the same command to go on afte
 and evaluation like any other: --config.data.path=data/mine256. docs/data.md lists the published sets and their files.
 """
 
+import hashlib
+import os
 import pathlib
 import sys
 
@@ -45,8 +47,9 @@ def main(argv):
 
     from maskdm_jax.data import DataError, files, images, prepare, published, sources
 
-    # Decompressed archives lie beside the set until it is done.
-    scratch = pathlib.Path(f"{pathlib.Path(OUT.value).expanduser().absolute()}.unpacked.tar")
+    # A decompressed archive lies beside the set until it is done, under a name that no other archive takes.
+    origin = hashlib.sha256(os.path.abspath(os.path.expanduser(SRC.value)).encode("utf-8", "replace")).hexdigest()
+    scratch = pathlib.Path(f"{pathlib.Path(OUT.value).expanduser().absolute()}.{origin[:8]}.unpacked.tar")
     chosen = {"size": SIZE.value, "crop": CROP.value, "filter": FILTER.value, "channels": 1 if GREY.value else None}
     chosen = {key: value for key, value in chosen.items() if value is not None}
     try:

@@ -22,13 +22,16 @@ def main(argv):
     from maskdm_jax import cache, config, train
     from maskdm_jax.checkpoint import CheckpointError
     from maskdm_jax.data.sources import DataError
+    from maskdm_jax.evaluation.features import EvaluationError
     from maskdm_jax.torch_file import TorchFileError
 
     cache.keep_compiled_programs()
     name = pathlib.Path(config_flags.get_config_filename(flags.FLAGS["config"])).stem
     try:
         train.train(config.parse(CONFIG.value), WORKDIR.value or pathlib.Path("runs") / name)
-    except (config.ConfigError, DataError, CheckpointError, TorchFileError, train.NonFiniteLoss, OSError) as error:
+    except (config.ConfigError, DataError, CheckpointError, EvaluationError, TorchFileError, OSError) as error:
+        sys.exit(f"error: {error}")
+    except train.NonFiniteLoss as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
         sys.exit("interrupted; run the same command again to go on from the last checkpoint")

@@ -312,9 +312,9 @@ def _check(config: Config) -> None:
     at_least("model.num_classes", model.num_classes, 0)
     at_least("preview.every", config.preview.every, 0)
     at_least("evaluation.every", config.evaluation.every, 0)
-    at_least("evaluation.n", config.evaluation.n, 2)
     for name in config.evaluation.metrics or ("",):
         choice("evaluation.metrics", name, METRICS)
+        at_least("evaluation.n", config.evaluation.n, {"is": 10, "pr": 4}.get(name, 2))
     need("mesh.data", config.mesh.data, config.mesh.data == -1 or config.mesh.data >= 1, "-1 or at least 1")
     need("seed", config.seed, 0 <= config.seed < 2**31, "in [0, 2^31)")
     need("data.channels", data.channels, data.channels in (1, 3), "3 (colour) or 1 (grey)")

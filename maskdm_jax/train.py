@@ -520,7 +520,7 @@ class _Evaluation:
     """Numbers of a network's samples against the run's reference, whose features are computed once."""
 
     def __init__(self, config: Config, source, card: dict):
-        """Reads the weights and opens the reference, so that what cannot work is said before training."""
+        """Reads weights and reference, so that what cannot work is said before training."""
         self._config = config
         settings, framing = config.evaluation, Framing(config.data.image_size, config.data.channels)
         self._evaluator = Evaluator(settings.inception_weights, batch_size=min(64, settings.n))
@@ -530,12 +530,12 @@ class _Evaluation:
             check_comparable(self._reference, samples, settings.metrics)
         else:
             self._reference = framed(config.data.path, source, framing)
-
-    def __call__(self, loaded) -> dict[str, float]:
-        settings = self._config.evaluation
         if isinstance(self._reference, Images):
             log.info("features of the %d images of the reference, computed once", self._reference.n)
         self._reference = self._evaluator.reference(self._reference, settings.metrics)
+
+    def __call__(self, loaded) -> dict[str, float]:
+        settings = self._config.evaluation
         images = sampled(loaded, settings.n, seed=self._config.seed, batch_size=self._evaluator.batch_size)
         return compare(self._reference, self._evaluator.samples(images, settings.metrics), settings.metrics)
 

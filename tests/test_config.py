@@ -58,6 +58,15 @@ def test_missing_settings_are_named():
         (dict(pretrain__micro_batches=3), r"config.pretrain.micro_batches is 3; it must be a divisor of batch_size 8"),
         (dict(sampling__order=4), r"sampling.order is 4; it must be one of 1, 2, 3"),
         (dict(sampling__guidance=-1.0), r"sampling.guidance is -1.0; it must be at least 0"),
+        (
+            dict(evaluation__metrics=("fid", "lpips")),
+            "evaluation.metrics is 'lpips'; it must be one of",
+        ),
+        (dict(evaluation__metrics=("is",), evaluation__n=9), "evaluation.n is 9; it must be at least 10"),
+        (dict(evaluation__metrics=()), "evaluation.metrics is ''; it must be one of"),
+        (dict(evaluation__every=-1), "evaluation.every is -1"),
+        (dict(data__fraction=0.0), r"data.fraction is 0.0; it must be in \(0, 1\]"),
+        (dict(data__classes=("a", "a")), "data.classes is .*; it must be without repetitions"),
         (dict(data__label_dropout=1.0), r"label_dropout is 1.0; it must be in \[0, 1\)"),
         (
             dict(sampling__guidance=1.0, data__labels=False, model__num_classes=0),

@@ -163,6 +163,15 @@ def test_samples_from_a_run(launch, demo, tmp_path):
         (["--config=configs/demo.py", "--config.model.widht=3"], "widht"),
         (["--config=configs/demo.py", "--config.pretrain.mask.rate=1.5"], "error: config.pretrain.mask: mask rate 1.5"),
         (["--config=configs/demo.py", "--config.data.path=nowhere"], "error: 'nowhere' does not exist"),
+        (
+            [
+                "--config=configs/demo.py",
+                "--config.evaluation.every=1",
+                "--config.evaluation.inception_weights=none",
+            ],
+            "error: [Errno 2] No such file or directory: 'none'",
+        ),
+        (["--config=configs/demo.py", "--config.data.classes=('7','x')"], "error: classes ['x'] are not in the data"),
         (["--config=configs/demo.py", "--config.init_from=nowhere"], "holds no checkpoint; give a run folder"),
         (["--config=configs/demo.py", "stray"], "unexpected arguments"),
         ([], "which run? give --config=configs/NAME.py"),

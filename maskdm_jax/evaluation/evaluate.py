@@ -1,5 +1,6 @@
 """A reference and samples in, numbers out."""
 
+import logging
 import pathlib
 import sys
 
@@ -19,6 +20,8 @@ from maskdm_jax.evaluation.features import (
     open_images,
     save_statistics,
 )
+
+log = logging.getLogger(__name__)
 
 
 class Evaluator:
@@ -48,7 +51,10 @@ class Evaluator:
             return ImageSet(images, load_statistics(path))
         found = self._extract(images, "reference", keep)
         if path is not None and not path.exists():
-            save_statistics(path, found.moments)
+            try:
+                save_statistics(path, found.moments)
+            except OSError as error:  # no reason to lose the evaluation
+                log.warning("statistics of %s are not kept: %s", images.name, error)
         return found
 
     def samples(self, images: Images | ImageSet, wanted=("fid",), keep: bool = False) -> ImageSet:

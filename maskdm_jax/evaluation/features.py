@@ -17,7 +17,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from maskdm_jax import checkpoint, generate, sharding
 from maskdm_jax.data.images import Framing, decode, open_image
-from maskdm_jax.data.sources import DataError, card_of, open_source
+from maskdm_jax.data.sources import DataError, card_of, open_source, read_patiently
 from maskdm_jax.evaluation import inception
 from maskdm_jax.evaluation.metrics import Moments, MomentSums, combine
 from maskdm_jax.observe import write_atomically
@@ -281,7 +281,7 @@ def _of_source(name: str, source, n: int, see, card: dict, made_by: dict) -> Ima
 
     def get(i):
         try:
-            return see(source.read(i)[0])
+            return see(read_patiently(source, i)[0])
         except Exception as error:  # whatever a decoder throws at a damaged file
             raise DataError(f"{source.names[i]} cannot be read ({error}); repair or remove it") from error
 
