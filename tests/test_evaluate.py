@@ -103,7 +103,9 @@ def run(tmp_path_factory, weights):
         evaluation__metrics=("fid", "kid"),
         evaluation__inception_weights=str(weights),
     )
-    train.train(config, workdir, devices=jax.devices()[:1])
+    with pytest.MonkeyPatch.context() as patch:  # so that the EMA is not yet the weights themselves
+        patch.setattr(train, "ema_step_size", lambda *_, **__: 0.5)
+        train.train(config, workdir, devices=jax.devices()[:1])
     return workdir
 
 

@@ -132,6 +132,8 @@ def test_the_hash_is_of_pixels_not_of_files(folder, prepared, tmp_path):
     assert make(folder, tmp_path / "shards", per_shard=3)["content_hash"] == prepared[1]["content_hash"]
     again = prepare.prepare(open_source(str(prepared[0]), True), tmp_path / "again", Framing(12), name="pets")
     assert again["content_hash"] == prepared[1]["content_hash"]
+    unlabelled = prepare.prepare(open_source(str(folder)), tmp_path / "flat", Framing(12), name="pets")
+    assert unlabelled["content_hash"] != prepared[1]["content_hash"]
 
 
 def test_records_come_back():
@@ -226,6 +228,21 @@ def test_a_full_disk_and_a_lying_one(folder, tmp_path, monkeypatch):
     with pytest.raises(DataError, match="is not what was written; run the same command again"):
         prepare._verify(tmp_path / "set" / shard_name(0, 3), note | {"hash": "0" * 64})
     assert make(folder, tmp_path / "set")["count"] == 11
+
+
+def test_a_shard_that_rots_while_others_are_written_is_found_and_written_anew(folder, prepared, tmp_path):
+    shard = tmp_path / "set" / shard_name(0, 3)
+
+    def rot(done):
+        if done == 10:
+            content = bytearray(shard.read_bytes())
+            content[len(content) // 2] ^= 1
+            shard.write_bytes(content)
+
+    with pytest.raises(DataError, match="00000-of-00003.arrayrecord is not what was written; run the same command"):
+        make(folder, tmp_path / "set", progress=rot)
+    assert not (tmp_path / "set" / "card.json").exists()
+    assert make(folder, tmp_path / "set")["content_hash"] == prepared[1]["content_hash"]
 
 
 def limited(folder, out, queue):
