@@ -48,8 +48,11 @@ def main(argv):
     from maskdm_jax.torch_file import TorchFileError
 
     cache.keep_compiled_programs()
+    sys.stdout.reconfigure(errors="backslashreplace")  # file names may be no UTF-8
     sampling = {key: flag.value for key, flag in {"method": METHOD, "steps": STEPS}.items() if flag.value is not None}
     try:
+        for path in filter(None, (REPORT.value, SAVE.value)):  # said before hours of work, not after
+            pathlib.Path(path).expanduser().absolute().parent.mkdir(parents=True, exist_ok=True)
         result, reference, samples = evaluate.evaluate(
             REFERENCE.value,
             SAMPLES.value,
@@ -63,17 +66,22 @@ def main(argv):
             insist=INSIST.value,
             keep=bool(REPORT.value),
         )
+        failed = None
         if REPORT.value:
             made_by = result["made_by"].get("checkpoint")
             run = pathlib.Path(made_by).parent.parent if made_by else None
             command = shlex.join(["python", *sys.argv])
-            report.write_report(REPORT.value, result, reference, samples, run=run, command=command)
-            print(f"report: {REPORT.value}")
+            try:
+                report.write_report(REPORT.value, result, reference, samples, run=run, command=command)
+                print(f"report: {REPORT.value}")
+            except OSError as error:
+                failed = f"error: the report was not written: {error}"
     except (CheckpointError, ConfigError, DataError, EvaluationError, GenerateError, TorchFileError, OSError) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
         sys.exit("interrupted")
     print(json.dumps(result))
+    sys.exit(failed)
 
 
 if __name__ == "__main__":

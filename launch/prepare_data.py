@@ -41,6 +41,7 @@ def main(argv):
     if not 0 < FRACTION.value <= 1:
         raise app.UsageError(f"--fraction={FRACTION.value:g}: it must be in (0, 1]")
     logging.set_verbosity(logging.WARNING)
+    sys.stdout.reconfigure(errors="backslashreplace")  # file names may be no UTF-8
     import dataclasses
 
     from tqdm import tqdm

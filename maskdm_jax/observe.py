@@ -31,7 +31,7 @@ def logging_to(workdir):
     """Send the project's log to stderr and to WORKDIR/log.txt."""
     workdir = pathlib.Path(workdir)
     workdir.mkdir(parents=True, exist_ok=True)
-    file = logging.FileHandler(workdir / "log.txt")
+    file = logging.FileHandler(workdir / "log.txt", encoding="utf-8", errors="backslashreplace")
     file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     console = _Console()
     console.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
@@ -202,6 +202,7 @@ def sample_grid(images: np.ndarray, columns: int, row_names=None) -> Image.Image
     font = ImageFont.load_default(size=18)
     margin = 0
     if row_names:
+        row_names = [name.encode("utf-8", "replace").decode() for name in row_names]  # file names may be no UTF-8
         row_names = [name if len(name) <= 20 else name[:19] + "…" for name in row_names]
         margin = int(max(font.getlength(name) for name in row_names)) + 16
     page = Image.new("RGB", (margin + columns * cell + gap, rows * cell + gap), "white")

@@ -97,6 +97,17 @@ def test_an_encrypted_zip_is_named_as_one(tmp_path):
         open_source(str(tmp_path / "x.zip"))
 
 
+def test_of_entries_with_one_name_the_last_counts(tmp_path):
+    with zipfile.ZipFile(tmp_path / "x.zip", "w") as archive:
+        archive.writestr("a.png", png(1))
+        archive.writestr("b.png", png(2))
+        with pytest.warns(UserWarning, match="Duplicate name"):
+            archive.writestr("a.png", png(3))
+    source = open_source(str(tmp_path / "x.zip"))
+    assert source.names == ["a.png", "b.png"]
+    assert source.read(0)[0] == png(3)
+
+
 @pytest.mark.parametrize(("batch_size", "hosts"), [(1, 1), (2, 2)])
 def test_batches_of_one(batch_size, hosts):
     rows = [take(Batches(DATA, batch_size=batch_size, seed=0, host=h, hosts=hosts), 3) for h in range(hosts)]

@@ -236,6 +236,11 @@ def test_what_cannot_be_evaluated_is_named(folders, extractor, weights, tmp_path
     np.savez(tmp_path / "odd.npz", mu=np.zeros(3), sigma=np.zeros((3, 3)))
     np.savez(tmp_path / "other.npz", x=np.zeros(3))
     np.savez(tmp_path / "float.npz", images=np.zeros((3, 8, 8, 3)))
+    np.savez(tmp_path / "nan.npz", mu=np.full(2048, np.nan), sigma=np.eye(2048))
+    np.savez(tmp_path / "many.npz", mu=np.zeros(2048), sigma=np.eye(2048), n=np.zeros(2))
+    np.savez(tmp_path / "empty.npz", images=np.zeros((0, 8, 8, 3), np.uint8))
+    with pytest.raises(EvaluationError, match="empty.npz has 0 images; at least 2 are needed"):
+        check_comparable(open_images(tmp_path / "empty.npz"), open_images(folders[0]), ("fid",))
     (tmp_path / "text.npz").write_text("hello")
     (tmp_path / "broken").mkdir()
     for i in range(3):
@@ -246,6 +251,8 @@ def test_what_cannot_be_evaluated_is_named(folders, extractor, weights, tmp_path
         ("odd.npz", {}, EvaluationError, r"odd.npz: mu \(3,\) and sigma \(3, 3\) are not of 2048 features"),
         ("other.npz", {}, EvaluationError, "holds neither images nor statistics"),
         ("float.npz", {}, EvaluationError, "images are float64 .*; uint8"),
+        ("nan.npz", {}, EvaluationError, "mu and sigma must be finite"),
+        ("many.npz", {}, EvaluationError, "and n, if it is there, one number"),
         ("nowhere", {}, DataError, "does not exist"),
         ("broken", {}, DataError, r"0.png cannot be read"),
         (folders[0], dict(n=12), EvaluationError, "has 11 images, fewer than n = 12"),

@@ -50,7 +50,7 @@ def test_what_cannot_be_framed_is_named():
             Framing(8, crop=crop)
     with pytest.raises(ValueError, match="filter 'nearest' is unknown; choose from bicubic"):
         Framing(8, filter="nearest")
-    with pytest.raises(ValueError, match="channels 4 3 or 1"):
+    with pytest.raises(ValueError, match="channels are 4; they must be 3"):
         Framing(8, channels=4)
 
 

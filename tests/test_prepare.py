@@ -296,7 +296,18 @@ def test_damaged_sets_are_named(prepared, tmp_path):
         (lambda p: (p / "labels.npy").unlink(), "labels.npy is missing"),
         (lambda p: np.save(p / "labels.npy", np.zeros(3)), "3 labels for 11 images"),
         (lambda p: (p / "card.json").write_text("{"), "card.json is damaged"),
-        (lambda p: (p / "card.json").write_text("{}"), "lacks count"),
+        (lambda p: (p / "card.json").write_text("{}"), "card.json lacks or garbles source, split"),
+        (lambda p: (p / "card.json").write_text("[]"), "card.json lacks or garbles source"),
+        *[
+            (lambda p, change=change: (p / "card.json").write_text(json.dumps(read_card(p) | change)), message)
+            for change, message in [
+                (dict(shards="3"), "lacks or garbles shards"),
+                (dict(shards=2), "lacks or garbles shards, image"),
+                (dict(classes=5), "lacks or garbles classes"),
+                (dict(image={}), "lacks or garbles shards, image"),
+                (dict(content_hash="../../evil"), "lacks or garbles content_hash"),
+            ]
+        ],
         (
             lambda p: (p / "card.json").write_text(json.dumps(read_card(p) | {"count": 12})),
             "has 11 images, its card says",
@@ -305,6 +316,25 @@ def test_damaged_sets_are_named(prepared, tmp_path):
     ]:
         with pytest.raises(DataError, match=message):
             open_source(broken(change), True)
+
+
+def test_names_that_are_no_utf8(root, tmp_path, child_env):
+    for name in (b"\xff\xfe/x\xe9.png", b"other/a, b.png", b"other/bad\xe9.png"):
+        path = os.path.join(os.fsencode(tmp_path / "images"), name)
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        with open(path, "wb") as file:
+            file.write(encoded("RGB") if b"bad" not in name else b"")
+    for i in range(150):
+        (tmp_path / "images" / "other" / f"{i}.png").write_bytes(encoded("RGB", (8, 8), seed=i))
+    command = [sys.executable, "launch/prepare_data.py", f"--src={tmp_path / 'images'}", f"--out={tmp_path / 'set'}"]
+    done = subprocess.run(
+        [*command, "--size=8", "--labels"], cwd=root, env=child_env, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    assert "left out: other/bad\\udce9.png: not an image of a known kind" in done.stdout
+    source = open_source(str(tmp_path / "set"), True)
+    assert source.classes == ["other", "\udcff\udcfe"]
+    assert os.fsencode(source.names[len(source) - 1]) == b"\xff\xfe/x\xe9.png"
 
 
 def test_from_the_command_line(root, folder, tmp_path, child_env):

@@ -94,7 +94,7 @@ class ZipImages:
         locked = [info.filename for info in entries if info.flag_bits & 1]
         if locked:
             raise DataError(f"{path} is encrypted ({locked[0]!r} needs a password); unpack it and give the folder")
-        found = [info.filename for info in entries]
+        found = list(dict.fromkeys(info.filename for info in entries))  # of one name, the last entry counts
         self.names, self.labels, self.classes = index_names(path, found, labels)
 
     def __len__(self):

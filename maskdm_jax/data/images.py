@@ -5,7 +5,7 @@ import io
 
 import numpy as np
 import PIL
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 FILTERS = {
     "bicubic": Image.Resampling.BICUBIC,
@@ -31,8 +31,10 @@ class Framing:
     filter: str = "bicubic"
 
     def __post_init__(self):
-        if self.size < 1 or self.channels not in (1, 3):
-            raise ValueError(f"size {self.size} must be at least 1 and channels {self.channels} 3 or 1")
+        if self.size < 1:
+            raise ValueError(f"size {self.size} must be at least 1")
+        if self.channels not in (1, 3):
+            raise ValueError(f"channels are {self.channels}; they must be 3 (colour) or 1 (grey)")
         if self.filter not in FILTERS:
             raise ValueError(f"filter {self.filter!r} is unknown; choose from {', '.join(FILTERS)}")
         self.box((1 << 30, 1 << 30))
@@ -81,7 +83,10 @@ def open_image(image, channels: int) -> Image.Image:
     if isinstance(image, np.ndarray):
         image = Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image)
     else:
-        image = ImageOps.exif_transpose(Image.open(io.BytesIO(image)))
+        try:
+            image = ImageOps.exif_transpose(Image.open(io.BytesIO(image)))
+        except UnidentifiedImageError:  # Pillow would name the memory that it was read from
+            raise ValueError("not an image of a known kind") from None
     if image.mode == "F":
         raise ValueError("images of floating-point numbers have no agreed range")
     if image.mode.startswith("I"):  # 16 or 32 bit grey; convert() would clip at 255

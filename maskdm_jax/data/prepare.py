@@ -119,7 +119,11 @@ def prepare(
         shard_hashes=[note["hash"] for note in notes],
         prepared=datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"),
     )
-    write_atomically(out / CARD, json.dumps(card, indent=2, ensure_ascii=False).encode())
+    try:
+        text = json.dumps(card, indent=2, ensure_ascii=False).encode()
+    except UnicodeEncodeError:  # file names that are no UTF-8; escaped, they come back as they are
+        text = json.dumps(card, indent=2).encode()
+    write_atomically(out / CARD, text)
     for i in range(plan.shards):
         _note_path(out, i).unlink(missing_ok=True)
     (out / _PLAN).unlink(missing_ok=True)

@@ -13,6 +13,7 @@ import hashlib
 import json
 import os
 import pathlib
+import re
 import struct
 
 import numpy as np
@@ -78,7 +79,7 @@ def fetch(files, root: str) -> pathlib.Path:
     Raises:
       DataError: a shard arrived damaged.
     """
-    card = json.loads(files.cat_file(f"{root}/{CARD}"))
+    card = _parse_card(files.cat_file(f"{root}/{CARD}"), root)
     target = cache.folder("sets") / card["content_hash"]
     if (target / CARD).exists():
         return target
@@ -112,16 +113,32 @@ def read_card(path) -> dict:
       DataError: there is none, or it is damaged.
     """
     try:
-        card = json.loads((pathlib.Path(path) / CARD).read_text())
+        text = (pathlib.Path(path) / CARD).read_bytes()
     except FileNotFoundError:
         raise DataError(
             f"{path} has no {CARD}: it is not a prepared set, or its preparation was not finished"
         ) from None
-    except (OSError, ValueError) as error:
+    except OSError as error:
+        raise DataError(f"{path}/{CARD} cannot be read ({error})") from None
+    return _parse_card(text, path)
+
+
+_CARD_TYPES = dict(source=str, split=str, image=dict, count=int, classes=list, shards=int, shard_hashes=list)
+
+
+def _parse_card(text: bytes, path) -> dict:
+    try:
+        card = json.loads(text)
+    except ValueError as error:
         raise DataError(f"{path}/{CARD} is damaged ({error}); prepare the set again") from None
-    missing = [key for key in ("count", "shards", "classes", "content_hash") if key not in card]
-    if missing:
-        raise DataError(f"{path}/{CARD} lacks {', '.join(missing)}; prepare the set again")
+    wrong = [key for key, kind in _CARD_TYPES.items() if not isinstance(card, dict) or type(card.get(key)) is not kind]
+    # The content hash becomes the name of a folder in the cache.
+    if not wrong and not re.fullmatch(r"[0-9a-f]{64}", str(card.get("content_hash"))):
+        wrong = ["content_hash"]
+    if not wrong and (len(card["shard_hashes"]) != card["shards"] or not {"size", "channels"} <= card["image"].keys()):
+        wrong = ["shards, image"]
+    if wrong:
+        raise DataError(f"{path}/{CARD} lacks or garbles {', '.join(wrong)}; prepare the set again")
     return card
 
 

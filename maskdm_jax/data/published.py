@@ -87,7 +87,8 @@ def open_tfds(src: str, labels: bool, split: str = ""):
         builder = tfds.builder(src.removeprefix("tfds:"), file_format="array_record")
         builder.download_and_prepare()
     except Exception as error:  # whatever TFDS throws
-        hint = "; pip install tensorflow, which this set needs" if "tensorflow" in str(error).lower() else ""
+        lacking = isinstance(error, ImportError) and "tensorflow" in str(error)
+        hint = "; pip install tensorflow, which this set needs" if lacking else ""
         raise DataError(f"{src} cannot be prepared by TFDS: {str(error).strip().splitlines()[0][:300]}{hint}") from None
     return TfdsImages(builder.data_dir, labels, split)
 

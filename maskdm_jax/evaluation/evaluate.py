@@ -145,6 +145,9 @@ def check_comparable(reference, samples, wanted, insist: bool = False) -> None:
         raise EvaluationError(f"KID and precision/recall need images, but {reference.name} holds statistics alone")
     if set(wanted) - {"fid"} and isinstance(samples, ImageSet):
         raise EvaluationError(f"{samples.name} holds statistics alone, which are enough for fid only")
+    for side in (reference, samples):
+        if isinstance(side, Images) and side.n < 2:
+            raise EvaluationError(f"{side.name} has {side.n} images; at least 2 are needed")
     if insist:
         return
     a, b = (known(side) for side in (reference, samples))

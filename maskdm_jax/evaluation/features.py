@@ -222,7 +222,10 @@ def load_statistics(path) -> Moments:
     mu, sigma = np.asarray(arrays["mu"], np.float64), np.asarray(arrays["sigma"], np.float64)
     if mu.shape != (inception.DIM,) or sigma.shape != (inception.DIM, inception.DIM):
         raise EvaluationError(f"{path}: mu {mu.shape} and sigma {sigma.shape} are not of {inception.DIM} features")
-    return Moments(int(arrays.get("n", 0)), mu, sigma)
+    n = arrays.get("n", np.zeros((), int))
+    if not (np.isfinite(mu).all() and np.isfinite(sigma).all() and n.shape == ()):
+        raise EvaluationError(f"{path}: mu and sigma must be finite, and n, if it is there, one number")
+    return Moments(int(n), mu, sigma)
 
 
 def save_statistics(path, moments: Moments) -> None:
