@@ -54,6 +54,16 @@ def test_what_cannot_be_framed_is_named():
         Framing(8, channels=4)
 
 
+def test_what_is_no_image_of_eight_bits_is_named():
+    buffer = io.BytesIO()
+    Image.new("F", (9, 9), 0.5).save(buffer, "TIFF")
+    with pytest.raises(ValueError, match="floating-point numbers have no agreed range"):
+        decode(buffer.getvalue(), Framing(8))
+    for content in (b"", b"hello", png(PIXELS)[:20]):
+        with pytest.raises(ValueError, match="not an image of a known kind"):
+            decode(content, Framing(8))
+
+
 def test_framings_are_told_apart():
     described = [Framing(8), Framing(9), Framing(8, 1), Framing(8, crop="centre:5"), Framing(8, filter="box")]
     assert len({str(framing.describe()) for framing in described}) == 5
