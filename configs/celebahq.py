@@ -2,6 +2,7 @@
 
     python launch/train.py --config=configs/celebahq.py --config.data.path=DIR_OR_ZIP
 
+Data: python launch/prepare_data.py --dataset=celebahq --src=DOWNLOADS --out=data/celebahq256
 Hardware: 8 accelerators of 80 GB as it stands; fewer or smaller ones with micro_batches, remat or mesh.fsdp.
 Expected cost, by arithmetic, not measured: 200k x 256 images x 0.269 TFLOP
  + 200k x 64 images x 1.72 TFLOP

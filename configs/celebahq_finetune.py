@@ -2,6 +2,7 @@
 
     python launch/train.py --config=configs/celebahq_finetune.py --config.data.path=DIR_OR_ZIP
 
+Data: python launch/prepare_data.py --dataset=celebahq --src=DOWNLOADS --out=data/celebahq256
 Hardware: 8 accelerators of 80 GB as it stands; fewer or smaller ones with micro_batches, remat or mesh.fsdp.
 Expected cost, by arithmetic, not measured: 200k x 32 images x 4.45 TFLOP
 = 28.5 EFLOP, about 20 hours of one H100 in bfloat16 at 40% of its peak (989 TFLOP/s).

@@ -2,6 +2,7 @@
 
     python launch/train.py --config=configs/celebahq_s_finetune.py --config.data.path=DIR_OR_ZIP --config.init_from=RUN
 
+Data: python launch/prepare_data.py --dataset=celebahq --src=DOWNLOADS --out=data/celebahq256
 Hardware: one accelerator of 80 GB or 8 of 16 GB; less with micro_batches or remat.
 Expected cost, by arithmetic, not measured: 200k x 64 images x 2.42 TFLOP
 = 31 EFLOP, about 21.8 hours of one H100 in bfloat16 at 40% of its peak (989 TFLOP/s).
