@@ -6,6 +6,7 @@ those of pytorch-fid, pt_inception-2015-12-05-6726825d.pth, fetched once unless 
 """
 
 import json
+import os
 import pathlib
 import shlex
 import sys
@@ -35,7 +36,7 @@ def main(argv):
     wrong = [name for name in CHOSEN.value if name not in METRICS]
     if wrong or not CHOSEN.value:
         raise app.UsageError(f"--metrics={','.join(CHOSEN.value)}: choose from {', '.join(METRICS)}")
-    if not SEEDS.value or not all(seed.isdigit() for seed in SEEDS.value):
+    if not SEEDS.value or not all(seed.isdecimal() and int(seed) < 2**32 for seed in SEEDS.value):
         raise app.UsageError(f"--seeds={','.join(SEEDS.value)}: give numbers, such as 0,1,2")
     logging.set_verbosity(logging.WARNING)
     from maskdm_jax import cache
@@ -62,7 +63,7 @@ def main(argv):
             seeds=[int(seed) for seed in SEEDS.value],
             batch_size=BATCH.value,
             sampling=sampling,
-            statistics=SAVE.value,
+            statistics=os.path.expanduser(SAVE.value) if SAVE.value else None,
             insist=INSIST.value,
             keep=bool(REPORT.value),
         )
@@ -72,9 +73,11 @@ def main(argv):
             run = pathlib.Path(made_by).parent.parent if made_by else None
             command = shlex.join(["python", *sys.argv])
             try:
-                report.write_report(REPORT.value, result, reference, samples, run=run, command=command)
+                report.write_report(
+                    os.path.expanduser(REPORT.value), result, reference, samples, run=run, command=command
+                )
                 print(f"report: {REPORT.value}")
-            except OSError as error:
+            except Exception as error:  # whatever a damaged metrics.jsonl makes of it: the numbers are not lost
                 failed = f"error: the report was not written: {error}"
     except (CheckpointError, ConfigError, DataError, EvaluationError, GenerateError, TorchFileError, OSError) as error:
         sys.exit(f"error: {error}")

@@ -38,6 +38,8 @@ def main(argv):
         raise app.UsageError(f"unexpected arguments {argv[1:]}")
     if not SRC.value or not OUT.value:
         raise app.UsageError("give --src and --out")
+    if "://" in OUT.value:
+        raise app.UsageError(f"--out={OUT.value}: give a local folder and copy the set from there when it is done")
     if not 0 < FRACTION.value <= 1:
         raise app.UsageError(f"--fraction={FRACTION.value:g}: it must be in (0, 1]")
     logging.set_verbosity(logging.WARNING)

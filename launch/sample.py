@@ -17,7 +17,7 @@ from absl import app, flags, logging
 RUN = flags.DEFINE_list("run", None, "Run folders (their newest checkpoints) or checkpoint folders; * is expanded.")
 OUT = flags.DEFINE_string("out", None, "Folder for the samples; samples/NAME of the run when not given.")
 N = flags.DEFINE_integer("n", 64, "Number of images.", lower_bound=1)
-SEED = flags.DEFINE_integer("seed", 0, "Of the noise: image number i of a seed is always the same image.")
+SEED = flags.DEFINE_integer("seed", 0, "Of the noise: image number i of a seed is always the same image.", 0, 2**32 - 1)
 BATCH = flags.DEFINE_integer("batch", 64, "Images per device and call.", lower_bound=1)
 FORMAT = flags.DEFINE_enum("format", "png", ["png", "npz"], "Single files or one array.")
 WEIGHTS = flags.DEFINE_enum("weights", "ema", ["ema", "params"], "Averaged or raw weights.")

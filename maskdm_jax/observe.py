@@ -228,8 +228,14 @@ def save_image(path, image: Image.Image) -> None:
 
 
 def write_atomically(path, content: bytes) -> None:
-    """Write a file whole or not at all."""
+    """Write a file whole or not at all.
+
+    Raises:
+      OSError: it cannot be written, or the path is a folder or a device, which must not be replaced.
+    """
     path = pathlib.Path(path)
+    if path.exists() and not path.is_file():
+        raise OSError(f"{path} is not a regular file")
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     temporary.write_bytes(content)
     os.replace(temporary, path)

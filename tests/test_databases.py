@@ -166,7 +166,8 @@ def test_batch_files_are_not_executed(tmp_path):
         (good[:-40], "damaged or of another kind"),
         (b"", "damaged or of another kind"),
         (pickle.dumps([1]), "damaged or of another kind"),
-        (pickle.dumps({"data": PLANES.astype(float), "labels": []}), "data is float64"),
+        (pickle.dumps({"data": PLANES.astype(float), "labels": []}), "data is f8, not rows of whole numbers"),
+        (pickle.dumps({"data": np.array([[1, "x"]], object), "labels": [0]}), "damaged or of another kind"),
         (pickle.dumps({"data": PLANES, "labels": [0]}), "5 images and 1 labels"),
     ]:
         with pytest.raises(DataError, match=message):

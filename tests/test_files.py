@@ -73,6 +73,14 @@ def test_damaged_tars_are_named(tar):
         tar.write_bytes(whole[:length])
         with pytest.raises(DataError, match=r"set.tar (is not a readable tar file|is cut short)"):
             open_source(str(tar))
+    with tarfile.open(fileobj=io.BytesIO(whole)) as archive:
+        second = archive.getmembers()[1].offset
+    flipped = bytearray(whole)
+    flipped[second + 5] ^= 1
+    for content in (whole[:second], whole[: second + 100], bytes(flipped)):  # Python sees an end in each
+        tar.write_bytes(content)
+        with pytest.raises(DataError, match="set.tar is cut short or damaged at byte"):
+            open_source(str(tar))
     tar.write_bytes(b"hello" * 300)
     with pytest.raises(DataError, match="set.tar is not a readable tar file"):
         open_source(str(tar))

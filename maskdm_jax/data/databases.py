@@ -201,7 +201,9 @@ def _read_arrays(path: str, member: str):
                 found = {"data": records[:, 1:], "labels": records[:, 0]}
             else:
                 found = {str(k, "ascii") if isinstance(k, bytes) else k: v for k, v in _Arrays(file).load().items()}
-        data, labels = np.asarray(found["data"]), np.asarray(found["labels"])
+        data, labels = (
+            part.array() if isinstance(part, _Array) else np.asarray(part) for part in (found["data"], found["labels"])
+        )
         side = math.isqrt(data.shape[1] // 3)
         if data.dtype != np.uint8 or data.ndim != 2 or side * side * 3 != data.shape[1]:
             raise ValueError(f"data is {data.dtype} {data.shape}, not uint8 [n, 3 * S * S]")
@@ -212,21 +214,54 @@ def _read_arrays(path: str, member: str):
     return data, labels
 
 
-_ARRAY_PARTS = {
-    ("numpy", "ndarray"),
-    ("numpy", "dtype"),
-    ("_codecs", "encode"),
-    *((module, "_reconstruct") for module in ("numpy.core.multiarray", "numpy._core.multiarray")),
-}
-
-
 class _Arrays(pickle.Unpickler):
-    """Reads pickles of plain containers and NumPy arrays; any other name in the file is refused."""
+    """Reads pickles of plain containers and NumPy arrays; any other name in the file is refused.
+
+    NumPy's own constructors would trust a pickle with memory, so that stand-ins take their place here.
+    """
 
     def __init__(self, file):
         super().__init__(file, encoding="bytes")
 
     def find_class(self, module, name):
-        if (module, name) not in _ARRAY_PARTS:
-            raise pickle.UnpicklingError(f"it names {module}.{name}, which is not an array")
-        return super().find_class(module.replace("numpy.core", "numpy._core"), name)
+        if (module, name) in (("numpy.core.multiarray", "_reconstruct"), ("numpy._core.multiarray", "_reconstruct")):
+            return _Array
+        if (module, name) in (("numpy", "ndarray"), ("numpy", "dtype")):
+            return _Dtype
+        if (module, name) == ("_codecs", "encode"):
+            return _encode
+        raise pickle.UnpicklingError(f"it names {module}.{name}, which is not an array")
+
+
+class _Dtype:
+    """A dtype as a pickle describes it; only its code counts. Stands in for the class ndarray too."""
+
+    def __init__(self, code=b"", *_):
+        self.code = code.decode("ascii") if isinstance(code, bytes) else code
+
+    def __setstate__(self, state):
+        if len(state) > 1 and state[1] not in ("<", "|", b"<", b"|", "=", b"="):
+            raise pickle.UnpicklingError("it holds numbers of another byte order")
+
+
+class _Array:
+    """An array as a pickle describes it, made of its bytes by `array`."""
+
+    def __init__(self, *_):
+        self._state = None
+
+    def __setstate__(self, state):
+        self._state = state
+
+    def array(self) -> np.ndarray:
+        _, shape, dtype, fortran, content = self._state
+        if dtype.code not in ("u1", "i1", "i2", "u2", "i4", "u4", "i8", "u8") or fortran:
+            raise pickle.UnpicklingError(f"data is {dtype.code}, not rows of whole numbers")
+        return np.frombuffer(content, dtype.code).reshape(shape)
+
+
+def _encode(text, coding):
+    """How Python 2's bytes are pickled for Python 3."""
+    if not isinstance(text, str) or coding not in ("latin1", b"latin1"):
+        raise pickle.UnpicklingError(f"it names the coding {coding!r}")
+    return text.encode("latin1")

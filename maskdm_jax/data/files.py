@@ -130,6 +130,9 @@ class TarImages:
         try:
             with tarfile.open(self._path, "r:") as archive:
                 members = {m.name: m for m in archive if m.isreg() and not m.issparse()}
+                archive.fileobj.seek(archive.offset)
+                if archive.fileobj.read(512) != bytes(512):  # Python takes a damaged header for the end
+                    raise DataError(f"{path} is cut short or damaged at byte {archive.offset}; copy it again")
         except (tarfile.TarError, EOFError) as error:
             if is_compressed(path):
                 raise DataError(

@@ -106,6 +106,7 @@ def prepare(
     card = dict(
         format="maskdm-jax prepared images, version 1",
         source=plan.source,
+        names_hash=plan.names_hash,
         split=plan.split,
         image=plan.image,
         decoder=DECODER,
@@ -135,7 +136,7 @@ def _claim(out: pathlib.Path, plan: Plan) -> dict | None:
     wanted = json.loads(json.dumps(dataclasses.asdict(plan)))
     if (out / CARD).exists():
         card = read_card(out)
-        changed = [key for key in ("source", "split", "image", "classes") if card.get(key) != wanted[key]]
+        changed = [key for key in ("source", "names_hash", "split", "image", "classes") if card.get(key) != wanted[key]]
         if not changed:
             return card
         raise DataError(
