@@ -4,6 +4,7 @@ import bz2
 import gzip
 import io
 import lzma
+import os
 import pickle
 import tarfile
 
@@ -61,6 +62,9 @@ def test_a_compressed_tar_is_decompressed_once(tar, tmp_path, opener, suffix):
     assert scratch.read_bytes() == tar.read_bytes()
     assert decompressed(packed, scratch) == scratch
     assert decompressed(tar, tmp_path / "other") == tar
+    scratch.write_bytes(b"of an archive that was replaced")
+    os.utime(scratch, (0, 0))
+    assert decompressed(packed, scratch).read_bytes() == tar.read_bytes()
     packed.write_bytes(packed.read_bytes()[:-60])
     with pytest.raises(DataError, match="is damaged"):
         decompressed(packed, tmp_path / "other")

@@ -180,7 +180,7 @@ def decompressed(path, scratch) -> pathlib.Path:
     path, scratch = pathlib.Path(path), pathlib.Path(scratch)
     if not path.is_file() or not is_compressed(path):
         return path
-    if scratch.exists():
+    if scratch.exists() and scratch.stat().st_mtime_ns >= path.stat().st_mtime_ns:  # of this archive, not of an earlier
         return scratch
     with open(path, "rb") as file:
         start = file.read(6)
