@@ -25,17 +25,16 @@ SECONDS = flags.DEFINE_float("seconds", 4.0, "Length of a round.")
 
 def main(_):
     from maskdm_jax.config import Data
-    from maskdm_jax.data.images import Framing, decode
+    from maskdm_jax.data.images import decode
     from maskdm_jax.data.pipeline import Batches
     from maskdm_jax.data.sources import open_source
 
-    framing = Framing(SIZE.value, int(CHANNELS.value))
-    settings = dict(path=DATA.value, split="", image_size=SIZE.value, channels=framing.channels, classes=())
+    settings = dict(path=DATA.value, split="", image_size=SIZE.value, channels=int(CHANNELS.value), classes=())
     settings |= dict(fraction=1.0, fraction_seed=0, labels=False, label_dropout=0.0, flip=0.0)
     data = Data(**settings, threads=THREADS.value, workers=0)
     source = open_source(DATA.value)
     order = np.random.RandomState(0).permutation(len(source))
-    see = lambda i: decode(source.read(int(order[i % len(order)]))[0], framing)
+    see = lambda i: decode(source.read(int(order[i % len(order)]))[0], data.framing)
 
     def bare(seconds):
         """Images per second of threads that do nothing but read and decode."""

@@ -30,14 +30,12 @@ def main(argv):
     from maskdm_jax import generate, observe
     from maskdm_jax.checkpoint import CheckpointError
     from maskdm_jax.config import ConfigError
-    from maskdm_jax.data.images import Framing, decode
+    from maskdm_jax.data.images import decode
 
     try:
         loaded = generate.load(RUN.value, weights=WEIGHTS.value)
-        data = loaded.config.data
-        ends = [
-            decode(pathlib.Path(path).read_bytes(), Framing(data.image_size, data.channels)) for path in IMAGES.value
-        ]
+        framing = loaded.config.data.framing
+        ends = [decode(pathlib.Path(path).read_bytes(), framing) for path in IMAGES.value]
         options = dict(n=N.value, start=START.value, label=LABEL.value)
         rows = [generate.interpolate(loaded, *ends, seed=seed, **options) for seed in range(SEEDS.value)]
     except (CheckpointError, ConfigError, generate.GenerateError, OSError, ValueError) as error:

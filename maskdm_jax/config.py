@@ -12,6 +12,7 @@ import types
 import typing
 
 from maskdm_jax import diffusion, masking, samplers
+from maskdm_jax.data.images import Framing
 
 SAMPLERS = ("ddim", "ddpm", "dpm_solver")
 METRICS = ("fid", "kid", "is", "pr")
@@ -39,6 +40,11 @@ class Data:
     flip: float  # probability of a horizontal flip
     threads: int  # reading threads per process
     workers: int  # extra reading processes; 0 reads in this one
+
+    @property
+    def framing(self) -> Framing:
+        """What becomes of an image on its way to the network."""
+        return Framing(self.image_size, self.channels)
 
 
 @dataclasses.dataclass(frozen=True)

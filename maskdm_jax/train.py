@@ -22,7 +22,6 @@ from jax.sharding import PartitionSpec as P
 from maskdm_jax import checkpoint, masking, observe, sharding, torch_checkpoint
 from maskdm_jax import config as config_lib
 from maskdm_jax.config import Config, ConfigError, Stage
-from maskdm_jax.data.images import Framing
 from maskdm_jax.data.pipeline import Batches, open_data
 from maskdm_jax.data.sources import card_of
 from maskdm_jax.diffusion import denoising_loss, loss_weights, make_schedule
@@ -270,7 +269,7 @@ def begin(config: Config, network: Network, mesh, checkpoints: checkpoint.Checkp
     """This run's own checkpoint > `init_from` > fresh; says which in one line."""
     step = checkpoints.latest()
     if step is not None:
-        meta, framing = checkpoints.meta(step), Framing(config.data.image_size, config.data.channels)
+        meta = checkpoints.meta(step)
         index = _resumed_stage(config, meta, checkpoints.folder / str(step))
         state = checkpoints.restore(step, abstract_state(config, index, network, mesh))
         log.info(
@@ -280,7 +279,9 @@ def begin(config: Config, network: Network, mesh, checkpoints: checkpoint.Checkp
             log.warning(
                 "the data changed: %d images then, %d now; the order is another one", meta["images"], len(source)
             )
-        elif meta["card"] and meta["card"].get("content_hash") != card_of(source, framing).get("content_hash"):
+        elif meta["card"] and meta["card"].get("content_hash") != card_of(source, config.data.framing).get(
+            "content_hash"
+        ):
             log.warning("the data changed: as many images as then, but their content hash is another")
         for line in config_lib.differences(meta["config"], json.loads(json.dumps(config_lib.to_dict(config)))):
             log.warning("the config changed since that checkpoint: %s", line)
@@ -370,7 +371,7 @@ class _Run:
         self.config, self.workdir, self.mesh, self.source = config, workdir, mesh, source
         self.network, self.checkpoints, self.metrics = network, checkpoints, metrics
         self.ends = stage_ends(config)
-        self.card = card_of(source, Framing(config.data.image_size, config.data.channels))
+        self.card = card_of(source, config.data.framing)
         self.evaluation = _Evaluation(config, source, self.card) if config.evaluation.every else None
         self.unreadable = set()  # images found so, over all stages
         self.generate = make_generator(config, network, mesh, config.preview.rows * config.preview.columns)
@@ -522,14 +523,14 @@ class _Evaluation:
     def __init__(self, config: Config, source, card: dict):
         """Reads weights and reference, so that what cannot work is said before training."""
         self._config = config
-        settings, framing = config.evaluation, Framing(config.data.image_size, config.data.channels)
+        settings = config.evaluation
         self._evaluator = Evaluator(settings.inception_weights, batch_size=min(64, settings.n))
         if settings.reference:
             self._reference = open_images(settings.reference)
             samples = Images("the samples", settings.n, iterate=None, card=card)
             check_comparable(self._reference, samples, settings.metrics)
         else:
-            self._reference = framed(config.data.path, source, framing)
+            self._reference = framed(config.data.path, source, config.data.framing)
         if isinstance(self._reference, Images):
             log.info("features of the %d images of the reference, computed once", self._reference.n)
         self._reference = self._evaluator.reference(self._reference, settings.metrics)

@@ -107,7 +107,6 @@ class TfdsImages:
                 )
             self._label = kinds[0]
             self.classes = list(features[self._label].names)
-        self._text = next((name for name in ("file_name", "image/filename", "id") if name in features), None)
         self.names = [f"{pathlib.Path(path).parent.name}/{split}[{i}]" for i in range(len(self._records))]
 
     @functools.cached_property

@@ -155,8 +155,8 @@ class Batches:
     def _start(self):
         # Batched before it is split among hosts and workers, so neither changes what is in a batch. (grain's
         # ElasticIterator splits first: with worker processes it cannot resume between two of their rounds.)
-        local, framing = self._batch_size // self._hosts, Framing(self._data.image_size, self._data.channels)
-        read = _ReadBatch(self.source, framing, self._seed, self._next, local)
+        local = self._batch_size // self._hosts
+        read = _ReadBatch(self.source, self._data.framing, self._seed, self._next, local)
         batches = grain.MapDataset.range(self._host, _STREAM_LENGTH // local, self._hosts).map(read)
         ahead = grain.ReadOptions(num_threads=self._data.threads, prefetch_buffer_size=2 * self._data.threads)
         stream = batches.to_iter_dataset(ahead)

@@ -71,7 +71,6 @@ class Extractor:
         self._place = sharding.batch_sharding(mesh)
         self._params = jax.device_put(params, NamedSharding(mesh, PartitionSpec()))
         self.batch_size = -(-batch_size // mesh.size) * mesh.size
-        self.devices = mesh.size
         self._resize = jax.jit(inception.resize, out_shardings=self._place)
         self._apply = jax.jit(inception.apply_to_resized, out_shardings=NamedSharding(mesh, PartitionSpec()))
 
@@ -216,7 +215,10 @@ def load_statistics(path) -> Moments:
     Raises:
       EvaluationError: it is damaged or holds something else.
     """
-    arrays = _read_npz(path)
+    return _moments(path, _read_npz(path))
+
+
+def _moments(path, arrays: dict) -> Moments:
     if not arrays.keys() >= {"mu", "sigma"}:
         raise EvaluationError(f"{path} holds neither images nor statistics (mu and sigma)")
     mu, sigma = np.asarray(arrays["mu"], np.float64), np.asarray(arrays["sigma"], np.float64)
@@ -263,7 +265,7 @@ def _read_npz(path) -> dict:
 def _from_npz(path: pathlib.Path, n: int | None) -> Images | ImageSet:
     arrays = _read_npz(path)
     if "images" not in arrays:
-        moments = load_statistics(path)
+        moments = _moments(path, arrays)
         return ImageSet(Images(str(path), moments.n, lambda start, stop: iter(())), moments)
     images = arrays["images"]
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] not in (1, 3):
