@@ -48,7 +48,7 @@ def main(argv):
 
     from tqdm import tqdm
 
-    from maskdm_jax.data import DataError, files, images, prepare, published, sources
+    from maskdm_jax.data import DataError, images, prepare, published, sources
 
     # A decompressed archive lies beside the set until it is done, under a name that no other archive takes.
     origin = hashlib.sha256(os.path.abspath(os.path.expanduser(SRC.value)).encode("utf-8", "replace")).hexdigest()
@@ -68,9 +68,7 @@ def main(argv):
             if SRC.value.startswith("tfds:"):
                 source = published.open_tfds(SRC.value, labels, split)
             else:
-                local = SRC.value if "://" in SRC.value else str(pathlib.Path(SRC.value).expanduser())
-                local = local if "://" in local else str(files.decompressed(local, scratch))
-                source = sources.open_source(local, labels, split)
+                source = sources.open_source(SRC.value, labels, split, scratch)
         source = sources.select(source, fraction=FRACTION.value, seed=SEED.value)
         name = DATASET.value or pathlib.PurePath(SRC.value).name
         if FRACTION.value < 1:
@@ -80,6 +78,8 @@ def main(argv):
             options = dict(name=name, split=split, threads=THREADS.value, progress=progress)
             card = prepare.prepare(source, OUT.value, framing, **options)
     except (ValueError, OSError) as error:  # DataError is a ValueError, and so is a crop that cannot be understood
+        if isinstance(error, ValueError):  # the same command will not simply go on
+            scratch.unlink(missing_ok=True)
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
         sys.exit("interrupted; run the same command again to go on")

@@ -18,8 +18,8 @@ from maskdm_jax import config as config_lib
 from maskdm_jax.checkpoint import CheckpointError
 from maskdm_jax.config import Config, ConfigError
 from maskdm_jax.diffusion import make_schedule
+from maskdm_jax.disk import write_atomically
 from maskdm_jax.network import make_network
-from maskdm_jax.observe import write_atomically
 from maskdm_jax.sharding import make_mesh
 from maskdm_jax.torch_checkpoint import Moment, Official, TorchFileError, params_from_state_dict
 from maskdm_jax.train_state import EMA_COPY_STEPS, TrainState, learning_rate, make_optimizer

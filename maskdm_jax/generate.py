@@ -19,8 +19,9 @@ from PIL import Image
 from maskdm_jax import checkpoint, samplers, sharding
 from maskdm_jax.config import Config, differences, parse, to_dict
 from maskdm_jax.diffusion import make_schedule
+from maskdm_jax.disk import write_atomically
 from maskdm_jax.network import Network, make_network
-from maskdm_jax.observe import save_image, write_atomically
+from maskdm_jax.observe import save_image
 from maskdm_jax.representation import make_representation
 
 

@@ -3,7 +3,6 @@
 import contextlib
 import json
 import logging
-import os
 import pathlib
 import sys
 import time
@@ -15,6 +14,7 @@ from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
 from maskdm_jax.config import Config, ConfigError
+from maskdm_jax.disk import replacing, write_atomically
 
 log = logging.getLogger("maskdm_jax")
 
@@ -108,11 +108,13 @@ class Metrics:
 
 
 def read_metrics(path) -> list[dict]:
-    """The lines of a metrics.jsonl; a last line that a kill cut short is left out."""
+    """The lines of a metrics.jsonl; one that a kill cut short, or another program garbled, is left out."""
     lines = []
-    for line in pathlib.Path(path).read_text().splitlines():
-        with contextlib.suppress(json.JSONDecodeError):
-            lines.append(json.loads(line))
+    for text in pathlib.Path(path).read_text(errors="replace").splitlines():
+        with contextlib.suppress(ValueError, RecursionError):
+            line = json.loads(text)
+            if isinstance(line, dict) and isinstance(line.get("step"), int):
+                lines.append(line)
     return lines
 
 
@@ -222,20 +224,5 @@ def save_image(path, image: Image.Image) -> None:
     """Write a PNG whole or not at all."""
     path = pathlib.Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    image.save(temporary, format="PNG")
-    os.replace(temporary, path)
-
-
-def write_atomically(path, content: bytes) -> None:
-    """Write a file whole or not at all.
-
-    Raises:
-      OSError: it cannot be written, or the path is a folder or a device, which must not be replaced.
-    """
-    path = pathlib.Path(path)
-    if path.exists() and not path.is_file():
-        raise OSError(f"{path} is not a regular file")
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_bytes(content)
-    os.replace(temporary, path)
+    with replacing(path) as temporary:
+        image.save(temporary, format="PNG")

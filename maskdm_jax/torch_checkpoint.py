@@ -11,7 +11,6 @@ import collections
 import dataclasses
 import json
 import math
-import os
 import pathlib
 import re
 import typing
@@ -23,6 +22,7 @@ import safetensors.numpy
 
 from maskdm_jax import torch_file
 from maskdm_jax.diffusion import Schedule
+from maskdm_jax.disk import write_atomically
 from maskdm_jax.torch_file import TorchFileError
 
 # --- Names and layouts --------------------------------------------------------------------------
@@ -340,14 +340,8 @@ def read_safetensors(path) -> tuple[Official, dict]:
 
 def write_safetensors(path, model: dict[str, np.ndarray], noted: dict) -> None:
     """Write weights by official name; `noted` goes into the header as JSON. Whole or not at all."""
-    path = pathlib.Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     tensors = {name: np.ascontiguousarray(tensor) for name, tensor in model.items()}
-    try:
-        temporary.write_bytes(safetensors.numpy.save(tensors, {"format": "pt", _METADATA: json.dumps(noted)}))
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_atomically(path, safetensors.numpy.save(tensors, {"format": "pt", _METADATA: json.dumps(noted)}))
 
 
 def load_weights(path, which: str = "params") -> dict:

@@ -12,13 +12,14 @@ import collections
 import dataclasses
 import io
 import math
-import os
 import pathlib
 import struct
 import zipfile
 
 import ml_dtypes
 import numpy as np
+
+from maskdm_jax.disk import replacing
 
 STORAGES = {
     "FloatStorage": np.dtype("<f4"),
@@ -420,18 +421,13 @@ def write(path, value) -> None:
     out.write(b"\x80\x02")
     _emit(out, value, arrays, {}, 0)
     out.write(b".")
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED) as archive:
-            prefix = path.stem or "archive"
-            _add(archive, f"{prefix}/data.pkl", out.getvalue())
-            _add(archive, f"{prefix}/byteorder", b"little")
-            for i, array in enumerate(arrays):
-                _add(archive, f"{prefix}/data/{i}", np.ascontiguousarray(array).tobytes())
-            _add(archive, f"{prefix}/version", b"3\n")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with replacing(path) as temporary, zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED) as archive:
+        prefix = path.stem or "archive"
+        _add(archive, f"{prefix}/data.pkl", out.getvalue())
+        _add(archive, f"{prefix}/byteorder", b"little")
+        for i, array in enumerate(arrays):
+            _add(archive, f"{prefix}/data/{i}", np.ascontiguousarray(array).tobytes())
+        _add(archive, f"{prefix}/version", b"3\n")
 
 
 def _add(archive: zipfile.ZipFile, name: str, content: bytes) -> None:

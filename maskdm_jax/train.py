@@ -25,6 +25,7 @@ from maskdm_jax.config import Config, ConfigError, Stage
 from maskdm_jax.data.pipeline import Batches, open_data
 from maskdm_jax.data.sources import card_of
 from maskdm_jax.diffusion import denoising_loss, loss_weights, make_schedule
+from maskdm_jax.disk import write_atomically
 from maskdm_jax.evaluation.evaluate import Evaluator, check_comparable, compare
 from maskdm_jax.evaluation.features import Images, framed, open_images, sampled
 from maskdm_jax.generate import as_loaded, make_generator
@@ -194,7 +195,7 @@ def train(config: Config, workdir, *, devices=None) -> pathlib.Path:
         checkpoints = checkpoint.Checkpoints(workdir, keep=config.checkpoint.keep, keep_steps=ends)
         closing.callback(checkpoints.close)
         start = begin(config, network, mesh, checkpoints, source)
-        observe.write_atomically(workdir / "config.json", json.dumps(config_lib.to_dict(config), indent=2).encode())
+        write_atomically(workdir / "config.json", json.dumps(config_lib.to_dict(config), indent=2).encode())
         done = ends[start.stage] - config.stage[config.stages[start.stage]].steps + int(start.state.step)
         if done == ends[-1]:
             log.info("nothing left to do: %s finished all %d steps", workdir, done)

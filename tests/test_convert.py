@@ -598,7 +598,7 @@ def test_a_folder_that_will_not_fit_is_not_begun(official, tmp_path, monkeypatch
     [
         ("run", "maskdm_jax.convert.write_atomically"),
         ("run", "maskdm_jax.checkpoint.Checkpoints.wait"),
-        ("w.safetensors", "pathlib.Path.write_bytes"),
+        ("w.safetensors", "maskdm_jax.torch_checkpoint.write_atomically"),
         ("back.pt", "zipfile.ZipFile.writestr"),
     ],
 )

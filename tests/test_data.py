@@ -78,6 +78,22 @@ def test_labels_of_a_set_without_class_folders_are_refused(stored, files, messag
         open_source(stored(files), labels=True)
 
 
+def test_links_are_followed_or_named(tmp_path):
+    for name in ("b", "b/deep"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "b" / "deep" / "1.png").write_bytes(png(7))
+    (tmp_path / "a").symlink_to("b")  # a class that is a link does not take the other's images
+    (tmp_path / "b" / "lost.png").symlink_to("nowhere.png")
+    (tmp_path / "b" / "round.png").symlink_to("round.png")
+    source = open_source(str(tmp_path), labels=True)
+    assert source.names == [f"{a}/{b}" for a in "ab" for b in ("deep/1.png", "lost.png", "round.png")]
+    assert source.read(0) == (png(7), 0)
+    assert source.read(3) == (png(7), 1)
+    for i in (1, 2):
+        with pytest.raises(OSError, match="No such file|Too many levels"):
+            source.read(i)
+
+
 def test_links_and_pipes_do_not_catch_the_reader(tmp_path):
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "1.png").write_bytes(png())
@@ -230,9 +246,20 @@ class TestDecode:
         assert (image == expected).all()
         assert image.shape == (8, 8, 3)
 
-    @pytest.mark.parametrize(("value", "expected"), [(100, 100), (100 * 256, 100)])
-    def test_32_bit_grey(self, value, expected):
-        assert (decode(png(value, (8, 8), "I", "TIFF"), Framing(8, 3)) == expected).all()
+    def test_16_bit_grey_that_is_dark(self):
+        """It is not taken for 8 bits, whatever the file's kind."""
+        pixels = np.full((8, 8), 200, ">u2")
+        assert not decode(b"P5\n8 8\n65535\n" + pixels.tobytes(), Framing(8, 1)).any()
+        buffer = io.BytesIO()
+        Image.fromarray(pixels.astype(np.uint16)).save(buffer, "TIFF")
+        assert not decode(buffer.getvalue(), Framing(8, 1)).any()
+
+    def test_16_bit_grey_with_a_transparent_value(self):
+        pixels = np.full((8, 8), 100 << 8, np.uint16)
+        pixels[:, 4:] = 1000
+        buffer = io.BytesIO()
+        Image.fromarray(pixels).save(buffer, "PNG", transparency=1000)
+        assert decode(buffer.getvalue(), Framing(8, 1))[0, :, 0].tolist() == [100] * 4 + [255] * 4
 
     def test_cmyk_becomes_rgb(self):
         image = decode(png((0, 255, 255, 0), (8, 8), "CMYK", "TIFF"), Framing(8, 3))

@@ -32,7 +32,7 @@ def write_lmdb(path, values):
 
 
 def test_an_lmdb_of_encoded_images_or_of_pixels(tmp_path):
-    values = {b"b": encoded(1, "WEBP"), b"a": encoded(2, "JPEG"), b"length": b"2"}
+    values = {b"b": encoded(1, "WEBP"), b"a": encoded(2, "JPEG"), b"length": b"2", b"num-samples": b"2"}
     write_lmdb(tmp_path / "encoded", values)
     source = open_source(str(tmp_path / "encoded"))
     assert source.names == ["a", "b"]
@@ -41,6 +41,10 @@ def test_an_lmdb_of_encoded_images_or_of_pixels(tmp_path):
     pixels = np.random.RandomState(0).randint(0, 256, (4, 4, 3)).astype(np.uint8)
     write_lmdb(tmp_path / "pixels", {b"0": pixels.tobytes()})
     np.testing.assert_array_equal(open_source(str(tmp_path / "pixels")).read(0)[0], pixels)
+    bitmap = encoded(3, "BMP", (16, 12))
+    bitmap += bytes(3 * 20 * 20 - len(bitmap))  # as long as bare pixels would be
+    write_lmdb(tmp_path / "bitmaps", {b"0": bitmap})
+    assert open_source(str(tmp_path / "bitmaps")).read(0)[0] == bitmap
     with pytest.raises(DataError, match="is an LMDB, which has no labels"):
         open_source(str(tmp_path / "pixels"), labels=True)
     write_lmdb(tmp_path / "empty", {})
@@ -48,13 +52,31 @@ def test_an_lmdb_of_encoded_images_or_of_pixels(tmp_path):
         open_source(str(tmp_path / "empty"))
     whole = (tmp_path / "encoded" / "data.mdb").read_bytes()
     for name, content, message in [
-        ("other", b"hello", "is not a readable LMDB"),
-        ("short", whole[:9000], "is cut short: 9000 of"),
+        ("other", b"hello", "is not a readable LMDB, cut short or damaged .lmdb.InvalidError"),
+        ("short", whole[:9000], "is not a readable LMDB, cut short or damaged .9000 of 12288 bytes are there"),
     ]:
         (tmp_path / name).mkdir()
         (tmp_path / name / "data.mdb").write_bytes(content)
         with pytest.raises(DataError, match=message):
             open_source(str(tmp_path / name))
+
+
+def test_a_damaged_lmdb_is_named_whatever_is_damaged(tmp_path):
+    """Its library trusts the file, and some damages would end the process."""
+    values = {f"{i:04d}".encode(): encoded(i, size=(60, 50)) for i in range(40)}  # some pages each
+    write_lmdb(tmp_path / "whole", values)
+    whole, draw, named = (tmp_path / "whole" / "data.mdb").read_bytes(), np.random.RandomState(0), 0
+    (tmp_path / "set").mkdir()
+    for _ in range(12):
+        damaged = bytearray(whole)
+        for page in draw.randint(0, len(whole) // 4096, 12):
+            damaged[page * 4096 : page * 4096 + 32] = draw.bytes(32)
+        (tmp_path / "set" / "data.mdb").write_bytes(damaged)
+        try:
+            open_source(str(tmp_path / "set"))
+        except DataError as error:
+            named += "cut short or damaged" in str(error)
+    assert named > 6
 
 
 @pytest.fixture(scope="module")

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 import subprocess
 import sys
 
@@ -15,11 +16,11 @@ from PIL import Image
 
 from maskdm_jax import generate, torch_file, train
 from maskdm_jax.data import prepare
-from maskdm_jax.data.images import Framing
+from maskdm_jax.data.images import Framing, open_image
 from maskdm_jax.data.pipeline import open_data
 from maskdm_jax.data.prepared import read_card
 from maskdm_jax.data.sources import DataError, open_source
-from maskdm_jax.evaluation import inception
+from maskdm_jax.evaluation import features, inception
 from maskdm_jax.evaluation.evaluate import Evaluator, check_comparable, compare, evaluate
 from maskdm_jax.evaluation.features import EvaluationError, Extractor, Images, open_images
 from maskdm_jax.observe import read_metrics
@@ -237,7 +238,18 @@ def test_what_cannot_be_evaluated_is_named(folders, extractor, weights, tmp_path
     np.savez(tmp_path / "other.npz", x=np.zeros(3))
     np.savez(tmp_path / "float.npz", images=np.zeros((3, 8, 8, 3)))
     np.savez(tmp_path / "nan.npz", mu=np.full(2048, np.nan), sigma=np.eye(2048))
-    np.savez(tmp_path / "many.npz", mu=np.zeros(2048), sigma=np.eye(2048), n=np.zeros(2))
+    odd = [np.zeros(2), "abc", np.nan, np.inf, 1j, -7, 2.5]
+    for i, n in enumerate(odd):
+        np.savez(tmp_path / f"n{i}.npz", mu=np.zeros(2048), sigma=np.eye(2048), n=n)
+    np.savez(tmp_path / "text_mu.npz", mu=np.full(2048, "x"), sigma=np.eye(2048))
+    np.savez(tmp_path / "oblique.npz", mu=np.zeros(2048), sigma=np.triu(np.ones((2048, 2048))))
+    np.save(tmp_path / "array.npy", np.zeros(3))
+    (tmp_path / "array.npy").rename(tmp_path / "array.npz")
+    content = bytearray((tmp_path / "other.npz").read_bytes())
+    (tmp_path / "odd_header.npz").write_bytes(content.replace(b"{'descr'", b"{'descr(").replace(b"x.npy", b"n.npy"))
+    content[6] |= 1  # flags of the entry in either header: encrypted
+    content[content.rindex(b"PK\x01\x02") + 8] |= 1
+    (tmp_path / "locked.npz").write_bytes(content.replace(b"x.npy", b"n.npy"))
     np.savez(tmp_path / "empty.npz", images=np.zeros((0, 8, 8, 3), np.uint8))
     with pytest.raises(EvaluationError, match="empty.npz has 0 images; at least 2 are needed"):
         check_comparable(open_images(tmp_path / "empty.npz"), open_images(folders[0]), ("fid",))
@@ -252,7 +264,15 @@ def test_what_cannot_be_evaluated_is_named(folders, extractor, weights, tmp_path
         ("other.npz", {}, EvaluationError, "holds neither images nor statistics"),
         ("float.npz", {}, EvaluationError, "images are float64 .*; uint8"),
         ("nan.npz", {}, EvaluationError, "mu and sigma must be finite"),
-        ("many.npz", {}, EvaluationError, "and n, if it is there, one number"),
+        *[
+            (f"n{i}.npz", {}, EvaluationError, "n must be numbers|n, if it is there, must be the")
+            for i in range(len(odd))
+        ],
+        ("text_mu.npz", {}, EvaluationError, "must be numbers, not <U1, float64"),
+        ("oblique.npz", {}, EvaluationError, "sigma is no covariance, for it is not symmetric"),
+        ("array.npz", {}, EvaluationError, "array.npz is damaged or not an .npz file"),
+        ("locked.npz", {}, EvaluationError, "locked.npz is damaged or not an .npz file .*password required"),
+        ("odd_header.npz", {}, EvaluationError, "odd_header.npz is damaged or not an .npz file"),
         ("nowhere", {}, DataError, "does not exist"),
         ("broken", {}, DataError, r"0.png cannot be read"),
         (folders[0], dict(n=12), EvaluationError, "has 11 images, fewer than n = 12"),
@@ -261,6 +281,33 @@ def test_what_cannot_be_evaluated_is_named(folders, extractor, weights, tmp_path
             extractor(open_images(tmp_path / path, **options))
     with pytest.raises(EvaluationError, match="several seeds need a checkpoint"):
         evaluate(folders[0], folders[1], weights, seeds=[0, 1])
+
+
+def test_damaged_notes_of_samples_are_named(folders, tmp_path):
+    good = dict(checkpoint="runs/x/1", weights="ema", sampling={}, card={"image": {"size": 24}})
+    shutil.copytree(folders[0], tmp_path / "samples")
+    for noted in ("{", "[]", "[" * 100_000, {"card": None}, {"card": []}, {"card": {"image": 3}}, {"sampling": "ddim"}):
+        text = noted if isinstance(noted, str) else json.dumps(good | noted)
+        (tmp_path / "samples" / "samples.json").write_text(text)
+        with pytest.raises(EvaluationError, match="samples.json (is damaged|lacks or garbles) .*or remove it"):
+            open_images(tmp_path / "samples")
+    (tmp_path / "samples" / "samples.json").write_text(json.dumps(good))
+    images = open_images(tmp_path / "samples")
+    assert (images.card, images.made_by["weights"]) == (good["card"], "ema")
+
+
+def test_few_large_images_are_decoded_ahead(tmp_path, monkeypatch):
+    """As many as a bound of bytes allows, however many there are."""
+    decoded = []
+    monkeypatch.setattr(features, "_AHEAD", 20 * 8 * 8 * 3)
+    monkeypatch.setattr(features, "open_image", lambda *args: decoded.append(1) or open_image(*args))
+    for i in range(60):
+        Image.new("RGB", (8, 8), (i, 0, 0)).save(tmp_path / f"{i:02d}.png")
+    images = open_images(tmp_path)
+    for i, image in enumerate(images.iterate(0, 60)):
+        assert image[0, 0, 0] == i
+        assert len(decoded) <= i + 20
+    assert len(decoded) == 60
 
 
 def test_from_the_command_line(root, folders, weights, child_env, tmp_path):

@@ -14,7 +14,6 @@ import pytest
 from PIL import Image
 
 from maskdm_jax.data import DataError, prepare, prepared
-from maskdm_jax.data.files import decompressed
 from maskdm_jax.data.images import Framing
 from maskdm_jax.data.sources import open_source
 
@@ -29,17 +28,24 @@ FILES = {"set/b/ü.png": png(1), "set/a/2.png": png(2), "set/a/1.png": png(3), "
 NAMES = ["set/a/1.png", "set/a/2.png", "set/b/ü.png"]
 
 
-@pytest.fixture
-def tar(tmp_path):
-    path = tmp_path / "set.tar"
-    with tarfile.open(path, "w") as archive:
-        for name, content in FILES.items():
+def archive_of(files, links=()) -> bytes:
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w") as archive:
+        for name, content in files.items():
             entry = tarfile.TarInfo(name)
             entry.size = len(content)
             archive.addfile(entry, io.BytesIO(content))
-        link = tarfile.TarInfo("set/a/link.png")
-        link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
-        archive.addfile(link)
+        for name, kind, target in links:
+            entry = tarfile.TarInfo(name)
+            entry.type, entry.linkname = kind, target
+            archive.addfile(entry)
+    return buffer.getvalue()
+
+
+@pytest.fixture
+def tar(tmp_path):
+    path = tmp_path / "set.tar"
+    path.write_bytes(archive_of(FILES))
     return path
 
 
@@ -58,17 +64,50 @@ def test_a_compressed_tar_is_decompressed_once(tar, tmp_path, opener, suffix):
         file.write(tar.read_bytes())
     with pytest.raises(DataError, match="is compressed; prepare the images once with launch/prepare_data.py"):
         open_source(str(packed))
-    assert decompressed(packed, scratch) == scratch
+    source = open_source(str(packed), labels=True, scratch=scratch)
+    assert source.names == NAMES
+    assert source.read(2) == (FILES[NAMES[2]], 1)
     assert scratch.read_bytes() == tar.read_bytes()
-    assert decompressed(packed, scratch) == scratch
-    assert decompressed(tar, tmp_path / "other") == tar
+    made = scratch.stat().st_ino
+    open_source(str(packed), scratch=scratch)
+    open_source(str(tar), scratch=tmp_path / "other")
+    assert scratch.stat().st_ino == made, "not made again"
     scratch.write_bytes(b"of an archive that was replaced")
     os.utime(scratch, (0, 0))
-    assert decompressed(packed, scratch).read_bytes() == tar.read_bytes()
-    packed.write_bytes(packed.read_bytes()[:-60])
+    open_source(str(packed), scratch=scratch)
+    assert scratch.read_bytes() == tar.read_bytes()
+    with opener(packed, "wb") as file:
+        file.write(archive_of({"a/1.png": png(1)}))
+    with pytest.raises(DataError, match=rf"^{packed} has only one class folder"):
+        open_source(str(packed), labels=True, scratch=tmp_path / "third")
+    packed.write_bytes(packed.read_bytes()[:-30])
     with pytest.raises(DataError, match="is damaged"):
-        decompressed(packed, tmp_path / "other")
+        open_source(str(packed), scratch=tmp_path / "other")
     assert not (tmp_path / "other").exists()
+
+
+def test_a_tar_compressed_otherwise(tmp_path):
+    (tmp_path / "set.tar.zst").write_bytes(b"\x28\xb5\x2f\xfd" + bytes(100))
+    with pytest.raises(DataError, match="set.tar.zst is compressed by zstd; decompress it first: zstd -d set.tar.zst"):
+        open_source(str(tmp_path / "set.tar.zst"))
+
+
+def test_links_in_a_tar_lead_to_their_images(tmp_path):
+    links = [
+        ("b/hard.png", tarfile.LNKTYPE, "a/1.png"),
+        ("b/soft.png", tarfile.SYMTYPE, "../a/1.png"),
+        ("b/twice.png", tarfile.SYMTYPE, "soft.png"),
+        ("b/outside.png", tarfile.SYMTYPE, "/etc/passwd"),
+        ("b/round.png", tarfile.SYMTYPE, "round.png"),
+    ]
+    (tmp_path / "set.tar").write_bytes(archive_of({"a/1.png": png(1)}, links))
+    source = open_source(str(tmp_path / "set.tar"), labels=True)
+    read = dict(zip(source.names, range(6), strict=True))
+    for name in ("hard", "soft", "twice"):
+        assert source.read(read[f"b/{name}.png"]) == (png(1), 1)
+    for name in ("outside", "round"):
+        with pytest.raises(DataError, match="a link to no file of the archive"):
+            source.read(read[f"b/{name}.png"])
 
 
 def test_damaged_tars_are_named(tar):

@@ -45,7 +45,7 @@ def test_what_cannot_be_framed_is_named():
         decode(png(PIXELS), Framing(8, crop="20,0,16"))
     with pytest.raises(ValueError, match="crop 'centre:31' does not fit"):
         decode(png(PIXELS), Framing(8, crop="centre:31"))
-    for crop in ("middle", "1,2", "1,2,3,4", "centre:x"):
+    for crop in ("middle", "1,2", "1,2,3,4", "centre:x", "centre:0", "1,2,0", "-1,2,3"):
         with pytest.raises(ValueError, match=f"crop '{crop}' is not understood; give centre"):
             Framing(8, crop=crop)
     with pytest.raises(ValueError, match="filter 'nearest' is unknown; choose from bicubic"):
@@ -55,10 +55,11 @@ def test_what_cannot_be_framed_is_named():
 
 
 def test_what_is_no_image_of_eight_bits_is_named():
-    buffer = io.BytesIO()
-    Image.new("F", (9, 9), 0.5).save(buffer, "TIFF")
-    with pytest.raises(ValueError, match="floating-point numbers have no agreed range"):
-        decode(buffer.getvalue(), Framing(8))
+    for mode, value in (("F", 0.5), ("I", 100)):
+        buffer = io.BytesIO()
+        Image.new(mode, (9, 9), value).save(buffer, "TIFF")
+        with pytest.raises(ValueError, match="floating-point or 32-bit numbers have no agreed range"):
+            decode(buffer.getvalue(), Framing(8))
     for content in (b"", b"hello"):
         with pytest.raises(ValueError, match="not an image of a known kind"):
             decode(content, Framing(8))

@@ -5,20 +5,11 @@ import ast
 import pytest
 
 ORDER = [  # a module may import those above it
-    {"cache", "models.layers", "torch_file", "wavelet", "evaluation.metrics", "data.images", "data.files"},
-    {
-        "evaluation.inception",
-        "masking",
-        "diffusion",
-        "models.backbone",
-        "train_state",
-        "sharding",
-        "data.databases",
-        "data.prepared",
-    },
-    {"models.uvit", "models.wavelet_uvit", "samplers", "torch_checkpoint", "data.sources"},
-    {"config", "data.pipeline", "data.published"},
-    {"network", "representation", "checkpoint", "observe"},
+    {"cache", "disk", "models.layers", "wavelet", "evaluation.metrics", "data.images"},
+    {"masking", "diffusion", "models.backbone", "train_state", "sharding", "torch_file", "data.files", "data.prepared"},
+    {"models.uvit", "models.wavelet_uvit", "samplers", "torch_checkpoint", "evaluation.inception", "data.databases"},
+    {"config", "data.sources"},
+    {"network", "representation", "checkpoint", "observe", "data.pipeline", "data.published"},
     {"generate", "data.prepare"},
     {"evaluation.features"},
     {"evaluation.evaluate", "evaluation.report"},

@@ -49,6 +49,19 @@ def test_frechet_distance_of_known_gaussians():
         metrics.frechet_distance(gaussian(a, m), moments(rng.standard_normal((9, 2))))
 
 
+def test_what_is_no_gaussian_has_no_frechet_distance():
+    good = metrics.Moments(9, np.zeros(4), np.diag([0.0, 1.0, 1.0, 2.0]))
+    for odd, message in [
+        (metrics.Moments(9, np.zeros(4), np.diag([-1.0, 1.0, 2.0, -0.01])), "no covariance"),
+        (metrics.Moments(9, np.full(4, 1e200), np.eye(4)), "too large to be of features"),
+    ]:
+        for pair in [(odd, good), (good, odd)]:
+            with pytest.raises(ValueError, match=message):
+                metrics.frechet_distance(*pair)
+    rounded = metrics.Moments(9, np.zeros(4), np.diag([-1e-9, 1.0, 1.0, 2.0]))
+    assert metrics.frechet_distance(rounded, good) == pytest.approx(0, abs=1e-8)
+
+
 def test_kernel_distance_is_unbiased_and_sees_a_shift():
     rng = np.random.RandomState(2)
     estimates = [metrics.kernel_distance(*rng.standard_normal((2, 100, 8)), subsets=1)[0] for _ in range(100)]

@@ -84,6 +84,7 @@ def test_files_are_written_whole_or_not_at_all(tmp_path):
     with pytest.raises(OSError, match="disk full"):
         observe.save_image(path, Breaks())
     assert np.asarray(Image.open(path))[0, 0] == 7
+    assert [file.name for file in tmp_path.iterdir()] == ["grid.png"]
 
 
 def test_rate_leaves_pauses_out(monkeypatch):

@@ -127,6 +127,59 @@ def test_the_hash_is_of_the_content(folder, prepared, tmp_path):
     assert make(folder, tmp_path / "a") == prepared[1], "a finished set is left alone"
 
 
+def test_images_that_change_in_between(folder, prepared, tmp_path, caplog):
+    """Their shard is made anew; a finished set is not taken for theirs."""
+    import shutil
+
+    root, out = tmp_path / "images", tmp_path / "set"
+    shutil.copytree(folder, root)
+
+    def stop(done):
+        if done == 10:  # in the third of three shards
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        make(root, out, progress=stop)
+    (root / "cat/grey.png").write_bytes(encoded("L", seed=9))
+    written = []
+    card = make(root, out, progress=written.append)
+    assert written[0] == 1, "of the first shard"
+    assert "images-00000-of-00003.arrayrecord is made anew" in caplog.text
+    assert "images-00001" not in caplog.text
+    assert card["content_hash"] == make(root, tmp_path / "at once")["content_hash"] != prepared[1]["content_hash"]
+    (root / "cat/grey.png").write_bytes(encoded("L"))
+    with pytest.raises(DataError, match="differs in size or time of its files; give another folder or remove it"):
+        make(root, out)
+
+
+def test_one_at_a_time(folder, tmp_path):
+    def again(done):
+        make(folder, tmp_path / "set")
+
+    with pytest.raises(BlockingIOError, match="another process is writing there; wait for it: .*set'"):
+        make(folder, tmp_path / "set", progress=again)
+    assert make(folder, tmp_path / "set")["count"] == 11
+
+
+def test_damaged_notes_of_a_stop_are_no_notes(folder, prepared, tmp_path):
+    def stop(done):
+        if done == 6:
+            raise KeyboardInterrupt
+
+    out = tmp_path / "set"
+    for content in ("[]", "{", "{}", "[" * 100_000, '{"labels": 3}'):
+        with pytest.raises(KeyboardInterrupt):
+            make(folder, out, progress=stop)
+        (out / "shard-00000.json").write_text(content)
+    for content in ("[]", "{", "[" * 100_000):
+        (out / "plan.json").write_text(content)
+        with pytest.raises(DataError, match="plan.json is damaged|unfinished set of other settings"):
+            make(folder, out)
+    (out / "plan.json").unlink()
+    with pytest.raises(DataError, match="is not empty and holds no prepared set"):
+        make(folder, out)
+
+
 def test_the_hash_is_of_pixels_not_of_files(folder, prepared, tmp_path):
     """Other shards, another container, other encodings of the same pixels: the same set."""
     assert make(folder, tmp_path / "shards", per_shard=3)["content_hash"] == prepared[1]["content_hash"]
@@ -221,7 +274,6 @@ def test_a_full_disk_and_a_lying_one(folder, tmp_path, monkeypatch):
             Framing(12),
             tmp_path / "set",
             0,
-            range(4),
             __import__("concurrent.futures").futures.ThreadPoolExecutor(1),
             lambda _: None,
         )
@@ -290,21 +342,39 @@ def test_damaged_sets_are_named(prepared, tmp_path):
         return str(tmp_path / "set")
 
     shard = shard_name(1, 3)
+    swapped = np.load(prepared[0] / "labels.npy")[::-1].copy()
+    source = open_source(broken(lambda p: np.save(p / "labels.npy", swapped)), True)
+    with pytest.raises(DataError, match="its label is 0, but labels.npy says 1"):
+        source.read(0)
     for change, message in [
         (lambda p: (p / shard).unlink(), f"lacks {shard}"),
         (lambda p: (p / shard).write_bytes((p / shard).read_bytes()[:-80]), "has a damaged shard"),
         (lambda p: (p / "labels.npy").unlink(), "labels.npy is missing"),
-        (lambda p: np.save(p / "labels.npy", np.zeros(3)), "3 labels for 11 images"),
+        *[
+            (lambda p, labels=labels: np.save(p / "labels.npy", labels), message)
+            for labels, message in [
+                (np.zeros(3, np.int32), r"holds int32 \(3,\), not a label for each of 11 images"),
+                (np.zeros(11), "holds float64"),
+                (np.full(11, "cat"), "holds <U3"),
+                (np.full(11, 2, np.int32), "labels 2 to 2 are not 2 classes"),
+            ]
+        ],
+        (lambda p: (p / "labels.npy").write_bytes(b"PK\x03\x04"), "labels.npy is missing or damaged"),
         (lambda p: (p / "card.json").write_text("{"), "card.json is damaged"),
-        (lambda p: (p / "card.json").write_text("{}"), "card.json lacks or garbles source, split"),
+        (lambda p: (p / "card.json").write_text("{}"), "card.json lacks or garbles source, .*split"),
         (lambda p: (p / "card.json").write_text("[]"), "card.json lacks or garbles source"),
+        (lambda p: (p / "card.json").write_text("[" * 100_000), "card.json is damaged"),
         *[
             (lambda p, change=change: (p / "card.json").write_text(json.dumps(read_card(p) | change)), message)
             for change, message in [
                 (dict(shards="3"), "lacks or garbles shards"),
-                (dict(shards=2), "lacks or garbles shards, image"),
+                (dict(shards=2), "lacks or garbles shards"),
                 (dict(classes=5), "lacks or garbles classes"),
-                (dict(image={}), "lacks or garbles shards, image"),
+                (dict(left_out=None), "lacks or garbles left_out"),
+                *[
+                    (dict(image=read_card(prepared[0])["image"] | change), "lacks or garbles image")
+                    for change in (dict(size="8"), dict(size=None), dict(size=0), dict(channels=7), dict(crop=1))
+                ],
                 (dict(content_hash="../../evil"), "lacks or garbles content_hash"),
             ]
         ],

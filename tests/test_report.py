@@ -53,6 +53,7 @@ def run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("mine")
     lines = [{"step": s, "loss": 1 / s, "grad_norm": 1.0, "learning_rate": 0.1, "stage": "a<"} for s in range(1, 3000)]
     lines += [{"step": s, "eval/fid": 100 - s / 100} for s in (1000, 2000)]
+    lines += [{"step": 7, "loss": None, "grad_norm": "x"}, {"loss": 1.0}, [], 3]  # none of them ours
     (folder / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)))
     return folder
 

@@ -6,6 +6,8 @@ import math
 import os
 import pathlib
 import pickle
+import subprocess
+import sys
 import tarfile
 import threading
 import weakref
@@ -14,9 +16,27 @@ import zipfile
 import lmdb
 import numpy as np
 
-from maskdm_jax.data import DataError
+from maskdm_jax.data import WITHOUT_LABELS, DataError
+from maskdm_jax.data.files import file_stamp
+from maskdm_jax.data.images import is_image
 
 _OPEN_DATABASES = weakref.WeakValueDictionary()  # by path
+# The library maps the file into memory and trusts it: what is damaged ends the process. So another one goes first, over
+# all pages that say where things are and the last byte of every value.
+_WALK = """
+import os, sys, lmdb
+with lmdb.open(sys.argv[1], readonly=True, lock=False) as database, database.begin(buffers=True) as transaction:
+    needed = (database.info()["last_pgno"] + 1) * database.stat()["psize"]
+    there = os.path.getsize(os.path.join(sys.argv[1], "data.mdb"))
+    if there < needed:
+        sys.exit(f"{there} of {needed} bytes are there")
+    for key in transaction.cursor().iternext(values=False):
+        value = transaction.get(key)
+        if value is None:
+            sys.exit(f"key {bytes(key)} leads nowhere")
+        bytes(value[-1:])
+"""
+_NOT_IMAGES = {b"length", b"__len__", b"__keys__", b"num-samples", b"num_samples"}
 
 
 class LmdbImages:
@@ -27,21 +47,23 @@ class LmdbImages:
 
     def __init__(self, path, labels: bool = False):
         if labels:
-            raise DataError(f"{path} is an LMDB, which has no labels; set --config.data.labels=False")
+            raise DataError(f"{path} is an LMDB, which has no labels; {WITHOUT_LABELS}")
         self._path, self._database, self.classes, self.labels = os.path.realpath(path), None, [], []
+        walk = subprocess.run([sys.executable, "-c", _WALK, self._path], stderr=subprocess.PIPE, check=False)
+        if walk.returncode:
+            lines = walk.stderr.decode("utf-8", "replace").strip().splitlines()
+            reason = lines[-1] if lines and walk.returncode > 0 else f"reading it ends in signal {-walk.returncode}"
+            raise DataError(f"{path} is not a readable LMDB, cut short or damaged ({reason}); copy it again")
         try:
-            database = self._open()
-            needed = (database.info()["last_pgno"] + 1) * database.stat()["psize"]
-            there = os.path.getsize(os.path.join(self._path, "data.mdb"))
-            if there < needed:  # reading on would end the process
-                raise DataError(f"{path} is cut short: {there} of {needed} bytes; copy it again")
-            with database.begin() as transaction:
+            with self._open().begin() as transaction:
                 keys = [bytes(key) for key in transaction.cursor().iternext(values=False)]
+                self._keys = [key for key in keys if key not in _NOT_IMAGES]
+                if not self._keys:
+                    raise DataError(f"{path} is empty; copy it again")
+                first = transaction.get(self._keys[0])
         except lmdb.Error as error:
             raise DataError(f"{path} is not a readable LMDB ({error}); copy it again") from None
-        self._keys = [key for key in keys if key not in (b"length", b"__len__", b"__keys__")]
-        if not self._keys:
-            raise DataError(f"{path} is empty; copy it again")
+        self._bare = len(first) == 3 * math.isqrt(len(first) // 3) ** 2 and not is_image(first)
 
     @functools.cached_property
     def names(self) -> list[str]:
@@ -55,10 +77,14 @@ class LmdbImages:
         """Encoded bytes, or uint8 [S, S, 3], and 0."""
         with self._open().begin() as transaction:
             value = transaction.get(self._keys[i])
-        side = math.isqrt(len(value) // 3)
-        if side * side * 3 == len(value) and not value.startswith((b"\xff\xd8", b"\x89PNG", b"RIFF")):
+        if self._bare:
+            side = math.isqrt(len(value) // 3)
             return np.frombuffer(value, np.uint8).reshape(side, side, 3), 0
         return value, 0
+
+    def stamp(self, i: int) -> str:
+        """Size and time of the database."""
+        return file_stamp(os.path.join(self._path, "data.mdb"))
 
     def _open(self):
         if self._database is None:  # a process must not open a database twice
@@ -98,13 +124,11 @@ class TfdsImages:
         except Exception as error:  # whatever TFDS throws
             raise DataError(f"{path}, split {split!r}: {str(error).strip().splitlines()[0][:300]}") from None
         self._image, self.classes, self._label = image, [], None
+        self._info = os.path.join(path, "dataset_info.json")
         kinds = [name for name in features if isinstance(features[name], tfds.features.ClassLabel)]
         if labels:
             if len(kinds) != 1:
-                raise DataError(
-                    f"{path} has {len(kinds)} class labels ({', '.join(kinds)}), not one; set "
-                    "--config.data.labels=False --config.model.num_classes=0"
-                )
+                raise DataError(f"{path} has {len(kinds)} class labels ({', '.join(kinds)}), not one; {WITHOUT_LABELS}")
             self._label = kinds[0]
             self.classes = list(features[self._label].names)
         self.names = [f"{pathlib.Path(path).parent.name}/{split}[{i}]" for i in range(len(self._records))]
@@ -121,6 +145,10 @@ class TfdsImages:
         """Encoded bytes and label."""
         record = self._records[i]
         return record[self._image], int(record[self._label]) if self._label else 0
+
+    def stamp(self, i: int) -> str:
+        """The set's own description of its files: TFDS does not write into a finished set."""
+        return file_stamp(self._info)
 
 
 class ArrayBatches:
@@ -163,10 +191,18 @@ class ArrayBatches:
 
     def read(self, i: int):
         """Image (uint8 [S, S, 3]) and label."""
-        number = int(np.searchsorted(self._starts, i, side="right")) - 1
+        number = self._number(i)
         row = self._load(number)[0][i - self._starts[number]]
         side = math.isqrt(row.size // 3)
         return np.ascontiguousarray(row.reshape(3, side, side).transpose(1, 2, 0)), self.labels[i] if self.labels else 0
+
+    def stamp(self, i: int) -> str:
+        """Size and time of the image's file."""
+        return file_stamp(self._files[self._number(i)][0])
+
+    def _number(self, i: int) -> int:
+        """Of the file with image i."""
+        return int(np.searchsorted(self._starts, i, side="right")) - 1
 
     def _name(self, number: int) -> str:
         path, member = self._files[number]

@@ -6,6 +6,7 @@ import itertools
 import lzma
 import os
 import pathlib
+import posixpath
 import shutil
 import tarfile
 import zipfile
@@ -13,8 +14,11 @@ import zlib
 
 import fsspec
 
-from maskdm_jax.data import DataError
+from maskdm_jax.data import WITHOUT_LABELS, DataError
+from maskdm_jax.disk import replacing
 
+_OPENERS = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ": lzma.open}
+_ZSTD = b"\x28\xb5\x2f\xfd"
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"}
 
 
@@ -23,7 +27,7 @@ class ImageFolder:
 
     def __init__(self, path, labels: bool = False):
         self._root = pathlib.Path(path)
-        self.names, self.labels, self.classes = index_names(path, list(_walk(str(self._root), "", set())), labels)
+        self.names, self.labels, self.classes = index_names(path, list(_walk(str(self._root), "", ())), labels)
 
     def __len__(self):
         return len(self.names)
@@ -32,19 +36,35 @@ class ImageFolder:
         """Encoded bytes and label."""
         return (self._root / self.names[i]).read_bytes(), self.labels[i] if self.labels else 0
 
+    def stamp(self, i: int) -> str:
+        """Size and time of the image's file."""
+        return file_stamp(self._root / self.names[i])
 
-def _walk(folder: str, prefix: str, seen: set):
-    """Names of the regular files under a folder; links are followed, but no folder is entered twice."""
+
+def _walk(folder: str, prefix: str, above: tuple):
+    """Names of the files under a folder. Links are followed, but not back to a folder that they lie in.
+
+    Links to nothing are files, which cannot be read: so they are named and not lost.
+    """
     status = os.stat(folder)
-    if (status.st_dev, status.st_ino) in seen:
+    if (status.st_dev, status.st_ino) in above:
         return
-    seen.add((status.st_dev, status.st_ino))
+    above = (*above, (status.st_dev, status.st_ino))
     with os.scandir(folder) as entries:
         for entry in sorted(entries, key=lambda entry: entry.name):
-            if entry.is_dir():
-                yield from _walk(entry.path, f"{prefix}{entry.name}/", seen)
-            elif entry.is_file():  # a pipe would block whoever reads it
+            if os.path.isdir(entry.path):
+                yield from _walk(entry.path, f"{prefix}{entry.name}/", above)
+            elif os.path.isfile(entry.path) or not os.path.exists(entry.path):  # a pipe would block whoever reads it
                 yield prefix + entry.name
+
+
+def file_stamp(path) -> str:
+    """Size and time of a file, which change with its content; empty if there is none."""
+    try:
+        status = os.stat(path)
+    except OSError:
+        return ""
+    return f"{status.st_size} {status.st_mtime_ns}"
 
 
 class RemoteFolder:
@@ -63,6 +83,10 @@ class RemoteFolder:
     def read(self, i: int):
         """Encoded bytes and label."""
         return self._files.cat_file(f"{self._root}/{self.names[i]}"), self.labels[i] if self.labels else 0
+
+    def stamp(self, i: int) -> str:
+        """What the store says of the image's file, which changes with its content."""
+        return self._files.ukey(f"{self._root}/{self.names[i]}")
 
 
 def connect(url: str):
@@ -89,7 +113,7 @@ class ZipImages:
         self._archive = None
         try:
             entries = [info for info in self._open().infolist() if not info.is_dir()]
-        except (zipfile.BadZipFile, NotImplementedError) as error:
+        except (zipfile.BadZipFile, NotImplementedError, UnicodeDecodeError) as error:
             raise DataError(f"{path} is not a readable zip file ({error}); give a .zip or a folder of images") from None
         locked = [info.filename for info in entries if info.flag_bits & 1]
         if locked:
@@ -103,6 +127,10 @@ class ZipImages:
     def read(self, i: int):
         """Encoded bytes and label."""
         return self._open().read(self.names[i]), self.labels[i] if self.labels else 0
+
+    def stamp(self, i: int) -> str:
+        """The checksum of the image's file."""
+        return f"{self._open().getinfo(self.names[i]).CRC:08x}"
 
     def _open(self):
         if self._archive is None:  # opened once per process; ZipFile locks its own reads among threads
@@ -118,42 +146,61 @@ class ZipImages:
 
 
 class TarImages:
-    """All images in an uncompressed tar file, nested or flat, read without unpacking it."""
+    """All images in a tar file, nested or flat, read without unpacking it. Links among its members are followed."""
 
-    def __init__(self, path, labels: bool = False):
+    def __init__(self, path, labels: bool = False, scratch=None):
         """Reads the headers.
 
+        scratch: path of a file to decompress a compressed archive into; it is left there, for the next time.
+
         Raises:
-          DataError: the file is damaged, or compressed, which leaves no way to an image but through all before it.
+          DataError: the file is damaged; or compressed, which leaves no way to an image but through all before it, and
+            there is no scratch.
         """
-        self._path = str(path)
+        self._path = str(_decompressed(path, scratch))
         try:
             with tarfile.open(self._path, "r:") as archive:
-                members = {m.name: m for m in archive if m.isreg() and not m.issparse()}
+                members = {member.name: member for member in archive}  # of one name, the last counts
                 archive.fileobj.seek(archive.offset)
                 if archive.fileobj.read(512) != bytes(512):  # Python takes a damaged header for the end
                     raise DataError(f"{path} is cut short or damaged at byte {archive.offset}; copy it again")
-        except (tarfile.TarError, EOFError) as error:
-            if is_compressed(path):
-                raise DataError(
-                    f"{path} is compressed; prepare the images once with launch/prepare_data.py, or unpack the file"
-                ) from None
+        except (tarfile.TarError, EOFError, UnicodeDecodeError) as error:
             raise DataError(f"{path} is not a readable tar file ({error}); copy it again") from None
-        ends = max((m.offset_data + m.size for m in members.values()), default=0)
-        if ends > os.path.getsize(path):
+        ends = max((member.offset_data + member.size for member in members.values() if member.isreg()), default=0)
+        if ends > os.path.getsize(self._path):
             raise DataError(f"{path} is cut short; copy it again")
-        self.names, self.labels, self.classes = index_names(path, list(members), labels)
-        self._places = [(members[name].offset_data, members[name].size) for name in self.names]
+        found = [name for name, m in members.items() if (m.isreg() and not m.issparse()) or m.issym() or m.islnk()]
+        self.names, self.labels, self.classes = index_names(path, found, labels)
+        self._places = [_place(members, members[name]) for name in self.names]
+        self._stamp = file_stamp(path)
 
     def __len__(self):
         return len(self.names)
 
     def read(self, i: int):
         """Encoded bytes and label."""
+        if self._places[i] is None:
+            raise DataError("a link to no file of the archive")
         offset, size = self._places[i]
         with open(self._path, "rb") as file:  # opened anew each time, so that threads do not share a position
             file.seek(offset)
             return file.read(size), self.labels[i] if self.labels else 0
+
+    def stamp(self, i: int) -> str:
+        """Size and time of the archive, as it was opened."""
+        return self._stamp
+
+
+def _place(members: dict[str, tarfile.TarInfo], member) -> tuple[int, int] | None:
+    """(offset, size) of a member's content, through links; None if it is not in the archive."""
+    for _ in range(len(members)):
+        if member is None or member.isreg():
+            return member and (member.offset_data, member.size)
+        target = member.linkname
+        if member.issym():  # as seen from the link; of a hard link, from the archive's top
+            target = posixpath.normpath(posixpath.join(posixpath.dirname(member.name), target))
+        member = members.get(target) or members.get(f"./{target}")
+    return None
 
 
 def is_tar(path) -> bool:
@@ -162,38 +209,28 @@ def is_tar(path) -> bool:
     return name.endswith((".tar", ".tgz", ".tbz2", ".txz")) or ".tar." in name
 
 
-_OPENERS = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ": lzma.open}
-
-
-def is_compressed(path) -> bool:
-    """Whether a file begins as gzip, bzip2 and xz files do."""
-    with open(path, "rb") as file:
-        return file.read(6).startswith(tuple(_OPENERS))
-
-
-def decompressed(path, scratch) -> pathlib.Path:
-    """A compressed file's content in the file `scratch`, made unless it is there; any other path as it is.
-
-    Raises:
-      DataError: the file is damaged.
-    """
-    path, scratch = pathlib.Path(path), pathlib.Path(scratch)
-    if not path.is_file() or not is_compressed(path):
-        return path
-    if scratch.exists() and scratch.stat().st_mtime_ns >= path.stat().st_mtime_ns:  # of this archive, not of an earlier
-        return scratch
+def _decompressed(path, scratch) -> pathlib.Path:
+    """A compressed file's content in the file `scratch`, made unless it is there; any other path as it is."""
+    path = pathlib.Path(path)
     with open(path, "rb") as file:
         start = file.read(6)
-    opener = next(opener for magic, opener in _OPENERS.items() if start.startswith(magic))
-    temporary = scratch.with_name(f".{scratch.name}.tmp")
+    if start.startswith(_ZSTD):
+        raise DataError(f"{path} is compressed by zstd; decompress it first: zstd -d {path.name}")
+    opener = next((opener for magic, opener in _OPENERS.items() if start.startswith(magic)), None)
+    if opener is None:
+        return path
+    if scratch is None:
+        raise DataError(
+            f"{path} is compressed; prepare the images once with launch/prepare_data.py, or unpack the file"
+        )
+    scratch = pathlib.Path(scratch)
+    if scratch.exists() and scratch.stat().st_mtime_ns >= path.stat().st_mtime_ns:  # of this archive, not of an earlier
+        return scratch
     try:
-        with opener(path) as packed, open(temporary, "wb") as plain:
+        with replacing(scratch) as temporary, opener(path) as packed, open(temporary, "wb") as plain:
             shutil.copyfileobj(packed, plain, 1 << 20)
-        os.replace(temporary, scratch)
     except (EOFError, zlib.error, lzma.LZMAError, gzip.BadGzipFile) as error:
         raise DataError(f"{path} is damaged ({error}); copy it again") from None
-    finally:
-        temporary.unlink(missing_ok=True)
     return scratch
 
 
@@ -219,14 +256,13 @@ def index_names(path, found: list[str], labels: bool):
     shared = sum(1 for _ in itertools.takewhile(lambda level: len(set(level)) == 1, zip(*folders, strict=False)))
     if len(set(folders)) == 1 and folders[0]:
         raise DataError(
-            f"{path} has only one class folder, {'/'.join(folders[0])!r}; labels need two, or set "
-            "--config.data.labels=False --config.model.num_classes=0"
+            f"{path} has only one class folder, {'/'.join(folders[0])!r}; labels need two, or {WITHOUT_LABELS}"
         )
     if any(len(parts) <= shared for parts in folders):
         stray = next(name for name, parts in zip(names, folders, strict=True) if len(parts) <= shared)
         raise DataError(
             f"{path} has no class folder for {stray!r}; put every image into a folder per class, at least two of them, "
-            "or set --config.data.labels=False --config.model.num_classes=0"
+            f"or {WITHOUT_LABELS}"
         )
     classes = sorted({parts[shared] for parts in folders})
     number = {name: i for i, name in enumerate(classes)}

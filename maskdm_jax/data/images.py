@@ -2,6 +2,7 @@
 
 import dataclasses
 import io
+import re
 
 import numpy as np
 import PIL
@@ -37,27 +38,30 @@ class Framing:
             raise ValueError(f"channels are {self.channels}; they must be 3 (colour) or 1 (grey)")
         if self.filter not in FILTERS:
             raise ValueError(f"filter {self.filter!r} is unknown; choose from {', '.join(FILTERS)}")
-        self.box((1 << 30, 1 << 30))
+        self._wanted()
+
+    def _wanted(self) -> tuple[int, int, int] | int:
+        """(left, top, side), or the side of a crop in the middle; 0 for all of the short side."""
+        match = re.fullmatch(r"centre(?::([1-9]\d*))?|(\d+),(\d+),([1-9]\d*)", self.crop.replace(" ", ""))
+        if not match:
+            raise ValueError(f"crop {self.crop!r} is not understood; give centre, centre:SIDE or LEFT,TOP,SIDE")
+        middle, *corner_and_side = match.groups()
+        return int(middle or 0) if corner_and_side[0] is None else tuple(map(int, corner_and_side))
 
     def box(self, image_size: tuple[int, int]) -> tuple[int, int, int, int]:
         """The crop of an image of (width, height), as (left, top, right, bottom).
 
         Raises:
-          ValueError: the crop is not understood or reaches beyond the image.
+          ValueError: the crop reaches beyond the image.
         """
         width, height = image_size
-        kind, _, number = self.crop.partition(":")
-        try:
-            if kind == "centre":
-                side = int(number) if number else min(width, height)
-                left, top = (width - side) // 2, (height - side) // 2
-            else:
-                left, top, side = map(int, self.crop.split(","))
-        except ValueError:
-            raise ValueError(
-                f"crop {self.crop!r} is not understood; give centre, centre:SIDE or LEFT,TOP,SIDE"
-            ) from None
-        if side < 1 or min(left, top) < 0 or left + side > width or top + side > height:
+        wanted = self._wanted()
+        if isinstance(wanted, int):
+            side = wanted or min(width, height)
+            left, top = (width - side) // 2, (height - side) // 2
+        else:
+            left, top, side = wanted
+        if min(left, top) < 0 or left + side > width or top + side > height:
             raise ValueError(f"crop {self.crop!r} does not fit into {width} x {height} pixels")
         return left, top, left + side, top + side
 
@@ -84,19 +88,29 @@ def open_image(image, channels: int) -> Image.Image:
         image = Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image)
     else:
         try:
-            image = ImageOps.exif_transpose(Image.open(io.BytesIO(image)))
+            opened = Image.open(io.BytesIO(image))
         except UnidentifiedImageError:  # Pillow would name the memory that it was read from
             raise ValueError("not an image of a known kind") from None
-    if image.mode == "F":
-        raise ValueError("images of floating-point numbers have no agreed range")
-    if image.mode.startswith("I"):  # 16 or 32 bit grey; convert() would clip at 255
-        pixels = np.asarray(image).astype(np.int64)
-        wide = image.mode.startswith("I;16") or pixels.max() > 255
-        image = Image.fromarray((pixels >> 8 if wide else pixels).clip(0, 255).astype(np.uint8))
+        image = ImageOps.exif_transpose(opened)
+        if image.mode == "F" or (image.mode == "I" and opened.format not in ("PPM", "PNG")):
+            raise ValueError("images of floating-point or 32-bit numbers have no agreed range")
+    if image.mode.startswith("I"):  # 16 bit grey; convert() would clip at 255
+        pixels = np.asarray(image)
+        clear = pixels == image.info.get("transparency", -1)
+        image = Image.fromarray(np.where(clear, 255, pixels >> 8).astype(np.uint8))
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image.convert("RGB" if channels == 3 else "L")
+
+
+def is_image(content: bytes) -> bool:
+    """Whether bytes begin as those of an image file do."""
+    try:
+        Image.open(io.BytesIO(content)).close()
+    except Exception:  # whatever a decoder throws at something else
+        return False
+    return True
 
 
 def decode(image, framing: Framing) -> np.ndarray:

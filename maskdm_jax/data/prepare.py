@@ -8,6 +8,7 @@ import datetime
 import hashlib
 import io
 import json
+import logging
 import os
 import pathlib
 
@@ -20,10 +21,13 @@ from maskdm_jax.data.images import DECODER, Framing, decode
 from maskdm_jax.data.pipeline import UNREADABLE_LIMIT
 from maskdm_jax.data.prepared import CARD, LABELS, encode_record, image_digest, read_card, shard_hash, shard_name
 from maskdm_jax.data.sources import read_patiently
-from maskdm_jax.observe import write_atomically
+from maskdm_jax.disk import alone_in, replacing, write_atomically
 
 PER_SHARD = 2048  # images of the source; a stop loses the work on one shard at most
 _PLAN = "plan.json"
+_NOTE = dict(labels=list, left_out=list, hash=str, digests=str, stamps=str)
+
+log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,6 +46,10 @@ class Plan:
     def shards(self) -> int:
         """Number of shards."""
         return -(-self.images // self.per_shard)
+
+    def numbers(self, i: int) -> range:
+        """Of the source's images that shard i holds."""
+        return range(i * self.per_shard, min((i + 1) * self.per_shard, self.images))
 
 
 def prepare(
@@ -68,33 +76,34 @@ def prepare(
     out = pathlib.Path(out).expanduser().absolute()
     plan = Plan(
         source=name,
-        names_hash=hashlib.sha256("\0".join(source.names).encode("utf-8", "surrogateescape")).hexdigest(),
+        names_hash=_sha256("\0".join(source.names)),
         split=split,
         images=len(source),
         image=framing.describe(),
         classes=list(source.classes),
         per_shard=per_shard,
     )
-    finished = _claim(out, plan)
-    if finished is not None:
-        return finished
+    out.mkdir(parents=True, exist_ok=True)
+    with alone_in(out), concurrent.futures.ThreadPoolExecutor(threads or 2 * (os.cpu_count() or 1)) as pool:
+        stamps = lambda: "".join(_stamps(source, plan.numbers(i), pool) for i in range(plan.shards))
+        finished = _claim(out, plan, stamps)
+        if finished is not None:
+            return finished
+        return _prepare(source, plan, framing, out, pool, progress or (lambda done: None))
+
+
+def _prepare(source, plan: Plan, framing: Framing, out: pathlib.Path, pool, progress) -> dict:
     notes = []
-    with concurrent.futures.ThreadPoolExecutor(threads or 2 * (os.cpu_count() or 1)) as pool:
-        for i in range(plan.shards):
-            start = i * per_shard
-            stop = min(start + per_shard, plan.images)
-            note = _note_of(out, i)
-            if note is None:
-
-                def tick(within, start=start):
-                    if progress:
-                        progress(start + within)
-
-                note = _write_shard(source, plan, framing, out, i, range(start, stop), pool, tick)
-            notes.append(note)
-            if progress:
-                progress(stop)
-            _check_unreadable(plan, notes)
+    for i in range(plan.shards):
+        note = _note_of(out, i)
+        if note is not None and note["stamps"] != _stamps(source, plan.numbers(i), pool):
+            log.warning("%s is made anew: its images changed in the meantime", shard_name(i, plan.shards))
+            note = None
+        if note is None:
+            note = _write_shard(source, plan, framing, out, i, pool, progress)
+        notes.append(note)
+        progress(plan.numbers(i).stop)
+        _check_unreadable(plan, notes)
     for i, note in enumerate(notes):
         _verify(out / shard_name(i, plan.shards), note)
     labels = np.asarray([label for note in notes for label in note["labels"]], np.int32)
@@ -107,6 +116,7 @@ def prepare(
         format="maskdm-jax prepared images, version 1",
         source=plan.source,
         names_hash=plan.names_hash,
+        source_stamp=_sha256("".join(note["stamps"] for note in notes)),
         split=plan.split,
         image=plan.image,
         decoder=DECODER,
@@ -125,28 +135,36 @@ def prepare(
     except UnicodeEncodeError:  # file names that are no UTF-8; escaped, they come back as they are
         text = json.dumps(card, indent=2).encode()
     write_atomically(out / CARD, text)
-    for i in range(plan.shards):
-        _note_path(out, i).unlink(missing_ok=True)
-    (out / _PLAN).unlink(missing_ok=True)
+    for path in (*(_note_path(out, i) for i in range(plan.shards)), out / _PLAN, *out.glob(".*.tmp")):
+        path.unlink(missing_ok=True)  # the last of them: of killed processes
     return card
 
 
-def _claim(out: pathlib.Path, plan: Plan) -> dict | None:
+def _sha256(text: str) -> str:
+    return hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()
+
+
+def _stamps(source, numbers, pool) -> str:
+    """Short hashes of images' stamps, one after the other."""
+    return "".join(pool.map(lambda number: _sha256(source.stamp(number))[:16], numbers))
+
+
+def _claim(out: pathlib.Path, plan: Plan, stamps) -> dict | None:
     """Make the folder this plan's, or find that it is; the card if all is done already."""
     wanted = json.loads(json.dumps(dataclasses.asdict(plan)))
     if (out / CARD).exists():
         card = read_card(out)
         changed = [key for key in ("source", "names_hash", "split", "image", "classes") if card.get(key) != wanted[key]]
-        if not changed:
+        if not changed and card["source_stamp"] == _sha256(stamps()):
             return card
         raise DataError(
             f"{out} holds a finished set of {card['source']} at {card['image']['size']} px, which differs in "
-            f"{', '.join(changed)}; give another folder"
+            f"{', '.join(changed) or 'size or time of its files'}; give another folder or remove it"
         )
     if (out / _PLAN).exists():
         try:
-            there = json.loads((out / _PLAN).read_text())
-        except ValueError as error:
+            there = dict(json.loads((out / _PLAN).read_text()))
+        except (ValueError, TypeError, RecursionError) as error:
             raise DataError(f"{out / _PLAN} is damaged ({error}); remove {out} and start again") from None
         changed = [f"{key}: {there.get(key)} -> {value}" for key, value in wanted.items() if there.get(key) != value]
         if changed:
@@ -154,9 +172,8 @@ def _claim(out: pathlib.Path, plan: Plan) -> dict | None:
                 f"{out} holds an unfinished set of other settings ({'; '.join(changed)[:300]}); give another folder"
             )
         return None
-    if out.exists() and any(out.iterdir()):
+    if any(out.iterdir()):
         raise DataError(f"{out} is not empty and holds no prepared set; give a new or empty folder")
-    out.mkdir(parents=True, exist_ok=True)
     write_atomically(out / _PLAN, json.dumps(wanted, indent=2).encode())
     return None
 
@@ -167,15 +184,17 @@ def _note_path(out: pathlib.Path, i: int) -> pathlib.Path:
 
 def _note_of(out: pathlib.Path, i: int) -> dict | None:
     """What an earlier call noted of a shard that it finished."""
-    with contextlib.suppress(OSError, ValueError):
-        return json.loads(_note_path(out, i).read_text())
+    with contextlib.suppress(OSError, ValueError, RecursionError):
+        note = json.loads(_note_path(out, i).read_text())
+        if isinstance(note, dict) and {key: type(value) for key, value in note.items()} == _NOTE:
+            return note
     return None
 
 
-def _write_shard(source, plan: Plan, framing: Framing, out: pathlib.Path, i: int, numbers, pool, tick) -> dict:
-    """Write shard i under a temporary name, then rename it and note what is in it."""
-    path = out / shard_name(i, plan.shards)
-    temporary = path.with_name(f".{path.name}.tmp")
+def _write_shard(source, plan: Plan, framing: Framing, out: pathlib.Path, i: int, pool, progress) -> dict:
+    """Write shard i and note what is in it."""
+    path, numbers = out / shard_name(i, plan.shards), plan.numbers(i)
+    stamps = _stamps(source, numbers, pool)  # taken before the images are read: a change in between will be seen
 
     def one(number):
         try:
@@ -186,12 +205,11 @@ def _write_shard(source, plan: Plan, framing: Framing, out: pathlib.Path, i: int
             return error, -1, b""
 
     written, labels, digests, left_out = hashlib.sha256(), [], [], []
-    try:
+    with replacing(path) as temporary:
         with _writing(path):
             writer = ArrayRecordWriter(str(temporary), "group_size:1")
         try:
-            results = zip(numbers, pool.map(one, numbers), strict=True)
-            for within, (number, (image, label, digest)) in enumerate(results, 1):
+            for number, (image, label, digest) in zip(numbers, pool.map(one, numbers), strict=True):
                 if isinstance(image, Exception):
                     reason = str(image).strip().splitlines() or [type(image).__name__]
                     left_out.append(f"{source.names[number]}: {reason[0][:200]}")
@@ -202,14 +220,11 @@ def _write_shard(source, plan: Plan, framing: Framing, out: pathlib.Path, i: int
                     written.update(record)
                     labels.append(label)
                     digests.append(digest.hex())
-                tick(within)
+                progress(number + 1)
         finally:
             with _writing(path):
                 writer.close()
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    note = dict(labels=labels, left_out=left_out, hash=written.hexdigest(), digests="".join(digests))
+    note = dict(labels=labels, left_out=left_out, hash=written.hexdigest(), digests="".join(digests), stamps=stamps)
     write_atomically(_note_path(out, i), json.dumps(note).encode())
     return note
 

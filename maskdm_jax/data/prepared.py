@@ -11,7 +11,6 @@ import collections.abc
 import contextlib
 import hashlib
 import json
-import os
 import pathlib
 import re
 import struct
@@ -21,7 +20,8 @@ from array_record.python.array_record_module import ArrayRecordReader
 from grain.sources import ArrayRecordDataSource
 
 from maskdm_jax import cache
-from maskdm_jax.data import DataError
+from maskdm_jax.data import WITHOUT_LABELS, DataError
+from maskdm_jax.disk import replacing
 
 CARD = "card.json"
 LABELS = "labels.npy"
@@ -88,21 +88,16 @@ def fetch(files, root: str) -> pathlib.Path:
         path = target / shard_name(i, card["shards"])
         if path.exists():
             continue
-        temporary = target / f".{path.name}.{os.getpid()}.tmp"
-        try:
+        with replacing(path) as temporary:
             files.get_file(f"{root}/{path.name}", str(temporary))
             found = None
             with contextlib.suppress(RuntimeError):
                 found = shard_hash(temporary)
             if found != expected:
                 raise DataError(f"{root}/{path.name} is not what its card says; copy the set there again")
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
     for name in ([LABELS] if card["classes"] else []) + [CARD]:
-        temporary = target / f".{name}.{os.getpid()}.tmp"
-        files.get_file(f"{root}/{name}", str(temporary))
-        os.replace(temporary, target / name)
+        with replacing(target / name) as temporary:
+            files.get_file(f"{root}/{name}", str(temporary))
     return target
 
 
@@ -123,23 +118,33 @@ def read_card(path) -> dict:
     return _parse_card(text, path)
 
 
-_CARD_TYPES = dict(source=str, split=str, image=dict, count=int, classes=list, shards=int, shard_hashes=list)
+_CARD_TYPES = dict(source=str, names_hash=str, source_stamp=str, split=str, image=dict, count=int, classes=list)
+_CARD_TYPES |= dict(left_out=list, shards=int, shard_hashes=list)
 
 
 def _parse_card(text: bytes, path) -> dict:
     try:
         card = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{path}/{CARD} is damaged ({error}); prepare the set again") from None
     wrong = [key for key, kind in _CARD_TYPES.items() if not isinstance(card, dict) or type(card.get(key)) is not kind]
     # The content hash becomes the name of a folder in the cache.
     if not wrong and not re.fullmatch(r"[0-9a-f]{64}", str(card.get("content_hash"))):
         wrong = ["content_hash"]
-    if not wrong and (len(card["shard_hashes"]) != card["shards"] or not {"size", "channels"} <= card["image"].keys()):
-        wrong = ["shards, image"]
+    if not wrong and len(card["shard_hashes"]) != card["shards"]:
+        wrong = ["shards"]
+    if not wrong and not _is_framing(card["image"]):
+        wrong = ["image"]
     if wrong:
         raise DataError(f"{path}/{CARD} lacks or garbles {', '.join(wrong)}; prepare the set again")
     return card
+
+
+def _is_framing(image: dict) -> bool:
+    """Whether it has what `Framing.describe` gives."""
+    kinds = dict(size=int, channels=int, crop=str, resize=str, colour=str)
+    good = all(type(image.get(key)) is kind for key, kind in kinds.items())
+    return good and image["size"] > 0 and image["channels"] in (1, 3)
 
 
 class PreparedImages:
@@ -153,10 +158,7 @@ class PreparedImages:
         """
         self.card = read_card(path)
         if labels and not self.card["classes"]:
-            raise DataError(
-                f"{path} was prepared without labels; set --config.data.labels=False --config.model.num_classes=0, or "
-                "prepare it with --labels"
-            )
+            raise DataError(f"{path} was prepared without labels; prepare it with --labels, or {WITHOUT_LABELS}")
         self.classes = list(self.card["classes"]) if labels else []
         shards = self.card["shards"]
         paths = [pathlib.Path(path) / shard_name(i, shards) for i in range(shards)]
@@ -171,7 +173,7 @@ class PreparedImages:
         if count != self.card["count"]:
             raise DataError(f"{path} has {count} images, its card says {self.card['count']}; copy or prepare it again")
         self.names = _Names(self._records)
-        self.labels = _read_labels(pathlib.Path(path) / LABELS, count) if labels else []
+        self.labels = _read_labels(pathlib.Path(path) / LABELS, count, len(self.classes)) if labels else []
 
     def __len__(self):
         return self.card["count"]
@@ -179,16 +181,27 @@ class PreparedImages:
     def read(self, i: int):
         """Encoded bytes and label (0 when labels were not asked for)."""
         _, label, image = decode_record(self._records[i])
-        return image, label if self.classes else 0
+        if not self.classes:
+            return image, 0
+        if label != self.labels[i]:
+            raise DataError(f"its label is {label}, but {LABELS} says {self.labels[i]}; copy the set again")
+        return image, label
+
+    def stamp(self, i: int) -> str:
+        """The hash of the whole set."""
+        return self.card["content_hash"]
 
 
-def _read_labels(path: pathlib.Path, count: int) -> np.ndarray:
+def _read_labels(path: pathlib.Path, count: int, classes: int) -> np.ndarray:
     try:
-        labels = np.load(path, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
+        with open(path, "rb") as file:
+            labels = np.load(file, allow_pickle=False)
+        if labels.dtype != np.int32 or labels.shape != (count,):
+            raise ValueError(f"it holds {labels.dtype} {labels.shape}, not a label for each of {count} images")
+        if not 0 <= labels.min() <= labels.max() < classes:
+            raise ValueError(f"labels {labels.min()} to {labels.max()} are not {classes} classes")
+    except Exception as error:  # whatever a damaged file makes of its reader
         raise DataError(f"{path} is missing or damaged ({error}); copy or prepare the set again") from None
-    if labels.shape != (count,):
-        raise DataError(f"{path} has {labels.size} labels for {count} images; copy or prepare the set again")
     return labels
 
 

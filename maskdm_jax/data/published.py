@@ -1,8 +1,6 @@
 """The sets of the literature, from the files in which their authors publish them."""
 
-import csv
 import dataclasses
-import io
 import pathlib
 import re
 import tarfile
@@ -10,7 +8,7 @@ import zipfile
 
 from maskdm_jax.data import DataError
 from maskdm_jax.data.databases import ArrayBatches, TfdsImages
-from maskdm_jax.data.files import decompressed, is_tar
+from maskdm_jax.data.files import is_tar
 from maskdm_jax.data.images import Framing
 from maskdm_jax.data.sources import Selection, open_source
 
@@ -97,7 +95,7 @@ def _celeba(place, split, labels, scratch):
     if labels:
         raise DataError("celeba has attributes but no classes; leave --labels out")
     archive = place if place.is_file() else _first(place, "img_align_celeba.zip")
-    source = open_source(str(archive or place))
+    source = open_source(str(archive or place), scratch=scratch)
     if split == "all":
         return source
     names = {"train": "0", "valid": "1", "test": "2"}
@@ -112,19 +110,17 @@ def _celeba(place, split, labels, scratch):
 
 def _celeba_partition(place: pathlib.Path) -> dict[str, str]:
     """File name -> "0" (train), "1" (valid) or "2" (test), from the official text file or its .csv copy."""
-    pattern = re.compile(r"(^|/)list_eval_partition\.(txt|csv)$")
-    text = None
-    if place.is_file():
+    around, content = place.parent if place.is_file() else place, None
+    if place.is_file() and zipfile.is_zipfile(place):
         with zipfile.ZipFile(place) as archive:
-            inside = [name for name in archive.namelist() if pattern.search(name)]
-            text = archive.read(inside[0]).decode() if inside else None
-    around = place.parent if place.is_file() else place
-    if text is None:
+            inside = [name for name in archive.namelist() if re.search(r"(^|/)list_eval_partition\.(txt|csv)$", name)]
+            content = archive.read(inside[0]) if inside else None
+    if content is None:
         file = _first(around, "list_eval_partition.txt") or _first(around, "list_eval_partition.csv")
         if file is None:
             raise DataError(f"{around} lacks list_eval_partition.txt, the official split; put it there, or --split=all")
-        text = file.read_text()
-    rows = csv.reader(io.StringIO(text.replace(" ", ",")))
+        content = file.read_bytes()
+    rows = [line.replace(",", " ").split() for line in content.decode("utf-8", "replace").splitlines()]
     return {row[0]: row[-1] for row in rows if len(row) > 1 and row[-1] in ("0", "1", "2")}
 
 
@@ -132,7 +128,7 @@ def _celebahq(place, split, labels, scratch):
     if labels:
         raise DataError("celebahq has no classes; leave --labels out")
     database = _first(place, f"{ {'valid': 'validation'}.get(split, split) }.lmdb") if place.is_dir() else None
-    source = open_source(str(database or place))
+    source = open_source(str(database or place), scratch=scratch)
     # CelebAMask-HQ has face masks beside the images, as many times over.
     inside = [i for i, name in enumerate(source.names) if "CelebA-HQ-img/" in f"/{name}"]
     return Selection(source, inside, ()) if inside else source
@@ -142,7 +138,7 @@ def _vggface2(place, split, labels, scratch):
     if place.is_dir():
         tars = (_first(place, f"vggface2_{split}.{suffix}") for suffix in ("tar.gz", "tgz", "tar"))
         place = next(filter(None, tars), None) or _first(place, split) or place
-    return open_source(str(decompressed(place, scratch)), labels)
+    return open_source(str(place), labels, scratch=scratch)
 
 
 def _lsun_church(place, split, labels, scratch):

@@ -1,8 +1,8 @@
 """Where images are: prepared sets, folders, archives, databases, object stores. Random access, safe to pickle.
 
 A source has `names` (one per image), `classes` (names, or [] without labels), `labels` (numbers of classes, one per
-image, or [] without), `len()` and `read(i)` -> (image, label): the image as it is stored, encoded bytes or a uint8
-array [H, W, C], and 0 for the label without labels.
+image, or [] without), `len()`, `read(i)` -> (image, label): the image as it is stored, encoded bytes or a uint8 array
+[H, W, C], and 0 for the label without labels; and `stamp(i)`: text that changes if the image does, cheaply had.
 """
 
 import collections.abc
@@ -41,6 +41,10 @@ class Digits:
         """Image (uint8 [8, 8, 1]) and label."""
         return self._images[i], self._labels[i]
 
+    def stamp(self, i: int) -> str:
+        """Nothing: they never change."""
+        return ""
+
 
 class Selection:
     """Some images of a source, by number; labels count along `classes`, a part of the source's."""
@@ -60,6 +64,10 @@ class Selection:
         """Image and label."""
         return self._source.read(int(self._numbers[i]))[0], self.labels[i] if self.labels else 0
 
+    def stamp(self, i: int) -> str:
+        """That of the image in the source."""
+        return self._source.stamp(int(self._numbers[i]))
+
 
 class _Picked(collections.abc.Sequence):
     """Elements of a sequence by number, looked up when they are asked for."""
@@ -74,7 +82,7 @@ class _Picked(collections.abc.Sequence):
         return self._sequence[int(self._numbers[i])]
 
 
-def open_source(path: str, labels: bool = False, split: str = ""):
+def open_source(path: str, labels: bool = False, split: str = "", scratch=None):
     """Open what a path names: `digits`, a prepared set, a TFDS data folder, a folder, .zip or .tar of images, an LMDB.
 
     Paths with a scheme (gs://, s3://, ...) are read through fsspec; a prepared set there is copied to a local cache.
@@ -83,6 +91,7 @@ def open_source(path: str, labels: bool = False, split: str = ""):
       path: as above; `~` is the home folder.
       labels: whether classes are wanted.
       split: of a TFDS data folder, `train` when empty; other sources have none.
+      scratch: path of a file to decompress a compressed tar into; without, such a file is an error.
 
     Raises:
       DataError: nothing is there, it is of another kind, it holds no image, or labels are asked of a flat set.
@@ -114,7 +123,7 @@ def open_source(path: str, labels: bool = False, split: str = ""):
     if place.is_file() and place.suffix.lower() == ".zip":
         return without_split(ZipImages(place, labels))
     if place.is_file() and is_tar(place):
-        return without_split(TarImages(place, labels))
+        return without_split(TarImages(place, labels, scratch))
     if place.exists():
         raise DataError(f"{path!r} is neither a folder nor a .zip or .tar of images")
     raise DataError(f"{path!r} does not exist; give a folder or .zip of images, a prepared set, or 'digits'")

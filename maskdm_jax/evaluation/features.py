@@ -8,7 +8,6 @@ import itertools
 import json
 import pathlib
 import typing
-import zipfile
 
 import jax
 import numpy as np
@@ -18,11 +17,12 @@ from jax.sharding import NamedSharding, PartitionSpec
 from maskdm_jax import checkpoint, generate, sharding
 from maskdm_jax.data.images import Framing, decode, open_image
 from maskdm_jax.data.sources import DataError, card_of, open_source, read_patiently
+from maskdm_jax.disk import write_atomically
 from maskdm_jax.evaluation import inception
 from maskdm_jax.evaluation.metrics import Moments, MomentSums, combine
-from maskdm_jax.observe import write_atomically
 
 PICTURES = 64  # images of a set that are kept, to be looked at
+_AHEAD = 256 << 20  # bytes of pixels that are decoded ahead
 
 
 class EvaluationError(ValueError):
@@ -166,14 +166,12 @@ def open_images(path, *, n: int | None = None, seed: int = 0, sampling=None, bat
         path = place if str(path) != "digits" else path
     source = open_source(str(path))
     count = _enough(path, len(source), n)
-    made_by, card = _samples_settings(path), {}
+    made_by, card = _samples_settings(path)
     if hasattr(source, "card"):
         image = source.card["image"]
         card = card_of(source, Framing(image["size"], image["channels"]))
         if count < len(source):
             card.pop("content_hash", None)  # of another number of images
-    elif made_by:
-        card = made_by.pop("card")
     return _of_source(str(path), source, count, lambda image: np.asarray(open_image(image, 3)), card, made_by)
 
 
@@ -221,12 +219,18 @@ def load_statistics(path) -> Moments:
 def _moments(path, arrays: dict) -> Moments:
     if not arrays.keys() >= {"mu", "sigma"}:
         raise EvaluationError(f"{path} holds neither images nor statistics (mu and sigma)")
-    mu, sigma = np.asarray(arrays["mu"], np.float64), np.asarray(arrays["sigma"], np.float64)
+    mu, sigma, n = arrays["mu"], arrays["sigma"], arrays.get("n", np.zeros((), int))
+    if not all(array.dtype.kind in "fiu" for array in (mu, sigma, n)):
+        raise EvaluationError(f"{path}: mu, sigma and n must be numbers, not {mu.dtype}, {sigma.dtype} and {n.dtype}")
+    mu, sigma = mu.astype(np.float64), sigma.astype(np.float64)
     if mu.shape != (inception.DIM,) or sigma.shape != (inception.DIM, inception.DIM):
         raise EvaluationError(f"{path}: mu {mu.shape} and sigma {sigma.shape} are not of {inception.DIM} features")
-    n = arrays.get("n", np.zeros((), int))
-    if not (np.isfinite(mu).all() and np.isfinite(sigma).all() and n.shape == ()):
-        raise EvaluationError(f"{path}: mu and sigma must be finite, and n, if it is there, one number")
+    if not (np.isfinite(mu).all() and np.isfinite(sigma).all()):
+        raise EvaluationError(f"{path}: mu and sigma must be finite")
+    if n.shape != () or not 0 <= n < 2**53 or n != int(n):
+        raise EvaluationError(f"{path}: n, if it is there, must be the number of images")
+    if not np.allclose(sigma, sigma.T, rtol=0, atol=1e-3 * np.abs(sigma).max()):
+        raise EvaluationError(f"{path}: sigma is no covariance, for it is not symmetric")
     return Moments(int(n), mu, sigma)
 
 
@@ -244,12 +248,25 @@ def _enough(path, there: int, n: int | None) -> int:
     return there if n is None else n
 
 
-def _samples_settings(path) -> dict:
-    """What launch/sample.py noted beside its images; {} without."""
+def _samples_settings(path) -> tuple[dict, dict]:
+    """What launch/sample.py noted beside its images, and the card among it; {} without.
+
+    Raises:
+      EvaluationError: it is damaged.
+    """
+    file = pathlib.Path(path) / "samples.json"
     try:
-        return json.loads((pathlib.Path(path) / "samples.json").read_text())
-    except (OSError, ValueError):
-        return {}
+        noted = json.loads(file.read_bytes())
+    except OSError:
+        return {}, {}
+    except (ValueError, RecursionError) as error:
+        raise EvaluationError(f"{file} is damaged ({error}); restore it, or remove it and lose the check") from None
+    kinds = dict(checkpoint=str, weights=str, sampling=dict, card=dict)
+    wrong = [key for key, kind in kinds.items() if not isinstance(noted, dict) or type(noted.get(key)) is not kind]
+    if wrong or not isinstance(noted["card"].get("image", {}), dict):
+        lacking = ", ".join(wrong) or "image"
+        raise EvaluationError(f"{file} lacks or garbles {lacking}; restore it, or remove it and lose the check")
+    return noted, noted.pop("card")
 
 
 def _read_npz(path) -> dict:
@@ -258,7 +275,7 @@ def _read_npz(path) -> dict:
             return {name: file[name] for name in file.files if name in ("mu", "sigma", "n", "images")}
     except FileNotFoundError:
         raise EvaluationError(f"{path} does not exist") from None
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+    except Exception as error:  # whatever a damaged file makes of its reader
         raise EvaluationError(f"{path} is damaged or not an .npz file ({error})") from None
 
 
@@ -271,8 +288,7 @@ def _from_npz(path: pathlib.Path, n: int | None) -> Images | ImageSet:
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] not in (1, 3):
         raise EvaluationError(f"{path}: images are {images.dtype} {images.shape}; uint8 [n, H, W, 3 or 1] is wanted")
     images = images[: _enough(path, len(images), n)]
-    made_by = _samples_settings(path.parent) if path.name == "samples.npz" else {}
-    card = made_by.pop("card", {})
+    made_by, card = _samples_settings(path.parent) if path.name == "samples.npz" else ({}, {})
     iterate = lambda start, stop: iter(images[start:stop])
     return Images(str(path), len(images), iterate, lambda i: images[i], card, made_by)
 
@@ -292,11 +308,11 @@ def _of_source(name: str, source, n: int, see, card: dict, made_by: dict) -> Ima
 
     def iterate(start, stop):
         with concurrent.futures.ThreadPoolExecutor() as pool:
-            ahead = collections.deque(pool.submit(get, i) for i in range(start, min(stop, start + 256)))
+            ahead, room = collections.deque(), 8
             for i in range(start, stop):
+                ahead.extend(pool.submit(get, later) for later in range(i + len(ahead), min(stop, i + room)))
                 image = ahead.popleft().result()
-                if i + 256 < stop:
-                    ahead.append(pool.submit(get, i + 256))
+                room = max(8, min(256, _AHEAD // image.nbytes))
                 yield image
 
     return Images(name, n, iterate, get, card, made_by)

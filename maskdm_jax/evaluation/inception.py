@@ -6,7 +6,6 @@ are 1,008 classes. Everything is float32, on TPU too, where convolutions would b
 
 import functools
 import hashlib
-import os
 import pathlib
 import shutil
 import urllib.request
@@ -16,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from maskdm_jax import cache, torch_file
+from maskdm_jax.disk import replacing
 from maskdm_jax.torch_file import TorchFileError
 
 SIZE = 299  # side of the images that the network sees
@@ -38,18 +38,15 @@ def fetch_weights() -> pathlib.Path:
     if path.exists():
         return path
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{FILE}.{os.getpid()}.tmp")
     try:
-        with urllib.request.urlopen(URL, timeout=60) as source, open(temporary, "wb") as file:
-            shutil.copyfileobj(source, file)
-        found = file_hash(temporary)
-        if found != SHA256:
-            raise OSError(f"it arrived with hash {found[:12]}..., not {SHA256[:12]}...")
-        os.replace(temporary, path)
+        with replacing(path) as temporary:
+            with urllib.request.urlopen(URL, timeout=60) as source, open(temporary, "wb") as file:
+                shutil.copyfileobj(source, file)
+            found = file_hash(temporary)
+            if found != SHA256:
+                raise OSError(f"it arrived with hash {found[:12]}..., not {SHA256[:12]}...")
     except OSError as error:
         raise OSError(f"{URL} cannot be fetched ({error}); get the file and give it by --inception_weights") from None
-    finally:
-        temporary.unlink(missing_ok=True)
     return path
 
 

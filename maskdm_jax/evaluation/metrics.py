@@ -64,14 +64,28 @@ def frechet_distance(a: Moments, b: Moments) -> float:
 
     tr (Sa Sb)^(1/2) is the sum of the roots of the eigenvalues of Sa^(1/2) Sb Sa^(1/2), which is symmetric: no
     complex roots, and singular covariances (fewer images than features) need no special care.
+
+    Raises:
+      ValueError: features of different widths, or covariances with negative eigenvalues, which are none.
     """
     if a.mu.shape != b.mu.shape:
         raise ValueError(f"features of {a.mu.size} and of {b.mu.size} numbers cannot be compared")
     values, vectors = scipy.linalg.eigh(a.sigma)
-    root = (vectors * np.sqrt(np.maximum(values, 0))) @ vectors.T
+    root = (vectors * _roots(values)) @ vectors.T
     product = root @ b.sigma @ root
-    cross = np.sqrt(np.maximum(scipy.linalg.eigvalsh((product + product.T) / 2), 0)).sum()
-    return float(np.sum((a.mu - b.mu) ** 2) + np.trace(a.sigma) + np.trace(b.sigma) - 2 * cross)
+    cross = _roots(scipy.linalg.eigvalsh((product + product.T) / 2)).sum()
+    with np.errstate(over="ignore"):
+        distance = float(np.sum((a.mu - b.mu) ** 2) + np.trace(a.sigma) + np.trace(b.sigma) - 2 * cross)
+    if not np.isfinite(distance):
+        raise ValueError("the means or covariances are too large to be of features")
+    return distance
+
+
+def _roots(values: np.ndarray) -> np.ndarray:
+    """Square roots of a covariance's eigenvalues, of which rounding may have left some below 0."""
+    if values.min() < -1e-3 * np.abs(values).max():
+        raise ValueError(f"a matrix with the eigenvalue {values.min():.3g} is no covariance")
+    return np.sqrt(np.maximum(values, 0))
 
 
 def kernel_distance(a, b, *, subsets: int = 100, size: int = 1000, seed: int = 0) -> tuple[float, float]:

@@ -13,6 +13,7 @@ from PIL import Image
 
 import maskdm_jax
 from maskdm_jax import observe
+from maskdm_jax.disk import write_atomically
 from maskdm_jax.evaluation.features import ImageSet
 
 NEIGHBOURS = 8  # shown of each sample
@@ -56,7 +57,7 @@ def write_report(path, result: dict, reference: ImageSet, samples: ImageSet, *, 
         style=_STYLE,
     )
     pathlib.Path(path).parent.mkdir(parents=True, exist_ok=True)
-    observe.write_atomically(path, page.encode("utf-8", "replace"))
+    write_atomically(path, page.encode("utf-8", "replace"))
 
 
 def nearest(features: np.ndarray, reference: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
@@ -141,13 +142,17 @@ def _curves(run) -> str:
         ("grad_norm", "Gradient norm", True),
         ("learning_rate", "Learning rate", False),
     ]:
-        points = [(line["step"], line[key]) for line in lines if key in line and math.isfinite(line[key])]
+        points = [(line["step"], line[key]) for line in lines if _is_number(line.get(key))]
         if len(points) > 1:
             charts.append(f"<figure><figcaption>{name}</figcaption>{line_chart(points, log_scale=log_scale)}</figure>")
-    stages = {line["stage"]: line["step"] for line in lines if "stage" in line}
+    stages = {str(line["stage"]): line["step"] for line in lines if "stage" in line}
     ends = ", ".join(f"{html.escape(name)} to step {step:,}" for name, step in stages.items())
     note = f'<p class="note">By step. Stages: {ends}.</p>' if ends else ""
     return f'<h2>Training</h2>{note}<div class="pair">{"".join(charts)}</div>' if charts else ""
+
+
+def _is_number(value) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)
 
 
 def _cards(result: dict, reference: ImageSet, samples: ImageSet) -> str:
