@@ -100,11 +100,11 @@ def _celeba(place, split, labels, scratch):
         return source
     names = {"train": "0", "valid": "1", "test": "2"}
     wanted = {name for name, part in _celeba_partition(place).items() if part == names[split]}
+    if not wanted:
+        raise DataError(f"the split file of {place} names no image as {split}; get list_eval_partition.txt anew")
     numbers = [i for i, name in enumerate(source.names) if pathlib.PurePosixPath(name).name in wanted]
     if not numbers:
-        raise DataError(
-            f"{place} holds no image that its split file names as {split}, such as {min(wanted, default='')}"
-        )
+        raise DataError(f"{place} holds no image that its split file names as {split}, such as {min(wanted)}")
     return Selection(source, numbers, ())
 
 
