@@ -5,6 +5,7 @@ Run it again with the same command to go on after a stop.
 
 import pathlib
 import sys
+import traceback
 
 from absl import app, flags, logging
 from ml_collections import config_flags
@@ -19,7 +20,9 @@ def main(argv):
     if CONFIG.value is None:
         raise app.UsageError("which run? give --config=configs/NAME.py, for example configs/demo.py")
     logging.set_verbosity(logging.WARNING)  # Orbax reports every file at INFO
-    from maskdm_jax import cache, config, train
+    import jax
+
+    from maskdm_jax import cache, config, distributed, train
     from maskdm_jax.checkpoint import CheckpointError
     from maskdm_jax.data.sources import DataError
     from maskdm_jax.evaluation.features import EvaluationError
@@ -28,13 +31,36 @@ def main(argv):
     cache.keep_compiled_programs()
     name = pathlib.Path(config_flags.get_config_filename(flags.FLAGS["config"])).stem
     try:
+        distributed.initialize(catch_sigterm=True)
         train.train(config.parse(CONFIG.value), WORKDIR.value or pathlib.Path("runs") / name)
+    except train.Preempted as stop:
+        end(str(stop), distributed.PREEMPTED)
     except (config.ConfigError, DataError, CheckpointError, EvaluationError, TorchFileError, OSError) as error:
-        sys.exit(f"error: {error}")
-    except train.NonFiniteLoss as error:
-        sys.exit(f"error: {error}")
+        end(f"error: {error}")
+    except (train.NonFiniteLoss, distributed.DistributedError) as error:
+        end(f"error: {error}")
     except KeyboardInterrupt:
-        sys.exit("interrupted; run the same command again to go on from the last checkpoint")
+        end("interrupted; run the same command again to go on from the last checkpoint")
+    except jax.errors.JaxRuntimeError as error:
+        reason = str(error).splitlines()[0]
+        if "RESOURCE_EXHAUSTED" in reason:
+            end(
+                f"error: not enough memory; raise micro_batches of the stage, or set --config.model.remat=True ({reason})"
+            )
+        if jax.process_count() == 1:
+            raise
+        end(f"error: another process of this run must have ended: {reason}")
+    except Exception:
+        traceback.print_exc()
+        end("")
+
+
+def end(message: str, status: int = 1):
+    from maskdm_jax import distributed
+
+    print(message, file=sys.stderr, flush=True)  # flushed, for we may not leave by the usual way
+    distributed.leave(status)
+    sys.exit(status)
 
 
 if __name__ == "__main__":

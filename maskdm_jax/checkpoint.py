@@ -8,16 +8,24 @@ config and the class names, so that a checkpoint can be sampled from or continue
 
 import contextlib
 import dataclasses
+import json
+import logging
 import os
 import pathlib
+import shutil
 
 import jax
 import orbax.checkpoint as ocp
+import tensorstore
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, CustomSteps, LatestN
 
+from maskdm_jax import distributed
 from maskdm_jax.train_state import TrainState
 
+log = logging.getLogger(__name__)
+
 FOLDER = "checkpoints"
+ITEMS = ("params", "ema", "optimizer")  # of arrays
 META = ("stage", "stage_step", "past", "data", "window", "images", "classes", "card", "config")
 
 
@@ -32,7 +40,7 @@ class Checkpoints:
         self.folder = pathlib.Path(workdir).absolute() / FOLDER
         self._manager = ocp.CheckpointManager(
             self.folder,
-            item_names=("params", "ema", "optimizer", "meta"),
+            item_names=(*ITEMS, "meta"),
             options=ocp.CheckpointManagerOptions(
                 preservation_policy=AnyPreservationPolicy([LatestN(keep), CustomSteps(list(keep_steps))])
             ),
@@ -43,19 +51,50 @@ class Checkpoints:
         steps = [step for step in self._manager.all_steps() if _is_checkpoint(self.folder / str(step))]
         return max(steps, default=None)
 
+    def newest_whole(self) -> int | None:
+        """Step of the newest checkpoint that can be read, the same in all processes; None if there is none.
+
+        Newer ones that cannot be read are named and moved aside, to STEP.damaged: their step will be saved again.
+        """
+        step = self.latest()
+        if distributed.is_first():
+            while step is not None:
+                try:
+                    check(self.folder / str(step))
+                    break
+                except CheckpointError as error:
+                    aside = self.folder / f"{step}.damaged"
+                    shutil.rmtree(aside, ignore_errors=True)
+                    os.replace(self.folder / str(step), aside)
+                    self._manager.reload()
+                    step = self.latest()
+                    log.warning("%s; moved to %s, going on from %s", error, aside.name, step or "the start")
+        step = distributed.agree(-1 if step is None else step)
+        self._manager.reload()
+        return None if step < 0 else step
+
     def save(self, step: int, state: TrainState, meta: dict) -> None:
-        """Start writing; returns as soon as the state is copied and may be donated."""
+        """Start writing; returns as soon as the state is copied and may be donated.
+
+        Raises:
+          CheckpointError: the disk is too full for it, or the last one could not be written.
+        """
         if step == self.latest():
             return
-        self._manager.save(
-            step,
-            args=ocp.args.Composite(
-                params=ocp.args.StandardSave(state.params),
-                ema=ocp.args.StandardSave(state.ema),
-                optimizer=ocp.args.StandardSave(_rest(state)),
-                meta=ocp.args.JsonSave(meta),
-            ),
-        )
+        # Asked first: Orbax's threads meet a full disk with hundreds of lines.
+        needed, free = sum(leaf.nbytes for leaf in jax.tree.leaves(state)), shutil.disk_usage(self.folder).free
+        if distributed.is_first() and free < needed:
+            raise self._unwritten(f"step {step} takes {needed / 1e9:.2f} GB and the disk has {free / 1e9:.2f} GB free")
+        with self._writing():
+            self._manager.save(
+                step,
+                args=ocp.args.Composite(
+                    params=ocp.args.StandardSave(state.params),
+                    ema=ocp.args.StandardSave(state.ema),
+                    optimizer=ocp.args.StandardSave(_rest(state)),
+                    meta=ocp.args.JsonSave(meta),
+                ),
+            )
 
     def meta(self, step: int) -> dict:
         """The JSON part of a checkpoint."""
@@ -70,12 +109,32 @@ class Checkpoints:
         return load_state(self.folder / str(step), abstract)
 
     def wait(self) -> None:
-        """Wait until what was saved is on disk."""
-        self._manager.wait_until_finished()
+        """Wait until what was saved is on disk.
+
+        Raises:
+          CheckpointError: it could not be written.
+        """
+        with self._writing():
+            self._manager.wait_until_finished()
 
     def close(self) -> None:
         """Wait and release."""
-        self._manager.close()
+        with self._writing():
+            self._manager.close()
+
+    @contextlib.contextmanager
+    def _writing(self):
+        """Whatever Orbax throws at a disk, said in one line."""
+        try:
+            yield
+        except Exception as error:
+            reason = str(error).splitlines() or [type(error).__name__]
+            raise self._unwritten(reason[0][:300]) from error
+
+    def _unwritten(self, reason: str) -> CheckpointError:
+        whole = self.latest()
+        rest = "there is none yet" if whole is None else f"the same command goes on from step {whole}"
+        return CheckpointError(f"no checkpoint can be written to {self.folder} ({reason}); make room there; {rest}")
 
 
 def find(path) -> pathlib.Path:
@@ -97,8 +156,8 @@ def find(path) -> pathlib.Path:
 
 def load_meta(checkpoint: pathlib.Path) -> dict:
     """The JSON part of a checkpoint that `find` gave."""
-    with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as reader, _damage(checkpoint):
-        meta = reader.restore(checkpoint / "meta")
+    with _damage(checkpoint):
+        meta = json.loads((checkpoint / "meta" / "metadata").read_bytes())  # Orbax would wait for other processes
         missing = [key for key in META if not isinstance(meta, dict) or key not in meta]
         if missing:
             raise KeyError(f"its meta lacks {', '.join(missing)}")
@@ -113,6 +172,30 @@ def load_state(checkpoint: pathlib.Path, abstract: TrainState) -> TrainState:
     """
     params, ema = (load_item(checkpoint, name, getattr(abstract, name)) for name in ("params", "ema"))
     return TrainState(params=params, ema=ema, **load_item(checkpoint, "optimizer", _rest(abstract)))
+
+
+def check(checkpoint: pathlib.Path) -> None:
+    """Read all of a checkpoint and forget it, an array at a time. Orbax meets damage with thousands of lines.
+
+    Raises:
+      CheckpointError: it is damaged.
+    """
+    load_meta(checkpoint)
+    for item in ITEMS:
+        folder = checkpoint / item
+        with _damage(checkpoint):
+            described = json.loads((folder / "_METADATA").read_bytes())["tree_metadata"]
+            for path in (*folder.glob("_sharding"), *folder.glob("array_metadatas/*")):
+                json.loads(path.read_bytes())
+            store = {"driver": "ocdbt", "base": folder.as_uri() + "/"}
+            keys = [key.decode() for key in tensorstore.KvStore.open(store).result().list().result()]
+            arrays = [key.removesuffix(".zarray") for key in keys if key.endswith(".zarray")]
+            wanted = sum(not entry["value_metadata"]["skip_deserialize"] for entry in described.values())
+            if len(arrays) != wanted:
+                raise ValueError(f"{item} has {len(arrays)} of {wanted} arrays")
+            for name in arrays:
+                options = {"driver": "zarr", "fill_missing_data_reads": False, "kvstore": store | {"path": name}}
+                tensorstore.open(options).result().read().result()
 
 
 def load_item(checkpoint: pathlib.Path, item: str, abstract):
@@ -144,9 +227,8 @@ def _damage(checkpoint: pathlib.Path):
     try:
         yield
     except Exception as error:
-        raise CheckpointError(
-            f"{checkpoint} is damaged ({str(error).splitlines()[0][:200]}); move it away to use the one before it"
-        ) from error
+        reason = str(error).splitlines() or [type(error).__name__]
+        raise CheckpointError(f"{checkpoint} is damaged ({reason[0][:200]}); an earlier one may be whole") from error
 
 
 def compare(message: str, stored, abstract) -> None:

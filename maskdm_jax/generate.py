@@ -67,19 +67,20 @@ def make_generator(config: Config, network: Network, mesh, batch_size: int):
     devices = mesh.size
     padded = -(-batch_size // devices) * devices
     space, sample = make_representation(config), make_sampler(config, network)
-    place = sharding.batch_sharding(mesh)
+    place, everywhere = sharding.batch_sharding(mesh), sharding.replicated(mesh)
 
     def run(params, key, index, labels):
+        params = jax.lax.with_sharding_constraint(params, everywhere)  # split ones are gathered once, not every step
         x, noise = samplers.image_noise(key, index, space.shape)
         return space.decode(sample(params, x, noise, labels))
 
-    compiled = jax.jit(run, out_shardings=place)
+    compiled = jax.jit(run, out_shardings=everywhere)
 
     def generate(params, seed: int, index, labels=None) -> np.ndarray:
         n = len(index)
         if n > batch_size:
             raise ValueError(f"{n} images asked of a generator for {batch_size}")
-        fill = lambda a: jax.device_put(np.resize(np.asarray(a, np.int32), padded), place)
+        fill = lambda a: sharding.put(np.resize(np.asarray(a, np.int32), padded), place)
         labels = None if labels is None else fill(labels)
         return np.asarray(compiled(params, jax.random.key(seed), fill(index), labels))[:n]
 

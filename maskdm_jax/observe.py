@@ -7,12 +7,14 @@ import pathlib
 import sys
 import time
 
+import jax
 import numpy as np
 import tensorboardX
 from clu import parameter_overview
 from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
+from maskdm_jax import distributed
 from maskdm_jax.config import Config, ConfigError
 from maskdm_jax.disk import replacing, write_atomically
 
@@ -28,22 +30,28 @@ class _Console(logging.Handler):
 
 @contextlib.contextmanager
 def logging_to(workdir):
-    """Send the project's log to stderr and to WORKDIR/log.txt."""
+    """Send the project's log to stderr and to WORKDIR/log.txt; warnings of other processes than the first to stderr."""
     workdir = pathlib.Path(workdir)
     workdir.mkdir(parents=True, exist_ok=True)
-    file = logging.FileHandler(workdir / "log.txt", encoding="utf-8", errors="backslashreplace")
-    file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     console = _Console()
-    console.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
-    console.setLevel(logging.INFO)
+    handlers = [console]
+    if distributed.is_first():
+        console.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
+        console.setLevel(logging.INFO)
+        file = logging.FileHandler(workdir / "log.txt", encoding="utf-8", errors="backslashreplace")
+        file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+        handlers.append(file)
+    else:
+        console.setFormatter(logging.Formatter(f"%(asctime)s process {jax.process_index()}: %(message)s", "%H:%M:%S"))
+        console.setLevel(logging.WARNING)
     log.setLevel(logging.DEBUG)
     log.propagate = False  # absl's root handler would print every line again
-    for handler in (file, console):
+    for handler in handlers:
         log.addHandler(handler)
     try:
         yield
     finally:
-        for handler in (file, console):
+        for handler in handlers:
             log.removeHandler(handler)
             handler.close()
 
@@ -57,10 +65,13 @@ class Metrics:
     """Writes numbers by step to WORKDIR/metrics.jsonl and, as configured, TensorBoard and W&B.
 
     Opening it at `step` drops what an earlier, killed process wrote beyond that step, so that the history
-    of a resumed run is that of an undisturbed one.
+    of a resumed run is that of an undisturbed one. Of several processes only the first writes.
     """
 
     def __init__(self, workdir, config: Config, *, step: int):
+        self._file = self._board = self._wandb = None
+        if not distributed.is_first():
+            return
         if config.log.wandb:
             try:
                 import wandb
@@ -70,7 +81,6 @@ class Metrics:
         path = workdir / "metrics.jsonl"
         _keep_until(path, step)
         self._file = path.open("a")
-        self._board = self._wandb = None
         if config.log.tensorboard:
             self._board = tensorboardX.SummaryWriter(str(workdir / "tensorboard"), purge_step=step + 1)
         if config.log.wandb:
@@ -80,6 +90,8 @@ class Metrics:
 
     def write(self, step: int, values: dict) -> None:
         """Record numbers (floats, ints) and words (strings; JSONL only) of a step."""
+        if self._file is None:
+            return
         self._file.write(json.dumps({"step": step} | values) + "\n")
         self._file.flush()
         numbers = {k: v for k, v in values.items() if not isinstance(v, str)}
@@ -100,7 +112,8 @@ class Metrics:
 
     def close(self) -> None:
         """Flush everything."""
-        self._file.close()
+        if self._file is not None:
+            self._file.close()
         if self._board is not None:
             self._board.close()
         if self._wandb is not None:
@@ -136,7 +149,7 @@ class Progress:
             initial=step,
             desc=name,
             file=sys.stderr,
-            disable=not sys.stderr.isatty(),
+            disable=not (sys.stderr.isatty() and distributed.is_first()),
             bar_format=_BAR,
             mininterval=0.2,
         )

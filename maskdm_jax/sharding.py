@@ -1,7 +1,9 @@
 """Placement: the mesh, which dimension of a parameter is split, and host batches becoming global arrays."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -20,7 +22,17 @@ def make_mesh(data: int = -1, fsdp: int = 1, devices=None) -> Mesh:
     if fsdp < 1 or len(devices) % fsdp or (data != -1 and data * fsdp != len(devices)):
         raise ValueError(f"mesh data={data}, fsdp={fsdp} does not fit {len(devices)} devices; their product must")
     # Auto axes: jax.make_mesh's default, explicit ones, rejects the gather of visible patches.
-    return jax.make_mesh((len(devices) // fsdp, fsdp), ("data", "fsdp"), (AxisType.Auto,) * 2, devices=devices)
+    axes = dict(axis_names=("data", "fsdp"), axis_types=(AxisType.Auto,) * 2)
+    slices = len({device.slice_index for device in devices if device.platform == "tpu"} or {0})
+    if slices == 1:
+        return jax.make_mesh((len(devices) // fsdp, fsdp), devices=devices, **axes)
+    if len(devices) // fsdp % slices:
+        raise ValueError(
+            f"mesh fsdp={fsdp} reaches beyond one of {slices} TPU slices of {len(devices) // slices} chips"
+        )
+    # Slices are joined by a slower network: only the sum over "data" crosses it.
+    within, across = (len(devices) // fsdp // slices, fsdp), (slices, 1)
+    return Mesh(mesh_utils.create_hybrid_device_mesh(within, across, devices), **axes)
 
 
 def state_sharding(mesh: Mesh, tree):
@@ -40,14 +52,54 @@ def state_sharding(mesh: Mesh, tree):
     return jax.tree.map(place, tree)
 
 
-def replicate(mesh: Mesh, tree):
-    """Inside jit: every device gets all of each array (an all-gather where it was split)."""
-    return jax.lax.with_sharding_constraint(tree, NamedSharding(mesh, P()))
+def replicated(mesh: Mesh) -> NamedSharding:
+    """All of an array on every device."""
+    return NamedSharding(mesh, P())
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """Examples over all devices of the mesh."""
     return NamedSharding(mesh, BATCH)
+
+
+def mean_over_rows(value_and_grad, params, batch, *, parts: int, mesh: Mesh):
+    """Mean of `value_and_grad(params, rows)` -> (scalar, tree like params) over all rows of a batch, inside jit.
+
+    Parameters that are split are gathered once. Each device goes through its rows in `parts` micro-batches, one after
+    the other, and adds up; then the devices add up what they have: one reduction, whatever the number of
+    micro-batches, which leaves with each device the part of the gradient that `state_sharding` gives it.
+    """
+    places = jax.tree.map(lambda place: place.spec, state_sharding(mesh, params))
+
+    def on_device(params, rows):
+        if parts == 1:
+            total = value_and_grad(params, rows)
+        else:
+            micro = jax.tree.map(lambda x: x.reshape(parts, x.shape[0] // parts, *x.shape[1:]), rows)
+            add = lambda total, part: (jax.tree.map(jnp.add, total, value_and_grad(params, part)), None)
+            total, _ = jax.lax.scan(add, (jnp.zeros(()), jax.tree.map(jnp.zeros_like, params)), micro)
+        value, grads = jax.tree.map(lambda x: x / (parts * mesh.size), total)
+        return jax.lax.psum(value, mesh.axis_names), jax.tree.map(add_up, grads, places)
+
+    def add_up(grad, place):
+        if "fsdp" in place:
+            grad = jax.lax.psum_scatter(grad, "fsdp", scatter_dimension=place.index("fsdp"), tiled=True)
+            return jax.lax.psum(grad, "data")
+        return jax.lax.psum(grad, mesh.axis_names)
+
+    return jax.shard_map(on_device, mesh=mesh, in_specs=(P(), BATCH), out_specs=(P(), places), check_vma=False)(
+        params, batch
+    )
+
+
+def put(tree, placed):
+    """NumPy arrays that every host has alike -> global arrays, placed as a tree of shardings (or one) says."""
+
+    def one(array, place):
+        array = np.asarray(array)
+        return jax.make_array_from_callback(array.shape, place, lambda part: array[part])
+
+    return jax.tree.map(lambda place, part: jax.tree.map(lambda array: one(array, place), part), placed, tree)
 
 
 def to_global(mesh: Mesh, batch):

@@ -16,16 +16,14 @@ import typing
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import NamedSharding
-from jax.sharding import PartitionSpec as P
 
-from maskdm_jax import checkpoint, masking, observe, sharding, torch_checkpoint
+from maskdm_jax import checkpoint, distributed, masking, observe, sharding, torch_checkpoint
 from maskdm_jax import config as config_lib
 from maskdm_jax.config import Config, ConfigError, Stage
 from maskdm_jax.data.pipeline import Batches, open_data
 from maskdm_jax.data.sources import card_of
 from maskdm_jax.diffusion import denoising_loss, loss_weights, make_schedule
-from maskdm_jax.disk import write_atomically
+from maskdm_jax.disk import alone_in, write_atomically
 from maskdm_jax.evaluation.evaluate import Evaluator, check_comparable, compare
 from maskdm_jax.evaluation.features import Images, framed, open_images, sampled
 from maskdm_jax.generate import as_loaded, make_generator
@@ -34,6 +32,10 @@ from maskdm_jax.representation import make_representation
 from maskdm_jax.train_state import TrainState, ema_step_size, learning_rate, make_optimizer, new_state
 
 log = logging.getLogger(__name__)
+
+
+class Preempted(RuntimeError):
+    """The run was told to stop, and saved; the message names the step and what goes on from it."""
 
 
 class NonFiniteLoss(RuntimeError):
@@ -116,38 +118,16 @@ def train_step(state: TrainState, batch, *, draw, loss, stage: Stage, mesh) -> t
     """
     key = jax.random.fold_in(state.key, state.step)
 
-    whole = sharding.replicate(mesh, state.params)  # gathered once, whatever the number of micro-batches
+    def value_and_grad(params, rows):
+        return jax.value_and_grad(lambda params: loss(params, draw(key, rows)))(params)
 
-    def value_and_grad(part):
-        return jax.value_and_grad(lambda params: loss(params, draw(key, part)))(whole)
-
-    value, grads = average(value_and_grad, batch, stage.micro_batches, mesh)
+    value, grads = sharding.mean_over_rows(value_and_grad, state.params, batch, parts=stage.micro_batches, mesh=mesh)
     updates, opt_state = make_optimizer(stage).update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     step_size = ema_step_size(state.step, decay=stage.ema_decay, every=stage.ema_every)
     ema = optax.incremental_update(params, state.ema, step_size)
     metrics = dict(loss=value, grad_norm=optax.tree.norm(grads), learning_rate=learning_rate(stage)(state.step))
     return TrainState(state.step + 1, params, ema, opt_state, state.key), metrics
-
-
-def average(fn, batch, parts: int, mesh):
-    """Mean of fn over `parts` micro-batches of a batch, computed one after the other."""
-    if parts == 1:
-        return fn(batch)
-
-    def split(x):
-        # Micro-batch j takes rows j, parts + j, ...: each device keeps its rows, nothing is moved.
-        return x.reshape(x.shape[0] // parts, parts, *x.shape[1:]).swapaxes(0, 1)
-
-    place = NamedSharding(mesh, P(None, *sharding.BATCH))
-
-    def add(total, part):
-        return jax.tree.map(jnp.add, total, fn(part)), None
-
-    micro = jax.lax.with_sharding_constraint(jax.tree.map(split, batch), place)
-    zeros = jax.tree.map(jnp.zeros_like, jax.eval_shape(fn, jax.tree.map(lambda x: x[0], micro)))
-    total, _ = jax.lax.scan(add, zeros, micro)
-    return jax.tree.map(lambda x: x / parts, total)
 
 
 def compile_step(config: Config, name: str, network: Network, mesh, abstract: TrainState):
@@ -160,7 +140,7 @@ def compile_step(config: Config, name: str, network: Network, mesh, abstract: Tr
         step,
         donate_argnums=0,
         in_shardings=(placed, sharding.batch_sharding(mesh)),
-        out_shardings=(placed, NamedSharding(mesh, P())),
+        out_shardings=(placed, sharding.replicated(mesh)),
     )
 
 
@@ -184,6 +164,7 @@ def train(config: Config, workdir, *, devices=None) -> pathlib.Path:
     Raises:
       ConfigError, DataError, CheckpointError: something cannot work; raised before training begins.
       NonFiniteLoss: training diverged.
+      Preempted: a SIGTERM came, and the state was saved; only if `distributed.initialize` asked for this.
     """
     workdir = pathlib.Path(workdir).expanduser().absolute()
     mesh = make_mesh_for(config, devices)
@@ -191,11 +172,14 @@ def train(config: Config, workdir, *, devices=None) -> pathlib.Path:
     check_source(config, source)
     network = make_network(config)
     with observe.logging_to(workdir), contextlib.ExitStack() as closing:
+        if distributed.is_first():
+            closing.enter_context(alone_in(workdir))
         ends = stage_ends(config)
         checkpoints = checkpoint.Checkpoints(workdir, keep=config.checkpoint.keep, keep_steps=ends)
         closing.callback(checkpoints.close)
         start = begin(config, network, mesh, checkpoints, source)
-        write_atomically(workdir / "config.json", json.dumps(config_lib.to_dict(config), indent=2).encode())
+        if distributed.is_first():
+            write_atomically(workdir / "config.json", json.dumps(config_lib.to_dict(config), indent=2).encode())
         done = ends[start.stage] - config.stage[config.stages[start.stage]].steps + int(start.state.step)
         if done == ends[-1]:
             log.info("nothing left to do: %s finished all %d steps", workdir, done)
@@ -268,7 +252,7 @@ def abstract_state(config: Config, index: int, network: Network, mesh) -> TrainS
 
 def begin(config: Config, network: Network, mesh, checkpoints: checkpoint.Checkpoints, source) -> Start:
     """This run's own checkpoint > `init_from` > fresh; says which in one line."""
-    step = checkpoints.latest()
+    step = checkpoints.newest_whole()
     if step is not None:
         meta = checkpoints.meta(step)
         index = _resumed_stage(config, meta, checkpoints.folder / str(step))
@@ -307,7 +291,7 @@ def _initial_weights(path: str, abstract) -> tuple[dict, pathlib.Path]:
             raise checkpoint.CheckpointError(f"config.init_from {path!r} is not a file")
         params = torch_checkpoint.load_weights(found)
         checkpoint.compare(f"the weights of {found} do not fit config.model", params, abstract)
-        return jax.device_put(params, jax.tree.map(lambda leaf: leaf.sharding, abstract)), found
+        return sharding.put(params, jax.tree.map(lambda leaf: leaf.sharding, abstract)), found
     found = checkpoint.find(path)
     return checkpoint.load_item(found, "params", abstract), found
 
@@ -436,10 +420,13 @@ class _Run:
                 due = lambda every, step=step, last=last: last or (every and step % every == 0)
                 preview, save = due(self.config.preview.every), due(self.config.checkpoint.every)
                 evaluate = self.evaluation and due(self.config.evaluation.every)
-                if preview or save or evaluate:
+                stop = distributed.stop_requested(offset + step)
+                if preview or save or evaluate or stop:
                     finish(*pending)  # a checkpoint must not hold what a non-finite step made
                     pending = None
                     with rate.paused():
+                        if stop:  # the time that is left is for saving
+                            self._stop(index, step, state, batches, window)
                         if preview:
                             self._preview(offset + step, state.ema)
                         if evaluate:
@@ -464,8 +451,9 @@ class _Run:
         # The same noise each time: successive grids show the same images becoming better.
         images = self.generate(ema, self.config.seed, range(rows * columns), labels)
         path = self.preview_path(step)
-        observe.save_image(path, observe.sample_grid(images, columns, names))
-        self.metrics.image(step, "samples", path)
+        if distributed.is_first():
+            observe.save_image(path, observe.sample_grid(images, columns, names))
+            self.metrics.image(step, "samples", path)
         log.info("samples of the EMA at step %d: %s", step, path)
 
     def _evaluate(self, step: int, ema) -> None:
@@ -489,6 +477,13 @@ class _Run:
             config=config_lib.to_dict(self.config),
         )
         self.checkpoints.save(self.ends[index] - self.config.stage[names[index]].steps + step, state, meta)
+
+    def _stop(self, index: int, step: int, state: TrainState, batches: Batches, window: "_Window"):
+        self._save(index, step, state, batches, window)
+        self.checkpoints.wait()
+        raise Preempted(
+            f"told to stop: saved at step {step} of stage {self.config.stages[index]}; the same command goes on from it"
+        )
 
     def _time_left(self, index: int, step: int, per_second: float) -> float:
         """Seconds to the end of the run, later stages estimated by their visible patches."""

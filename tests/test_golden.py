@@ -256,8 +256,7 @@ def test_training_run(train_case):
     )
     norms = jax.jit(lambda tree: jnp.sqrt(sum(jnp.sum(jnp.square(leaf)) for leaf in jax.tree.leaves(tree))))
     for i, micro in enumerate(golden.training_batches(meta)):
-        # Row r of micro-batch j is row r * parts + j of the batch: see `train.average`.
-        image, t, noise, mask = (np.stack(part, 1).reshape(-1, *part[0].shape[1:]) for part in zip(*micro, strict=True))
+        image, t, noise, mask = (np.concatenate(part) for part in zip(*micro, strict=True))
         batch = dict(image=nhwc(image), t=t, noise=nhwc(noise), positions=golden.positions(mask))
         state, metrics = step(state, batch)
         ours = dict(metrics, lr=metrics["learning_rate"], param_norm=norms(state.params), ema_norm=norms(state.ema))

@@ -1,5 +1,4 @@
 import functools
-import gc
 import json
 import shutil
 from unittest import mock
@@ -253,21 +252,14 @@ def test_a_run_folder_of_other_stages_is_refused(whole_run):
         train.train(tiny.config(finetune__steps=1), whole_run, devices=ONE)
 
 
-# Orbax leaves coroutines of a failed restore unawaited; they are collected before the test ends.
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-@pytest.mark.parametrize("lost", ["params/manifest.ocdbt", "params/_METADATA", "optimizer", "ema/d", "meta/metadata"])
-def test_a_damaged_checkpoint_is_named(whole_run, tmp_path, lost):
+def test_a_run_goes_on_from_the_newest_whole_checkpoint(whole_run, tmp_path):
     workdir = tmp_path / "run"
     shutil.copytree(whole_run, workdir)
     (workdir / "checkpoints" / "99").mkdir()  # an empty folder is no checkpoint
-    target = workdir / "checkpoints" / "6" / lost
-    shutil.rmtree(target) if target.is_dir() else target.unlink()
-    with pytest.raises(CheckpointError, match=r"checkpoints/6 is damaged .*move it away to use the one before it"):
-        train.train(tiny.config(), workdir, devices=ONE)
-    shutil.move(workdir / "checkpoints" / "6", tmp_path / "away")
+    (workdir / "checkpoints" / "6" / "params" / "manifest.ocdbt").unlink()
     train.train(tiny.config(), workdir, devices=ONE)
     assert history(workdir) == history(whole_run)
-    gc.collect()
+    assert "checkpoints/6 is damaged (params has 0 of 54 arrays)" in (workdir / "log.txt").read_text()
 
 
 def test_a_run_goes_on_with_what_the_advice_after_divergence_changes(whole_run, tmp_path):

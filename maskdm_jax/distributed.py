@@ -1,0 +1,108 @@
+"""The processes of a run: how they find each other, agree, and stop together."""
+
+import glob
+import importlib.util
+import os
+import socket
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+PREEMPTED = 75  # exit status of a run that saved and stopped because it was told to (sysexits' EX_TEMPFAIL)
+_VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
+
+
+class DistributedError(RuntimeError):
+    """The processes of a run cannot find each other; the message says what was understood and what is missing."""
+
+
+def initialize(*, catch_sigterm: bool = False) -> None:
+    """Join the other processes of this run, or start it alone. Call it before anything touches a device.
+
+    Processes are found by JAX_COORDINATOR_ADDRESS (HOST:PORT of process 0), JAX_NUM_PROCESSES and JAX_PROCESS_ID; else
+    SLURM's tasks are, one for each of its GPUs; else the hosts of a TPU slice, or of several.
+
+    Args:
+      catch_sigterm: SIGTERM to any process then makes `stop_requested` true at the same step in all of them, instead of
+        ending that process.
+
+    Raises:
+      DistributedError: some variables are missing or garbled, or the others did not come.
+    """
+    jax.config.update("jax_enable_preemption_service", catch_sigterm)
+    known = {name: os.environ.get(name) for name in _VARIABLES}
+    if any(known.values()):
+        how = _explicit(known)
+    elif int(os.environ.get("SLURM_NTASKS") or 1) > 1 and "SLURM_STEP_NODELIST" in os.environ:
+        how = dict(cluster_detection_method="slurm")
+    elif _on_tpu():
+        how = {}  # JAX asks the machine
+    elif catch_sigterm:
+        how = _alone()
+    else:
+        return
+    try:
+        jax.distributed.initialize(**how)
+    except (RuntimeError, ValueError) as error:
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise DistributedError(f"the processes of this run cannot be joined ({how}): {reason[0][:300]}") from None
+
+
+def _explicit(known: dict) -> dict:
+    missing = [name for name, value in known.items() if not value]
+    if missing:
+        raise DistributedError(f"{', '.join(missing)} must be set too, or none of {', '.join(_VARIABLES)}")
+    try:
+        count, number = int(known["JAX_NUM_PROCESSES"]), int(known["JAX_PROCESS_ID"])
+    except ValueError:
+        count, number = 0, 0
+    if not 0 <= number < count or ":" not in known["JAX_COORDINATOR_ADDRESS"]:
+        raise DistributedError(
+            "JAX_COORDINATOR_ADDRESS must be HOST:PORT and JAX_PROCESS_ID one of 0..JAX_NUM_PROCESSES-1, not "
+            + ", ".join(f"{name}={value}" for name, value in known.items())
+        )
+    return dict(coordinator_address=known["JAX_COORDINATOR_ADDRESS"], num_processes=count, process_id=number)
+
+
+def _on_tpu() -> bool:
+    """Whether this machine has TPUs, and the means to use them."""
+    chips = glob.glob("/dev/accel[0-9]*") or glob.glob("/dev/vfio/[0-9]*")
+    return bool(chips) and importlib.util.find_spec("libtpu") is not None
+
+
+def _alone() -> dict:
+    """A run of one process: for its signals alone."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{probe.getsockname()[1]}"
+    local = dict(coordinator_address=address, coordinator_bind_address=address)
+    return dict(num_processes=1, process_id=0, cluster_detection_method="deactivate", **local)
+
+
+def is_first() -> bool:
+    """Whether this is the process that writes what all share."""
+    return jax.process_index() == 0
+
+
+def agree(number: int) -> int:
+    """The first process's number, in all processes: what they saw on a shared disk may differ."""
+    if jax.process_count() == 1:
+        return number
+    return int(multihost_utils.broadcast_one_to_all(np.int32(number)))
+
+
+def stop_requested(step: int) -> bool:
+    """Whether the run is to save and stop after this step: a SIGTERM came to some process.
+
+    All processes must ask at every step; all get the same answer.
+    """
+    if not jax.distributed.is_initialized() or not jax.config.jax_enable_preemption_service:
+        return False
+    return multihost_utils.reached_preemption_sync_point(step)
+
+
+def leave(status: int) -> None:
+    """End a process of several at once: the usual end waits for the others, who wait for this one."""
+    if jax.distributed.is_initialized() and jax.process_count() > 1:
+        os._exit(status)

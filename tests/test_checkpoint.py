@@ -1,0 +1,136 @@
+"""Checkpoints between meshes, and damaged ones."""
+
+import gc
+import shutil
+
+import jax
+import numpy as np
+import pytest
+import tiny
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from maskdm_jax import checkpoint, sharding, train
+from maskdm_jax.checkpoint import CheckpointError
+from maskdm_jax.network import make_network
+
+CONFIG = tiny.config(model__width=128)  # wide enough for some tensors to be split
+META = dict.fromkeys(checkpoint.META)
+
+
+def mesh_of(devices: int):
+    """Devices and how they share: from 2 on, two share a copy of the state."""
+    return sharding.make_mesh(fsdp=min(devices, 2), devices=jax.devices()[:devices])
+
+
+def abstract(mesh):
+    return train.abstract_state(CONFIG, 0, make_network(CONFIG), mesh)
+
+
+@pytest.fixture(scope="module")
+def state():
+    """A state full of numbers, as NumPy arrays and key data."""
+    draw, shapes = np.random.RandomState(0), abstract(mesh_of(1))
+
+    def fill(leaf):
+        if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+            return np.asarray(jax.random.key_data(jax.random.key(5)))
+        return (draw.standard_normal(leaf.shape) * 100).astype(leaf.dtype)
+
+    return jax.tree.map(fill, shapes)
+
+
+def placed(state, mesh):
+    key = lambda leaf: jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+
+    def put(leaf, array):
+        if key(leaf):
+            return jax.device_put(jax.random.wrap_key_data(array), NamedSharding(mesh, P()))
+        return sharding.put(array, leaf.sharding)
+
+    return jax.tree.map(put, abstract(mesh), state)
+
+
+def assert_same(found, state):
+    def same(a, b):
+        if jax.dtypes.issubdtype(a.dtype, jax.dtypes.prng_key):
+            a = jax.random.key_data(a)
+        np.testing.assert_array_equal(a, b)
+
+    jax.tree.map(same, found, state)
+
+
+@pytest.mark.parametrize("devices", [1, 2, 4, 8])
+def test_what_one_mesh_saved_any_other_restores(state, tmp_path, devices):
+    """Bit for bit, and placed as the new mesh has it."""
+    folder = checkpoint.Checkpoints(tmp_path, keep=1)
+    folder.save(3, placed(state, mesh_of(devices)), META)
+    folder.wait()
+    for others in (1, 2, 4, 8):
+        wanted = abstract(mesh_of(others))
+        found = folder.restore(3, wanted)
+        assert_same(found, state)
+        assert jax.tree.all(jax.tree.map(lambda a, b: a.sharding == b.sharding, found, wanted))
+    split = sum("fsdp" in leaf.sharding.spec for leaf in jax.tree.leaves(found.opt_state))
+    assert split > 10, "nothing was split: the test says little"
+
+
+@pytest.fixture
+def two(state, tmp_path):
+    """A folder with checkpoints 3 and 4."""
+    folder = checkpoint.Checkpoints(tmp_path / "run", keep=2)
+    for step in (3, 4):
+        folder.save(step, placed(state, mesh_of(1)), META)
+    folder.wait()
+    return folder
+
+
+def test_every_damaged_file_is_noticed_or_does_not_matter(two, state):
+    """Each file in turn is cut and removed."""
+    newest, said, harmless = two.folder / "4", [], set()
+    checkpoint.check(newest)
+    for path in sorted(path for part in ("params", "meta") for path in (newest / part).rglob("*") if path.is_file()):
+        whole = path.read_bytes()
+        for content in (whole[: len(whole) // 2], None):
+            path.unlink() if content is None else path.write_bytes(content)
+            try:
+                checkpoint.check(newest)
+                harmless.add(path)
+            except CheckpointError as error:
+                said.append(str(error))
+            path.write_bytes(whole)
+    assert len(said) > 8
+    assert all("checkpoints/4 is damaged" in text and len(text) < 500 for text in said)
+    for path in harmless:
+        path.unlink(missing_ok=True)
+    assert_same(two.restore(4, abstract(mesh_of(1))), state)
+
+
+def test_a_full_disk_is_named(two, state, monkeypatch):
+    usage = shutil.disk_usage(two.folder)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=100_000))
+    with pytest.raises(
+        CheckpointError,
+        match=r"\(step 5 takes 0.00 GB and the disk has 0.00 GB free\); make room there; "
+        "the same command goes on from step 4",
+    ):
+        two.save(5, placed(state, mesh_of(1)), META)
+    assert two.newest_whole() == 4
+
+
+def test_the_newest_whole_one_is_used_and_the_damaged_one_moved_aside(two, state, caplog):
+    shutil.rmtree(two.folder / "4" / "ema" / "d")
+    with caplog.at_level("WARNING"):
+        assert two.newest_whole() == 3
+    assert "checkpoints/4 is damaged" in caplog.text
+    assert "moved to 4.damaged, going on from 3" in caplog.text
+    assert (two.folder / "4.damaged").is_dir()
+    two.save(4, placed(state, mesh_of(1)), META)
+    two.wait()
+    assert two.newest_whole() == 4
+    for step in (3, 4):
+        (two.folder / str(step) / "params" / "_METADATA").write_text("{")
+    with caplog.at_level("WARNING"):
+        assert two.newest_whole() is None
+    assert "going on from the start" in caplog.text
+    gc.collect()

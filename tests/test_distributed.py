@@ -1,0 +1,126 @@
+"""Several real processes, started, stopped and killed as the hosts of a pod are."""
+
+import os
+import pathlib
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+from maskdm_jax import distributed, observe
+
+TINY = [
+    *("--config=configs/demo.py", "--config.model.width=128", "--config.model.depth=3", "--config.model.heads=2"),
+    *("--config.stages=('pretrain',)", "--config.pretrain.batch_size=16", "--config.pretrain.micro_batches=2"),
+    *("--config.pretrain.steps=20", "--config.checkpoint.every=3"),
+    *("--config.log.every=1", "--config.preview.every=0", "--config.preview.rows=2", "--config.preview.columns=3"),
+    *("--config.sampling.steps=2", "--config.log.tensorboard=False"),
+]
+
+
+@pytest.fixture(scope="module")
+def start(root, child_env):
+    """Start a tiny run of several processes; its output goes to WORKDIR.log."""
+
+    def start(workdir, processes, devices, *args, local=()):
+        line = [sys.executable, "launch/local.py", f"--processes={processes}", f"--devices={devices}", *local]
+        line += ["--", "launch/train.py", f"--workdir={workdir}", *TINY, *args]
+        with open(f"{workdir}.log", "a") as log:
+            return subprocess.Popen(line, cwd=root, env=child_env, stdout=log, stderr=log, start_new_session=True)
+
+    return start
+
+
+def finish(process, workdir):
+    status = process.wait(timeout=300)
+    return status, pathlib.Path(f"{workdir}.log").read_text()
+
+
+def history(workdir):
+    lines = observe.read_metrics(workdir / "metrics.jsonl")
+    return np.asarray([(line["step"], line["loss"], line["grad_norm"]) for line in lines])
+
+
+def workers(process):
+    """Process numbers of the workers that launch/local.py started."""
+    return [int(pid) for pid in pathlib.Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
+
+
+def wait_for_steps(process, workdir, steps):
+    while process.poll() is None and (not (workdir / "metrics.jsonl").exists() or len(history(workdir)) < steps):
+        time.sleep(0.01)
+    assert process.poll() is None, "it ended too early: the test says nothing"
+
+
+@pytest.fixture(scope="module")
+def alone(start, tmp_path_factory):
+    """An undisturbed run of one process on one device."""
+    workdir = tmp_path_factory.mktemp("alone") / "run"
+    status, output = finish(start(workdir, 1, 1), workdir)
+    assert status == 0, output[-3000:]
+    return workdir
+
+
+@pytest.mark.parametrize(("processes", "devices", "fsdp"), [(1, 8, 4), (2, 4, 1), (4, 2, 2)])
+def test_any_number_of_processes_is_the_same_run(start, alone, tmp_path, processes, devices, fsdp):
+    workdir = tmp_path / "run"
+    status, output = finish(start(workdir, processes, devices, f"--config.mesh.fsdp={fsdp}"), workdir)
+    assert status == 0, output[-3000:]
+    assert "8 x cpu" in output
+    assert output.count("start: fresh weights") == 1, "one process speaks"
+    np.testing.assert_allclose(history(workdir), history(alone), rtol=1e-5)
+    assert len(history(workdir)) == 20
+    assert (workdir / "samples" / "step_0000020.png").exists()
+
+
+def test_stopped_killed_and_continued_on_other_processes(start, alone, tmp_path):
+    """SIGTERM to one of four workers, SIGKILL to one of two: nothing is lost, and one process finishes."""
+    workdir, draw = tmp_path / "run", random.Random(0)
+    process = start(workdir, 4, 2, "--config.mesh.fsdp=2")
+    wait_for_steps(process, workdir, 5)
+    os.kill(draw.choice(workers(process)), signal.SIGTERM)
+    status, output = finish(process, workdir)
+    assert status == distributed.PREEMPTED, output[-3000:]
+    assert output.count("told to stop: saved at step") == 4
+    assert "Traceback" not in output
+    saved = max(int(path.name) for path in (workdir / "checkpoints").iterdir())
+    assert saved == len(history(workdir)), "the very step that it stopped at"
+
+    process = start(workdir, 2, 1, local=["--grace=0.5", "--restarts=1"])
+    wait_for_steps(process, workdir, max(saved + 1, 14))
+    os.kill(draw.choice(workers(process)), signal.SIGKILL)
+    status, output = finish(process, workdir)
+    assert status == 0, output[-3000:]
+    assert "ended with status -9; start 2 of 2" in output
+    np.testing.assert_allclose(history(workdir), history(alone), rtol=1e-5)
+
+
+def test_the_same_folder_twice_at_once(start, alone, tmp_path):
+    workdir = tmp_path / "run"
+    first = start(workdir, 1, 1)
+    wait_for_steps(first, workdir, 1)
+    second = start(workdir, 1, 1)
+    assert second.wait(timeout=120) == 1
+    assert "another process is writing there; wait for it" in pathlib.Path(f"{workdir}.log").read_text()
+    assert finish(first, workdir)[0] == 0
+    np.testing.assert_array_equal(history(workdir), history(alone))
+
+
+@pytest.mark.parametrize(
+    ("variables", "message"),
+    [
+        ({"JAX_NUM_PROCESSES": "2"}, "JAX_COORDINATOR_ADDRESS, JAX_PROCESS_ID must be set too"),
+        ({"JAX_COORDINATOR_ADDRESS": "x:1", "JAX_NUM_PROCESSES": "two", "JAX_PROCESS_ID": "0"}, "_PROCESSES=two"),
+        ({"JAX_COORDINATOR_ADDRESS": "x:1", "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "2"}, "JAX_PROCESS_ID=2"),
+        ({"JAX_COORDINATOR_ADDRESS": "x", "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "0"}, "must be HOST:PORT"),
+    ],
+)
+def test_garbled_surroundings_are_named(monkeypatch, variables, message):
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(distributed.DistributedError, match=message):
+        distributed.initialize()

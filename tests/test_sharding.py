@@ -1,0 +1,52 @@
+"""What devices tell each other in a step, read off the compiled program."""
+
+import collections
+import re
+
+import jax
+import numpy as np
+import pytest
+import tiny
+
+from maskdm_jax import sharding, train
+from maskdm_jax.network import make_network
+
+COLLECTIVE = re.compile(
+    r"= (.*?) (all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter|collective-broadcast)(-start)?\("
+)
+
+
+def compiled(data, fsdp, parts):
+    """The program of a step over 8 devices, as text, and the parameters that are split."""
+    config = tiny.config(
+        mesh__data=data, mesh__fsdp=fsdp, pretrain__micro_batches=parts, pretrain__batch_size=16, model__width=128
+    )
+    mesh, network = train.make_mesh_for(config), make_network(config)
+    state = train.abstract_state(config, 0, network, mesh)
+    rows = lambda shape, dtype: jax.ShapeDtypeStruct((16, *shape), dtype, sharding=sharding.batch_sharding(mesh))
+    batch = dict(image=rows((8, 8, 1), "uint8"), label=rows((), "int32"), index=rows((), "uint32"))
+    split = [leaf for leaf in jax.tree.leaves(state.params) if "fsdp" in leaf.sharding.spec]
+    return train.compile_step(config, "pretrain", network, mesh, state).lower(state, batch).compile().as_text(), split
+
+
+@pytest.mark.parametrize(("data", "fsdp", "parts"), [(8, 1, 2), (4, 2, 2), (1, 8, 1)])
+def test_a_step_has_the_expected_collectives_and_no_other(data, fsdp, parts):
+    """A split parameter is gathered once and its gradient scattered once; all else is added up once, outside loops."""
+    text, split = compiled(data, fsdp, parts)
+    found = collections.Counter()
+    for computation in re.split(r"\n\n", text):
+        kinds = [match.group(2) for match in map(COLLECTIVE.search, computation.splitlines()) if match]
+        assert not kinds or computation.lstrip().startswith("ENTRY"), f"within a loop: {kinds}"
+        found.update(kinds)
+    assert found["all-gather"] == found["reduce-scatter"] == len(split)
+    assert bool(split) == (fsdp > 1)
+    # Over all devices (whole gradients and the loss), over "data" (parts of gradients), and the gradient's norm.
+    assert found["all-reduce"] <= 1 + (fsdp > 1) * (1 + (data > 1))
+    assert not found.keys() - {"all-gather", "reduce-scatter", "all-reduce"}
+
+
+def test_parts_of_the_state_lie_where_the_rule_says():
+    mesh = sharding.make_mesh(2, 4)
+    leaves = dict(wide=np.zeros((64, 512)), tall=np.zeros((512, 64)), small=np.zeros((8, 8)), odd=np.zeros((181, 91)))
+    specs = {name: tuple(place.spec) for name, place in sharding.state_sharding(mesh, leaves).items()}
+    assert specs == dict(wide=(None, "fsdp"), tall=("fsdp",), small=(), odd=())
