@@ -44,9 +44,7 @@ def main(argv):
     except jax.errors.JaxRuntimeError as error:
         reason = str(error).splitlines()[0]
         if "RESOURCE_EXHAUSTED" in reason:
-            end(
-                f"error: not enough memory; raise micro_batches of the stage, or set --config.model.remat=True ({reason})"
-            )
+            end(f"error: not enough memory; raise the stage's micro_batches, or --config.model.remat=True ({reason})")
         if jax.process_count() == 1:
             raise
         end(f"error: another process of this run must have ended: {reason}")

@@ -109,11 +109,10 @@ def test_every_damaged_file_is_noticed_or_does_not_matter(two, state):
 def test_a_full_disk_is_named(two, state, monkeypatch):
     usage = shutil.disk_usage(two.folder)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=100_000))
-    with pytest.raises(
-        CheckpointError,
-        match=r"\(step 5 takes 0.00 GB and the disk has 0.00 GB free\); make room there; "
-        "the same command goes on from step 4",
-    ):
+    said = (
+        r"\(step 5 takes 0.01 GB and the disk has 0.00 GB free\); make room there; the same command goes on from step 4"
+    )
+    with pytest.raises(CheckpointError, match=said):
         two.save(5, placed(state, mesh_of(1)), META)
     assert two.newest_whole() == 4
 
