@@ -23,7 +23,7 @@ def make_mesh(data: int = -1, fsdp: int = 1, devices=None) -> Mesh:
         raise ValueError(f"mesh data={data}, fsdp={fsdp} does not fit {len(devices)} devices; their product must")
     # Auto axes: jax.make_mesh's default, explicit ones, rejects the gather of visible patches.
     axes = dict(axis_names=("data", "fsdp"), axis_types=(AxisType.Auto,) * 2)
-    slices = len({device.slice_index for device in devices if device.platform == "tpu"} or {0})
+    slices = len({getattr(device, "slice_index", 0) for device in devices if device.platform == "tpu"} or {0})
     if slices == 1:
         return jax.make_mesh((len(devices) // fsdp, fsdp), devices=devices, **axes)
     if len(devices) // fsdp % slices:

@@ -11,6 +11,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from maskdm_jax.models.attention import attention
+
 LAYER_NORM_EPS = 1e-5
 normal_002 = nnx.initializers.normal(0.02)
 
@@ -98,8 +100,7 @@ class Attention(nnx.Module):
             q = q + self.q_bias[None, None].astype(q.dtype)
             v = v + self.v_bias[None, None].astype(v.dtype)
         q, k, v = (a.reshape(b, t, self.heads, d // self.heads) for a in (q, k, v))
-        out = jax.nn.dot_product_attention(q, k, v)  # scale head_dim**-0.5; logits and softmax in float32
-        return self.proj(out.reshape(b, t, d))
+        return self.proj(attention(q, k, v).reshape(b, t, d))
 
 
 class Mlp(nnx.Module):

@@ -1,0 +1,45 @@
+"""Fused attention against the plain one; the TPU kernel in its interpreter."""
+
+import jax
+import numpy as np
+import pytest
+
+from maskdm_jax.models import attention
+
+
+def qkv(t, d=64, heads=2, batch=2):
+    return jax.random.normal(jax.random.key(t), (3, batch, t, heads, d))
+
+
+@pytest.mark.parametrize("t", [257, 385])
+def test_the_tpu_kernel_equals_plain_attention(t):
+    """In values and gradients, whatever is padded."""
+    probe = jax.random.normal(jax.random.key(1), (2, t, 2, 64))
+
+    def value_and_grad(fn):
+        return jax.jit(jax.value_and_grad(lambda x: (fn(*x) * probe).sum(), has_aux=False))(qkv(t))
+
+    ours = attention.splash_attention(*qkv(t), interpret=True)
+    np.testing.assert_allclose(ours, jax.nn.dot_product_attention(*qkv(t)), atol=2e-6)
+    value, grad = value_and_grad(lambda q, k, v: attention.splash_attention(q, k, v, interpret=True))
+    expected, expected_grad = value_and_grad(jax.nn.dot_product_attention)
+    assert value == pytest.approx(float(expected), rel=1e-4)
+    np.testing.assert_allclose(grad, expected_grad, atol=5e-6)
+
+
+def test_long_sequences_are_fused_on_tpu_alone(monkeypatch):
+    """Here the program holds plain attention; for a TPU it would hold the kernel."""
+    monkeypatch.setattr(attention, "FUSED_FROM", 64)
+    x = qkv(65)
+    for fn in (attention.attention, jax.grad(lambda *x: attention.attention(*x).sum())):
+        lowered = jax.jit(fn).trace(*x).lower(lowering_platforms=("tpu",)).as_text()
+        assert "tpu_custom_call" in lowered
+        assert "tpu_custom_call" not in jax.jit(fn).lower(*x).as_text()
+    np.testing.assert_array_equal(attention.attention(*x), jax.nn.dot_product_attention(*x))
+
+
+def test_tiles():
+    assert [attention.tiles(t) for t in (417, 1025, 4097, 4224)] == [(512, 512), (1152, 384), (4224, 384), (4224, 384)]
+    assert all(
+        padded % tile == 0 and t <= padded < t + 256 for t in range(1, 5000) for padded, tile in [attention.tiles(t)]
+    )
