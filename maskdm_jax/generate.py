@@ -58,23 +58,28 @@ def make_sampler(config: Config, network: Network):
     return sample
 
 
+def compile_sampling(config: Config, network: Network, mesh):
+    """Jit `(params, key, index, labels or None)` -> uint8 [n, S, S, C]: whole trajectories of a batch over the mesh."""
+    space, sample, rows = make_representation(config), make_sampler(config, network), sharding.BATCH
+
+    def on_device(params, key, index, labels):
+        x, noise = samplers.image_noise(key, index, space.shape)
+        return space.decode(sample(params, x, noise, labels))
+
+    # Split parameters are gathered once; from there each device goes its own way.
+    specs = (PartitionSpec(), PartitionSpec(), rows, rows)
+    run = jax.shard_map(on_device, mesh=mesh, in_specs=specs, out_specs=rows, check_vma=False)
+    return jax.jit(run, out_shardings=sharding.replicated(mesh))
+
+
 def make_generator(config: Config, network: Network, mesh, batch_size: int):
     """Build `generate(params, seed, index, labels=None)` -> uint8 [n, S, S, C] for up to `batch_size` images.
 
     index: int32 [n], the images' numbers, which decide their noise; labels: int32 [n] for a conditional
     model. One compiled program runs the whole trajectory; the batch is split over the mesh.
     """
-    devices = mesh.size
-    padded = -(-batch_size // devices) * devices
-    space, sample = make_representation(config), make_sampler(config, network)
-    place, everywhere = sharding.batch_sharding(mesh), sharding.replicated(mesh)
-
-    def run(params, key, index, labels):
-        params = jax.lax.with_sharding_constraint(params, everywhere)  # split ones are gathered once, not every step
-        x, noise = samplers.image_noise(key, index, space.shape)
-        return space.decode(sample(params, x, noise, labels))
-
-    compiled = jax.jit(run, out_shardings=everywhere)
+    padded = -(-batch_size // mesh.size) * mesh.size
+    compiled, place = compile_sampling(config, network, mesh), sharding.batch_sharding(mesh)
 
     def generate(params, seed: int, index, labels=None) -> np.ndarray:
         n = len(index)

@@ -15,6 +15,7 @@ ORDER = [  # a module may import those above it
     {"evaluation.features"},
     {"evaluation.evaluate", "evaluation.report"},
     {"train"},
+    {"cost"},
     {"convert"},
 ]
 
