@@ -1,6 +1,6 @@
 """Train: python launch/train.py --config=configs/NAME.py [--workdir=DIR] [--config.key=value ...]
 
-Run it again with the same command to go on after a stop.
+Run it again with the same command to go on after a stop. With --dry_run it only checks what it needs.
 """
 
 import pathlib
@@ -11,6 +11,7 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "Config file of the run.")
+DRY_RUN = flags.DEFINE_bool("dry_run", False, "Check what the run needs, on every host, and say whether it would work.")
 WORKDIR = flags.DEFINE_string("workdir", None, "Run folder; runs/NAME of the config when not given.")
 
 
@@ -32,7 +33,11 @@ def main(argv):
     name = pathlib.Path(config_flags.get_config_filename(flags.FLAGS["config"])).stem
     try:
         distributed.initialize(catch_sigterm=True)
-        train.train(config.parse(CONFIG.value), WORKDIR.value or pathlib.Path("runs") / name)
+        settings, workdir = config.parse(CONFIG.value), WORKDIR.value or pathlib.Path("runs") / name
+        if DRY_RUN.value:
+            check(settings, workdir)
+        else:
+            train.train(settings, workdir)
     except train.Preempted as stop:
         end(str(stop), distributed.PREEMPTED)
     except (config.ConfigError, DataError, CheckpointError, EvaluationError, TorchFileError, OSError) as error:
@@ -51,6 +56,20 @@ def main(argv):
     except Exception:
         traceback.print_exc()
         end("")
+
+
+def check(config, workdir):
+    import jax
+
+    from maskdm_jax import doctor
+
+    def say(name, good, text):
+        where = f"process {jax.process_index()}, " if jax.process_count() > 1 and not good else ""
+        print(f"{'ok  ' if good else 'FAIL'}  {where}{name}: {text}", flush=True)
+
+    if not doctor.examine(config, workdir, say):
+        end("this run would not work")
+    print("this run would work", flush=True)
 
 
 def end(message: str, status: int = 1):

@@ -205,12 +205,25 @@ def load_item(checkpoint: pathlib.Path, item: str, abstract):
       CheckpointError: names, shapes or dtypes differ.
     """
     # Every name, shape and dtype is compared first: Orbax casts dtypes without a word.
-    with ocp.StandardCheckpointer() as reader:
-        with _damage(checkpoint):
-            stored = ocp.StandardCheckpointHandler().metadata(checkpoint / item).tree
-        compare(f"the {item} of {checkpoint} do not fit config.model", stored, abstract)
-        with _damage(checkpoint):
-            return reader.restore(checkpoint / item, abstract)
+    _check_item(checkpoint, item, abstract)
+    with ocp.StandardCheckpointer() as reader, _damage(checkpoint):
+        return reader.restore(checkpoint / item, abstract)
+
+
+def check_fit(checkpoint: pathlib.Path, abstract: TrainState) -> None:
+    """Compare names, shapes and dtypes of a checkpoint with those of a state, without reading it.
+
+    Raises:
+      CheckpointError: they differ.
+    """
+    for item, part in (("params", abstract.params), ("ema", abstract.ema), ("optimizer", _rest(abstract))):
+        _check_item(checkpoint, item, part)
+
+
+def _check_item(checkpoint: pathlib.Path, item: str, abstract) -> None:
+    with _damage(checkpoint):
+        stored = ocp.StandardCheckpointHandler().metadata(checkpoint / item).tree
+    compare(f"the {item} of {checkpoint} do not fit config.model", stored, abstract)
 
 
 def _rest(state: TrainState) -> dict:

@@ -255,7 +255,7 @@ def begin(config: Config, network: Network, mesh, checkpoints: checkpoint.Checkp
     step = checkpoints.newest_whole()
     if step is not None:
         meta = checkpoints.meta(step)
-        index = _resumed_stage(config, meta, checkpoints.folder / str(step))
+        index = resumed_stage(config, meta, checkpoints.folder / str(step))
         state = checkpoints.restore(step, abstract_state(config, index, network, mesh))
         log.info(
             "start: resuming %s at step %d (%s, step %d)", checkpoints.folder, step, meta["stage"], meta["stage_step"]
@@ -308,7 +308,7 @@ def _first_state(config: Config, index: int, placed: TrainState, params, key) ->
     return jax.jit(new_state, static_argnums=1, out_shardings=placed)(params, optimizer, key)
 
 
-def _resumed_stage(config: Config, meta: dict, where: pathlib.Path) -> int:
+def resumed_stage(config: Config, meta: dict, where: pathlib.Path) -> int:
     """Index of the stage that a checkpoint belongs to, if the config still agrees with its history."""
     past = list(meta["past"].items())
     expected = [(name, config.stage[name].steps) for name in config.stages]

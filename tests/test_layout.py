@@ -16,6 +16,7 @@ ORDER = [  # a module may import those above it
     {"evaluation.evaluate", "evaluation.report"},
     {"train"},
     {"cost"},
+    {"doctor"},
     {"convert"},
 ]
 

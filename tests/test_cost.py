@@ -1,0 +1,74 @@
+"""What compiled programs are said to cost."""
+
+import jax
+import pytest
+import tiny
+
+from maskdm_jax import cost
+
+CONFIG = tiny.config(model__width=128, mesh__fsdp=2)
+
+
+def test_a_training_step(monkeypatch):
+    """Arithmetic by hand, state by counting, links by the parameters."""
+    devices = jax.devices()[:4]
+    found = cost.of_training(CONFIG, "finetune", devices, 16)
+    assert (found.chips, found.kind, found.batch, found.fits, found.bounds()) == (4, "cpu", 16, None, {})
+    width, tokens, rows = 128, 18, 4  # label, time and 16 patches
+    block = 2 * tokens * (3 + 1 + 2 * 2) * width**2 + 4 * tokens**2 * width  # qkv, proj, an MLP of ratio 2; attention
+    skips = 2 * tokens * 2 * width**2
+    assert found.flops == pytest.approx(3 * rows * (3 * block + skips), rel=0.06)
+    assert found.collectives["all-gather"][0] == found.collectives["reduce-scatter"][0] > 10
+    assert found.collectives["all-gather"][1] == pytest.approx(2 * found.collectives["reduce-scatter"][1])
+    twice = cost.of_training(CONFIG, "finetune", devices, 32)
+    assert twice.flops == pytest.approx(2 * found.flops, rel=0.01)
+    assert twice.temporary > found.temporary
+    assert twice.state == pytest.approx(found.state, rel=0.01)
+    chip = cost.Chip(flops=1e12, memory=float(found.memory), traffic=1e9, links=1e6)
+    monkeypatch.setitem(cost.CHIPS, "cpu", chip)
+    assert found.fits
+    assert not twice.fits
+    assert found.bounds()["arithmetic"] == found.flops / 1e12
+    assert found.seconds == max(found.bounds().values()) == found.bounds()["links"]
+
+
+def test_sampling():
+    found = cost.of_sampling(CONFIG, jax.devices()[:2], 4)
+    assert found.batch == 8
+    one = cost.of_training(CONFIG, "finetune", jax.devices()[:2], 8).flops
+    assert found.flops == pytest.approx(one / 3 * CONFIG.sampling.steps, rel=0.1)
+    assert not found.collectives.keys() - {"all-gather"}
+
+
+def test_the_largest_batch_is_found(monkeypatch):
+    tried = []
+
+    def of_training(config, name, devices, batch_size):
+        tried.append(batch_size)
+        if batch_size > 1000:
+            raise cost.CostError("too large")
+        return type("Found", (), {"fits": batch_size <= 344})
+
+    monkeypatch.setattr(cost, "of_training", of_training)
+    assert 312 <= cost.largest_batch(CONFIG, "pretrain", jax.devices()) <= 344
+    assert len(tried) < 12
+    assert all(size % 8 == 0 for size in tried)
+    assert cost.full_batch(CONFIG, "pretrain", 6) == 12
+    monkeypatch.setattr(cost, "of_training", lambda *_: type("Found", (), {"fits": False}))
+    with pytest.raises(cost.CostError, match="not even 8 images fit"):
+        cost.largest_batch(CONFIG, "pretrain", jax.devices())
+
+
+def test_collectives_are_read_off_the_text():
+    text = """
+  %a = (f32[3,4]{1,0:T(8,128)}, bf16[10]{0}) all-reduce(%x, %y), channel_id=1
+  ROOT %b = f32[8]{0} all-gather-start(%z), dimensions={0}
+  %c = f32[8]{0} all-gather-done(%b)
+  %d = f32[8]{0} add(%all-reduce.1, %b)
+"""
+    assert cost.collectives(text) == {"all-reduce": (1, 68), "all-gather": (1, 32)}
+
+
+def test_a_topology_that_is_none_is_named():
+    with pytest.raises(cost.CostError, match="there is no TPU compiler for topology 'v9:1x1'.*pip install"):
+        cost.devices_of("v9:1x1")

@@ -1,0 +1,84 @@
+"""What is said of a run before it starts."""
+
+import pathlib
+import shutil
+import types
+
+import jax
+import pytest
+import tiny
+
+from maskdm_jax import checkpoint, doctor, train
+
+CONFIG = tiny.config(stages=("finetune",))
+
+
+def examined(config, workdir):
+    lines = {}
+
+    def say(name, good, text):
+        lines[name] = (good, text)
+
+    return doctor.examine(config, workdir, say), lines
+
+
+def test_a_healthy_run(tmp_path):
+    config = tiny.config(pretrain__batch_size=8, checkpoint__keep=2)
+    fine, lines = examined(config, tmp_path / "run")
+    assert fine, lines
+    assert all(good for good, _ in lines.values())
+    assert lines["config"][1].endswith(
+        "pretrain 4 steps of 8 images, 50% visible; finetune 2 steps of 8 images, 100% visible"
+    )
+    assert lines["devices"][1] == "8 x cpu in 1 processes, as data 8 x fsdp 1; they can talk to each other"
+    assert "1,797 images in 10 classes from digits; 200 of them" in lines["data"][1]
+    assert lines["folder"][1].endswith("it would start fresh")
+    assert "GiB per device, compiled in" in lines["memory, finetune"][1]
+    assert not (tmp_path / "run").exists(), "nothing was begun"
+
+
+def test_every_ailment_is_named_and_the_others_still_looked_for(tmp_path, monkeypatch):
+    (tmp_path / "images").mkdir()
+    for i in range(4):
+        (tmp_path / "images" / f"{i}.png").write_bytes(b"no image")
+    monkeypatch.setattr(doctor, "_from_all", lambda value: [value, value + 7.5])
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1000))
+    too_much = types.SimpleNamespace(memory=1 << 50)
+    monkeypatch.setattr(doctor.cost, "of_training", lambda *_: too_much)
+    changes = dict(data__path=str(tmp_path / "images"), data__labels=False, model__num_classes=0)
+    changes |= dict(evaluation__every=1, evaluation__inception_weights="nowhere")
+    fine, lines = examined(tiny.config(**changes), tmp_path / "run")
+    said = {name: text for name, (good, text) in lines.items() if not good}
+    assert said.keys() == {"clocks", "data", "evaluation", "folder", "memory, pretrain", "memory, finetune"}
+    assert "clocks are 7.5 s apart" in said["clocks"]
+    assert "4 of 4 images are unreadable (0.png: not an image of a known kind" in said["data"]
+    assert "nowhere" in said["evaluation"]
+    assert "0.0 GB free, but the checkpoints" in said["folder"]
+    assert "raise config.pretrain.micro_batches" in said["memory, pretrain"]
+    fine, lines = examined(tiny.config(mesh__data=3), tmp_path / "run")
+    assert not fine
+    assert [name for name, (good, text) in lines.items() if "mesh data=3" in text] == ["devices"], "said once"
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("run") / "run"
+    train.train(CONFIG, workdir, devices=jax.devices()[:1])
+    return workdir
+
+
+def test_a_run_folder_is_checked_without_being_touched(run, tmp_path):
+    assert doctor._folder(CONFIG, run).endswith("it would go on from 2")
+    for changes, message in [
+        (dict(model__width=32), "do not fit config.model"),
+        (dict(finetune__steps=1), "is at step 2 of stage 'finetune', but config.finetune.steps is 1"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            doctor._folder(tiny.config(stages=("finetune",), **changes), run)
+    shutil.copytree(run, tmp_path / "run")
+    (tmp_path / "run" / "checkpoints" / "2" / "ema" / "manifest.ocdbt").unlink()
+    with pytest.raises(checkpoint.CheckpointError, match="2 is damaged"):
+        doctor._folder(CONFIG, tmp_path / "run")
+    with pytest.raises(doctor.Ailment, match="/proc cannot be written to; give another --workdir|/proc has 0"):
+        doctor._folder(CONFIG, pathlib.Path("/proc/x"))
