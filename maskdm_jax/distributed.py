@@ -92,6 +92,12 @@ def agree(number: int) -> int:
     return int(multihost_utils.broadcast_one_to_all(np.int32(number)))
 
 
+def wait_for_all(what: str) -> None:
+    """Until every process is here."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(what)
+
+
 def stop_requested(step: int) -> bool:
     """Whether the run is to save and stop after this step: a SIGTERM came to some process.
 

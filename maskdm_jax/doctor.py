@@ -89,16 +89,14 @@ def _devices(config: Config) -> str:
 
 
 def _clocks() -> str:
-    multi = jax.process_count() > 1
-    if multi:
-        multihost_utils.sync_global_devices("clocks")
+    distributed.wait_for_all("clocks")
     times = _from_all(time.time())
     apart = max(times) - min(times)
     if apart > CLOCKS_APART:
         raise Ailment(f"the hosts' clocks are {apart:.1f} s apart; set them by NTP")
     if min(times) < 1_700_000_000:
         raise Ailment("the clock is years behind; set it by NTP")
-    return f"{apart:.2f} s apart" if multi else "of one process"
+    return f"{apart:.2f} s apart" if len(times) > 1 else "of one process"
 
 
 def _data(config: Config) -> str:

@@ -16,7 +16,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
 from PIL import Image
 
-from maskdm_jax import checkpoint, samplers, sharding
+from maskdm_jax import checkpoint, distributed, samplers, sharding
 from maskdm_jax.config import Config, differences, parse, to_dict
 from maskdm_jax.diffusion import make_schedule
 from maskdm_jax.disk import write_atomically
@@ -250,7 +250,7 @@ def generate_to_folder(
     host, hosts = jax.process_index(), jax.process_count()
     if host == 0:
         _claim(folder, settings)
-    _wait_for_all("claimed")
+    distributed.wait_for_all("samples claimed")
     parts = folder / "parts"  # of an unfinished .npz
 
     def name(i):
@@ -276,7 +276,7 @@ def generate_to_folder(
         done += len(numbers)
         if progress:
             progress(done)
-    _wait_for_all("made")
+    distributed.wait_for_all("samples made")
     if file_format == "npz" and host == 0:
         images = np.stack([packed[i] if i < len(packed) else np.load(name(i)) for i in range(n)])
         arrays = dict(images=images) if of_image is None else dict(images=images, labels=of_image)
@@ -284,14 +284,8 @@ def generate_to_folder(
         np.savez_compressed(buffer, **arrays)
         write_atomically(folder / "samples.npz", buffer.getvalue())
         shutil.rmtree(parts)
-    _wait_for_all("packed")
+    distributed.wait_for_all("samples packed")
     return folder
-
-
-def _wait_for_all(what: str) -> None:
-    """Until every host is here."""
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(f"samples {what}")
 
 
 def label_cycle(loaded: Loaded, labels) -> list[int] | None:

@@ -481,6 +481,7 @@ class _Run:
     def _stop(self, index: int, step: int, state: TrainState, batches: Batches, window: "_Window"):
         self._save(index, step, state, batches, window)
         self.checkpoints.wait()
+        distributed.wait_for_all("saved")  # whoever ends first may take the others along
         raise Preempted(
             f"told to stop: saved at step {step} of stage {self.config.stages[index]}; the same command goes on from it"
         )
