@@ -34,6 +34,7 @@ def main(argv):
         os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
         os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
         os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-1")
+        os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # a compiler alone holds no chip
         os.environ.setdefault("TPU_MIN_LOG_LEVEL", "3")
         os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     from maskdm_jax import cache, config, cost

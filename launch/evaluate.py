@@ -39,7 +39,7 @@ def main(argv):
     if not SEEDS.value or not all(seed.isdecimal() and int(seed) < 2**32 for seed in SEEDS.value):
         raise app.UsageError(f"--seeds={','.join(SEEDS.value)}: give numbers, such as 0,1,2")
     logging.set_verbosity(logging.WARNING)
-    from maskdm_jax import cache
+    from maskdm_jax import cache, distributed
     from maskdm_jax.checkpoint import CheckpointError
     from maskdm_jax.config import ConfigError
     from maskdm_jax.data.sources import DataError
@@ -52,6 +52,7 @@ def main(argv):
     sys.stdout.reconfigure(errors="backslashreplace")  # file names may be no UTF-8
     sampling = {key: flag.value for key, flag in {"method": METHOD, "steps": STEPS}.items() if flag.value is not None}
     try:
+        distributed.initialize()
         for path in filter(None, (REPORT.value, SAVE.value)):  # said before hours of work, not after
             pathlib.Path(path).expanduser().absolute().parent.mkdir(parents=True, exist_ok=True)
         result, reference, samples = evaluate.evaluate(
@@ -68,7 +69,7 @@ def main(argv):
             keep=bool(REPORT.value),
         )
         failed = None
-        if REPORT.value:
+        if REPORT.value and distributed.is_first():
             made_by = result["made_by"].get("checkpoint")
             run = pathlib.Path(made_by).parent.parent if made_by else None
             command = shlex.join(["python", *sys.argv])
@@ -80,10 +81,13 @@ def main(argv):
             except Exception as error:  # whatever a damaged metrics.jsonl makes of it: the numbers are not lost
                 failed = f"error: the report was not written: {error}"
     except (CheckpointError, ConfigError, DataError, EvaluationError, GenerateError, TorchFileError, OSError) as error:
-        sys.exit(f"error: {error}")
+        distributed.leave(f"error: {error}")
+    except distributed.DistributedError as error:
+        distributed.leave(f"error: {error}")
     except KeyboardInterrupt:
-        sys.exit("interrupted")
-    print(json.dumps(result))
+        distributed.leave("interrupted")
+    if distributed.is_first():
+        print(json.dumps(result))
     sys.exit(failed)
 
 

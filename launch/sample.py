@@ -10,7 +10,6 @@ go on after a stop; a larger --n adds images. Several checkpoints in one call, e
 import glob
 import os
 import pathlib
-import sys
 
 from absl import app, flags, logging
 
@@ -42,17 +41,20 @@ def main(argv):
     if not RUN.value:
         raise app.UsageError("which run? give --run=runs/NAME")
     logging.set_verbosity(logging.WARNING)
-    from maskdm_jax import cache, checkpoint, generate
+    from maskdm_jax import cache, checkpoint, distributed, generate
     from maskdm_jax.config import ConfigError
 
     cache.keep_compiled_programs()
     try:
+        distributed.initialize()
         for path, out in places(RUN.value, OUT.value).items():
             sample(path, out)
     except (checkpoint.CheckpointError, ConfigError, generate.GenerateError, OSError) as error:
-        sys.exit(f"error: {error}")
+        distributed.leave(f"error: {error}")
+    except distributed.DistributedError as error:
+        distributed.leave(f"error: {error}")
     except KeyboardInterrupt:
-        sys.exit("interrupted; run the same command again to go on")
+        distributed.leave("interrupted; run the same command again to go on")
 
 
 def places(runs: list[str], out: str | None) -> dict[pathlib.Path, pathlib.Path]:
@@ -76,14 +78,16 @@ def sample(path, out):
     from PIL import Image
     from tqdm import tqdm
 
-    from maskdm_jax import generate, observe
+    from maskdm_jax import distributed, generate, observe
 
     chosen = {"method": METHOD.value, "steps": STEPS.value, "eta": ETA.value, "order": ORDER.value}
     chosen |= {"spacing": SPACING.value, "guidance": GUIDANCE.value}
     sampling = {key: value for key, value in chosen.items() if value is not None}
     loaded = generate.load(path, weights=WEIGHTS.value, sampling=sampling)
-    print(f"{N.value} images from the {WEIGHTS.value} of {loaded.checkpoint}")
-    with tqdm(total=N.value, unit="image") as bar:
+    first = distributed.is_first()
+    if first:
+        print(f"{N.value} images from the {WEIGHTS.value} of {loaded.checkpoint}")
+    with tqdm(total=N.value, unit="image", disable=not first) as bar:
         folder = generate.generate_to_folder(
             loaded,
             out,
@@ -94,6 +98,8 @@ def sample(path, out):
             file_format=FORMAT.value,
             progress=lambda done: bar.update(done - bar.n),
         )
+    if not first:
+        return
     shown = min(N.value, GRID.value)
     if shown:
         if FORMAT.value == "npz":

@@ -4,7 +4,6 @@ Run it again with the same command to go on after a stop. With --dry_run it only
 """
 
 import pathlib
-import sys
 import traceback
 
 from absl import app, flags, logging
@@ -39,45 +38,39 @@ def main(argv):
         else:
             train.train(settings, workdir)
     except train.Preempted as stop:
-        end(str(stop), distributed.PREEMPTED)
+        distributed.leave(str(stop), distributed.PREEMPTED)
     except (config.ConfigError, DataError, CheckpointError, EvaluationError, TorchFileError, OSError) as error:
-        end(f"error: {error}")
+        distributed.leave(f"error: {error}")
     except (train.NonFiniteLoss, distributed.DistributedError) as error:
-        end(f"error: {error}")
+        distributed.leave(f"error: {error}")
     except KeyboardInterrupt:
-        end("interrupted; run the same command again to go on from the last checkpoint")
+        distributed.leave("interrupted; run the same command again to go on from the last checkpoint")
     except jax.errors.JaxRuntimeError as error:
         reason = str(error).splitlines()[0]
         if "RESOURCE_EXHAUSTED" in reason:
-            end(f"error: not enough memory; raise the stage's micro_batches, or --config.model.remat=True ({reason})")
+            distributed.leave(
+                f"error: not enough memory; raise the stage's micro_batches, or --config.model.remat=True ({reason})"
+            )
         if jax.process_count() == 1:
             raise
-        end(f"error: another process of this run must have ended: {reason}")
+        distributed.leave(f"error: another process of this run must have ended: {reason}")
     except Exception:
-        traceback.print_exc()
-        end("")
+        distributed.leave(traceback.format_exc())
 
 
 def check(config, workdir):
     import jax
 
-    from maskdm_jax import doctor
+    from maskdm_jax import distributed, doctor
 
     def say(name, good, text):
         where = f"process {jax.process_index()}, " if jax.process_count() > 1 and not good else ""
         print(f"{'ok  ' if good else 'FAIL'}  {where}{name}: {text}", flush=True)
 
     if not doctor.examine(config, workdir, say):
-        end("this run would not work")
-    print("this run would work", flush=True)
-
-
-def end(message: str, status: int = 1):
-    from maskdm_jax import distributed
-
-    print(message, file=sys.stderr, flush=True)  # flushed, for we may not leave by the usual way
-    distributed.leave(status)
-    sys.exit(status)
+        distributed.leave("this run would not work")
+    if distributed.is_first():
+        print("this run would work", flush=True)
 
 
 if __name__ == "__main__":

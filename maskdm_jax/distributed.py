@@ -4,6 +4,8 @@ import glob
 import importlib.util
 import os
 import socket
+import sys
+import typing
 
 import jax
 import numpy as np
@@ -108,7 +110,9 @@ def stop_requested(step: int) -> bool:
     return multihost_utils.reached_preemption_sync_point(step)
 
 
-def leave(status: int) -> None:
-    """End a process of several at once: the usual end waits for the others, who wait for this one."""
+def leave(message: str, status: int = 1) -> typing.NoReturn:
+    """End the program with a message. One of several processes ends at once: the usual end waits for the others."""
+    print(message, file=sys.stderr, flush=True)
     if jax.distributed.is_initialized() and jax.process_count() > 1:
         os._exit(status)
+    sys.exit(status)
