@@ -9,7 +9,6 @@ import time
 
 import jax
 import numpy as np
-import tensorboardX
 from clu import parameter_overview
 from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
@@ -82,6 +81,8 @@ class Metrics:
         _keep_until(path, step)
         self._file = path.open("a")
         if config.log.tensorboard:
+            import tensorboardX  # a second, where PyTorch is installed: it looks for it
+
             self._board = tensorboardX.SummaryWriter(str(workdir / "tensorboard"), purge_step=step + 1)
         if config.log.wandb:
             self._wandb = wandb.init(
