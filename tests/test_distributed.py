@@ -3,13 +3,16 @@
 import os
 import pathlib
 import random
+import re
 import signal
 import subprocess
 import sys
 import time
 
+import jax
 import numpy as np
 import pytest
+import yaml
 
 from maskdm_jax import distributed, observe
 
@@ -108,6 +111,47 @@ def test_the_same_folder_twice_at_once(start, alone, tmp_path):
     assert "another process is writing there; wait for it" in pathlib.Path(f"{workdir}.log").read_text()
     assert finish(first, workdir)[0] == 0
     np.testing.assert_array_equal(history(workdir), history(alone))
+
+
+@pytest.mark.parametrize(
+    ("variables", "chips", "expected"),
+    [
+        (dict(JAX_COORDINATOR_ADDRESS="x:1", JAX_NUM_PROCESSES="3", JAX_PROCESS_ID="2"), False, dict(num_processes=3)),
+        (dict(SLURM_NTASKS="4", SLURM_STEP_NODELIST="n[1-2]"), False, dict(cluster_detection_method="slurm")),
+        (dict(SLURM_NTASKS="1", SLURM_STEP_NODELIST="n1"), False, dict(num_processes=1, process_id=0)),
+        ({}, True, {}),
+        ({}, False, dict(num_processes=1, process_id=0)),
+    ],
+)
+def test_the_others_are_found_by_what_there_is(monkeypatch, variables, chips, expected):
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    found = []
+    monkeypatch.setattr(distributed, "_on_tpu", lambda: chips)
+    monkeypatch.setattr(jax.config, "update", lambda *_: None)
+    monkeypatch.setattr(jax.distributed, "initialize", lambda **how: found.append(how))
+    distributed.initialize(catch_sigterm=True)
+    assert found[0].items() >= expected.items()
+    assert bool(found[0]) == bool(expected)
+    if not variables and not chips:
+        distributed.initialize()
+        assert len(found) == 1, "alone, and with no signal to catch, there is nobody to join"
+
+
+def test_the_scripts_can_be_read(root):
+    for path in sorted((root / "launch").glob("*.sh")):
+        subprocess.run(["bash", "-n", str(path)], check=True)
+    done = subprocess.run(["bash", str(root / "launch" / "tpu_vm.sh")], capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "launch/tpu_vm.sh NAME ZONE launch/train.py" in done.stderr
+    jobs = yaml.safe_load((root / "launch" / "gke_jobset.yaml").read_text())
+    pod = jobs["spec"]["replicatedJobs"][0]["template"]["spec"]
+    names = {variable["name"] for variable in pod["template"]["spec"]["containers"][0]["env"]}
+    assert names >= {"JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"}
+    flags = re.findall(r"--xla_\w+=\w+", (root / "launch" / "slurm.sh").read_text())
+    assert flags  # XLA ends a process that is given a flag it does not know
+    environment = os.environ | {"XLA_FLAGS": " ".join(flags), "JAX_PLATFORMS": "cpu"}
+    subprocess.run([sys.executable, "-c", "import jax; jax.devices()"], env=environment, check=True)
 
 
 @pytest.mark.parametrize(
