@@ -29,3 +29,24 @@ def test_loader(root, child_env):
     assert result["ratio"] > 0
     assert result["loader"] > 100
     assert abs(result["memory_growth_mib"]) < 30
+
+
+def test_faults(root, child_env):
+    args = [sys.executable, str(root / "benchmarks" / "faults.py"), "--kills=1", "--processes=1", "--steps=30"]
+    done = subprocess.run(args, env=child_env, capture_output=True, text=True, timeout=300, check=True)
+    result = json.loads(done.stdout.strip().splitlines()[-1])
+    assert result["kills"] == 1
+    assert result["same"] == dict(params=True, ema=True, optimizer=True, history=True)
+
+
+def test_recipe_costs(root, child_env, tmp_path):
+    """What is in the file is not compiled again."""
+    row = dict(config="demo", topology="v5e:4x4", stage="pretrain", batch=64, fits=True, memory=2**30, flops=5e12)
+    row |= dict(traffic=3e9, collectives={"all-reduce": [2, 7_000_000]}, bounds=dict(memory=0.004, arithmetic=0.001))
+    rows = [row, row | dict(stage="finetune", fits=False)]
+    (tmp_path / "costs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    args = [sys.executable, str(root / "benchmarks" / "recipe_costs.py"), f"--json={tmp_path / 'costs.jsonl'}"]
+    args += ["--configs=demo", "--topologies=v5e:4x4"]
+    done = subprocess.run(args, env=child_env, capture_output=True, text=True, timeout=100, check=True)
+    assert "| demo | pretrain | v5e:4x4 | 64 | 1.00 | 5.00 | 3.0 | 7 | 4.0 (memory) | 16,000 |" in done.stdout
+    assert "| demo | finetune | v5e:4x4 | 64 | does not fit |" in done.stdout

@@ -1,5 +1,9 @@
 """What compiled programs are said to cost."""
 
+import json
+import subprocess
+import sys
+
 import jax
 import pytest
 import tiny
@@ -72,3 +76,31 @@ def test_collectives_are_read_off_the_text():
 def test_a_topology_that_is_none_is_named():
     with pytest.raises(cost.CostError, match="there is no TPU compiler for topology 'v9:1x1'.*pip install"):
         cost.devices_of("v9:1x1")
+
+
+def test_from_the_command_line(root, child_env, tmp_path):
+    """For the devices that are here; the numbers in the file are those on the screen."""
+    small = ("--config.model.width=16", "--config.model.depth=3", "--config.model.heads=2", "--config.mesh.data=2")
+    command = [
+        sys.executable,
+        "launch/compile.py",
+        "--config=configs/demo.py",
+        *small,
+        f"--json={tmp_path / 'costs.jsonl'}",
+    ]
+    environment = child_env | {"JAX_NUM_CPU_DEVICES": "2"}
+    run = lambda *args: subprocess.run(
+        [*command, *args], cwd=root, env=environment, capture_output=True, text=True, timeout=200, check=False
+    )
+    done = run("--stages=pretrain", "--samples=2", "--config.pretrain.batch_size=9")
+    assert done.returncode == 0, done.stderr
+    assert "demo on 2 x cpu" in done.stdout
+    assert "pretrain: a batch of 9 does not divide over 2 chips; 10 is taken" in done.stdout
+    training, sampling = map(json.loads, (tmp_path / "costs.jsonl").read_text().splitlines())
+    assert (training["config"], training["stage"], training["batch"]) == ("demo", "pretrain", 10)
+    assert (sampling["stage"], sampling["batch"]) == ("sampling", 4)
+    assert training["memory"] == training["state"] + training["temporary"] > 0
+    assert f"{training['traffic'] / 1e6:8.2f} MB" in done.stdout
+    done = run("--stages=other")
+    assert done.returncode == 1
+    assert done.stderr.strip().endswith("error: 'other' is not a stage of the config; it has pretrain, finetune")
