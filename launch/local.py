@@ -33,7 +33,7 @@ def main(argv):
             break
         if attempt < RESTARTS.value:
             print(f"ended with status {status}; start {attempt + 2} of {RESTARTS.value + 1}", file=sys.stderr)
-    sys.exit(status)
+    sys.exit(status if status >= 0 else 128 - status)  # of a signal, as shells have it
 
 
 def run(command: list[str], stop: list[int]) -> int:
