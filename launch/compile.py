@@ -95,7 +95,7 @@ def attempt(what: str, compile):
     except cost.CostError as error:
         print(f"{what}: does not fit ({error}); raise micro_batches, or set --config.model.remat=True", flush=True)
         return None
-    limit = f" of {found.chip.memory / 2**30:.0f}" if found.chip else ""
+    limit = f" of {found.limit / 2**30:.0f}" if found.limit else ""
     print(f"{what} (compiled in {found.compile_seconds:.0f} s), per chip:")
     print(
         f"  memory      {found.memory / 2**30:8.2f}{limit} GiB: {found.state / 2**30:.2f} for the state, "

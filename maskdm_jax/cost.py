@@ -27,20 +27,20 @@ class Chip:
     """Published figures of a chip, per second and in bytes: dense bfloat16 FLOP/s, memory, its traffic, and links."""
 
     flops: float
-    memory: float
+    memory: int
     traffic: float
     links: float  # all of a chip's links to others, in one direction
 
 
 # By JAX's device kind. TPUs: cloud.google.com/tpu/docs/system-architecture; GPUs: the vendor's data sheets.
 CHIPS = {
-    "TPU v4": Chip(275e12, 32 * 2**30, 1228e9, 300e9),
-    "TPU v5 lite": Chip(197e12, 16 * 2**30, 819e9, 200e9),
-    "TPU v5": Chip(459e12, 95 * 2**30, 2765e9, 600e9),
-    "TPU v6 lite": Chip(918e12, 32 * 2**30, 1640e9, 448e9),
-    "NVIDIA A100-SXM4-80GB": Chip(312e12, 80e9, 2039e9, 300e9),
-    "NVIDIA H100 80GB HBM3": Chip(989e12, 80e9, 3350e9, 450e9),
-    "NVIDIA H200": Chip(989e12, 141e9, 4800e9, 450e9),
+    "TPU v4": Chip(275e12, 32 << 30, 1228e9, 300e9),
+    "TPU v5 lite": Chip(197e12, 16 << 30, 819e9, 200e9),
+    "TPU v5": Chip(459e12, 95 << 30, 2765e9, 600e9),
+    "TPU v6 lite": Chip(918e12, 32 << 30, 1640e9, 448e9),
+    "NVIDIA A100-SXM4-80GB": Chip(312e12, 80_000_000_000, 2039e9, 300e9),
+    "NVIDIA H100 80GB HBM3": Chip(989e12, 80_000_000_000, 3350e9, 450e9),
+    "NVIDIA H200": Chip(989e12, 141_000_000_000, 4800e9, 450e9),
 }
 
 
@@ -51,6 +51,7 @@ class Cost:
     chips: int
     kind: str  # JAX's device kind
     batch: int  # images over all chips
+    limit: int | None  # bytes of memory that a chip has, if it is known
     state: int  # bytes of arguments: parameters, EMA, moments, the batch
     temporary: int  # bytes besides, at the fullest moment
     flops: float  # of the algorithm, recomputation included
@@ -71,7 +72,7 @@ class Cost:
     @property
     def fits(self) -> bool | None:
         """Whether the chip has that much; None where it is not known."""
-        return None if self.chip is None else self.memory <= self.chip.memory
+        return None if self.limit is None else self.memory <= self.limit
 
     def bounds(self) -> dict[str, float]:
         """Least seconds by arithmetic, memory traffic and links; {} where the chip is not known."""
@@ -140,7 +141,7 @@ def largest_batch(config: Config, name: str, devices: list, progress=None) -> in
     progress: called with each batch size that was tried and its `Cost`, None if it does not fit.
 
     Raises:
-      CostError: not even one image per chip and micro-batch fits.
+      CostError: not even one image per chip and micro-batch fits, or it is not known how much memory there is.
     """
     unit = len(devices) * config.stage[name].micro_batches
 
@@ -150,6 +151,8 @@ def largest_batch(config: Config, name: str, devices: list, progress=None) -> in
         except CostError:
             found = None
         good = found is not None and found.fits is not False
+        if found is not None and found.limit is None:
+            raise CostError(f"how much memory {found.kind} has is not known; choose a TPU topology")
         if progress:
             progress(units * unit, found if good else None)
         return good
@@ -221,11 +224,15 @@ def _cost(compiled, seconds: float, mesh, batch: int, flops: float, *, loops: in
     memory = compiled.memory_analysis()
     # Donated arguments are where results are written: they count once.
     state = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
-    analysis = compiled.cost_analysis()
+    analysis, kind = compiled.cost_analysis(), mesh.devices.flat[0].device_kind
+    here = [
+        (device.memory_stats() or {}).get("bytes_limit") for device in jax.local_devices() if device.device_kind == kind
+    ]
     return Cost(
         chips=mesh.size,
-        kind=mesh.devices.flat[0].device_kind,
+        kind=kind,
         batch=batch,
+        limit=here[0] if here and here[0] else CHIPS[kind].memory if kind in CHIPS else None,
         state=state,
         temporary=memory.temp_size_in_bytes,
         flops=flops,

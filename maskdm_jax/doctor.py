@@ -159,9 +159,8 @@ def _folder(config: Config, workdir: pathlib.Path) -> str:
 def _memory(config: Config, name: str) -> str:
     devices = jax.devices()
     found = cost.of_training(config, name, devices, config.stage[name].batch_size)
-    limits = [(device.memory_stats() or {}).get("bytes_limit") for device in jax.local_devices()]
     shared = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")  # CPU devices have the machine's memory together
-    limit = min(limits) if all(limits) else shared / len(limits)
+    limit = found.limit or shared / len(jax.local_devices())
     text = f"{found.memory / 2**30:.2f} of {limit / 2**30:.1f} GiB per device"
     if found.memory > limit:
         raise Ailment(f"{text}; raise config.{name}.micro_batches or mesh.fsdp, or set config.model.remat=True")

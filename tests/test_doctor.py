@@ -44,7 +44,7 @@ def test_every_ailment_is_named_and_the_others_still_looked_for(tmp_path, monkey
     monkeypatch.setattr(doctor, "_from_all", lambda value: [value, value + 7.5])
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1000))
-    too_much = types.SimpleNamespace(memory=1 << 50)
+    too_much = types.SimpleNamespace(memory=1 << 50, limit=None)
     monkeypatch.setattr(doctor.cost, "of_training", lambda *_: too_much)
     changes = dict(data__path=str(tmp_path / "images"), data__labels=False, model__num_classes=0)
     changes |= dict(evaluation__every=1, evaluation__inception_weights="nowhere")
