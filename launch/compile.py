@@ -15,7 +15,7 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "Config file of the run.")
-TOPOLOGY = flags.DEFINE_string("topology", "local", "TPU topology such as v5e:4x4, v5p:4x4x4, v6e:16x16; or local.")
+TOPOLOGY = flags.DEFINE_string("topology", "local", "TPU topology such as v5e:4x4, v5p:4x4x4, 2*v6e:16x16; or local.")
 STAGES = flags.DEFINE_list("stages", None, "Stages to compile; all of the config when not given.")
 SAMPLES = flags.DEFINE_integer("samples", 16, "Images per chip that are sampled together; 0 leaves sampling out.", 0)
 FIND_BATCH = flags.DEFINE_bool("find_batch", False, "Find the largest batch of each stage that fits.")

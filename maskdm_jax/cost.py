@@ -95,20 +95,22 @@ class Cost:
 
 
 def devices_of(topology: str) -> list:
-    """Devices of a TPU topology, such as v5e:16x16, or of this machine for `local`.
+    """Devices of a TPU topology, such as v5e:16x16 or 2*v5e:16x16 (two slices), or of this machine for `local`.
 
     Raises:
       CostError: the topology is unknown, or libtpu is not installed.
     """
     if topology == "local":
         return jax.devices()
+    slices, _, name = topology.rpartition("*")
     try:
-        return list(topologies.get_topology_desc(platform="tpu", topology_name=topology).devices)
+        found = topologies.get_topology_desc(platform="tpu", topology_name=name, num_slices=int(slices or 1))
+        return list(found.devices)
     except Exception as error:  # whatever libtpu throws
         reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
         raise CostError(
             f"there is no TPU compiler for topology {topology!r} ({reason}); topologies are like v5e:4x4, v5p:4x4x4, "
-            'v6e:16x16, or local; the compiler comes with pip install "jax[tpu]"'
+            '2*v6e:16x16, or local; the compiler comes with pip install "jax[tpu]"'
         ) from None
 
 

@@ -32,7 +32,8 @@ def make_mesh(data: int = -1, fsdp: int = 1, devices=None) -> Mesh:
         )
     # Slices are joined by a slower network: only the sum over "data" crosses it.
     within, across = (len(devices) // fsdp // slices, fsdp), (slices, 1)
-    return Mesh(mesh_utils.create_hybrid_device_mesh(within, across, devices), **axes)
+    grid = mesh_utils.create_hybrid_device_mesh(within, across, devices, allow_split_physical_axes=True)
+    return Mesh(grid, **axes)
 
 
 def state_sharding(mesh: Mesh, tree):

@@ -2,6 +2,7 @@
 
 import collections
 import re
+import types
 
 import jax
 import numpy as np
@@ -43,6 +44,22 @@ def test_a_step_has_the_expected_collectives_and_no_other(data, fsdp, parts):
     # Over all devices (whole gradients and the loss), over "data" (parts of gradients), and the gradient's norm.
     assert found["all-reduce"] <= 1 + (fsdp > 1) * (1 + (data > 1))
     assert not found.keys() - {"all-gather", "reduce-scatter", "all-reduce"}
+
+
+def test_copies_of_the_state_stay_within_a_slice(monkeypatch):
+    """Of a TPU's slices, which a slower network joins."""
+    asked = []
+
+    def hybrid(within, across, devices, **_):
+        asked.append((within, across))
+        return np.asarray(jax.devices()).reshape(np.multiply(within, across))
+
+    monkeypatch.setattr(sharding.mesh_utils, "create_hybrid_device_mesh", hybrid)
+    chips = [types.SimpleNamespace(platform="tpu", slice_index=i // 4) for i in range(8)]
+    assert dict(sharding.make_mesh(fsdp=2, devices=chips).shape) == dict(data=4, fsdp=2)
+    assert asked == [((2, 2), (2, 1))]
+    with pytest.raises(ValueError, match="mesh fsdp=8 reaches beyond one of 2 TPU slices of 4 chips"):
+        sharding.make_mesh(fsdp=8, devices=chips)
 
 
 def test_parts_of_the_state_lie_where_the_rule_says():
