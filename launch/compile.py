@@ -68,38 +68,39 @@ def report(config, devices) -> bool:
         elif batch != wanted:
             print(f"{name}: a batch of {wanted} does not divide over {n} chips; {batch} is taken")
         what = f"{name}, a step of {batch:,} images"
-        found = attempt(what, lambda name=name, batch=batch: cost.of_training(config, name, devices, batch))
+        advice = "raise micro_batches or mesh.fsdp, or set --config.model.remat=True"
+        found = attempt(what, advice, lambda name=name, batch=batch: cost.of_training(config, name, devices, batch))
         good &= found is not None and found.fits is not False
         steps = config.stage[name].steps
         if found and found.bounds():
             hours = found.seconds * steps * n / 3600
             total += hours
-            print(f"  {steps:,} steps are {hours:,.1f} chip-hours at best")
+            print(f"  {steps:,} such steps are {hours:,.1f} chip-hours at best")
         write(name_of_config, name, batch, found)
     if total and len(config.stages) > 1:
         print(f"all stages: {total:,.1f} chip-hours at best")
     if SAMPLES.value:
         what = f"sampling {SAMPLES.value * n:,} images by {config.sampling.method}"
-        found = attempt(what, lambda: cost.of_sampling(config, devices, SAMPLES.value))
+        found = attempt(what, "lower --samples", lambda: cost.of_sampling(config, devices, SAMPLES.value))
         good &= found is not None and found.fits is not False
         write(name_of_config, "sampling", SAMPLES.value * n, found)
     return good
 
 
-def attempt(what: str, compile):
-    """What `compile` gives, printed; None if it does not fit."""
+def attempt(what: str, advice: str, compile):
+    """What `compile` gives, printed; None, and the advice, if it does not fit."""
     from maskdm_jax import cost
 
     try:
         found = compile()
     except cost.CostError as error:
-        print(f"{what}: does not fit ({error}); raise micro_batches, or set --config.model.remat=True", flush=True)
+        print(f"{what}: does not fit ({error}); {advice}", flush=True)
         return None
     limit = f" of {found.limit / 2**30:.0f}" if found.limit else ""
     print(f"{what} (compiled in {found.compile_seconds:.0f} s), per chip:")
     print(
         f"  memory      {found.memory / 2**30:8.2f}{limit} GiB: {found.state / 2**30:.2f} for the state, "
-        f"{found.temporary / 2**30:.2f} besides" + ("; does not fit" if found.fits is False else "")
+        f"{found.temporary / 2**30:.2f} besides" + (f"; does not fit, {advice}" if found.fits is False else "")
     )
     bounds = {key: f", {1e3 * seconds:10.2f} ms" for key, seconds in found.bounds().items()}
     print(f"  arithmetic  {scaled(found.flops)}FLOP{bounds.get('arithmetic', '')}")

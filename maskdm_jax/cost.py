@@ -159,9 +159,11 @@ def largest_batch(config: Config, name: str, devices: list, progress=None) -> in
             progress(units * unit, found if good else None)
         return good
 
-    good, bad = 0, 1
+    good, bad = 0, full_batch(config, name, len(devices)) // unit
     while fits(bad):
         good, bad = bad, 2 * bad
+    while not good and bad > 1:
+        good, bad = (bad // 2, bad) if fits(bad // 2) else (0, bad // 2)
     if not good:
         raise CostError(f"not even {unit} images fit; try --config.model.remat=True, more micro_batches or mesh.fsdp")
     while bad - good > max(1, good // 8):
