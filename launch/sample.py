@@ -40,6 +40,8 @@ def main(argv):
         raise app.UsageError(f"unexpected arguments {argv[1:]}")
     if not RUN.value:
         raise app.UsageError("which run? give --run=runs/NAME")
+    if "://" in (OUT.value or ""):
+        raise app.UsageError(f"--out={OUT.value}: give a folder on a disk; a bucket can be mounted")
     logging.set_verbosity(logging.WARNING)
     from maskdm_jax import cache, checkpoint, distributed, generate
     from maskdm_jax.config import ConfigError

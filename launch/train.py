@@ -32,7 +32,7 @@ def main(argv):
     name = pathlib.Path(config_flags.get_config_filename(flags.FLAGS["config"])).stem
     try:
         distributed.initialize(catch_sigterm=True)
-        settings, workdir = config.parse(CONFIG.value), WORKDIR.value or pathlib.Path("runs") / name
+        settings, workdir = config.parse(CONFIG.value), WORKDIR.value or f"runs/{name}"
         if DRY_RUN.value:
             check(settings, workdir)
         else:

@@ -36,7 +36,6 @@ def examine(config: Config, workdir, say) -> bool:
     Returns:
       whether all is fine everywhere.
     """
-    workdir = pathlib.Path(workdir).expanduser().absolute()
     checks = dict(
         config=lambda: _config(config),
         devices=lambda: _devices(config),
@@ -130,8 +129,9 @@ def _evaluation(config: Config) -> str:
     return f"every {settings.every:,} steps with {settings.n:,} images; weights and reference can be read"
 
 
-def _folder(config: Config, workdir: pathlib.Path) -> str:
+def _folder(config: Config, workdir) -> str:
     """Whether the run folder takes what the run will write; it is not made for this."""
+    workdir = train.run_folder(workdir)
     there = next(path for path in (workdir, *workdir.parents) if path.exists())
     if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
         raise Ailment(f"{there} cannot be written to; give another --workdir")

@@ -166,7 +166,7 @@ def train(config: Config, workdir, *, devices=None) -> pathlib.Path:
       NonFiniteLoss: training diverged.
       Preempted: a SIGTERM came, and the state was saved; only if `distributed.initialize` asked for this.
     """
-    workdir = pathlib.Path(workdir).expanduser().absolute()
+    workdir = run_folder(workdir)
     mesh = make_mesh_for(config, devices)
     source = open_data(config.data)
     check_source(config, source)
@@ -205,6 +205,17 @@ def train(config: Config, workdir, *, devices=None) -> pathlib.Path:
             ends[-1],
         )
         return newest
+
+
+def run_folder(workdir) -> pathlib.Path:
+    """The absolute path of a run folder.
+
+    Raises:
+      ConfigError: it is an address of an object store.
+    """
+    if "://" in str(workdir):
+        raise ConfigError(f"--workdir={workdir}: give a folder on a disk that all hosts see; a bucket can be mounted")
+    return pathlib.Path(workdir).expanduser().absolute()
 
 
 def make_mesh_for(config: Config, devices=None):

@@ -173,6 +173,10 @@ def test_samples_from_a_run(launch, demo, tmp_path):
         ),
         (["--config=configs/demo.py", "--config.data.classes=('7','x')"], "error: classes ['x'] are not in the data"),
         (["--config=configs/demo.py", "--config.init_from=nowhere"], "holds no checkpoint; give a run folder"),
+        (
+            ["--config=configs/demo.py", "--workdir=gs://bucket/x"],
+            "error: --workdir=gs://bucket/x: give a folder on a disk",
+        ),
         (["--config=configs/demo.py", "stray"], "unexpected arguments"),
         ([], "which run? give --config=configs/NAME.py"),
     ],
