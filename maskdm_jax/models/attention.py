@@ -5,26 +5,65 @@ kernels keep them on the chip.
 """
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu import splash_attention as splash
 
 FUSED_FROM = 1024  # tokens; on TPU, plain attention is as fast with fewer
+SIDE_BY_SIDE = 8  # parts of attention on CPU: as many as XLA's runtime hands to a thread at once
 
 
 def attention(q, k, v):
     """softmax(q k^T / sqrt(d)) v, [B, T, H, d] each -> [B, T, H, d]; logits and softmax in float32.
 
-    On TPU the splash kernel from `FUSED_FROM` tokens on; on NVIDIA GPUs cuDNN's for half precision; else XLA's own.
+    On TPU the splash kernel from `FUSED_FROM` tokens on; on NVIDIA GPUs cuDNN's for half precision; on CPU
+    `side_by_side`; else XLA's own.
     """
-    plain, t, d = jax.nn.dot_product_attention, q.shape[1], q.shape[3]
+    t, d = q.shape[1], q.shape[3]
     if jax.default_backend() == "gpu" and q.dtype in (jnp.bfloat16, jnp.float16) and d % 8 == 0:
         return jax.nn.dot_product_attention(q, k, v, implementation="cudnn")
-    if t < FUSED_FROM:
-        return plain(q, k, v)
     # Decided when the program is compiled, which may be for another platform than this machine's.
-    return jax.lax.platform_dependent(q, k, v, tpu=splash_attention, default=lambda q, k, v: plain(q, k, v))
+    kernels = dict(tpu=splash_attention) if t >= FUSED_FROM else {}
+    plain = lambda q, k, v: jax.nn.dot_product_attention(q, k, v)
+    return jax.lax.platform_dependent(q, k, v, cpu=side_by_side, default=plain, **kernels)
+
+
+def side_by_side(q, k, v):
+    """`attention` as XLA's CPU compiler is fast with it.
+
+    Heads come first, in the order of the batched products, and fall into parts that do not depend on each other: the
+    compiler gives a thread to each product, not several to one of these small ones.
+    """
+    b, t, heads, d = q.shape
+    parts = math.gcd(b * heads, SIDE_BY_SIDE)
+    q, k, v = (x.swapaxes(1, 2).reshape(parts, b * heads // parts, t, d) for x in (q, k, v))
+    return jnp.stack(list(map(_softmax_of_products, q, k, v))).reshape(b, heads, t, d).swapaxes(1, 2)
+
+
+@jax.custom_vjp
+def _softmax_of_products(q, k, v):
+    """[N, T, d] each."""
+    return _softmax_forward(q, k, v)[0]
+
+
+def _softmax_forward(q, k, v):
+    logits = jnp.einsum("ntd,nsd->nts", q, k, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
+    weights = jax.nn.softmax(logits).astype(v.dtype)
+    return weights @ v, (q, k, v, weights)
+
+
+def _softmax_backward(saved, g):
+    q, k, v, weights = saved
+    to_weights = jnp.einsum("ntd,nsd->nts", g, v, preferred_element_type=jnp.float32)
+    to_logits = weights * (to_weights - (weights * to_weights).sum(-1, keepdims=True)) * q.shape[-1] ** -0.5
+    to_logits = to_logits.astype(q.dtype)
+    turned = lambda a, b: jnp.einsum("nts,ntd->nsd", a, b)
+    return to_logits @ k, turned(to_logits, q), turned(weights, g)
+
+
+_softmax_of_products.defvjp(_softmax_forward, _softmax_backward)
 
 
 def splash_attention(q, k, v, *, interpret: bool = False):

@@ -45,7 +45,34 @@ def timestep_embedding(t, dim: int):
     return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
 
 
-class PatchEmbed(nnx.Linear):
+@jax.custom_vjp
+def matmul(x, w):
+    """X [..., D] @ w [D, E] -> [..., E]."""
+    return x @ w
+
+
+def _matmul_backward(saved, g):
+    x, w = saved
+    # On CPU, XLA would turn an x of more than two axes round in a loop that computes the sums that x is made of anew.
+    # Elsewhere it is the matrix that costs: T tokens are padded to whole tiles, B x T rows to others.
+    flat = lambda a: a.reshape(-1, a.shape[-1])
+    as_matrices = lambda x, g: flat(x).T @ flat(g)
+    rows = tuple(range(x.ndim - 1))
+    as_they_are = lambda x, g: jax.lax.dot_general(x, g, ((rows, rows), ((), ())))
+    return g @ w.T, jax.lax.platform_dependent(x, g, cpu=as_matrices, default=as_they_are)
+
+
+matmul.defvjp(lambda x, w: (matmul(x, w), (x, w)), _matmul_backward)
+
+
+class Linear(nnx.Linear):
+    """nnx.Linear by `matmul`."""
+
+    def __init__(self, dim: int, out_dim: int, **options):
+        super().__init__(dim, out_dim, dot_general=lambda x, w, *_, **__: matmul(x, w), **options)
+
+
+class PatchEmbed(Linear):
     """Flattened patches [B, V, d] to tokens [B, V, D] with their position embeddings added.
 
     The reference's convolution with stride p is a Linear on flattened patches. It keeps its framework's default
@@ -88,10 +115,10 @@ class Attention(nnx.Module):
         if dim % heads:
             raise ValueError(f"width {dim} does not divide into {heads} heads")
         self.heads = heads
-        self.qkv = nnx.Linear(dim, 3 * dim, use_bias=False, kernel_init=normal_002, dtype=dtype, rngs=rngs)
+        self.qkv = Linear(dim, 3 * dim, use_bias=False, kernel_init=normal_002, dtype=dtype, rngs=rngs)
         self.q_bias = nnx.Param(jnp.zeros((dim,), jnp.float32)) if qv_bias else None
         self.v_bias = nnx.Param(jnp.zeros((dim,), jnp.float32)) if qv_bias else None
-        self.proj = nnx.Linear(dim, dim, kernel_init=normal_002, dtype=dtype, rngs=rngs)
+        self.proj = Linear(dim, dim, kernel_init=normal_002, dtype=dtype, rngs=rngs)
 
     def __call__(self, x):
         b, t, d = x.shape
@@ -108,16 +135,16 @@ class Mlp(nnx.Module):
 
     def __init__(self, dim: int, hidden: int, *, activation, dtype, rngs: nnx.Rngs):
         self.activation = activation
-        self.fc1 = nnx.Linear(dim, hidden, kernel_init=normal_002, dtype=dtype, rngs=rngs)
-        self.fc2 = nnx.Linear(hidden, dim, kernel_init=normal_002, dtype=dtype, rngs=rngs)
+        self.fc1 = Linear(dim, hidden, kernel_init=normal_002, dtype=dtype, rngs=rngs)
+        self.fc2 = Linear(hidden, dim, kernel_init=normal_002, dtype=dtype, rngs=rngs)
 
     def __call__(self, x):
         return self.fc2(self.activation(self.fc1(x)))
 
 
 def exact_gelu(x):
-    """GELU by the error function, as the reference has it (`jax.nn.gelu` approximates by default)."""
-    return jax.nn.gelu(x, approximate=False)
+    """GELU by the error function, as the reference has it (`jax.nn.gelu` goes by tanh or, exactly, by slower erfc)."""
+    return 0.5 * x * (1 + jax.lax.erf(x * math.sqrt(0.5)))
 
 
 class Block(nnx.Module):
@@ -128,7 +155,7 @@ class Block(nnx.Module):
     """
 
     def __init__(self, dim: int, heads: int, mlp_hidden: int, *, qv_bias: bool, skip: bool, dtype, rngs: nnx.Rngs):
-        self.skip_linear = nnx.Linear(2 * dim, dim, kernel_init=normal_002, dtype=dtype, rngs=rngs) if skip else None
+        self.skip_linear = Linear(2 * dim, dim, kernel_init=normal_002, dtype=dtype, rngs=rngs) if skip else None
         self.norm1 = LayerNorm(dim, out_dtype=dtype, rngs=rngs)
         self.attn = Attention(dim, heads, qv_bias=qv_bias, dtype=dtype, rngs=rngs)
         self.norm2 = LayerNorm(dim, out_dtype=dtype, rngs=rngs)

@@ -4,7 +4,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from maskdm_jax.models.backbone import Backbone, extra_tokens
-from maskdm_jax.models.layers import PatchEmbed, normal_002, patchify, unpatchify
+from maskdm_jax.models.layers import Linear, PatchEmbed, normal_002, patchify, unpatchify
 
 
 class UViT(nnx.Module):
@@ -60,7 +60,7 @@ class UViT(nnx.Module):
             remat=remat,
             rngs=rngs,
         )
-        self.head = nnx.Linear(width, patch_dim, kernel_init=normal_002, dtype=dtype, rngs=rngs)
+        self.head = Linear(width, patch_dim, kernel_init=normal_002, dtype=dtype, rngs=rngs)
 
     def __call__(self, x, t, labels=None, positions=None):
         """Predict the objective (noise, x0 or v) for a whole image or for its visible patches.

@@ -4,7 +4,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from maskdm_jax.models.backbone import Backbone, extra_tokens
-from maskdm_jax.models.layers import PatchEmbed, normal_002, patchify, unpatchify
+from maskdm_jax.models.layers import Linear, PatchEmbed, normal_002, patchify, unpatchify
 
 
 def cut_bands(x, channels: int, patch_size: int, scale: int):
@@ -76,8 +76,8 @@ class WaveletUViT(nnx.Module):
             remat=remat,
             rngs=rngs,
         )
-        self.approx_head = nnx.Linear(width, approx_dim, kernel_init=normal_002, dtype=dtype, rngs=rngs)
-        self.detail_head = nnx.Linear(width, detail_dim, kernel_init=normal_002, dtype=dtype, rngs=rngs)
+        self.approx_head = Linear(width, approx_dim, kernel_init=normal_002, dtype=dtype, rngs=rngs)
+        self.detail_head = Linear(width, detail_dim, kernel_init=normal_002, dtype=dtype, rngs=rngs)
 
     def __call__(self, x, t, labels=None, positions=None):
         """Predict the objective for all coefficients of an image or for the visible patches of both bands.
