@@ -283,15 +283,19 @@ def begin(config: Config, network: Network, mesh, checkpoints: checkpoint.Checkp
             log.warning("the config changed since that checkpoint: %s", line)
         return Start(index, state, meta)
     abstract = abstract_state(config, 0, network, mesh)
-    placed = jax.tree.map(lambda leaf: leaf.sharding, abstract)
-    key = jax.random.key(config.seed)
-    if config.init_from:
-        params, found = _initial_weights(config.init_from, abstract.params)
-        log.info("start: weights of %s, new optimizer", found)
-    else:
-        params = jax.jit(network.init, out_shardings=placed.params)(key)
+    if not config.init_from:
         log.info("start: fresh weights, seed %d", config.seed)
-    return Start(0, _first_state(config, 0, placed, params, key), {})
+        return Start(0, fresh_state(config, network, abstract), {})
+    params, found = _initial_weights(config.init_from, abstract.params)
+    log.info("start: weights of %s, new optimizer", found)
+    placed = jax.tree.map(lambda leaf: leaf.sharding, abstract)
+    return Start(0, _first_state(config, 0, placed, params, jax.random.key(config.seed)), {})
+
+
+def fresh_state(config: Config, network: Network, abstract: TrainState) -> TrainState:
+    """State at the start of the first stage, with new weights, placed as `abstract` says."""
+    placed, key = jax.tree.map(lambda leaf: leaf.sharding, abstract), jax.random.key(config.seed)
+    return _first_state(config, 0, placed, jax.jit(network.init, out_shardings=placed.params)(key), key)
 
 
 def _initial_weights(path: str, abstract) -> tuple[dict, pathlib.Path]:

@@ -31,6 +31,23 @@ def test_loader(root, child_env):
     assert abs(result["memory_growth_mib"]) < 30
 
 
+def test_speed(root, child_env, tmp_path):
+    args = [sys.executable, str(root / "benchmarks" / "speed.py"), f"--config={root / 'configs' / 'demo.py'}"]
+    args += ["--config.model.num_classes=0", "--config.data.labels=False", "--config.data.label_dropout=0.0"]
+    args += ["--config.model.depth=3", "--config.sampling.guidance=0.0", "--batch=4", "--visible=50"]
+    args += ["--rounds=1", "--seconds=0.01", "--sampling_steps=2", "--torch=eager", "--torch=fused"]
+    args += [f"--json={tmp_path / 'speed.json'}"]
+    done = subprocess.run(args, env=child_env, capture_output=True, text=True, timeout=300, check=True)
+    result = json.loads(done.stdout.strip().splitlines()[-1])
+    assert result == json.loads((tmp_path / "speed.json").read_text())
+    ours, theirs = ({row["what"]: row for row in result["rows"] if row["by"] == by} for by in ("jax", "torch fused"))
+    assert list(ours) == ["step 50%", "forward", "sampling"]
+    assert list(theirs) == ["step 50%", "forward"]
+    assert theirs["forward"]["over_ours"] > 0
+    assert 0 < ours["step 50%"]["share_of_peak"] < 1
+    assert ours["sampling"]["seconds"] > ours["forward"]["seconds"], "two evaluations against one"
+
+
 def test_faults(root, child_env):
     args = [sys.executable, str(root / "benchmarks" / "faults.py"), "--kills=1", "--processes=1", "--steps=30"]
     done = subprocess.run(args, env=child_env, capture_output=True, text=True, timeout=300, check=True)

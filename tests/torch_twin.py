@@ -12,6 +12,8 @@ from torch.nn import functional as F
 
 
 class Attention(nn.Module):
+    fused = False  # benchmarks measure PyTorch's own kernel too
+
     def __init__(self, width, heads, qkv_bias):
         super().__init__()
         self.heads = heads
@@ -26,6 +28,8 @@ class Attention(nn.Module):
         if self.q_bias is not None:
             q, v = q + self.q_bias, v + self.v_bias
         q, k, v = (a.view(b, t, self.heads, -1).transpose(1, 2) for a in (q, k, v))
+        if self.fused:
+            return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(b, t, d))
         weights = (q @ k.transpose(-1, -2) * (d // self.heads) ** -0.5).softmax(dim=-1)
         return self.proj((weights @ v).transpose(1, 2).reshape(b, t, d))
 
