@@ -45,6 +45,7 @@ def get_config():
             num_classes=0,  # 0: unconditional
             time_mlp=False,
             dtype="float32",  # bfloat16 computes in bfloat16, with float32 weights
+            attention="auto",  # or the kernel: plain, side_by_side (CPU), splash (TPU), cudnn
             remat=False,  # recompute blocks in the backward pass: less memory, a third more work
         )
     )
@@ -73,7 +74,7 @@ def get_config():
             clip_norm=0.0,  # 0: off
             ema_decay=0.999,
             ema_every=1,
-            mask=dict(kind="none", rate=0.0, block=1, crop=1),
+            mask=dict(kind="none", rate=0.0, block=1, crop=1, tile=0),
         )
     )
     c.sampling = ConfigDict(

@@ -64,6 +64,7 @@ def get_config(mask="block2_50"):
             num_classes=0,  # 0: unconditional
             time_mlp=False,
             dtype="float32",  # bfloat16 computes in bfloat16, with float32 weights
+            attention="auto",  # or the kernel: plain, side_by_side (CPU), splash (TPU), cudnn
             remat=False,  # recompute blocks in the backward pass: less memory, a third more work
         )
     )
@@ -92,7 +93,7 @@ def get_config(mask="block2_50"):
             clip_norm=0.0,  # 0: off
             ema_decay=0.999,
             ema_every=1,
-            mask=dict(kind=kind, rate=rate, block=block, crop=crop),
+            mask=dict(kind=kind, rate=rate, block=block, crop=crop, tile=0),
         )
     )
     c.sampling = ConfigDict(

@@ -45,6 +45,7 @@ def get_config():
             num_classes=0,  # 0: unconditional
             time_mlp=False,
             dtype="float32",  # bfloat16 computes in bfloat16, with float32 weights
+            attention="auto",  # or the kernel: plain, side_by_side (CPU), splash (TPU), cudnn
             remat=False,  # recompute blocks in the backward pass: less memory, a third more work
         )
     )
@@ -73,7 +74,7 @@ def get_config():
             clip_norm=1.0,
             ema_decay=0.999,
             ema_every=1,
-            mask=dict(kind="block", rate=0.9, block=4, crop=1),  # 416 of 4,096 patches
+            mask=dict(kind="block", rate=0.9, block=4, crop=1, tile=0),  # 416 of 4,096 patches
         )
     )
     c.pretrain_50 = ConfigDict(
@@ -89,7 +90,7 @@ def get_config():
             clip_norm=1.0,
             ema_decay=0.999,
             ema_every=1,
-            mask=dict(kind="block", rate=0.5, block=4, crop=1),  # 2,048 of 4,096 patches
+            mask=dict(kind="block", rate=0.5, block=4, crop=1, tile=0),  # 2,048 of 4,096 patches
         )
     )
     c.finetune = ConfigDict(
@@ -105,7 +106,7 @@ def get_config():
             clip_norm=1.0,
             ema_decay=0.999,
             ema_every=1,
-            mask=dict(kind="none", rate=0.0, block=1, crop=1),
+            mask=dict(kind="none", rate=0.0, block=1, crop=1, tile=0),
         )
     )
     c.sampling = ConfigDict(

@@ -44,6 +44,7 @@ def get_config():
             num_classes=0,  # 0: unconditional
             time_mlp=False,
             dtype="float32",  # bfloat16 computes in bfloat16, with float32 weights
+            attention="auto",  # or the kernel: plain, side_by_side (CPU), splash (TPU), cudnn
             remat=False,  # recompute blocks in the backward pass: less memory, a third more work
         )
     )
@@ -72,8 +73,8 @@ def get_config():
             clip_norm=1.0,
             ema_decay=0.999,
             ema_every=10,
-            mask=dict(kind="none", rate=0.0, block=1, crop=1),  # 1,024 approximation patches
-            detail_mask=dict(kind="none", rate=0.0, block=1, crop=1),  # 1,024 detail patches
+            mask=dict(kind="none", rate=0.0, block=1, crop=1, tile=0),  # 1,024 approximation patches
+            detail_mask=dict(kind="none", rate=0.0, block=1, crop=1, tile=0),  # 1,024 detail patches
         )
     )
     c.sampling = ConfigDict(

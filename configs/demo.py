@@ -41,6 +41,7 @@ def get_config():
             num_classes=10,
             time_mlp=False,
             dtype="float32",
+            attention="auto",  # or the kernel: plain, side_by_side (CPU), splash (TPU), cudnn
             remat=False,
         )
     )
@@ -69,7 +70,7 @@ def get_config():
             clip_norm=1.0,
             ema_decay=0.999,
             ema_every=1,
-            mask=dict(kind="patch", rate=0.5, block=1, crop=1),
+            mask=dict(kind="patch", rate=0.5, block=1, crop=1, tile=0),
         )
     )
     c.finetune = ConfigDict(
@@ -85,7 +86,7 @@ def get_config():
             clip_norm=1.0,
             ema_decay=0.999,
             ema_every=1,
-            mask=dict(kind="none", rate=0.0, block=1, crop=1),
+            mask=dict(kind="none", rate=0.0, block=1, crop=1, tile=0),
         )
     )
     c.sampling = ConfigDict(dict(method="ddim", steps=100, eta=1.0, order=2, spacing="log_snr", guidance=0.0))

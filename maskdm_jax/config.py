@@ -13,6 +13,8 @@ import typing
 
 from maskdm_jax import diffusion, masking, samplers
 from maskdm_jax.data.images import Framing
+from maskdm_jax.models.attention import KERNELS
+from maskdm_jax.models.backbone import extra_tokens
 
 SAMPLERS = ("ddim", "ddpm", "dpm_solver")
 METRICS = ("fid", "kid", "is", "pr")
@@ -61,6 +63,7 @@ class Model:
     num_classes: int  # 0: unconditional
     time_mlp: bool  # learn the time token
     dtype: str  # of the computation: float32 or bfloat16
+    attention: str  # auto, or one of models.attention.KERNELS
     remat: bool  # recompute blocks in the backward pass: less memory, a third more work
 
 
@@ -85,6 +88,7 @@ class Mask:
     rate: float  # hidden share, for patch and block
     block: int  # side in patches, for block
     crop: int  # side in patches, for crop
+    tile: int  # show as many patches as fill tiles of so many tokens, such as 128; 0: not so
 
 
 @dataclasses.dataclass(frozen=True)
@@ -238,10 +242,12 @@ def mask_plans(config: Config, stage: str) -> tuple[masking.MaskPlan, ...]:
     masks = {"mask": config.stage[stage].mask}
     if config.model.wavelet_scale:
         masks["detail_mask"] = config.stage[stage].detail_mask or config.stage[stage].mask
-    plans = []
+    plans, extras = [], extra_tokens(config.model.num_classes)
     for (name, mask), grid in zip(masks.items(), grids(config), strict=True):
+        if mask.tile and config.model.wavelet_scale:
+            raise ConfigError(f"config.{stage}.{name}.tile must be 0: the bands of a wavelet model share their tiles")
         try:
-            plans.append(masking.make_plan(grid=grid, **dataclasses.asdict(mask)))
+            plans.append(masking.make_plan(grid=grid, extras=extras, **dataclasses.asdict(mask)))
         except ValueError as error:
             raise ConfigError(f"config.{stage}.{name}: {error}") from None
     return tuple(plans)
@@ -346,6 +352,9 @@ def _check(config: Config) -> None:
     need("model.heads", model.heads, model.width % model.heads == 0, f"a divisor of model.width {model.width}")
     need("model.mlp_ratio", model.mlp_ratio, int(model.mlp_ratio * model.width) >= 1, "larger")
     choice("model.dtype", model.dtype, DTYPES)
+    choice("model.attention", model.attention, ("auto", *KERNELS))
+    if model.attention == "cudnn" and (model.dtype == "float32" or model.width // model.heads % 8):
+        raise ConfigError("config.model.attention 'cudnn' is for bfloat16 and heads whose width is a multiple of 8")
     if model.num_classes and not data.labels:
         raise ConfigError(
             "config.model.num_classes is set but config.data.labels is False; set both for a conditional model, "

@@ -316,7 +316,7 @@ def _config_of(official: Official, found: dict, heads: int) -> dict:
             threads=1,
             workers=0,
         ),
-        model=model | dict(heads=heads, dtype="float32", remat=False),
+        model=model | dict(heads=heads, dtype="float32", attention="auto", remat=False),
         diffusion=dict(
             timesteps=found.get("timesteps", 1000),
             schedule=found.get("schedule", "cosine"),
@@ -339,7 +339,7 @@ def _config_of(official: Official, found: dict, heads: int) -> dict:
             clip_norm=0.0,
             ema_decay=0.999,
             ema_every=1,
-            mask=dict(kind="none", rate=0.0, block=1, crop=1),
+            mask=dict(kind="none", rate=0.0, block=1, crop=1, tile=0),
         ),
         sampling=dict(method="ddim", steps=250, eta=1.0, order=2, spacing="log_snr", guidance=0.0),
         preview=dict(every=0, rows=4, columns=4),

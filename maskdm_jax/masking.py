@@ -21,6 +21,7 @@ class MaskPlan:
     grid: tuple[int, int]
     visible: int
     unit: int = 1  # side of a block or of the crop window, in patches
+    tile: int = 0  # tokens that `visible` was rounded to fill
 
     @property
     def total(self) -> int:
@@ -34,13 +35,22 @@ class MaskPlan:
 
     def __str__(self):
         unit = {"block": f" {self.unit} x {self.unit}", "crop": f" {self.unit} x {self.unit}"}.get(self.kind, "")
-        return (
-            f"mask {self.kind}{unit}: {self.visible} of {self.total} patches visible ({self.visible / self.total:.1%})"
-        )
+        filling = f", filling tiles of {self.tile} tokens" if self.tile else ""
+        share = f"{self.visible} of {self.total} patches visible ({self.visible / self.total:.1%})"
+        return f"mask {self.kind}{unit}: {share}{filling}"
 
 
-def make_plan(kind: str, grid: tuple[int, int], *, rate: float = 0.0, block: int = 1, crop: int = 0) -> MaskPlan:
-    """Decide how many patches stay visible. Counts round down, as in the reference.
+def make_plan(
+    kind: str,
+    grid: tuple[int, int],
+    *,
+    rate: float = 0.0,
+    block: int = 1,
+    crop: int = 0,
+    tile: int = 0,
+    extras: int = 0,
+) -> MaskPlan:
+    """Decide how many patches stay visible. Counts of hidden patches round down, as in the reference.
 
     Args:
       kind: `none` hides nothing; `patch` hides int(rate * N) single patches; `block` hides
@@ -49,6 +59,9 @@ def make_plan(kind: str, grid: tuple[int, int], *, rate: float = 0.0, block: int
       rate: hidden share in [0, 1), for `patch` and `block`.
       block: side of a block, for `block`; must divide both sides of the grid.
       crop: side of the window, for `crop`.
+      tile: tokens that the hardware computes in one go, such as 128, whether there are so many or not; the plan then
+        shows as many more patches as fit into the tiles that are begun anyway, for `patch` and `block`. 0: not so.
+      extras: tokens besides the patches, which take part in filling tiles.
 
     Raises:
       ValueError: the plan cannot work; the message says what would.
@@ -59,6 +72,8 @@ def make_plan(kind: str, grid: tuple[int, int], *, rate: float = 0.0, block: int
         raise ValueError(f"mask kind {kind!r} is unknown; choose one of {', '.join(KINDS)}")
     if kind in ("patch", "block") and not 0 <= rate < 1:
         raise ValueError(f"mask rate {rate} is outside [0, 1); 0.9 hides 90% of the patches, 0 hides none")
+    if tile < 0 or (tile and kind in ("none", "crop")):
+        raise ValueError(f"mask tile {tile}: a mask of patches or blocks can fill tiles of 1, 2, ... tokens; 0 is off")
     if kind == "none":
         return MaskPlan("none", grid, n)
     if kind == "patch":
@@ -76,6 +91,9 @@ def make_plan(kind: str, grid: tuple[int, int], *, rate: float = 0.0, block: int
         plan = MaskPlan("crop", grid, crop * crop, crop)
     if plan.visible < 1:
         raise ValueError(f"{plan}: nothing is left to see; lower the rate {rate}")
+    if tile:
+        room = -(-(plan.visible + extras) // tile) * tile - extras
+        plan = dataclasses.replace(plan, visible=min(room // plan.unit**2 * plan.unit**2, n), tile=tile)
     return plan
 
 

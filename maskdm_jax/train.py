@@ -224,6 +224,9 @@ def make_mesh_for(config: Config, devices=None):
         mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, devices)
     except ValueError as error:
         raise ConfigError(f"config.mesh: {error}") from None
+    platform, kernel = mesh.devices.flat[0].platform, config.model.attention
+    if {"splash": "tpu", "cudnn": "gpu"}.get(kernel, platform) != platform:
+        raise ConfigError(f"config.model.attention {kernel!r} is not for devices of {platform}; take 'auto'")
     for name, stage in config.stage.items():
         if stage.batch_size // stage.micro_batches % mesh.size:
             raise ConfigError(

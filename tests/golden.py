@@ -65,7 +65,7 @@ def params(state_dict: dict) -> dict:
 def config(network: dict, stage: dict | None = None, mask: dict | None = None, diffusion: dict | None = None):
     """Our config of an official network (and stage)."""
     wavelet = "data_chans" in network
-    mask = {"kind": "none", "rate": 0.0, "block": 1, "crop": 1} | (mask or {})
+    mask = {"kind": "none", "rate": 0.0, "block": 1, "crop": 1, "tile": 0} | (mask or {})
     mask["rate"] = mask.pop("ratio", mask["rate"])
     if wavelet:
         rates = mask["rate"] or (0.0, 0.0)
@@ -93,6 +93,7 @@ def config(network: dict, stage: dict | None = None, mask: dict | None = None, d
                 num_classes=max(network["num_classes"], 0),
                 time_mlp=network["mlp_time_embed"],
                 dtype="float32",
+                attention="auto",
                 remat=False,
             ),
             diffusion=dict(

@@ -3,7 +3,10 @@
 import jax
 import numpy as np
 import pytest
+import tiny
 
+from maskdm_jax import train
+from maskdm_jax.config import ConfigError
 from maskdm_jax.models import attention
 
 
@@ -53,6 +56,20 @@ def test_long_sequences_are_fused_on_tpu_alone(monkeypatch):
     text = jax.jit(attention.attention).trace(*x).lower(lowering_platforms=("tpu",)).as_text()
     assert "65x65" not in text, "there are no logits in memory"
     np.testing.assert_allclose(attention.attention(*x), jax.nn.dot_product_attention(*x), atol=2e-6)
+
+
+@pytest.mark.parametrize("kernel", ["plain", "side_by_side"])
+def test_a_kernel_can_be_chosen(kernel):
+    x = qkv(9)
+    chosen = jax.make_jaxpr(lambda *x: attention.attention(*x, kernel))(*x)
+    assert str(chosen) == str(jax.make_jaxpr(attention.KERNELS[kernel])(*x))
+
+
+@pytest.mark.parametrize("kernel", ["splash", "cudnn"])
+def test_a_kernel_of_another_platform_is_refused(kernel):
+    config = tiny.config(model__attention=kernel, model__dtype="bfloat16")
+    with pytest.raises(ConfigError, match=f"attention '{kernel}' is not for devices of cpu; take 'auto'"):
+        train.make_mesh_for(config)
 
 
 def test_tiles():

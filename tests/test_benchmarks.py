@@ -56,6 +56,17 @@ def test_faults(root, child_env):
     assert result["same"] == dict(params=True, ema=True, optimizer=True, history=True)
 
 
+def test_the_table_of_costs_has_all_recipes(root):
+    rows = [json.loads(line) for line in (root / "docs" / "costs.jsonl").read_text().splitlines()]
+    same = {"celebahq_pretrain", "celebahq_pretrain_50", "celebahq_finetune"}  # the stages of celebahq
+    recipes = {path.stem for path in (root / "configs").glob("*.py")} - same
+    topologies = ("v5e:4x4", "v5e:16x16", "v5p:4x4x4")
+    assert {(row["config"], row["topology"]) for row in rows} == {(name, t) for name in recipes for t in topologies}
+    table = (root / "docs" / "costs.md").read_text()
+    assert all(f"| {row['config']} | {row['stage']} | {row['topology']} |" in table for row in rows)
+    assert all(row["fits"] for row in rows)
+
+
 def test_recipe_costs(root, child_env, tmp_path):
     """What is in the file is not compiled again."""
     row = dict(config="demo", topology="v5e:4x4", stage="pretrain", batch=64, fits=True, memory=2**30, flops=5e12)

@@ -48,7 +48,8 @@ def test_imports_point_one_way(root):
 def test_nothing_imports_launch_configs_torch_or_tensorflow(root, folder):
     for path in (root / folder).rglob("*.py"):
         roots = {name.split(".")[0] for name in imports(path)}
-        assert not roots & {"launch", "configs", "torch", "tensorflow", "tests"}, path
+        compared = {"torch"} if path.name == "speed.py" else set()  # measures PyTorch, where it is asked to
+        assert not roots & {"launch", "configs", "torch", "tensorflow", "tests"} - compared, path
 
 
 def test_there_is_no_drawer_for_odds_and_ends(root):

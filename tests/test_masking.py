@@ -28,6 +28,31 @@ def test_visible_counts_of_the_reference(side, options, visible):
     assert positions.shape == (visible,)
 
 
+@pytest.mark.parametrize(
+    ("side", "options", "visible"),
+    [
+        (64, dict(kind="block", block=4, rate=0.9, extras=1), 496),  # 417 tokens pad to 512: 497 cost as much
+        (64, dict(kind="block", block=4, rate=0.9, extras=0), 512),
+        (64, dict(kind="block", block=4, rate=0.9, extras=128), 512),
+        (64, dict(kind="patch", rate=0.9, extras=1), 511),
+        (64, dict(kind="patch", rate=0.5, extras=2), 2174),
+        (16, dict(kind="patch", rate=0.1, extras=1), 255),
+        (16, dict(kind="block", block=2, rate=0.1, extras=1), 252),
+        (8, dict(kind="patch", rate=0.5, extras=1), 64),  # all that there are
+    ],
+)
+def test_a_mask_can_fill_tiles(side, options, visible):
+    plan = masking.make_plan(grid=(side, side), tile=128, **options)
+    assert plan.visible == visible
+    plain = masking.make_plan(grid=(side, side), **options)
+    tiles = lambda plan: -(-(plan.visible + options["extras"]) // 128)
+    assert tiles(plan) == tiles(plain)
+    assert str(plan).endswith(f"({visible / side**2:.1%}), filling tiles of 128 tokens")
+    positions = masking.sample_positions(plan, jax.random.key(0))
+    assert positions.shape == (visible,)
+    assert len(np.unique(positions)) == visible
+
+
 PLANS = [
     masking.make_plan("patch", (6, 4), rate=0.6),
     masking.make_plan("block", (6, 4), rate=0.6, block=2),
@@ -86,6 +111,8 @@ def test_a_plan_that_hides_nothing_says_so(options):
         (dict(kind="patch", rate=1.0), r"rate 1.0 is outside \[0, 1\)"),
         (dict(kind="patch", rate=-0.1), r"rate -0.1 is outside \[0, 1\)"),
         (dict(kind="block", block=2, rate=float("nan")), "rate nan"),
+        (dict(kind="crop", crop=3, tile=128), "mask tile 128: a mask of patches or blocks"),
+        (dict(kind="patch", rate=0.5, tile=-1), "mask tile -1"),
         (dict(kind="blob", rate=0.5), "'blob' is unknown; choose one of none, patch, block, crop"),
     ],
 )

@@ -83,7 +83,7 @@ def batch(n=6):
 
 
 def test_each_band_is_masked_by_its_own_settings_and_draw():
-    mask = dict(kind="patch", rate=0.5, block=1, crop=1)
+    mask = dict(kind="patch", rate=0.5, block=1, crop=1, tile=0)
     config = wavelet(pretrain__mask=mask, pretrain__detail_mask=mask | dict(rate=0.75), data__flip=0.0)
     inputs = train.draw_inputs(config, "pretrain", jax.random.key(0), batch())
     assert [band.shape for band in inputs.x0] == [(6, 32, 3), (6, 4, 2 * 2 * 9)]
@@ -110,7 +110,7 @@ def test_bands_of_the_noise_are_independent():
 
 
 def test_settings_that_cannot_work_are_named():
-    mask = dict(kind="patch", rate=0.5, block=1, crop=1)
+    mask = dict(kind="patch", rate=0.5, block=1, crop=1, tile=0)
     for changes, message in [
         (dict(data__label_dropout=0.1), "no token for 'no label'"),
         (dict(sampling__guidance=1.0), "no token for 'no label'"),

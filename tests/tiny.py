@@ -16,7 +16,7 @@ STAGE = dict(
     clip_norm=1.0,
     ema_decay=0.9,
     ema_every=1,
-    mask=dict(kind="patch", rate=0.5, block=1, crop=1),
+    mask=dict(kind="patch", rate=0.5, block=1, crop=1, tile=0),
 )
 RUN = dict(
     seed=3,
@@ -46,6 +46,7 @@ RUN = dict(
         num_classes=10,
         time_mlp=True,
         dtype="float32",
+        attention="auto",
         remat=False,
     ),
     diffusion=dict(
@@ -65,7 +66,7 @@ RUN = dict(
     mesh=dict(data=-1, fsdp=1),
     stages=("pretrain", "finetune"),
     pretrain=STAGE,
-    finetune=STAGE | dict(steps=2, mask=dict(kind="none", rate=0.0, block=1, crop=1)),
+    finetune=STAGE | dict(steps=2, mask=dict(kind="none", rate=0.0, block=1, crop=1, tile=0)),
 )
 
 

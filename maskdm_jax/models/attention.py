@@ -15,19 +15,30 @@ FUSED_FROM = 1024  # tokens; on TPU, plain attention is as fast with fewer
 SIDE_BY_SIDE = 8  # parts of attention on CPU: as many as XLA's runtime hands to a thread at once
 
 
-def attention(q, k, v):
+def attention(q, k, v, kernel: str = "auto"):
     """softmax(q k^T / sqrt(d)) v, [B, T, H, d] each -> [B, T, H, d]; logits and softmax in float32.
 
-    On TPU the splash kernel from `FUSED_FROM` tokens on; on NVIDIA GPUs cuDNN's for half precision; on CPU
-    `side_by_side`; else XLA's own.
+    kernel: one of `KERNELS`, or auto: on TPU splash from `FUSED_FROM` tokens on; on NVIDIA GPUs cudnn for half
+      precision; on CPU side_by_side; else plain.
     """
+    if kernel != "auto":
+        return KERNELS[kernel](q, k, v)
     t, d = q.shape[1], q.shape[3]
     if jax.default_backend() == "gpu" and q.dtype in (jnp.bfloat16, jnp.float16) and d % 8 == 0:
-        return jax.nn.dot_product_attention(q, k, v, implementation="cudnn")
+        return cudnn(q, k, v)
     # Decided when the program is compiled, which may be for another platform than this machine's.
-    kernels = dict(tpu=splash_attention) if t >= FUSED_FROM else {}
-    plain = lambda q, k, v: jax.nn.dot_product_attention(q, k, v)
-    return jax.lax.platform_dependent(q, k, v, cpu=side_by_side, default=plain, **kernels)
+    on_tpu = dict(tpu=splash_attention) if t >= FUSED_FROM else {}
+    return jax.lax.platform_dependent(q, k, v, cpu=side_by_side, default=plain, **on_tpu)
+
+
+def plain(q, k, v):
+    """`attention` by XLA, on any platform."""
+    return jax.nn.dot_product_attention(q, k, v)
+
+
+def cudnn(q, k, v):
+    """`attention` by cuDNN: NVIDIA GPUs, bfloat16 or float16, d a multiple of 8."""
+    return jax.nn.dot_product_attention(q, k, v, implementation="cudnn")
 
 
 def side_by_side(q, k, v):
@@ -90,3 +101,6 @@ def _kernel(heads: int, length: int, tile: int, interpret: bool):
         names = ("block_q", "block_kv", "block_q_dkv", "block_kv_dkv", "block_kv_dkv_compute", "block_q_dq")
         sizes = splash.BlockSizes(**dict.fromkeys((*names, "block_kv_compute", "block_kv_dq"), tile))
         return splash.make_splash_mha_single_device(mask, block_sizes=sizes, interpret=interpret)
+
+
+KERNELS = dict(plain=plain, side_by_side=side_by_side, splash=splash_attention, cudnn=cudnn)

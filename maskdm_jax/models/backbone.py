@@ -18,6 +18,7 @@ class Backbone(nnx.Module):
       unconditional_token: give a conditional model a learned token that stands for "no label".
       time_mlp: send the time embedding through a two-layer MLP before it becomes a token.
       dtype: of the computation.
+      attention: kernel, see `attention.attention`.
       remat: recompute each block in the backward pass rather than keep its activations.
       rngs: parameter initialisation.
     """
@@ -34,6 +35,7 @@ class Backbone(nnx.Module):
         unconditional_token: bool,
         time_mlp: bool,
         dtype,
+        attention: str,
         remat: bool,
         rngs: nnx.Rngs,
     ):
@@ -47,7 +49,8 @@ class Backbone(nnx.Module):
             self.uncond_embed = nnx.Param(normal_002(rngs.params(), (width,))) if unconditional_token else None
 
         def block(skip):
-            return Block(width, heads, int(width * mlp_ratio), qv_bias=qv_bias, skip=skip, dtype=dtype, rngs=rngs)
+            options = dict(qv_bias=qv_bias, skip=skip, kernel=attention, dtype=dtype, rngs=rngs)
+            return Block(width, heads, int(width * mlp_ratio), **options)
 
         self.in_blocks = nnx.List([block(skip=False) for _ in range(depth // 2)])
         self.mid_block = block(skip=False)

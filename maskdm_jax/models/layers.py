@@ -111,10 +111,10 @@ class Attention(nnx.Module):
     q and v have a bias each and k has none: softmax cancels a bias on k anyway.
     """
 
-    def __init__(self, dim: int, heads: int, *, qv_bias: bool, dtype, rngs: nnx.Rngs):
+    def __init__(self, dim: int, heads: int, *, qv_bias: bool, kernel: str, dtype, rngs: nnx.Rngs):
         if dim % heads:
             raise ValueError(f"width {dim} does not divide into {heads} heads")
-        self.heads = heads
+        self.heads, self.kernel = heads, kernel
         self.qkv = Linear(dim, 3 * dim, use_bias=False, kernel_init=normal_002, dtype=dtype, rngs=rngs)
         self.q_bias = nnx.Param(jnp.zeros((dim,), jnp.float32)) if qv_bias else None
         self.v_bias = nnx.Param(jnp.zeros((dim,), jnp.float32)) if qv_bias else None
@@ -127,7 +127,7 @@ class Attention(nnx.Module):
             q = q + self.q_bias[None, None].astype(q.dtype)
             v = v + self.v_bias[None, None].astype(v.dtype)
         q, k, v = (a.reshape(b, t, self.heads, d // self.heads) for a in (q, k, v))
-        return self.proj(attention(q, k, v).reshape(b, t, d))
+        return self.proj(attention(q, k, v, self.kernel).reshape(b, t, d))
 
 
 class Mlp(nnx.Module):
@@ -154,10 +154,12 @@ class Block(nnx.Module):
     argument and merges it first thing: Linear(2D -> D) of the two side by side.
     """
 
-    def __init__(self, dim: int, heads: int, mlp_hidden: int, *, qv_bias: bool, skip: bool, dtype, rngs: nnx.Rngs):
+    def __init__(
+        self, dim: int, heads: int, mlp_hidden: int, *, qv_bias: bool, skip: bool, kernel: str, dtype, rngs: nnx.Rngs
+    ):
         self.skip_linear = Linear(2 * dim, dim, kernel_init=normal_002, dtype=dtype, rngs=rngs) if skip else None
         self.norm1 = LayerNorm(dim, out_dtype=dtype, rngs=rngs)
-        self.attn = Attention(dim, heads, qv_bias=qv_bias, dtype=dtype, rngs=rngs)
+        self.attn = Attention(dim, heads, qv_bias=qv_bias, kernel=kernel, dtype=dtype, rngs=rngs)
         self.norm2 = LayerNorm(dim, out_dtype=dtype, rngs=rngs)
         self.mlp = Mlp(dim, mlp_hidden, activation=exact_gelu, dtype=dtype, rngs=rngs)
 

@@ -17,7 +17,7 @@ class UViT(nnx.Module):
       image_size: side of the square images, in pixels.
       patch_size: side p of a patch; must divide `image_size`.
       channels: C, channels of the images.
-      width, depth, heads, mlp_ratio, qv_bias, num_classes, time_mlp, remat: see `Backbone`.
+      width, depth, heads, mlp_ratio, qv_bias, num_classes, time_mlp, attention, remat: see `Backbone`.
       dtype: of the computation; parameters and the returned prediction are float32.
       rngs: parameter initialisation.
     """
@@ -36,6 +36,7 @@ class UViT(nnx.Module):
         num_classes: int = 0,
         time_mlp: bool = False,
         dtype=jnp.float32,
+        attention: str = "auto",
         remat: bool = False,
         rngs: nnx.Rngs,
     ):
@@ -57,6 +58,7 @@ class UViT(nnx.Module):
             unconditional_token=True,
             time_mlp=time_mlp,
             dtype=dtype,
+            attention=attention,
             remat=remat,
             rngs=rngs,
         )

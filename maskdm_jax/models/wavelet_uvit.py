@@ -27,7 +27,7 @@ class WaveletUViT(nnx.Module):
       patch_size: side p of an approximation patch, in coefficients.
       channels: C, channels of the images.
       scale: s, detail patches have side p * s; p * s must divide image_size / 2.
-      width, depth, heads, mlp_ratio, qv_bias, num_classes, time_mlp, remat: see `Backbone`.
+      width, depth, heads, mlp_ratio, qv_bias, num_classes, time_mlp, attention, remat: see `Backbone`.
       dtype: of the computation; parameters and the returned prediction are float32.
       rngs: parameter initialisation.
     """
@@ -47,6 +47,7 @@ class WaveletUViT(nnx.Module):
         num_classes: int = 0,
         time_mlp: bool = False,
         dtype=jnp.float32,
+        attention: str = "auto",
         remat: bool = False,
         rngs: nnx.Rngs,
     ):
@@ -73,6 +74,7 @@ class WaveletUViT(nnx.Module):
             unconditional_token=False,
             time_mlp=time_mlp,
             dtype=dtype,
+            attention=attention,
             remat=remat,
             rngs=rngs,
         )
