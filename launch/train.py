@@ -11,6 +11,7 @@ from ml_collections import config_flags
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "Config file of the run.")
 DRY_RUN = flags.DEFINE_bool("dry_run", False, "Check what the run needs, on every host, and say whether it would work.")
+PROFILE = flags.DEFINE_integer("profile", 0, "Trace so many steps, soon after the start, into the run folder.", 0)
 WORKDIR = flags.DEFINE_string("workdir", None, "Run folder; runs/NAME of the config when not given.")
 
 
@@ -36,7 +37,7 @@ def main(argv):
         if DRY_RUN.value:
             check(settings, workdir)
         else:
-            train.train(settings, workdir)
+            train.train(settings, workdir, profile=PROFILE.value)
     except train.Preempted as stop:
         distributed.leave(str(stop), distributed.PREEMPTED)
     except (config.ConfigError, DataError, CheckpointError, EvaluationError, TorchFileError, OSError) as error:

@@ -173,22 +173,32 @@ class Progress:
 
 
 class Rate:
-    """Steps per second since the last reading, without the pauses that `paused` wraps."""
+    """Steps per second since the last reading, without the pauses that `paused` wraps, and what of it was waiting."""
 
     def __init__(self):
         self._since = time.perf_counter()
         self._steps = 0
+        self._waited = 0.0
 
     def tick(self) -> None:
         """A step was done."""
         self._steps += 1
 
-    def read(self) -> float:
-        """Steps per second since the last call."""
+    def read(self) -> tuple[float, float]:
+        """Steps per second since the last call, and the share of the time that was spent in `waiting`."""
         now = time.perf_counter()
-        rate = self._steps / max(now - self._since, 1e-9)
-        self._since, self._steps = now, 0
-        return rate
+        seconds = max(now - self._since, 1e-9)
+        rate, waited = self._steps / seconds, min(self._waited / seconds, 1.0)
+        self._since, self._steps, self._waited = now, 0, 0.0
+        return rate, waited
+
+    @contextlib.contextmanager
+    def waiting(self, idle):
+        """Time in here counts as waiting if `idle()` says at its end that the device has nothing to do."""
+        start = time.perf_counter()
+        yield
+        if idle():
+            self._waited += time.perf_counter() - start
 
     @contextlib.contextmanager
     def paused(self):
@@ -196,6 +206,41 @@ class Rate:
         start = time.perf_counter()
         yield
         self._since += time.perf_counter() - start
+
+
+class Profile:
+    """A trace of some steps of a run by JAX's profiler.
+
+    Args:
+      folder: where it is written.
+      first, steps: the steps to trace; 0 steps is no trace.
+    """
+
+    def __init__(self, folder, first: int, steps: int):
+        self._folder, self._first, self._last, self._on = folder, first, first + steps - 1, False
+
+    def step(self, number: int):
+        """Context of step `number`, which marks it in the trace."""
+        if self._first == number <= self._last:
+            jax.profiler.start_trace(str(self._folder))
+            self._on = True
+        return jax.profiler.StepTraceAnnotation("train", step_num=number)
+
+    def after(self, number: int, values) -> None:
+        """After the last step: wait for its `values` and write the trace."""
+        if self._on and number >= self._last:
+            jax.block_until_ready(values)
+            self.close()
+
+    def close(self) -> None:
+        """Write what there is."""
+        if self._on:
+            self._on = False
+            jax.profiler.stop_trace()
+            log.info(
+                "profile from step %d on: %s (xprof --logdir=%s, or open its trace.json.gz at ui.perfetto.dev)",
+                *(self._first, self._folder, self._folder),
+            )
 
 
 def duration(seconds: float) -> str:

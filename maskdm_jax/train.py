@@ -33,6 +33,8 @@ from maskdm_jax.train_state import TrainState, ema_step_size, learning_rate, mak
 
 log = logging.getLogger(__name__)
 
+WARM_UP = 10  # steps before a profile: compilation, caches
+
 
 class Preempted(RuntimeError):
     """The run was told to stop, and saved; the message names the step and what goes on from it."""
@@ -155,11 +157,12 @@ class Start(typing.NamedTuple):
     meta: dict  # of the checkpoint, {} if there is none
 
 
-def train(config: Config, workdir, *, devices=None) -> pathlib.Path:
+def train(config: Config, workdir, *, devices=None, profile: int = 0) -> pathlib.Path:
     """Run all stages of a config, or what is left of them, and return the newest checkpoint's folder.
 
     Start order: the newest checkpoint in `workdir`, else the weights of `config.init_from`, else fresh.
-    Runs on all devices, or on the list `devices`.
+    Runs on all devices, or on the list `devices`. `profile` traces so many steps, a few after the start, into the run
+    folder's `profile`.
 
     Raises:
       ConfigError, DataError, CheckpointError: something cannot work; raised before training begins.
@@ -190,11 +193,13 @@ def train(config: Config, workdir, *, devices=None) -> pathlib.Path:
         metrics = observe.Metrics(workdir, config, step=done)
         closing.callback(metrics.close)
         run = _Run(config, workdir, mesh, source, network, checkpoints, metrics)
+        tracing = observe.Profile(workdir / "profile", done + WARM_UP + 1, profile if distributed.is_first() else 0)
+        closing.callback(tracing.close)
         state, meta, begun = start.state, start.meta, time.perf_counter()
         for index in range(start.stage, len(config.stages)):
             if index > start.stage:
                 state, meta = next_stage(config, index, network, mesh, state), {}
-            state = run.stage(index, state, meta)
+            state = run.stage(index, state, meta, tracing)
         checkpoints.wait()
         newest = checkpoints.folder / str(ends[-1])
         log.info(
@@ -379,7 +384,7 @@ class _Run:
         self.unreadable = set()  # images found so, over all stages
         self.generate = make_generator(config, network, mesh, config.preview.rows * config.preview.columns)
 
-    def stage(self, index: int, state: TrainState, meta: dict) -> TrainState:
+    def stage(self, index: int, state: TrainState, meta: dict, tracing: observe.Profile) -> TrainState:
         """Train stage `index` from `state` (and the position in `meta`, if resumed) to its end."""
         name = self.config.stages[index]
         stage, plans = self.config.stage[name], config_lib.mask_plans(self.config, name)
@@ -413,23 +418,27 @@ class _Run:
             rate.tick()
             if step % self.config.log.every and step != stage.steps:
                 return
-            per_second = rate.read()
+            per_second, waited = rate.read()
             means = window.take()
             images = per_second * stage.batch_size
             text = (
                 f"loss {means['loss']:.4f} | {images:,.0f} images/s | {visible} of {total} tokens | "
                 f"{observe.duration(self._time_left(index, step, per_second))} left"
+                + (f" | {waited:.0%} of the time waiting for data" if waited > 0.03 else "")
             )
             progress.numbers(step, text)
-            extra = dict(images_per_second=images, visible_tokens=visible, stage=name)
+            extra = dict(images_per_second=images, waiting_for_data=waited, visible_tokens=visible, stage=name)
             self.metrics.write(offset + step, means | extra)
 
         # Step k is read after step k + 1 was started, so that the device never waits for Python.
         pending = None
         with contextlib.closing(batches), contextlib.closing(progress):
             for step in range(first + 1, stage.steps + 1):
-                batch = sharding.to_global(self.mesh, next(batches))
-                state, values = step_fn(state, batch)
+                with rate.waiting(lambda before=pending: before is not None and before[1]["loss"].is_ready()):
+                    batch = sharding.to_global(self.mesh, next(batches))
+                with tracing.step(offset + step):
+                    state, values = step_fn(state, batch)
+                tracing.after(offset + step, values)
                 if pending:
                     finish(*pending)
                 pending = (step, values)

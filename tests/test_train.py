@@ -1,4 +1,5 @@
 import functools
+import gzip
 import json
 import shutil
 from unittest import mock
@@ -198,11 +199,23 @@ def test_resumed_runs_equal_undisturbed_ones_bit_for_bit(whole_run, tmp_path, mo
         jax.tree.map(np.testing.assert_array_equal, params_of(workdir, which), params_of(whole_run, which))
 
 
+@pytest.mark.parametrize("steps", [2, 100])
+def test_a_profile_is_taken(tmp_path, monkeypatch, steps):
+    """Of some steps, or of those that there are; it changes nothing."""
+    monkeypatch.setattr(train, "WARM_UP", 1)
+    train.train(tiny.config(stages=("pretrain",)), tmp_path, devices=ONE, profile=steps)
+    assert (tmp_path / "log.txt").read_text().count("profile from step 2 on: ") == 1
+    (trace,) = (tmp_path / "profile").rglob("*.trace.json.gz")
+    events = json.loads(gzip.decompress(trace.read_bytes()))["traceEvents"]
+    marked = {event["args"]["step_num"] for event in events if event.get("name") == "train"}
+    assert marked == ({"2", "3"} if steps == 2 else {"2", "3", "4"})
+
+
 def test_a_run_leaves_everything_behind(whole_run, caplog):
     assert [line["step"] for line in observe.read_metrics(whole_run / "metrics.jsonl")] == [1, 2, 3, 4, 5, 6]
     first = observe.read_metrics(whole_run / "metrics.jsonl")[0]
     assert first.keys() == {
-        "step", "loss", "grad_norm", "learning_rate", "images_per_second", "visible_tokens", "stage"
+        "step", "loss", "grad_norm", "learning_rate", "images_per_second", "waiting_for_data", "visible_tokens", "stage"
     }  # fmt: skip
     assert (first["stage"], first["visible_tokens"], first["learning_rate"]) == ("pretrain", 8, 0)
     assert (whole_run / "samples" / "step_0000004.png").exists(), "at the end of each stage"
