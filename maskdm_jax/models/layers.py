@@ -47,8 +47,16 @@ def timestep_embedding(t, dim: int):
 
 @jax.custom_vjp
 def matmul(x, w):
-    """X [..., D] @ w [D, E] -> [..., E]."""
-    return x @ w
+    """The product of x [..., D] and w [D, E]: [..., E]."""
+    return _product(x, w)
+
+
+def _product(a, b):
+    if a.dtype == jnp.float32:
+        return a @ b
+    # CPUs that multiply bfloat16 in hardware are asked to only for results in float32.
+    wide = lambda a, b: jnp.matmul(a, b, preferred_element_type=jnp.float32).astype(a.dtype)
+    return jax.lax.platform_dependent(a, b, cpu=wide, default=jnp.matmul)
 
 
 def _matmul_backward(saved, g):
@@ -56,10 +64,10 @@ def _matmul_backward(saved, g):
     # On CPU, XLA would turn an x of more than two axes round in a loop that computes the sums that x is made of anew.
     # Elsewhere it is the matrix that costs: T tokens are padded to whole tiles, B x T rows to others.
     flat = lambda a: a.reshape(-1, a.shape[-1])
-    as_matrices = lambda x, g: flat(x).T @ flat(g)
+    as_matrices = lambda x, g: _product(flat(x).T, flat(g))
     rows = tuple(range(x.ndim - 1))
     as_they_are = lambda x, g: jax.lax.dot_general(x, g, ((rows, rows), ((), ())))
-    return g @ w.T, jax.lax.platform_dependent(x, g, cpu=as_matrices, default=as_they_are)
+    return _product(g, w.T), jax.lax.platform_dependent(x, g, cpu=as_matrices, default=as_they_are)
 
 
 matmul.defvjp(lambda x, w: (matmul(x, w), (x, w)), _matmul_backward)
