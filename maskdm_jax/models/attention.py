@@ -60,18 +60,24 @@ def _softmax_of_products(q, k, v):
 
 
 def _softmax_forward(q, k, v):
-    logits = jnp.einsum("ntd,nsd->nts", q, k, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
+    logits = _wide("ntd,nsd->nts", q, k) * q.shape[-1] ** -0.5
     weights = jax.nn.softmax(logits).astype(v.dtype)
-    return weights @ v, (q, k, v, weights)
+    return _wide("nts,nsd->ntd", weights, v).astype(v.dtype), (q, k, v, weights)
+
+
+def _wide(equation, a, b):
+    """A product with float32 results: what CPUs that multiply bfloat16 in hardware are asked to do there."""
+    return jnp.einsum(equation, a, b, preferred_element_type=jnp.float32)
 
 
 def _softmax_backward(saved, g):
     q, k, v, weights = saved
-    to_weights = jnp.einsum("ntd,nsd->nts", g, v, preferred_element_type=jnp.float32)
+    to_weights = _wide("ntd,nsd->nts", g, v)
     to_logits = weights * (to_weights - (weights * to_weights).sum(-1, keepdims=True)) * q.shape[-1] ** -0.5
     to_logits = to_logits.astype(q.dtype)
-    turned = lambda a, b: jnp.einsum("nts,ntd->nsd", a, b)
-    return to_logits @ k, turned(to_logits, q), turned(weights, g)
+    turned = lambda a, b: _wide("nts,ntd->nsd", a, b)
+    grads = _wide("nts,nsd->ntd", to_logits, k), turned(to_logits, q), turned(weights, g)
+    return tuple(grad.astype(q.dtype) for grad in grads)
 
 
 _softmax_of_products.defvjp(_softmax_forward, _softmax_backward)

@@ -59,15 +59,23 @@ def _product(a, b):
     return jax.lax.platform_dependent(a, b, cpu=wide, default=jnp.matmul)
 
 
+def _turned(a):
+    """a.T; for bfloat16 on CPU in a way that XLA does not take into the product, where the hardware could not do it."""
+    if a.dtype == jnp.float32 or a.shape[1] % 2:
+        return a.T
+    halves = lambda a: jax.lax.optimization_barrier(a).reshape(len(a), 2, -1).transpose(1, 2, 0).reshape(-1, len(a))
+    return jax.lax.platform_dependent(a, cpu=halves, default=jnp.transpose)
+
+
 def _matmul_backward(saved, g):
     x, w = saved
     # On CPU, XLA would turn an x of more than two axes round in a loop that computes the sums that x is made of anew.
     # Elsewhere it is the matrix that costs: T tokens are padded to whole tiles, B x T rows to others.
     flat = lambda a: a.reshape(-1, a.shape[-1])
-    as_matrices = lambda x, g: _product(flat(x).T, flat(g))
+    as_matrices = lambda x, g: _product(_turned(flat(x)), flat(g))
     rows = tuple(range(x.ndim - 1))
     as_they_are = lambda x, g: jax.lax.dot_general(x, g, ((rows, rows), ((), ())))
-    return _product(g, w.T), jax.lax.platform_dependent(x, g, cpu=as_matrices, default=as_they_are)
+    return _product(g, _turned(w)), jax.lax.platform_dependent(x, g, cpu=as_matrices, default=as_they_are)
 
 
 matmul.defvjp(lambda x, w: (matmul(x, w), (x, w)), _matmul_backward)
