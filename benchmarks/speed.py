@@ -50,9 +50,9 @@ class Subject:
 
     def turn(self) -> None:
         """Time as many executions as fill the least length, one after the other, waiting at the end."""
+        self.wait(self.start())  # as in a run, where such a one was there before, not another program
         if not self.repeats:
             self.repeats = 1
-            self.wait(self.start())  # warm up
             self.repeats = max(1, math.ceil(SECONDS.value / self._run()))
         self.seconds.append(self._run())
 

@@ -112,12 +112,39 @@ class LayerNorm(nnx.LayerNorm):
     """LayerNorm with the reference's epsilon, computed in float32 and returned in `out_dtype`."""
 
     def __init__(self, dim: int, *, out_dtype=jnp.float32, rngs: nnx.Rngs):
-        # Two-pass variance: the default, E[x^2] - E[x]^2, cancels and misses the golden tolerance.
-        super().__init__(dim, epsilon=LAYER_NORM_EPS, dtype=jnp.float32, use_fast_variance=False, rngs=rngs)
+        super().__init__(dim, epsilon=LAYER_NORM_EPS, rngs=rngs)
         self.out_dtype = out_dtype
 
     def __call__(self, x):
-        return super().__call__(x).astype(self.out_dtype)
+        return layer_norm(x.astype(jnp.float32), self.scale[...], self.bias[...]).astype(self.out_dtype)
+
+
+@jax.custom_vjp
+def layer_norm(x, scale, bias):
+    """Bring x [..., D] to mean 0 and variance 1 over its last axis, times scale [D], plus bias [D]; float32."""
+    return _standardised(x)[0] * jnp.broadcast_to(scale, x.shape) + jnp.broadcast_to(bias, x.shape)
+
+
+def _standardised(x):
+    """(x - mean) / deviation, 1 / deviation."""
+    # Two passes: the variance as E[x^2] - E[x]^2 cancels and misses the golden tolerance.
+    x = x - x.mean(-1, keepdims=True)
+    inverse = jax.lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + LAYER_NORM_EPS)
+    return x * inverse, inverse
+
+
+def _layer_norm_backward(saved, g):
+    # From x alone: derived step by step, it would keep and pass over several arrays of x's size.
+    x, scale = saved
+    normal, inverse = _standardised(x)
+    to_normal = g * jnp.broadcast_to(scale, x.shape)
+    mean = lambda a: a.mean(-1, keepdims=True)
+    rows = tuple(range(x.ndim - 1))
+    to_x = inverse * (to_normal - mean(to_normal) - normal * mean(to_normal * normal))
+    return to_x, (g * normal).sum(rows), g.sum(rows)
+
+
+layer_norm.defvjp(lambda x, scale, bias: (layer_norm(x, scale, bias), (x, scale)), _layer_norm_backward)
 
 
 class Attention(nnx.Module):
@@ -158,9 +185,24 @@ class Mlp(nnx.Module):
         return self.fc2(self.activation(self.fc1(x)))
 
 
+@jax.custom_vjp
 def exact_gelu(x):
     """GELU by the error function, as the reference has it (`jax.nn.gelu` goes by tanh or, exactly, by slower erfc)."""
-    return 0.5 * x * (1 + jax.lax.erf(x * math.sqrt(0.5)))
+    return x * _normal_cdf(x)
+
+
+def _normal_cdf(x):
+    return 0.5 * (1 + jax.lax.erf(x * math.sqrt(0.5)))
+
+
+def _gelu_backward(x, g):
+    # By hand, to be one pass over x and g; the barrier keeps the forward pass from saving parts of it.
+    x = jax.lax.optimization_barrier(x)
+    density = jnp.exp(-0.5 * x * x) * (1 / math.sqrt(2 * math.pi))
+    return (g * (_normal_cdf(x) + x * density),)
+
+
+exact_gelu.defvjp(lambda x: (exact_gelu(x), x), _gelu_backward)
 
 
 class Block(nnx.Module):
