@@ -1,13 +1,19 @@
-"""How fast the training step, the network and sampling are on the devices that are here, against PyTorch if wanted.
+"""How fast all parts of a run are on the devices that are here, against PyTorch if wanted.
 
-    python benchmarks/speed.py --config=configs/celeba64_pretrain.py --batch=8
+    python benchmarks/speed.py --config=configs/celeba64_pretrain.py --batch=8 --config.data.path=DIR_OR_ZIP
     python benchmarks/speed.py --config=configs/celeba64_pretrain.py --batch=8 --torch=eager --torch=fused
 
 Measures whole training steps (noise, masks, loss, gradients, clipping, AdamW, EMA) with 10%, 50% and 100% of the
-patches visible, a forward pass of the network, and sampling, on random images. All take turns, `--rounds` times;
-medians are printed, with the share that they reach of the device's peak: that of a large matrix product, measured in
-the same rounds. `--torch` adds the official step in PyTorch, as published (eager), with fused attention, or compiled;
-ratios are of its seconds over ours. `--json` keeps the numbers. The last line is JSON, too.
+patches visible, a forward pass of the network, and sampling, on random images; loading, where config.data.path is
+there; the Inception features of evaluation, where its weights are there (config.evaluation.inception_weights). All
+take turns, `--rounds` times, and medians are printed. A checkpoint follows: how long a run stands still for it, and
+when it is on disk.
+
+"of peak" is the share of what a large matrix product reaches, measured in the same rounds. "of roof" is the least time
+by that rate for the arithmetic or by a large copy's for the memory traffic, whichever is more, over the time taken; the
+traffic is XLA's estimate, which on CPU leaves caches out of account. `--torch` adds the official step in PyTorch, as
+published (eager), with fused attention, or compiled; ratios are of its seconds over ours. `--json` keeps the numbers.
+The last line is JSON, too.
 """
 
 import dataclasses
@@ -43,6 +49,7 @@ class Subject:
     wait: object
     images: int = 0
     flops: float = 0.0  # of one execution, over all devices
+    traffic: float = 0.0  # bytes read and written in memory by one execution, over all devices
     memory: int = 0  # bytes per device
     compile_seconds: float = 0.0
     seconds: list = dataclasses.field(default_factory=list)
@@ -85,7 +92,8 @@ def measure(settings) -> list[Subject]:
     settings.stages = (stage,)
     settings[stage].batch_size = BATCH.value or settings[stage].batch_size
     settings.sampling.steps = SAMPLING_STEPS.value or settings.sampling.steps
-    subjects = [peak(settings.model.dtype), *of_jax(settings, stage)]
+    subjects = [peak(settings.model.dtype), copy(), *of_jax(settings, stage)]
+    subjects += [*of_loading(settings, stage), *of_evaluation(settings)]
     if TORCH.value:
         subjects += of_torch(settings, stage)
     for i in range(ROUNDS.value):
@@ -93,7 +101,7 @@ def measure(settings) -> list[Subject]:
             if sys.stderr.isatty():
                 print(f"\rround {i + 1} of {ROUNDS.value}: {subject.what}, {subject.by:20}", end="\r", file=sys.stderr)
             subject.turn()
-    return subjects
+    return subjects + of_checkpoint(settings)
 
 
 def masked(settings, stage: str, percent: str):
@@ -117,6 +125,16 @@ def peak(dtype: str) -> Subject:
     return Subject("peak", "jax", lambda: product(x, x), jax.block_until_ready, flops=2.0 * n**3)
 
 
+def copy() -> Subject:
+    """A pass over one device's memory that is bound by its traffic alone."""
+    import jax
+    import jax.numpy as jnp
+
+    x = jnp.ones(2**26 if jax.default_backend() == "cpu" else 2**28, jnp.float32)
+    negated = jax.jit(jnp.negative)
+    return Subject("copy", "jax", lambda: negated(x), jax.block_until_ready, traffic=2.0 * x.nbytes)
+
+
 def of_jax(settings, stage: str) -> list[Subject]:
     import jax
     import numpy as np
@@ -131,7 +149,7 @@ def of_jax(settings, stage: str) -> list[Subject]:
         found = cost.of_training(config, stage, devices, batch_size)
         abstract = train.abstract_state(config, 0, network, mesh)
         state = [train.fresh_state(config, network, abstract)]
-        step = train.compile_step(config, stage, network, mesh, abstract)
+        step = train.compile_step(config, stage, mesh, abstract)
         draw, size = np.random.default_rng(0), config.data.image_size
         image = draw.integers(0, 256, (batch_size, size, size, config.data.channels), np.uint8)
         index = np.arange(batch_size)
@@ -143,17 +161,18 @@ def of_jax(settings, stage: str) -> list[Subject]:
             return values["loss"]
 
         about = dict(images=batch_size, memory=found.memory, compile_seconds=found.compile_seconds)
-        flops = found.flops * len(devices)
-        subjects.append(Subject(f"step {percent}%", "jax", start, float, flops=flops, **about))
+        about |= dict(flops=found.flops * len(devices), traffic=found.traffic * len(devices))
+        subjects.append(Subject(f"step {percent}%", "jax", start, float, **about))
     # Forward and sampling: whole images, by the last state's weights.
     shape = representation.make_representation(config).shape
     x = jax.device_put(draw.standard_normal((batch_size, *shape), np.float32), sharding.batch_sharding(mesh))
     t = jax.device_put(np.full(batch_size, 500, np.int32), sharding.batch_sharding(mesh))
     labels = t * 0 if config.model.num_classes else None
     begun = time.perf_counter()
-    apply = jax.jit(network.apply).lower(state[0].params, x, t, labels)
-    flops, forward = apply.cost_analysis()["flops"], apply.compile()
-    about = dict(images=batch_size, flops=flops, compile_seconds=time.perf_counter() - begun)
+    forward = jax.jit(network.apply).lower(state[0].params, x, t, labels).compile()
+    about = dict(images=batch_size, compile_seconds=time.perf_counter() - begun)
+    about["memory"] = sum(cost.memory_of(forward))
+    about |= dict(flops=cost.of_forward(config, batch_size)[0], traffic=cost.traffic(forward.as_text()) * len(devices))
     start = lambda: forward(state[0].params, x, t, labels)
     subjects.append(Subject("forward", "jax", start, jax.block_until_ready, **about))
     if SAMPLING_STEPS.value:
@@ -162,9 +181,73 @@ def of_jax(settings, stage: str) -> list[Subject]:
         index = jax.device_put(np.arange(batch_size, dtype=np.int32), sharding.batch_sharding(mesh))
         start = lambda: run(state[0].ema, key, index, labels)
         about = dict(images=batch_size, memory=found.memory, compile_seconds=found.compile_seconds)
-        flops = found.flops * len(devices)
-        subjects.append(Subject("sampling", "jax", start, jax.block_until_ready, flops=flops, **about))
+        about |= dict(flops=found.flops * len(devices), traffic=found.traffic * len(devices))
+        subjects.append(Subject("sampling", "jax", start, jax.block_until_ready, **about))
     return subjects
+
+
+def of_loading(settings, stage: str) -> list[Subject]:
+    """Batches read, decoded and stacked, where there is data: so many at a time that what lies ready counts little."""
+    from maskdm_jax.data.pipeline import Batches, open_data
+    from maskdm_jax.data.sources import DataError
+
+    config = masked(settings, stage, "100")
+    try:
+        source = open_data(config.data)
+    except DataError as error:
+        print(f"loading is left out: {error}")
+        return []
+    size = config.stage[stage].batch_size
+    batches, number = Batches(config.data, batch_size=size, seed=0, source=source), max(4, 4096 // size)
+    read = lambda: [next(batches) for _ in range(number)] and None
+    return [Subject("loading", "jax", read, lambda _: None, images=number * size)]
+
+
+def of_evaluation(settings) -> list[Subject]:
+    """Inception features of random images, where the network's weights are there."""
+    import jax
+    import numpy as np
+
+    from maskdm_jax import cache
+    from maskdm_jax.evaluation import features, inception
+
+    path = settings.evaluation.inception_weights or cache.folder("weights") / inception.FILE
+    if not pathlib.Path(path).exists():
+        print(f"evaluation is left out: {path} is not there; give config.evaluation.inception_weights")
+        return []
+    n = 16 if jax.default_backend() == "cpu" else 512
+    extract = features.Extractor(inception.load_weights(path), batch_size=n)
+    size = settings.data.image_size
+    pictures = np.random.default_rng(0).integers(0, 256, (n, size, size, settings.data.channels), np.uint8)
+    images = features.Images("random", n, lambda start, stop: iter(pictures[start:stop]))
+    return [Subject("features", "jax", lambda: extract(images), lambda _: None, images=n)]
+
+
+def of_checkpoint(settings) -> list[Subject]:
+    """A checkpoint of the whole state: until the run may go on, and until it is on disk."""
+    import jax
+
+    from maskdm_jax import checkpoint, train
+    from maskdm_jax.network import make_network
+
+    config = masked(settings, settings.stages[0], "100")
+    network, mesh = make_network(config), train.make_mesh_for(config)
+    state = train.fresh_state(config, network, train.abstract_state(config, 0, network, mesh))
+    size = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
+    stall = Subject("checkpoint", "until the run goes on", None, None, memory=size)
+    whole = Subject("", "until it is on disk", None, None, memory=size)
+    with tempfile.TemporaryDirectory() as folder:
+        checkpoints = checkpoint.Checkpoints(folder, keep=1)
+        for i in range(1 + min(ROUNDS.value, 3)):
+            begun = time.perf_counter()
+            checkpoints.save(i, state, {})
+            stalled = time.perf_counter() - begun
+            checkpoints.wait()
+            if i:  # the first one sets up what all share
+                stall.seconds.append(stalled)
+                whole.seconds.append(time.perf_counter() - begun)
+        checkpoints.close()
+    return [stall, whole]
 
 
 def of_torch(settings, stage: str) -> list[Subject]:
@@ -241,26 +324,37 @@ def report(subjects: list[Subject]) -> dict:
     """Print a table; the numbers, with what they were measured on."""
     import jax
 
-    best = max(subjects[0].flops / seconds for seconds in subjects[0].seconds)
     devices, rows = jax.devices(), []
-    print(f"{len(devices)} x {devices[0].device_kind}; a large matrix product: {best / 1e12:,.2f} TFLOP/s")
-    print(f"{'':12}{'':16}{'ms':>10}{'images/s':>12}{'TFLOP/s':>10}{'of peak':>9}{'GiB':>7}{'compiled':>10}")
+    best = max(subjects[0].flops / seconds for seconds in subjects[0].seconds) * len(devices)
+    moved = max(subjects[1].traffic / seconds for seconds in subjects[1].seconds) * len(devices)
+    print(f"{len(devices)} x {devices[0].device_kind}; a large matrix product: {best / 1e12:,.2f} TFLOP/s", end="")
+    print(f"; a large copy: {moved / 1e9:,.0f} GB/s")
+    print(
+        f"{'':12}{'':22}{'ms':>10}{'images/s':>12}{'TFLOP/s':>10}{'of peak':>9}{'of roof':>9}{'GiB':>8}{'compiled':>10}"
+    )
     ours = {subject.what: subject for subject in subjects if subject.by == "jax"}
-    for subject in subjects[1:]:
-        seconds = statistics.median(subject.seconds)
-        rate = ours[subject.what].flops / seconds / len(devices)
-        pairs = zip(subject.seconds, ours[subject.what].seconds, strict=True)
+    for subject in subjects[2:]:
+        same, seconds = ours.get(subject.what, subject), statistics.median(subject.seconds)
         row = dict(what=subject.what, by=subject.by, seconds=seconds, images_per_second=subject.images / seconds)
-        row |= dict(flops_per_second=rate, share_of_peak=rate / best, memory=subject.memory)
-        row |= dict(compile_seconds=subject.compile_seconds, over_ours=statistics.median(a / b for a, b in pairs))
+        row |= dict(flops_per_second=same.flops / seconds, share_of_peak=same.flops / seconds / best)
+        row |= dict(share_of_roof=max(subject.flops / best, subject.traffic / moved) / seconds)
+        row |= dict(memory=subject.memory, compile_seconds=subject.compile_seconds)
+        row["over_ours"] = statistics.median(a / b for a, b in zip(subject.seconds, same.seconds, strict=True))
         rows.append(row)
-        line = f"{subject.what:12}{subject.by:16}{1e3 * seconds:10,.1f}{subject.images / seconds:12,.1f}"
-        line += f"{rate / 1e12:10,.2f}{rate / best:9.0%}"
-        if subject.by == "jax":
-            print(line + f"{subject.memory / 2**30:7.2f}{subject.compile_seconds:8.0f} s")
+        cells = [f"{1e3 * seconds:10,.1f}", f"{row['images_per_second']:12,.1f}" if subject.images else ""]
+        cells += [f"{row['flops_per_second'] / 1e12:10,.2f}{row['share_of_peak']:9.0%}" if same.flops else ""]
+        if subject is not same:
+            cells += [f"   {row['over_ours']:.2f} of our seconds"]
         else:
-            print(line + f"   {row['over_ours']:.2f} of our seconds")
-    return dict(device=devices[0].device_kind, devices=len(devices), peak=best, rows=rows)
+            cells += [f"{row['share_of_roof']:9.0%}" if subject.traffic else ""]
+            cells += [f"{subject.memory / 2**30:8.2f}" if subject.memory else ""]
+            cells += [f"{subject.compile_seconds:8.0f} s" if subject.compile_seconds else ""]
+        widths = (10, 12, 19, 9, 8, 10)
+        print(
+            f"{subject.what:12}{subject.by:22}"
+            + "".join(f"{c:{w}}" for c, w in zip(cells, widths, strict=False)).rstrip()
+        )
+    return dict(device=devices[0].device_kind, devices=len(devices), peak=best, copy=moved, rows=rows)
 
 
 if __name__ == "__main__":

@@ -44,7 +44,6 @@ def get_config():
             time_mlp=False,
             dtype="float32",  # bfloat16 computes in bfloat16, with float32 weights
             attention="auto",  # or the kernel: plain, side_by_side (CPU), splash (TPU), cudnn
-            remat=False,  # recompute blocks in the backward pass: less memory, a third more work
         )
     )
     c.diffusion = ConfigDict(
@@ -64,6 +63,7 @@ def get_config():
             steps=200_000,  # the paper names no number: stop when the samples stop improving
             batch_size=32,  # global, over all devices
             micro_batches=1,  # more for less memory: parts of a batch computed one after the other
+            remat=False,  # recompute blocks in the backward pass: less memory, a third more work
             learning_rate=1e-5,
             warmup_steps=5000,
             b1=0.99,

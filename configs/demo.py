@@ -42,7 +42,6 @@ def get_config():
             time_mlp=False,
             dtype="float32",
             attention="auto",  # or the kernel: plain, side_by_side (CPU), splash (TPU), cudnn
-            remat=False,
         )
     )
     c.diffusion = ConfigDict(
@@ -62,6 +61,7 @@ def get_config():
             steps=1500,
             batch_size=64,
             micro_batches=1,
+            remat=False,
             learning_rate=2e-3,
             warmup_steps=100,
             b1=0.9,
@@ -78,6 +78,7 @@ def get_config():
             steps=2500,
             batch_size=64,
             micro_batches=1,
+            remat=False,
             learning_rate=2e-3,
             warmup_steps=100,
             b1=0.9,

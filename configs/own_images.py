@@ -49,7 +49,6 @@ def get_config():
             time_mlp=False,
             dtype="float32",  # bfloat16 computes in bfloat16, with float32 weights
             attention="auto",  # or the kernel: plain, side_by_side (CPU), splash (TPU), cudnn
-            remat=False,  # recompute blocks in the backward pass: less memory, a third more work
         )
     )
     c.diffusion = ConfigDict(
@@ -69,6 +68,7 @@ def get_config():
             steps=50_000,
             batch_size=256,  # global, over all devices
             micro_batches=1,  # more for less memory: parts of a batch computed one after the other
+            remat=False,  # recompute blocks in the backward pass: less memory, a third more work
             learning_rate=2e-4,
             warmup_steps=1000,
             b1=0.99,
@@ -85,6 +85,7 @@ def get_config():
             steps=50_000,
             batch_size=128,  # global, over all devices
             micro_batches=1,  # more for less memory: parts of a batch computed one after the other
+            remat=False,  # recompute blocks in the backward pass: less memory, a third more work
             learning_rate=1e-4,
             warmup_steps=1000,
             b1=0.99,

@@ -68,7 +68,7 @@ def report(config, devices) -> bool:
         elif batch != wanted:
             print(f"{name}: a batch of {wanted} does not divide over {n} chips; {batch} is taken")
         what = f"{name}, a step of {batch:,} images"
-        advice = "raise micro_batches or mesh.fsdp, or set --config.model.remat=True"
+        advice = f"raise micro_batches or mesh.fsdp, or set --config.{name}.remat=True"
         found = attempt(what, advice, lambda name=name, batch=batch: cost.of_training(config, name, devices, batch))
         good &= found is not None and found.fits is not False
         steps = config.stage[name].steps
@@ -104,7 +104,8 @@ def attempt(what: str, advice: str, compile):
     )
     bounds = {key: f", {1e3 * seconds:10.2f} ms" for key, seconds in found.bounds().items()}
     print(f"  arithmetic  {scaled(found.flops)}FLOP{bounds.get('arithmetic', '')}")
-    print(f"  traffic     {scaled(found.traffic)}B   {bounds.get('memory', '')}")
+    over = f"; {found.traffic / found.streamed_traffic:.1f} times what products and state would move, each once"
+    print(f"  traffic     {scaled(found.traffic)}B   {bounds.get('memory', '')}{over}")
     sent = ", ".join(
         f"{number} {kind} of {scaled(size).strip()}B" for kind, (number, size) in found.collectives.items()
     )

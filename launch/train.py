@@ -50,7 +50,7 @@ def main(argv):
         reason = str(error).splitlines()[0]
         if "RESOURCE_EXHAUSTED" in reason:
             distributed.leave(
-                f"error: not enough memory; raise the stage's micro_batches, or --config.model.remat=True ({reason})"
+                f"error: not enough memory; raise the stage's micro_batches, or set its remat=True ({reason})"
             )
         if jax.process_count() == 1:
             raise

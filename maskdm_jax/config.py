@@ -64,7 +64,6 @@ class Model:
     time_mlp: bool  # learn the time token
     dtype: str  # of the computation: float32 or bfloat16
     attention: str  # auto, or one of models.attention.KERNELS
-    remat: bool  # recompute blocks in the backward pass: less memory, a third more work
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,6 +97,7 @@ class Stage:
     steps: int
     batch_size: int  # global
     micro_batches: int  # parts that a batch is computed in, one after the other
+    remat: bool  # recompute blocks in the backward pass: less memory, a third more work
     learning_rate: float
     warmup_steps: int
     b1: float

@@ -316,7 +316,7 @@ def _config_of(official: Official, found: dict, heads: int) -> dict:
             threads=1,
             workers=0,
         ),
-        model=model | dict(heads=heads, dtype="float32", attention="auto", remat=False),
+        model=model | dict(heads=heads, dtype="float32", attention="auto"),
         diffusion=dict(
             timesteps=found.get("timesteps", 1000),
             schedule=found.get("schedule", "cosine"),
@@ -331,6 +331,7 @@ def _config_of(official: Official, found: dict, heads: int) -> dict:
             steps=max(official.step, 1),
             batch_size=1,
             micro_batches=1,
+            remat=False,
             learning_rate=rate,
             warmup_steps=0,
             b1=b1,

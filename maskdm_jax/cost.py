@@ -9,6 +9,7 @@ import re
 import time
 
 import jax
+import jax.extend
 from jax.experimental import topologies
 
 from maskdm_jax import sharding, train
@@ -56,6 +57,7 @@ class Cost:
     temporary: int  # bytes besides, at the fullest moment
     flops: float  # of the algorithm, recomputation included
     traffic: float  # bytes read and written in memory
+    streamed_traffic: float  # if each product read and wrote memory once (`product_traffic`), and the state, twice
     collectives: dict[str, tuple[int, int]]  # kind -> (number, bytes of results)
     compile_seconds: float
 
@@ -127,8 +129,28 @@ def of_training(config: Config, name: str, devices: list, batch_size: int) -> Co
     # XLA counts the body of a loop once, and not what is in fused kernels: the arithmetic is that of the rows of one
     # device, without micro-batches, before anything is fused.
     rows = _with_batch(config, name, batch_size // len(devices), micro_batches=1)
-    one = _lower_step(_countable(rows), name, sharding.make_mesh(1, 1, jax.local_devices(backend="cpu")[:1]))
-    return _cost(compiled, seconds, mesh, batch_size, one.cost_analysis()["flops"], loops=parts)
+    one = _trace_step(_countable(rows), name, sharding.make_mesh(1, 1, jax.local_devices(backend="cpu")[:1]))
+    flops, products = one.lower().cost_analysis()["flops"], product_traffic(one.jaxpr.jaxpr)
+    return _cost(compiled, seconds, mesh, batch_size, flops, products, loops=parts)
+
+
+def product_traffic(jaxpr) -> int:
+    """Bytes of the operands and results of all matrix products of a traced program.
+
+    But for logits, known by two equal sides besides the batch, which a fused kernel keeps on the chip.
+    """
+    total = 0
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "dot_general":
+            first, second = equation.params["dimension_numbers"][1]
+            values = (*equation.invars, *equation.outvars)
+            for batch, value in zip((first, second, range(len(first))), values, strict=True):
+                sides = [side for axis, side in enumerate(value.aval.shape) if axis not in batch and side > 1]
+                logits = batch and len(sides) == 2 and sides[0] == sides[1]
+                total += 0 if logits else math.prod(value.aval.shape) * value.aval.dtype.itemsize
+        inner = [product_traffic(inner) for inner in jax.extend.core.jaxprs_in_params(equation.params)]
+        total += max(inner, default=0) if equation.primitive.name == "cond" else sum(inner)  # one branch, not all
+    return total
 
 
 def full_batch(config: Config, name: str, chips: int) -> int:
@@ -165,7 +187,7 @@ def largest_batch(config: Config, name: str, devices: list, progress=None) -> in
     while not good and bad > 1:
         good, bad = (bad // 2, bad) if fits(bad // 2) else (0, bad // 2)
     if not good:
-        raise CostError(f"not even {unit} images fit; try --config.model.remat=True, more micro_batches or mesh.fsdp")
+        raise CostError(f"not even {unit} images fit; try --config.{name}.remat=True, more micro_batches or mesh.fsdp")
     while bad - good > max(1, good // 8):
         middle = (good + bad) // 2
         good, bad = (middle, bad) if fits(middle) else (good, middle)
@@ -181,7 +203,7 @@ def _with_batch(config: Config, name: str, batch_size: int, **changes) -> Config
 def of_sampling(config: Config, devices: list, per_device: int) -> Cost:
     """Cost of whole trajectories of `per_device` images on each device."""
     mesh, network, sampling = sharding.make_mesh(devices=devices), make_network(config), config.sampling
-    evaluations = config.diffusion.timesteps if sampling.method == "ddpm" else sampling.steps
+    steps = config.diffusion.timesteps if sampling.method == "ddpm" else sampling.steps
     place = lambda shape, where: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=where)
     everywhere = sharding.replicated(mesh)
     params = jax.tree.map(lambda leaf: place(leaf, everywhere), network.abstract_params())
@@ -190,14 +212,19 @@ def of_sampling(config: Config, devices: list, per_device: int) -> Cost:
     index = jax.ShapeDtypeStruct((n,), "int32", sharding=sharding.batch_sharding(mesh))
     labels = index if config.model.num_classes else None
     compiled, seconds = _compile(lambda: compile_sampling(config, network, mesh).lower(params, key, index, labels))
-    # The network once, for the images of one device; see `of_training`.
-    x = jax.ShapeDtypeStruct((per_device, *make_representation(config).shape), "float32")
-    t = jax.ShapeDtypeStruct((per_device,), "int32")
-    apply = jax.jit(make_network(_countable(config)).apply).lower(
-        network.abstract_params(), x, t, t if config.model.num_classes else None
-    )
-    flops = apply.cost_analysis()["flops"] * evaluations * (2 if sampling.guidance else 1)
-    return _cost(compiled, seconds, mesh, n, flops, loops=evaluations)
+    evaluations = steps * (2 if sampling.guidance else 1)
+    flops, products = of_forward(config, per_device)
+    return _cost(compiled, seconds, mesh, n, flops * evaluations, products * evaluations, loops=steps)
+
+
+def of_forward(config: Config, images: int) -> tuple[float, int]:
+    """FLOPs and `product_traffic` of the network for so many whole images."""
+    network = make_network(_countable(config))
+    x = jax.ShapeDtypeStruct((images, *make_representation(config).shape), "float32")
+    t = jax.ShapeDtypeStruct((images,), "int32")
+    labels = t if config.model.num_classes else None
+    traced = jax.jit(network.apply).trace(network.abstract_params(), x, t, labels)
+    return traced.lower().cost_analysis()["flops"], product_traffic(traced.jaxpr.jaxpr)
 
 
 def _countable(config: Config) -> Config:
@@ -206,13 +233,17 @@ def _countable(config: Config) -> Config:
 
 
 def _lower_step(config: Config, name: str, mesh):
+    return _trace_step(config, name, mesh).lower()
+
+
+def _trace_step(config: Config, name: str, mesh):
     network, stage, data = make_network(config), config.stage[name], config.data
     state = train.abstract_state(config, 0, network, mesh)
     place = sharding.batch_sharding(mesh)
     rows = lambda dtype, *shape: jax.ShapeDtypeStruct((stage.batch_size, *shape), dtype, sharding=place)
     image = rows("uint8", data.image_size, data.image_size, data.channels)
     batch = dict(image=image, label=rows("int32"), index=rows("uint32"))
-    return train.compile_step(config, name, network, mesh, state).lower(state, batch)
+    return train.compile_step(config, name, mesh, state).trace(state, batch)
 
 
 def _compile(lower):
@@ -231,11 +262,17 @@ def _compile(lower):
     return compiled, time.perf_counter() - start
 
 
-def _cost(compiled, seconds: float, mesh, batch: int, flops: float, *, loops: int) -> Cost:
+def memory_of(compiled) -> tuple[int, int]:
+    """Bytes per device of a program's arguments and results, and of all else at the fullest moment."""
     memory = compiled.memory_analysis()
     # Donated arguments are where results are written: they count once.
     state = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
-    analysis, kind = compiled.cost_analysis(), mesh.devices.flat[0].device_kind
+    return state, memory.temp_size_in_bytes
+
+
+def _cost(compiled, seconds: float, mesh, batch: int, flops: float, products: int, *, loops: int) -> Cost:
+    state, temporary = memory_of(compiled)
+    text, kind = compiled.as_text(), mesh.devices.flat[0].device_kind
     here = [
         (device.memory_stats() or {}).get("bytes_limit") for device in jax.local_devices() if device.device_kind == kind
     ]
@@ -245,18 +282,82 @@ def _cost(compiled, seconds: float, mesh, batch: int, flops: float, *, loops: in
         batch=batch,
         limit=here[0] if here and here[0] else CHIPS[kind].memory if kind in CHIPS else None,
         state=state,
-        temporary=memory.temp_size_in_bytes,
+        temporary=temporary,
         flops=flops,
-        traffic=analysis.get("bytes accessed", 0.0) * loops,
-        collectives=collectives(compiled.as_text()),
+        traffic=traffic(text, loops=loops),
+        streamed_traffic=products + 2 * state,
+        collectives=collectives(text),
         compile_seconds=seconds,
     )
+
+
+_BITS = dict(f64=64, s64=64, u64=64, f32=32, s32=32, u32=32, bf16=16, f16=16, s16=16, u16=16, s8=8, u8=8, pred=8)
+_ARRAY = re.compile(r"\b(" + "|".join(_BITS) + r")\[([\d,]*)\](?:\{([^}]*)\})?")
+
+
+def _bytes(dtype: str, sides: str, layout: str = "") -> int:
+    """Bytes of an array as it lies in memory: TPUs pad its two fastest axes to whole tiles."""
+    sides = [int(side) for side in sides.split(",") if side]
+    order, tile = re.match(r"([\d,]*)", layout).group(1), re.search(r"T\((\d+),(\d+)\)", layout)
+    if tile and order and len(sides) > 1:
+        for axis, step in zip(order.split(","), reversed(tile.groups()), strict=False):
+            sides[int(axis)] = -(-sides[int(axis)] // int(step)) * int(step)
+    return _BITS[dtype] // 8 * math.prod(sides)
+
+
+_INSTRUCTION = re.compile(r"\s+(?:ROOT )?%?([\w.\-]+) = (\(.*?\)|\S+) ([\w\-]+)\(([^)]*)\)(.*)")
+# What moves nothing, and the ends of what is counted where it begins.
+_FREE = {"parameter", "get-tuple-element", "tuple", "bitcast", "constant", "after-all", "partition-id", "replica-id"}
+_FREE |= {"copy-done", "slice-done", "async-update", "async-done", "all-reduce-done", "all-gather-done", "send-done"}
+_FREE |= {"collective-permute-done", "recv-done", "opt-barrier"}
+
+
+def traffic(text: str, *, loops: int = 1) -> int:
+    """Bytes that a compiled program reads and writes in main memory, by its text.
+
+    Operands and results of all instructions, without what the compiler keeps on the chip: XLA's own estimate ("bytes
+    accessed") counts that, too. `loops` stands for the number of turns of loops whose text does not say.
+    """
+    bodies, types, body = {}, {}, []
+    for line in text.splitlines():
+        if line.rstrip().endswith("{") and not line.startswith((" ", "HloModule")):
+            name = line.split()[1 if line.startswith("ENTRY") else 0].lstrip("%")
+            body = bodies.setdefault("ENTRY" if line.startswith("ENTRY") else name, [])
+        elif match := _INSTRUCTION.match(line):
+            body.append(match.groups())
+            types[match.group(1)] = match.group(2)
+
+    def parts(kind):
+        """Bytes in main memory of an array or of each of a tuple's."""
+        return [0 if "S(" in found[2] else _bytes(*found) for found in _ARRAY.findall(kind)]
+
+    def of(name):
+        total = 0
+        for _, kind, operation, operands, rest in bodies[name]:
+            if operation == "while":
+                turns = re.search(r'known_trip_count":\{"n":"(\d+)"', rest)
+                inside = of(re.search(r"body=%?([\w.\-]+)", rest).group(1))
+                total += inside * (int(turns.group(1)) if turns else loops)
+            elif operation in ("call", "conditional"):
+                inside = re.findall(r"(?:to_apply|_computation)=%?([\w.\-]+)|branch_computations=\{([^}]*)\}", rest)
+                names = [name.strip(" %") for pair in inside for name in ",".join(pair).split(",") if name.strip()]
+                total += max((of(name) for name in names), default=0)
+            elif operation.endswith("-start") and operation.split("-")[0] in ("copy", "slice"):
+                # Results: where to and from where for a copy, the other way round for a slice; both of the part's size.
+                one, other = _ARRAY.findall(kind)[:2]
+                size = min(_bytes(*one), _bytes(*other))
+                total += sum(0 if "S(" in found[2] else size for found in (one, other))
+            elif operation not in _FREE:
+                used = re.findall(r"%([\w.\-]+)", operands)
+                total += sum(parts(kind)) + sum(sum(parts(types.get(operand, ""))) for operand in used)
+        return total
+
+    return of("ENTRY")
 
 
 _COLLECTIVE = re.compile(
     r"= (.*?) (all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter|collective-broadcast)(?:-start)?\("
 )
-_BITS = dict(f64=64, s64=64, u64=64, f32=32, s32=32, u32=32, bf16=16, f16=16, s16=16, u16=16, s8=8, u8=8, pred=8)
 
 
 def collectives(text: str) -> dict[str, tuple[int, int]]:
@@ -265,11 +366,8 @@ def collectives(text: str) -> dict[str, tuple[int, int]]:
     for line in text.splitlines():
         match = _COLLECTIVE.search(line)
         if match:
-            shapes, kind = re.findall(r"\b(\w+)\[([\d,]*)\]", match.group(1)), match.group(2)
-            size = sum(
-                _BITS.get(dtype, 32) // 8 * math.prod(int(side) for side in sides.split(",") if side)
-                for dtype, sides in shapes
-            )
+            kind = match.group(2)
+            size = sum(_bytes(dtype, sides) for dtype, sides, _ in _ARRAY.findall(match.group(1)))
             number, total = found.get(kind, (0, 0))
             found[kind] = number + 1, total + size
     return found

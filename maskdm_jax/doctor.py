@@ -163,5 +163,5 @@ def _memory(config: Config, name: str) -> str:
     limit = found.limit or shared / len(jax.local_devices())
     text = f"{found.memory / 2**30:.2f} of {limit / 2**30:.1f} GiB per device"
     if found.memory > limit:
-        raise Ailment(f"{text}; raise config.{name}.micro_batches or mesh.fsdp, or set config.model.remat=True")
+        raise Ailment(f"{text}; raise config.{name}.micro_batches or mesh.fsdp, or set config.{name}.remat=True")
     return f"{text}, compiled in {found.compile_seconds:.0f} s"

@@ -64,7 +64,7 @@ def compile_sampling(config: Config, network: Network, mesh):
 
     def on_device(params, key, index, labels):
         x, noise = samplers.image_noise(key, index, space.shape)
-        return space.decode(sample(params, x, noise, labels))
+        return space.decode(sample(network.cast(params), x, noise, labels))
 
     # Split parameters are gathered once; from there each device goes its own way.
     specs = (PartitionSpec(), PartitionSpec(), rows, rows)

@@ -132,9 +132,10 @@ def train_step(state: TrainState, batch, *, draw, loss, stage: Stage, mesh) -> t
     return TrainState(state.step + 1, params, ema, opt_state, state.key), metrics
 
 
-def compile_step(config: Config, name: str, network: Network, mesh, abstract: TrainState):
+def compile_step(config: Config, name: str, mesh, abstract: TrainState):
     """Jit the step of stage `name`: the state is donated and stays where `abstract` has it."""
     stage = config.stage[name]
+    network = make_network(config, remat=stage.remat)
     draw = functools.partial(draw_inputs, config, name)
     step = functools.partial(train_step, draw=draw, loss=make_loss(config, network), stage=stage, mesh=mesh)
     placed = jax.tree.map(lambda leaf: leaf.sharding, abstract)
@@ -402,7 +403,7 @@ class _Run:
             host=jax.process_index(),
             hosts=jax.process_count(),
         )
-        step_fn = compile_step(self.config, name, self.network, self.mesh, jax.tree.map(lambda x: x, state))
+        step_fn = compile_step(self.config, name, self.mesh, jax.tree.map(lambda x: x, state))
         window = _Window(**meta.get("window", {}))
         progress = observe.Progress(name, step=first, steps=stage.steps)
         rate = observe.Rate()

@@ -94,7 +94,6 @@ def config(network: dict, stage: dict | None = None, mask: dict | None = None, d
                 time_mlp=network["mlp_time_embed"],
                 dtype="float32",
                 attention="auto",
-                remat=False,
             ),
             diffusion=dict(
                 timesteps=1000,
@@ -117,6 +116,7 @@ def config(network: dict, stage: dict | None = None, mask: dict | None = None, d
                 steps=1,
                 batch_size=8,
                 micro_batches=1,
+                remat=False,
                 learning_rate=1e-3,
                 warmup_steps=0,
                 b1=0.9,

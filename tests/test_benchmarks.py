@@ -36,16 +36,33 @@ def test_speed(root, child_env, tmp_path):
     args += ["--config.model.num_classes=0", "--config.data.labels=False", "--config.data.label_dropout=0.0"]
     args += ["--config.model.depth=3", "--config.sampling.guidance=0.0", "--batch=4", "--visible=50"]
     args += ["--rounds=1", "--seconds=0.01", "--sampling_steps=2", "--torch=eager", "--torch=fused"]
-    args += [f"--json={tmp_path / 'speed.json'}"]
+    args += [f"--json={tmp_path / 'speed.json'}", "--config.evaluation.inception_weights=nowhere.pth"]
     done = subprocess.run(args, env=child_env, capture_output=True, text=True, timeout=300, check=True)
     result = json.loads(done.stdout.strip().splitlines()[-1])
     assert result == json.loads((tmp_path / "speed.json").read_text())
     ours, theirs = ({row["what"]: row for row in result["rows"] if row["by"] == by} for by in ("jax", "torch fused"))
-    assert list(ours) == ["step 50%", "forward", "sampling"]
+    assert list(ours) == ["step 50%", "forward", "sampling", "loading"]
     assert list(theirs) == ["step 50%", "forward"]
     assert theirs["forward"]["over_ours"] > 0
     assert 0 < ours["step 50%"]["share_of_peak"] < 1
+    assert ours["step 50%"]["share_of_roof"] > 0
+    assert ours["loading"]["images_per_second"] > 1000
+    stall, whole = (row for row in result["rows"] if row["what"] == "checkpoint")
+    assert 0 < stall["seconds"] < whole["seconds"]
+    assert "evaluation is left out: nowhere.pth is not there" in done.stdout
     assert ours["sampling"]["seconds"] > ours["forward"]["seconds"], "two evaluations against one"
+
+
+def test_precision(root, child_env, tmp_path):
+    args = [sys.executable, str(root / "benchmarks" / "precision.py"), f"--config={root / 'configs' / 'demo.py'}"]
+    args += ["--config.model.width=16", "--config.model.depth=3", "--config.model.heads=2", "--steps=6", "--window=2"]
+    args += [f"--out={tmp_path / 'out' / 'precision'}"]
+    done = subprocess.run(args, env=child_env, capture_output=True, text=True, timeout=300, check=True)
+    result = json.loads(done.stdout.strip().splitlines()[-1])
+    assert 0 < result["bfloat16"]["worst"] < 0.01 < result["float32, another seed"]["worst"]
+    curves = json.loads((tmp_path / "out" / "precision.json").read_text())["losses"]
+    assert [len(curve) for curve in curves.values()] == [5, 5, 5]
+    assert (tmp_path / "out" / "precision.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_faults(root, child_env):

@@ -36,6 +36,7 @@ def test_a_training_step(monkeypatch):
     assert dataclasses.replace(found, limit=found.memory).fits
     assert dataclasses.replace(twice, limit=found.memory).fits is False
     assert found.bounds()["arithmetic"] == found.flops / 1e12
+    assert 1 < found.traffic / found.streamed_traffic < 10
     assert found.seconds == max(found.bounds().values()) == found.bounds()["links"]
 
 
@@ -80,6 +81,42 @@ def test_collectives_are_read_off_the_text():
   %d = f32[8]{0} add(%all-reduce.1, %b)
 """
     assert cost.collectives(text) == {"all-reduce": (1, 68), "all-gather": (1, 32)}
+
+
+def test_traffic_is_read_off_the_text():
+    """Whole tiles count, what stays on the chip does not; loops count as often as they turn."""
+    text = """
+%body (p: (s32[], f32[8,128])) -> (s32[], f32[8,128]) {
+  %p = (s32[], f32[8,128]{1,0:T(8,128)}) parameter(0)
+  %x = f32[8,128]{1,0:T(8,128)} get-tuple-element(%p), index=1
+  %inside = f32[8,128]{1,0:T(8,128)} fusion(%x), kind=kLoop, calls=%f
+}
+
+ENTRY %main (a: f32[8,128], b: bf16[4,9,64]) -> f32[8,128] {
+  %a = f32[8,128]{1,0:T(8,128)} parameter(0)
+  %b = bf16[4,9,64]{2,1,0:T(8,128)(2,1)} parameter(1)
+  %near = f32[8,128]{1,0:T(8,128)S(1)} fusion(%a), kind=kLoop, calls=%f
+  %start = (bf16[4,9,64]{2,1,0:T(8,128)(2,1)}, bf16[2,9,64]{2,1,0:T(8,128)(2,1)S(1)}, s32[]{:S(2)}) slice-start(%b)
+  %done = bf16[2,9,64]{2,1,0:T(8,128)(2,1)S(1)} slice-done(%start)
+  %far = f32[8,128]{1,0:T(8,128)} fusion(%near, %done), kind=kLoop, calls=%f, metadata={op_name="a(b)"}
+  %w = (s32[], f32[8,128]) while(%t), condition=%c, body=%body, backend_config={"known_trip_count":{"n":"3"}}
+  %v = (s32[], f32[8,128]) while(%t), condition=%c, body=%body
+}
+"""
+    array, part = 8 * 128 * 4, 2 * 16 * 128 * 2
+    assert cost.traffic(text, loops=5) == array + part + array + (3 + 5) * 2 * array
+
+
+def test_logits_are_no_traffic_that_must_be():
+    def attend(x, w):
+        q = (x @ w).reshape(2, 9, 3, 4)
+        return jax.nn.dot_product_attention(q, q, q)
+
+    traced = jax.jit(attend).trace(
+        jax.ShapeDtypeStruct((2, 9, 12), "float32"), jax.ShapeDtypeStruct((12, 12), "float32")
+    )
+    x = 2 * 9 * 12
+    assert cost.product_traffic(traced.jaxpr.jaxpr) == 4 * (2 * x + 12 * 12 + 4 * x)
 
 
 def test_a_topology_that_is_none_is_named():

@@ -228,6 +228,7 @@ def test_training_run(train_case):
         steps=meta["steps"],
         batch_size=meta["batch"] * meta["gradient_accumulate_every"],
         micro_batches=meta["gradient_accumulate_every"],
+        remat=False,
         learning_rate=meta["lr"],
         warmup_steps=meta["warmup_steps"],
         b1=meta["betas"][0],

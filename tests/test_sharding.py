@@ -27,7 +27,7 @@ def compiled(data, fsdp, parts):
     rows = lambda shape, dtype: jax.ShapeDtypeStruct((16, *shape), dtype, sharding=sharding.batch_sharding(mesh))
     batch = dict(image=rows((8, 8, 1), "uint8"), label=rows((), "int32"), index=rows((), "uint32"))
     split = [leaf for leaf in jax.tree.leaves(state.params) if "fsdp" in leaf.sharding.spec]
-    return train.compile_step(config, "pretrain", network, mesh, state).lower(state, batch).compile().as_text(), split
+    return train.compile_step(config, "pretrain", mesh, state).lower(state, batch).compile().as_text(), split
 
 
 @pytest.mark.parametrize(("data", "fsdp", "parts"), [(8, 1, 2), (4, 2, 2), (1, 8, 1)])

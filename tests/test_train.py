@@ -25,7 +25,7 @@ def setup(config, devices=ONE):
     """A compiled first-stage step, a fresh state and batches for it."""
     mesh, network = train.make_mesh_for(config, devices), make_network(config)
     abstract = train.abstract_state(config, 0, network, mesh)
-    step = train.compile_step(config, config.stages[0], network, mesh, abstract)
+    step = train.compile_step(config, config.stages[0], mesh, abstract)
     placed = jax.tree.map(lambda leaf: leaf.sharding, abstract)
     optimizer = make_optimizer(config.stage[config.stages[0]])
     make = lambda: new_state(network.init(jax.random.key(0)), optimizer, jax.random.key(1))

@@ -113,10 +113,9 @@ def test_bad_calls_are_refused(batch):
 def test_remat_changes_nothing(net, batch):
     network, params, _ = net
     x, t, labels = batch
-    config = tiny.config(model__remat=True)
     grads = [
         jax.jit(jax.grad(lambda p, n=n: jnp.square(n.apply(p, x, t, labels)).sum()))(params)
-        for n in (network, make_network(config))
+        for n in (network, make_network(tiny.config(), remat=True))
     ]
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), *grads)
 
@@ -128,6 +127,10 @@ def test_bfloat16_computes_in_bfloat16_and_answers_in_float32(net, batch):
     assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(network.abstract_params()))
     out = jax.jit(network.apply)(params, x, t, labels)
     assert out.dtype == jnp.float32
+    ready = network.cast(params)
+    assert ready["head"]["kernel"].dtype == jnp.bfloat16
+    assert ready["backbone"]["norm"]["scale"].dtype == ready["pos_embed"].dtype == jnp.float32
+    np.testing.assert_array_equal(jax.jit(network.apply)(ready, x, t, labels), out)
     expected = apply(params, x, t, labels)
     error = float(jnp.abs(out - expected).max() / expected.std())
     assert 1e-5 < error < 0.1, "it must round, but not more than bfloat16 does"

@@ -169,7 +169,7 @@ def test_it_learns_one_image_by_heart():
     mesh = train.make_mesh_for(config, jax.devices()[:1])
     network = make_network(config)
     abstract = train.abstract_state(config, 1, network, mesh)
-    step = train.compile_step(config, "finetune", network, mesh, abstract)
+    step = train.compile_step(config, "finetune", mesh, abstract)
     params = jax.jit(network.init)(jax.random.key(0))
     state = train.new_state(params, train.make_optimizer(config.stage["finetune"]), jax.random.key(1))
     for i in range(200):

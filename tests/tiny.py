@@ -8,6 +8,7 @@ STAGE = dict(
     steps=4,
     batch_size=8,
     micro_batches=1,
+    remat=False,
     learning_rate=1e-3,
     warmup_steps=2,
     b1=0.9,
@@ -47,7 +48,6 @@ RUN = dict(
         time_mlp=True,
         dtype="float32",
         attention="auto",
-        remat=False,
     ),
     diffusion=dict(
         timesteps=1000,
