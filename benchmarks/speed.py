@@ -235,7 +235,7 @@ def of_checkpoint(settings) -> list[Subject]:
     state = train.fresh_state(config, network, train.abstract_state(config, 0, network, mesh))
     size = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
     stall = Subject("checkpoint", "until the run goes on", None, None, memory=size)
-    whole = Subject("", "until it is on disk", None, None, memory=size)
+    whole = Subject("checkpoint", "until it is on disk", None, None, memory=size)
     with tempfile.TemporaryDirectory() as folder:
         checkpoints = checkpoint.Checkpoints(folder, keep=1)
         for i in range(1 + min(ROUNDS.value, 3)):
@@ -333,6 +333,7 @@ def report(subjects: list[Subject]) -> dict:
         f"{'':12}{'':22}{'ms':>10}{'images/s':>12}{'TFLOP/s':>10}{'of peak':>9}{'of roof':>9}{'GiB':>8}{'compiled':>10}"
     )
     ours = {subject.what: subject for subject in subjects if subject.by == "jax"}
+    above = None
     for subject in subjects[2:]:
         same, seconds = ours.get(subject.what, subject), statistics.median(subject.seconds)
         row = dict(what=subject.what, by=subject.by, seconds=seconds, images_per_second=subject.images / seconds)
@@ -351,9 +352,10 @@ def report(subjects: list[Subject]) -> dict:
             cells += [f"{subject.compile_seconds:8.0f} s" if subject.compile_seconds else ""]
         widths = (10, 12, 19, 9, 8, 10)
         print(
-            f"{subject.what:12}{subject.by:22}"
+            f"{subject.what if subject.what != above else '':12}{subject.by:22}"
             + "".join(f"{c:{w}}" for c, w in zip(cells, widths, strict=False)).rstrip()
         )
+        above = subject.what
     return dict(device=devices[0].device_kind, devices=len(devices), peak=best, copy=moved, rows=rows)
 
 
