@@ -126,12 +126,17 @@ def of_training(config: Config, name: str, devices: list, batch_size: int) -> Co
     alone = _with_batch(config, name, batch_size)
     mesh, parts = train.make_mesh_for(alone, devices), alone.stage[name].micro_batches
     compiled, seconds = _compile(lambda: _lower_step(alone, name, mesh))
+    flops, products = of_rows(config, name, batch_size // len(devices))
+    return _cost(compiled, seconds, mesh, batch_size, flops, products, loops=parts)
+
+
+def of_rows(config: Config, name: str, rows: int) -> tuple[float, int]:
+    """FLOPs and `product_traffic` of a training step of stage `name` on so many images; nothing is compiled."""
     # XLA counts the body of a loop once, and not what is in fused kernels: the arithmetic is that of the rows of one
     # device, without micro-batches, before anything is fused.
-    rows = _with_batch(config, name, batch_size // len(devices), micro_batches=1)
-    one = _trace_step(_countable(rows), name, sharding.make_mesh(1, 1, jax.local_devices(backend="cpu")[:1]))
-    flops, products = one.lower().cost_analysis()["flops"], product_traffic(one.jaxpr.jaxpr)
-    return _cost(compiled, seconds, mesh, batch_size, flops, products, loops=parts)
+    alone = _with_batch(_countable(config), name, rows, micro_batches=1)
+    traced = _trace_step(alone, name, sharding.make_mesh(1, 1, jax.local_devices(backend="cpu")[:1]))
+    return traced.lower().cost_analysis()["flops"], product_traffic(traced.jaxpr.jaxpr)
 
 
 def product_traffic(jaxpr) -> int:

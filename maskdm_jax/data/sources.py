@@ -129,16 +129,17 @@ def open_source(path: str, labels: bool = False, split: str = "", scratch=None):
     raise DataError(f"{path!r} does not exist; give a folder or .zip of images, a prepared set, or 'digits'")
 
 
-def select(source, classes=(), fraction: float = 1.0, seed: int = 0, labels: bool = True):
+def select(source, classes=(), fraction: float = 1.0, seed: int = 0, labels: bool = True, rest: bool = False):
     """The images of some classes, or a fixed random share of the images, or both.
 
     classes: names; all when empty. They are numbered in this order.
     fraction: in (0, 1], of the images of those classes, at least one. The same seed always gives the same images,
       and those of a smaller fraction are among those of a larger one.
     labels: whether the result has any; False leaves them out after choosing by them.
+    rest: give the images of those classes that this leaves out instead, in a random order that the seed fixes.
 
     Raises:
-      DataError: a class is unknown, or the source was opened without labels.
+      DataError: a class is unknown, the source was opened without labels, or there is no rest.
     """
     numbers = np.arange(len(source))
     if classes:
@@ -148,9 +149,12 @@ def select(source, classes=(), fraction: float = 1.0, seed: int = 0, labels: boo
             raise DataError(f"classes {unknown} are not in the data; it has {known or 'no labels'}")
         wanted = [source.classes.index(name) for name in classes]
         numbers = np.flatnonzero(np.isin(np.asarray(source.labels), wanted))
-    if fraction < 1:
+    if fraction < 1 or rest:
         keep = max(1, round(fraction * len(numbers)))
-        numbers = np.sort(numbers[np.random.RandomState(seed).permutation(len(numbers))[:keep]])
+        drawn = numbers[np.random.RandomState(seed).permutation(len(numbers))]
+        numbers = drawn[keep:] if rest else np.sort(drawn[:keep])
+        if not len(numbers):
+            raise DataError(f"a fraction of {fraction} leaves none of {len(drawn)} images out")
     if len(numbers) == len(source) and not classes:
         return source
     return Selection(source, numbers, (classes or source.classes) if labels else ())

@@ -1,0 +1,71 @@
+"""Compare ways of training at equal compute: python launch/study.py --config=experiments/emoji32.py:convergence
+
+Carries out the study that the file describes, or what is left of it, and appends every judged point to --results.
+Several of these commands may work at one study, with different --only or --seeds. --dry_run shows the plan.
+--report=DIR draws what there is: curves.png, samples.png, table.md.
+"""
+
+import functools
+import pathlib
+
+from absl import app, flags, logging
+from ml_collections import config_flags
+
+CONFIG = config_flags.DEFINE_config_file("config", None, "Study file, such as experiments/emoji32.py:convergence.")
+BUDGET = flags.DEFINE_enum("budget", "flops", ["flops", "seconds"], "What is equal: arithmetic, or this device's time.")
+WORKDIR = flags.DEFINE_string("workdir", "runs/study", "Where networks are trained; studies may share it.")
+RESULTS = flags.DEFINE_string("results", None, "File of results; WORKDIR/NAME.jsonl of the study when not given.")
+JUDGE = flags.DEFINE_string("judge", "", "Python file that compares images; FID's Inception network when not given.")
+ONLY = flags.DEFINE_list("only", [], "Names of the runs to carry out; all when not given.")
+SEEDS = flags.DEFINE_list("seeds", [], "Seeds to carry out; all when not given.")
+DRY_RUN = flags.DEFINE_bool("dry_run", False, "Show the plan and do nothing.")
+REPORT = flags.DEFINE_string("report", None, "Draw the results into this folder instead of carrying out anything.")
+
+
+def main(argv):
+    if len(argv) > 1:
+        raise app.UsageError(f"unexpected arguments {argv[1:]}; names with spaces need quotes")
+    if CONFIG.value is None:
+        raise app.UsageError("which study? give --config=experiments/emoji32.py:convergence")
+    logging.set_verbosity(logging.WARNING)
+    from maskdm_jax import cache, config, distributed, study, study_report, train
+    from maskdm_jax.checkpoint import CheckpointError
+    from maskdm_jax.data.sources import DataError
+    from maskdm_jax.evaluation.features import EvaluationError
+
+    cache.keep_compiled_programs()
+    stem, _, variant = config_flags.get_config_filename(flags.FLAGS["config"]).partition(":")
+    workdir = pathlib.Path(WORKDIR.value).expanduser()
+    results = study.Results(RESULTS.value or workdir / f"{variant or pathlib.Path(stem).stem}.jsonl")
+    try:
+        seconds_of = study.StepSeconds(workdir / "step_seconds.json") if BUDGET.value == "seconds" else None
+        runs = study.plan(CONFIG.value, unit=BUDGET.value, seconds_of=seconds_of)
+        if REPORT.value:
+            print(study_report.write(runs, results.rows(), REPORT.value))
+            return
+        runs = chosen(runs)
+        if DRY_RUN.value:
+            print("\n".join(study_report.describe(runs)))
+            return
+        study.carry_out(runs, CONFIG.value, workdir, results, JUDGE.value, say=functools.partial(print, flush=True))
+    except (config.ConfigError, DataError, CheckpointError, EvaluationError, OSError, train.NonFiniteLoss) as error:
+        distributed.leave(f"error: {error}")
+    except KeyboardInterrupt:
+        distributed.leave("interrupted; run the same command again to go on")
+
+
+def chosen(runs):
+    from maskdm_jax.config import ConfigError
+
+    for flag, wanted, there in (
+        ("only", ONLY.value, {run.name for run in runs}),
+        ("seeds", SEEDS.value, {str(run.seed) for run in runs}),
+    ):
+        if unknown := set(wanted) - there:
+            raise ConfigError(f"--{flag}: {', '.join(sorted(unknown))} is not in this study; it has {sorted(there)}")
+    matches = lambda value, wanted: not wanted or value in wanted
+    return [run for run in runs if matches(run.name, ONLY.value) and matches(str(run.seed), SEEDS.value)]
+
+
+if __name__ == "__main__":
+    app.run(main)

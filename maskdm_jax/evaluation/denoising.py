@@ -1,0 +1,45 @@
+"""How well a network denoises images that it was not trained on, by noise level."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from maskdm_jax.diffusion import denoising_loss, make_schedule
+from maskdm_jax.generate import Loaded
+from maskdm_jax.representation import make_representation
+
+
+def denoising_by_level(loaded: Loaded, images, *, levels: int = 10, seed: int = 0, batch_size: int = 64) -> np.ndarray:
+    """Mean squared error of the predicted objective over whole images, nothing hidden, float64 [levels].
+
+    Level k is the middle of the k-th of `levels` equal parts of the diffusion's time: 0 has the least noise. The noise
+    of image i at a level depends on the seed, i and the level alone, so that networks are asked the same.
+
+    Args:
+      loaded: an unconditional network, from `generate.load`.
+      images: uint8 [n, S, S, C].
+      batch_size: images per call; on one device.
+    """
+    config, network = loaded.config, loaded.network
+    space, diffusion = make_representation(config), config.diffusion
+    schedule = make_schedule(diffusion.schedule, diffusion.timesteps, size=diffusion.shift_size)
+    key = jax.random.key(seed)
+
+    @jax.jit
+    def errors(params, images, index, level):
+        t = jnp.full(len(images), ((level + 0.5) * diffusion.timesteps / levels).astype(int))
+        x0 = space.encode(images)
+        keys = jax.vmap(lambda i: jax.random.fold_in(jax.random.fold_in(key, i), level))(index)
+        eps = jax.vmap(lambda key: jax.random.normal(key, space.shape))(keys)
+        predict = lambda x_t, t: network.apply(params, x_t, t)
+        return denoising_loss(predict, schedule, x0, t, eps, objective=diffusion.objective)
+
+    params, n = network.cast(loaded.params), len(images)
+    sums = np.zeros(levels)
+    for start in range(0, n, batch_size):
+        index = np.arange(start, start + batch_size)  # the last batch is filled up, so that one program does it all
+        rows = np.asarray(images)[index % n]
+        for level in range(levels):
+            found = np.asarray(errors(params, rows, index, level), np.float64)
+            sums[level] += found[: n - start].sum()
+    return sums / n
