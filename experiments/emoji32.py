@@ -55,9 +55,9 @@ def get_config(name="convergence"):
             run("half hidden", leg(0.5, hidden=0.5, block=2), leg(0.5, points=2)),
             run("90-50-0", leg(0.25, hidden=0.9, block=2), leg(0.25, hidden=0.5, block=2), leg(0.5, points=2)),
             run("3/4 hidden", leg(0.5, hidden=0.75, block=2), leg(0.5, points=2), seeds=(0,)),
-            run("half hidden, patches", leg(0.5, hidden=0.5), leg(0.5, points=2), seeds=(0,)),
-            run("half hidden, large blocks", leg(0.5, hidden=0.5, block=4), leg(0.5, points=2), seeds=(0,)),
-            run("half hidden, shorter", leg(0.25, hidden=0.5, block=2), leg(0.75, points=3), seeds=(0,)),
+            run("half hidden patches", leg(0.5, hidden=0.5), leg(0.5, points=2), seeds=(0,)),
+            run("half hidden large blocks", leg(0.5, hidden=0.5, block=4), leg(0.5, points=2), seeds=(0,)),
+            run("half hidden shorter", leg(0.25, hidden=0.5, block=2), leg(0.75, points=3), seeds=(0,)),
         )
     elif name == "transfer":
         c.judged.on = "twemoji"
@@ -72,11 +72,9 @@ def get_config(name="convergence"):
         tried = [dict(zip(("train.learning_rate", "train.batch_size"), pair, strict=True)) for pair in RATES]
         unmasked = [(leg(1.0, **settings),) for settings in tried]
         hidden = [(leg(0.5, points=0, hidden=0.5, block=2, **settings), leg(0.5, **settings)) for settings in tried]
-        names = [f"{rate:g}, batch {batch}" for rate, batch in RATES]
-        c.runs = tuple(run(f"unmasked, {name}", *legs, seeds=(0,)) for name, legs in zip(names, unmasked, strict=True))
-        c.runs += tuple(
-            run(f"half hidden, {name}", *legs, seeds=(0,)) for name, legs in zip(names, hidden, strict=True)
-        )
+        names = [f"{rate:g} x {batch}" for rate, batch in RATES]
+        for kind, rows in (("unmasked", unmasked), ("half hidden", hidden)):
+            c.runs += tuple(run(f"{kind} {name}", *legs, seeds=(0,)) for name, legs in zip(names, rows, strict=True))
     else:
         raise ValueError(f"there is no study {name!r} here; choose convergence, transfer or rates")
     return c

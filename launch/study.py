@@ -5,6 +5,7 @@ Several of these commands may work at one study, with different --only or --seed
 --report=DIR draws what there is: curves.png, samples.png, table.md.
 """
 
+import fnmatch
 import functools
 import pathlib
 
@@ -16,7 +17,7 @@ BUDGET = flags.DEFINE_enum("budget", "flops", ["flops", "seconds"], "What is equ
 WORKDIR = flags.DEFINE_string("workdir", "runs/study", "Where networks are trained; studies may share it.")
 RESULTS = flags.DEFINE_string("results", None, "File of results; WORKDIR/NAME.jsonl of the study when not given.")
 JUDGE = flags.DEFINE_string("judge", "", "Python file that compares images; FID's Inception network when not given.")
-ONLY = flags.DEFINE_list("only", [], "Names of the runs to carry out; all when not given.")
+ONLY = flags.DEFINE_string("only", "*", "The runs to carry out, by name; * and ? stand for any letters.")
 SEEDS = flags.DEFINE_list("seeds", [], "Seeds to carry out; all when not given.")
 DRY_RUN = flags.DEFINE_bool("dry_run", False, "Show the plan and do nothing.")
 REPORT = flags.DEFINE_string("report", None, "Draw the results into this folder instead of carrying out anything.")
@@ -57,14 +58,12 @@ def main(argv):
 def chosen(runs):
     from maskdm_jax.config import ConfigError
 
-    for flag, wanted, there in (
-        ("only", ONLY.value, {run.name for run in runs}),
-        ("seeds", SEEDS.value, {str(run.seed) for run in runs}),
-    ):
-        if unknown := set(wanted) - there:
-            raise ConfigError(f"--{flag}: {', '.join(sorted(unknown))} is not in this study; it has {sorted(there)}")
-    matches = lambda value, wanted: not wanted or value in wanted
-    return [run for run in runs if matches(run.name, ONLY.value) and matches(str(run.seed), SEEDS.value)]
+    found = [run for run in runs if fnmatch.fnmatchcase(run.name, ONLY.value)]
+    found = [run for run in found if not SEEDS.value or str(run.seed) in SEEDS.value]
+    if not found:
+        names, seeds = ({getattr(run, what) for run in runs} for what in ("name", "seed"))
+        raise ConfigError(f"--only and --seeds leave no run; this study has {sorted(names)}, seeds {sorted(seeds)}")
+    return found
 
 
 if __name__ == "__main__":
