@@ -42,7 +42,7 @@ def main(argv):
         seconds_of = study.StepSeconds(workdir / "step_seconds.json") if BUDGET.value == "seconds" else None
         runs = study.plan(CONFIG.value, unit=BUDGET.value, seconds_of=seconds_of)
         if REPORT.value:
-            print(study_report.write(runs, results.rows(), REPORT.value))
+            print(study_report.write(runs, results.rows(), REPORT.value, results.pictures))
             return
         runs = chosen(runs)
         if DRY_RUN.value:

@@ -33,7 +33,7 @@ from maskdm_jax.network import make_network
 
 SHOWN = 24  # samples of a point that are kept as a picture
 _BATCH = 64  # images per call when sampling and judging
-_SAVES = 8  # checkpoints between two points: what a stop can cost
+_SAVES = 4  # checkpoints between two points: what a stop can cost
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,15 +113,15 @@ def _leg_config(study, leg: dict, seed: int, where: str) -> Config:
     raw = study.base.copy_and_resolve_references()
     if leg["data"] not in study.sets:
         raise ConfigError(f"{where}: there is no set {leg['data']!r} in config.sets, only {sorted(study.sets)}")
-    try:
-        raw.update_from_flattened_dict(leg["settings"])
-    except (KeyError, TypeError) as error:
-        raise ConfigError(f"{where}: {str(error).splitlines()[0]}") from None
-    raw.seed, raw.data.path = seed, study.sets[leg["data"]]
     if len(raw.stages) != 1:
         raise ConfigError(f"config.base.stages is {raw.stages}; a leg is one stage")
-    raw.evaluation.every = raw.preview.every = 0
-    return config_lib.parse(raw)
+    try:
+        raw.update_from_flattened_dict(leg["settings"])
+        raw.seed, raw.data.path = seed, study.sets[leg["data"]]
+        raw.evaluation.every = raw.preview.every = 0
+        return config_lib.parse(raw)
+    except (KeyError, TypeError, ConfigError) as error:
+        raise ConfigError(f"{where}: {str(error).splitlines()[0]}") from None
 
 
 def _with_steps(config: Config, steps: int) -> Config:
@@ -170,6 +170,7 @@ class Results:
 
     def __init__(self, path):
         self.path = pathlib.Path(path).expanduser().absolute()
+        self.pictures = self.path.with_suffix("")  # folder of samples
         self.path.parent.mkdir(parents=True, exist_ok=True)
 
     def rows(self) -> list[dict]:
@@ -201,9 +202,13 @@ def carry_out(runs: list[Run], study, workdir, results: Results, judge_path: str
     """
     workdir = train.run_folder(workdir)
     judged = dict(study.judged.to_dict(), judge=pathlib.Path(judge_path).stem if judge_path else "inception")
-    judge = None
+    missing = lambda run: [
+        number for number, leg in enumerate(run.legs) for step in leg.points if not results.has(leg.key, step, judged)
+    ]
+    if any(map(missing, runs)):
+        judge = Judge(judge_path, study, runs)  # before training: what cannot work should be said at once
     for i, run in enumerate(runs):
-        todo = [n for n, leg in enumerate(run.legs) for step in leg.points if not results.has(leg.key, step, judged)]
+        todo = missing(run)
         say(f"run {i + 1} of {len(runs)}: {run.name}, seed {run.seed}{'' if todo else ': done before'}")
         if not todo:
             continue
@@ -214,9 +219,8 @@ def carry_out(runs: list[Run], study, workdir, results: Results, judge_path: str
                 if results.has(leg.key, step, judged):
                     continue
                 found = _train_to(leg, step, folder, before)
-                judge = judge or Judge(judge_path, study, run.legs[-1].config)
                 last = number == len(run.legs) - 1 and step == leg.stage.steps
-                picture = results.path.with_suffix("") / f"{_slug(run.name)}_{run.seed}.png" if last else None
+                picture = results.pictures / picture_name(run.name, run.seed) if last else None
                 row = dict(run=run.name, seed=run.seed, leg=number + 1, key=leg.key, step=step, judged=judged)
                 row |= dict(flops=leg.before[0] + step * leg.flops, images=leg.before[1] + step * leg.stage.batch_size)
                 row |= dict(train_seconds=_seconds(workdir, run, number, step), **judge(found, picture), **provenance())
@@ -228,8 +232,9 @@ def carry_out(runs: list[Run], study, workdir, results: Results, judge_path: str
             before = str(folder)
 
 
-def _slug(name: str) -> str:
-    return "".join(letter if letter.isalnum() else "_" for letter in name)
+def picture_name(run: str, seed: int) -> str:
+    """File of a run's samples."""
+    return "".join(letter if letter.isalnum() else "_" for letter in run) + f"_{seed}.png"
 
 
 def _train_to(leg: Leg, step: int, folder: pathlib.Path, before: str) -> pathlib.Path:
@@ -277,23 +282,32 @@ def provenance() -> dict:
 class Judge:
     """What is said of a network: how far its samples are from real images, and how well it denoises held-out ones."""
 
-    def __init__(self, path: str, study, config: Config):
+    def __init__(self, path: str, study, runs: list[Run]):
         """Reads the real images and computes their features.
 
         Args:
           path: a Python file with `features(images, batch)` -> float [n, d], `frechet(a, b)`, `kid(a, b)` and
             `manifold(reference, samples)` -> dict of floats; "" takes FID's Inception network.
           study: its `sets` and `judged`: samples, the set they are judged on, how many held-out images and levels.
-          config: of the last leg. Held out are those images of the set that its fraction leaves out.
+          runs: of the plan. Held out are those images of the set that all their legs on it leave out.
+
+        Raises:
+          ConfigError, DataError: there is no such file, no such set, or nothing is held out.
         """
-        self._settings, data = study.judged, config.data
-        source = open_source(study.sets[self._settings.on])
-        real = np.stack(list(framed(self._settings.on, source, data.framing).iterate(0, len(source))))
+        self._settings, self.names = study.judged, ()
+        if self._settings.on not in study.sets:
+            raise ConfigError(f"config.judged.on is {self._settings.on!r}; config.sets has {sorted(study.sets)}")
+        place = study.sets[self._settings.on]
+        of_set = [leg.config.data for run in runs for leg in run.legs if leg.config.data.path == place]
+        data = max(of_set, key=lambda data: data.fraction, default=runs[0].legs[-1].config.data)
+        if len({data.fraction_seed for data in of_set}) > 1:
+            raise ConfigError("legs on one set must draw their part of it with one data.fraction_seed")
+        source = open_source(place)
         rest = select(source, (), data.fraction, data.fraction_seed, False, rest=True)
-        n = min(self._settings.held_out, len(rest))
-        self._held_out = np.stack(list(framed(self._settings.on, rest, data.framing).iterate(0, n)))
-        self._compare = _module_judge(path, real) if path else _inception_judge(real, config)
-        self.names = ()
+        see = lambda source, n: np.stack(list(framed(self._settings.on, source, data.framing).iterate(0, n)))
+        self._held_out = see(rest, min(self._settings.held_out, len(rest)))
+        real = see(source, len(source))
+        self._compare = _module_judge(path, real) if path else _inception_judge(real, runs[0].legs[0].config)
 
     def __call__(self, checkpoint: pathlib.Path, picture: pathlib.Path | None) -> dict:
         """Numbers of a checkpoint's EMA; some of its samples are drawn into `picture`, if it is given."""
@@ -311,7 +325,7 @@ class Judge:
 def _strip(images: np.ndarray) -> Image.Image:
     """Images side by side as they are, in rows of twelve."""
     n, side, _, channels = images.shape
-    page = Image.new("RGB", (12 * side, -(-n // 12) * side), "white")
+    page = Image.new("RGB", (min(n, 12) * side, -(-n // 12) * side), "white")
     for i, image in enumerate(images):
         page.paste(Image.fromarray(image[..., 0] if channels == 1 else image), (i % 12 * side, i // 12 * side))
     return page

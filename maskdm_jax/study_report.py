@@ -1,28 +1,177 @@
-"""What a study found: curves of quality against compute, a table, samples side by side."""
+"""What a study found: curves of quality against compute, a table, samples side by side. Drawing needs matplotlib."""
 
 import pathlib
+import statistics
+
+from PIL import Image, ImageDraw, ImageFont
+
+from maskdm_jax import observe
+from maskdm_jax.config import ConfigError
+from maskdm_jax.disk import write_atomically
+from maskdm_jax.study import Run, picture_name
+
+DISTANCES = dict(fd="Fréchet distance", fid="FID")  # by the name that a judge gives it
 
 
-def describe(runs) -> list[str]:
+def describe(runs: list[Run]) -> list[str]:
     """Lines of a plan."""
     lines = []
     for run in runs:
         lines.append(f"{run.name}, seed {run.seed}")
         for leg in run.legs:
-            stage = leg.stage
-            hidden = (
-                f"{stage.mask.rate:.0%} hidden, {stage.mask.kind} {stage.mask.block}"
-                if stage.mask.rate
-                else "nothing hidden"
-            )
+            stage, mask = leg.stage, leg.stage.mask
+            hidden = f"{mask.rate:.0%} hidden, {mask.kind} {mask.block}" if mask.kind != "none" else "nothing hidden"
             lines.append(
-                f"  {stage.steps:7,} steps x {stage.batch_size} images, {leg.flops * stage.steps:.3g} FLOPs, {hidden}, "
+                f"  {stage.steps:,} steps of {stage.batch_size} images, {leg.flops * stage.steps:.3g} FLOPs, {hidden}, "
                 f"judged at {', '.join(map(str, leg.points)) or 'no point'} ({leg.key})"
             )
     return lines
 
 
-def write(runs, rows, folder):
-    """Draw."""
-    pathlib.Path(folder).mkdir(parents=True, exist_ok=True)
-    return ""
+def write(runs: list[Run], rows: list[dict], folder, pictures) -> str:
+    """Write curves.png, samples.png and table.md for the points judged so far into a folder, and return the table.
+
+    Args:
+      runs: the plan.
+      rows: of `study.Results`; those of other plans are left out, and of several judges all but the last one's.
+      pictures: folder of the strips of samples.
+
+    Raises:
+      ConfigError: no point of this plan has a result.
+    """
+    found = _by_run(runs, rows)
+    folder = pathlib.Path(folder).expanduser()
+    folder.mkdir(parents=True, exist_ok=True)
+    _draw(found, folder / "curves.png")
+    strips = {name: pathlib.Path(pictures) / picture_name(name, min(seeds)) for name, seeds in found.items()}
+    strips = {name: path for name, path in strips.items() if path.exists()}
+    if strips:
+        observe.save_image(folder / "samples.png", _side_by_side(strips))
+    text = "\n".join(_table(found)) + "\n"
+    write_atomically(folder / "table.md", text.encode())
+    return text
+
+
+def _by_run(runs, rows) -> dict[str, dict[int, list[dict]]]:
+    """Name -> seed -> points in the order of their cost, for the seeds that reached the end."""
+    points = {(row["key"], row["step"]): row for row in rows if row["judged"] == rows[-1]["judged"]}
+    found = {}
+    for run in runs:
+        wanted = [(leg.key, step) for leg in run.legs for step in leg.points]
+        if all(point in points for point in wanted):
+            # The name, seed and cost are the plan's: a leg of several runs has one result.
+            costs = [(leg.before[0] + step * leg.flops) for leg in run.legs for step in leg.points]
+            of_seed = [points[point] | dict(flops=cost) for point, cost in zip(wanted, costs, strict=True)]
+            found.setdefault(run.name, {})[run.seed] = of_seed
+    if not found:
+        raise ConfigError("no run of this study has all its results yet; carry it out first, without --report")
+    return found
+
+
+def _distance(found) -> str:
+    row = next(iter(next(iter(found.values())).values()))[0]
+    return next(name for name in DISTANCES if name in row)
+
+
+def _denoising(row: dict) -> float:
+    return statistics.mean(row["denoising"])
+
+
+def _spread(values, digits=1) -> str:
+    """Mean (least - most), or the value alone."""
+    mean = f"{statistics.mean(values):.{digits}f}"
+    return mean if len(values) == 1 else f"{mean} ({min(values):.{digits}f}-{max(values):.{digits}f})"
+
+
+def _table(found) -> list[str]:
+    distance = _distance(found)
+    names = [name for name in ("kid", "precision", "recall", "nn") if name in next(iter(_ends(found).values()))[0]]
+    title = {"kid": "KID", "nn": "nearest real"}
+    head = ["at the whole budget", "seeds", DISTANCES[distance], *(title.get(name, name) for name in names)]
+    head += ["held-out loss", "million images", "minutes"]
+    lines = ["| " + " | ".join(head) + " |", "|---|" + "--:|" * (len(head) - 1)]
+    for name, ends in _ends(found).items():
+        cells = [name, str(len(ends)), _spread([row[distance] for row in ends])]
+        cells += [_spread([row[what] for row in ends], 2) for what in names]
+        cells += [_spread([_denoising(row) for row in ends], 4)]
+        cells += [f"{ends[0]['images'] / 1e6:.2f}", _spread([row["train_seconds"] / 60 for row in ends], 0)]
+        lines.append("| " + " | ".join(cells) + " |")
+    return [*lines, "", *_sentences(found, distance)]
+
+
+def _ends(found) -> dict[str, list[dict]]:
+    return {name: [points[-1] for points in seeds.values()] for name, seeds in found.items()}
+
+
+def _sentences(found, distance) -> list[str]:
+    """What may be said of each run against the first, by the ranges over seeds."""
+    (first, ours), *others = _ends(found).items()
+    lines = []
+    for name, ends in others:
+        said = []
+        for what, value in ((DISTANCES[distance], lambda row: row[distance]), ("held-out loss", _denoising)):
+            a, b = [value(row) for row in ends], [value(row) for row in ours]
+            change = f"{what} {statistics.mean(a) / statistics.mean(b) - 1:+.1%}"
+            apart = max(a) < min(b) or min(a) > max(b)
+            few = min(len(a), len(b)) < 2
+            said.append(f"{change} ({'one seed' if few else 'ranges apart' if apart else 'ranges overlap'})")
+        lines.append(f"- {name}, against {first}: {', '.join(said)}")
+    return lines
+
+
+def _draw(found, path: pathlib.Path) -> None:
+    """Distance and held-out loss against compute; held-out loss by noise level at the end, against the first run."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    distance = _distance(found)
+    figure, axes = pyplot.subplots(1, 3, figsize=(13, 4.6), layout="constrained")
+    first, ends = next(iter(_ends(found).items()))
+    base = [statistics.mean(level) for level in zip(*(row["denoising"] for row in ends), strict=True)]
+    for i, (name, seeds) in enumerate(found.items()):
+        style = dict(color=f"C{i}", marker="o", markersize=4, label=f"{name} ({len(seeds)} seeds)")
+        if len(seeds) == 1:
+            style |= dict(linestyle="--", linewidth=1, label=f"{name} (1 seed)")
+        by_point = list(zip(*seeds.values(), strict=True))
+        for axis, value in ((axes[0], lambda row: row[distance]), (axes[1], _denoising)):
+            x = [rows[0]["flops"] for rows in by_point]
+            y = [[value(row) for row in rows] for rows in by_point]
+            axis.plot(x, [statistics.mean(values) for values in y], **style)
+            axis.fill_between(x, list(map(min, y)), list(map(max, y)), color=f"C{i}", alpha=0.15, linewidth=0)
+        ratios = [[a / b for a, b in zip(row["denoising"], base, strict=True)] for row in by_point[-1]]
+        by_level = list(zip(*ratios, strict=True))
+        x = [(level + 0.5) / len(base) for level in range(len(base))]
+        axes[2].plot(x, [100 * (statistics.mean(values) - 1) for values in by_level], **style)
+        low, high = ([100 * (pick(values) - 1) for values in by_level] for pick in (min, max))
+        axes[2].fill_between(x, low, high, color=f"C{i}", alpha=0.15, linewidth=0)
+    axes[0].set(xlabel="training, FLOPs", ylabel=DISTANCES[distance], yscale="log")
+    axes[1].set(xlabel="training, FLOPs", ylabel="held-out denoising loss", yscale="log")
+    axes[2].set(xlabel="noise level, as a part of the diffusion's time", ylabel=f"loss at the end, % from {first}")
+    for axis in axes:
+        axis.grid(alpha=0.25, which="both")
+        axis.spines[["top", "right"]].set_visible(False)
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False)
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
+
+
+def _read(path: pathlib.Path) -> Image.Image:
+    with Image.open(path) as picture:
+        return picture.convert("RGB")
+
+
+def _side_by_side(strips: dict[str, pathlib.Path]) -> Image.Image:
+    """A strip of samples per run, one below the other, twice enlarged, with its name."""
+    pictures = {name: _read(path) for name, path in strips.items()}
+    font, gap = ImageFont.load_default(size=16), 26
+    width = max(2 * picture.width for picture in pictures.values())
+    page = Image.new("RGB", (width, sum(2 * picture.height + gap for picture in pictures.values())), "white")
+    draw, top = ImageDraw.Draw(page), 0
+    for name, picture in pictures.items():
+        draw.text((4, top + 4), name, fill="black", font=font)
+        page.paste(picture.resize((2 * picture.width, 2 * picture.height), Image.Resampling.BICUBIC), (0, top + gap))
+        top += 2 * picture.height + gap
+    return page

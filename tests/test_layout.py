@@ -12,11 +12,12 @@ ORDER = [  # a module may import those above it
     {"config", "data.sources"},
     {"network", "representation", "checkpoint", "observe", "data.pipeline", "data.published"},
     {"generate", "data.prepare"},
-    {"evaluation.features"},
+    {"evaluation.features", "evaluation.denoising"},
     {"evaluation.evaluate", "evaluation.report"},
     {"train"},
     {"cost"},
-    {"doctor"},
+    {"doctor", "study"},
+    {"study_report"},
     {"convert"},
 ]
 
@@ -44,7 +45,7 @@ def test_imports_point_one_way(root):
         assert not wrong, f"{name} imports {wrong}"
 
 
-@pytest.mark.parametrize("folder", ["maskdm_jax", "launch", "benchmarks"])
+@pytest.mark.parametrize("folder", ["maskdm_jax", "launch", "benchmarks", "experiments"])
 def test_nothing_imports_launch_configs_torch_or_tensorflow(root, folder):
     for path in (root / folder).rglob("*.py"):
         roots = {name.split(".")[0] for name in imports(path)}
