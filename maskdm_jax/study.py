@@ -202,6 +202,7 @@ def carry_out(runs: list[Run], study, workdir, results: Results, judge_path: str
     """
     workdir = train.run_folder(workdir)
     judged = dict(study.judged.to_dict(), judge=pathlib.Path(judge_path).stem if judge_path else "inception")
+    made_by = provenance()  # now: files may change while this runs
     missing = lambda run: [
         number for number, leg in enumerate(run.legs) for step in leg.points if not results.has(leg.key, step, judged)
     ]
@@ -223,7 +224,7 @@ def carry_out(runs: list[Run], study, workdir, results: Results, judge_path: str
                 picture = results.pictures / picture_name(run.name, run.seed) if last else None
                 row = dict(run=run.name, seed=run.seed, leg=number + 1, key=leg.key, step=step, judged=judged)
                 row |= dict(flops=leg.before[0] + step * leg.flops, images=leg.before[1] + step * leg.stage.batch_size)
-                row |= dict(train_seconds=_seconds(workdir, run, number, step), **judge(found, picture), **provenance())
+                row |= dict(train_seconds=_seconds(workdir, run, number, step), **judge(found, picture), **made_by)
                 results.add(row)
                 numbers = ", ".join(f"{name} {row[name]:.4g}" for name in judge.names)
                 say(f"{run.name}, seed {run.seed} at {row['flops']:.3g} FLOPs: {numbers}")
@@ -268,7 +269,7 @@ def _seconds(workdir: pathlib.Path, run: Run, number: int, step: int) -> float:
     return total
 
 
-def provenance() -> dict:
+def provenance() -> dict[str, str]:
     """Commit (with + if files were changed), date and devices."""
     here = pathlib.Path(__file__).parent
     ask = lambda *args: subprocess.run(["git", *args], cwd=here, capture_output=True, text=True, check=False).stdout
