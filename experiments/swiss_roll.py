@@ -63,8 +63,10 @@ def predict(params, x, t):
     return h @ weight + bias[None]
 
 
+@functools.partial(jax.jit, static_argnums=(0, 1))
+@functools.partial(jax.vmap, in_axes=(None, None, 0, 0, 0))
 def train(draw, steps: int, params, moments, key):
-    """Weights and Adam's moments after so many more steps on points that `draw` gives."""
+    """Weights and Adam's moments, of every seed, after so many more steps on points that `draw` gives."""
 
     def step(carry, key):
         params, moments = carry
@@ -78,8 +80,10 @@ def train(draw, steps: int, params, moments, key):
     return jax.lax.scan(step, (params, moments), jax.random.split(key, steps))[0]
 
 
+@jax.jit
+@jax.vmap
 def sample(params, key):
-    """Points that the network makes of noise, by deterministic DDIM."""
+    """Points that the network of every seed makes of noise, by deterministic DDIM."""
     x = jax.random.normal(key, (SAMPLES, 2))
     no_noise, bounds = lambda i: 0.0, (-2.2, 2.2)
     return samplers.ddim(functools.partial(predict, params), x, no_noise, SCHEDULE, clip=bounds, steps=50, eta=0.0)
@@ -96,9 +100,8 @@ def learn(params, key, marks):
     moments, done, found = jax.vmap(OPTIMIZER.init)(params), 0, []
     for mark in marks:
         keys = jax.random.split(jax.random.fold_in(key, mark), SEEDS.value)
-        more = jax.jit(jax.vmap(functools.partial(train, swiss_roll, mark - done)))
-        params, moments = more(params, moments, keys)
-        found.append(jax.jit(jax.vmap(sample))(params, keys))
+        params, moments = train(swiss_roll, mark - done, params, moments, keys)
+        found.append(sample(params, keys))
         done = mark
     return found
 
@@ -109,8 +112,7 @@ def main(argv):
     marks = [0] + [STEPS.value >> i for i in range(6, -1, -1) if STEPS.value >> i]
     keys = jax.random.split(jax.random.key(0), SEEDS.value)
     fresh = jax.vmap(init)(keys)
-    on_primer = jax.jit(jax.vmap(functools.partial(train, primer, PRIMER.value)))
-    primed, _ = on_primer(fresh, jax.vmap(OPTIMIZER.init)(fresh), keys)
+    primed, _ = train(primer, PRIMER.value, fresh, jax.vmap(OPTIMIZER.init)(fresh), keys)
     samples = {
         name: learn(params, jax.random.key(1), marks)
         for name, params in (("from scratch", fresh), ("from the primer", primed))

@@ -5,7 +5,6 @@ Several of these commands may work at one study, with different --only or --seed
 --report=DIR draws what there is: curves.png, samples.png, table.md.
 """
 
-import fnmatch
 import functools
 import pathlib
 
@@ -26,6 +25,8 @@ REPORT = flags.DEFINE_string("report", None, "Draw the results into this folder 
 def main(argv):
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments {argv[1:]}; names with spaces need quotes")
+    if not all(seed.isdecimal() for seed in SEEDS.value):
+        raise app.UsageError(f"--seeds={','.join(SEEDS.value)}: give numbers, such as 0,1,2")
     if CONFIG.value is None:
         raise app.UsageError("which study? give --config=experiments/emoji32.py:convergence")
     logging.set_verbosity(logging.WARNING)
@@ -40,11 +41,11 @@ def main(argv):
     results = study.Results(RESULTS.value or workdir / f"{variant or pathlib.Path(stem).stem}.jsonl")
     try:
         seconds_of = study.StepSeconds(workdir / "step_seconds.json") if BUDGET.value == "seconds" else None
-        runs = study.plan(CONFIG.value, unit=BUDGET.value, seconds_of=seconds_of)
+        seeds = {int(seed) for seed in SEEDS.value}
+        runs = study.plan(CONFIG.value, unit=BUDGET.value, seconds_of=seconds_of, only=ONLY.value, seeds=seeds)
         if REPORT.value:
             print(study_report.write(runs, results.rows(), REPORT.value, results.pictures))
             return
-        runs = chosen(runs)
         if DRY_RUN.value:
             print("\n".join(study_report.describe(runs)))
             return
@@ -53,17 +54,6 @@ def main(argv):
         distributed.leave(f"error: {error}")
     except KeyboardInterrupt:
         distributed.leave("interrupted; run the same command again to go on")
-
-
-def chosen(runs):
-    from maskdm_jax.config import ConfigError
-
-    found = [run for run in runs if fnmatch.fnmatchcase(run.name, ONLY.value)]
-    found = [run for run in found if not SEEDS.value or str(run.seed) in SEEDS.value]
-    if not found:
-        names, seeds = ({getattr(run, what) for run in runs} for what in ("name", "seed"))
-        raise ConfigError(f"--only and --seeds leave no run; this study has {sorted(names)}, seeds {sorted(seeds)}")
-    return found
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ is a line in a file of results, and what has its line is not done again.
 
 import dataclasses
 import datetime
+import fnmatch
 import hashlib
 import importlib.util
 import json
@@ -61,7 +62,7 @@ class Run:
     legs: tuple[Leg, ...]
 
 
-def plan(study, *, unit: str = "flops", seconds_of=None) -> list[Run]:
+def plan(study, *, unit: str = "flops", seconds_of=None, only: str = "*", seeds=()) -> list[Run]:
     """The runs of a study, seed by seed, so that whoever stops early has whole comparisons.
 
     Args:
@@ -69,16 +70,22 @@ def plan(study, *, unit: str = "flops", seconds_of=None) -> list[Run]:
       unit: what the budget counts: `flops` of the training steps, by XLA's count of the program before fusion, or
         `seconds` that this machine's devices take for them.
       seconds_of: (config, key) -> seconds of a step; for `seconds`.
+      only: a pattern of run names, with * and ? for any letters.
+      seeds: those wanted; all when empty.
 
     Raises:
-      ConfigError: a setting is unknown or cannot work, or a leg is too short for its points.
+      ConfigError: a setting is unknown or cannot work, a leg is too short for its points, or no run is left.
     """
     budget = study.budget[unit]
     if not budget > 0:
         raise ConfigError(f"config.budget.{unit} is {budget}; it must be above 0")
     counted = {}  # FLOPs of a step by the leg's settings: counting takes seconds
-    seeds = dict.fromkeys(seed for run in study.runs for seed in run["seeds"])
-    wanted = [(run, seed) for seed in seeds for run in study.runs if seed in run["seeds"]]
+    there = dict.fromkeys(seed for run in study.runs for seed in run["seeds"])
+    chosen = [run for run in study.runs if fnmatch.fnmatchcase(run["name"], only)]
+    wanted = [(run, seed) for seed in there if not seeds or seed in seeds for run in chosen if seed in run["seeds"]]
+    if not wanted:
+        names = ", ".join(run["name"] for run in study.runs)
+        raise ConfigError(f"--only and --seeds leave no run; this study has {names}, and seeds {list(there)}")
     return [_plan_run(study, run["name"], run["legs"], seed, budget, unit, seconds_of, counted) for run, seed in wanted]
 
 
@@ -161,6 +168,7 @@ class StepSeconds:
                 jax.block_until_ready(values)
                 seconds.append(time.perf_counter() - begun)
             self._known[key] = statistics.median(seconds[3:])
+            self._path.parent.mkdir(parents=True, exist_ok=True)
             write_atomically(self._path, json.dumps(self._known).encode())
         return self._known[key]
 
@@ -171,7 +179,6 @@ class Results:
     def __init__(self, path):
         self.path = pathlib.Path(path).expanduser().absolute()
         self.pictures = self.path.with_suffix("")  # folder of samples
-        self.path.parent.mkdir(parents=True, exist_ok=True)
 
     def rows(self) -> list[dict]:
         """All points so far."""
@@ -183,6 +190,7 @@ class Results:
 
     def add(self, row: dict) -> None:
         """Append a point."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("a") as file:
             file.write(json.dumps(row) + "\n")
 
