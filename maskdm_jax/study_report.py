@@ -96,7 +96,18 @@ def _table(found) -> list[str]:
         cells += [_spread([_denoising(row) for row in ends], 4)]
         cells += [f"{ends[0]['images'] / 1e6:.2f}", _spread([row["train_seconds"] / 60 for row in ends], 0)]
         lines.append("| " + " | ".join(cells) + " |")
-    return [*lines, "", *_sentences(found, distance)]
+    return [*lines, "", *_sentences(found, distance), "", _provenance(found)]
+
+
+def _provenance(found) -> str:
+    rows = [row for seeds in found.values() for points in seeds.values() for row in points]
+    told = {what: sorted({row[what] for row in rows}) for what in ("commit", "device", "date")}
+    judged = rows[0]["judged"]
+    dates = told["date"][0] if len(told["date"]) == 1 else f"{told['date'][0]} to {told['date'][-1]}"
+    return (
+        f"{judged['samples']:,} samples of the EMA per point, judged on {judged['on']} by {judged['judge']}; held-out loss on "
+        f"{judged['held_out']} images; commit {', '.join(told['commit'])}; {', '.join(told['device'])}; {dates}."
+    )
 
 
 def _ends(found) -> dict[str, list[dict]]:

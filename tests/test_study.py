@@ -229,17 +229,21 @@ def test_the_report_says_what_ranges_allow(planned, tmp_path):
     """Results put in by hand: one run better in every seed, one with a single seed."""
     values = {("unmasked", 0): 10.0, ("unmasked", 1): 12.0, ("half hidden", 0): 8.0, ("half hidden", 1): 9.0}
     rows, pictures = [], tmp_path / "pictures"
+    judged = dict(samples=2000, on="digits", judge="inception", held_out=5)
+    about = dict(judged=judged, commit="abc", device="1 x cpu", images=10**6, train_seconds=90.0)
     for run in planned:
         for leg in run.legs:
             for step in leg.points:
-                row = dict(key=leg.key, step=step, judged={}, images=10**6, train_seconds=90.0, denoising=[0.5, 0.25])
-                rows.append(row | dict(fd=values.get((run.name, run.seed), 11.0), kid=1.0))
+                row = dict(key=leg.key, step=step, denoising=[0.5, 0.25], date=f"2026-01-0{run.seed + 1}")
+                rows.append(about | row | dict(fd=values.get((run.name, run.seed), 11.0), kid=1.0))
         observe.save_image(pictures / study.picture_name(run.name, run.seed), Image.new("RGB", (96, 16)))
     text = study_report.write(planned, rows, tmp_path, pictures)
     assert "| half hidden | 2 | 8.5 (8.0-9.0) | 1.00 (1.00-1.00) | 0.3750 (0.3750-0.3750) | 1.00 | 2 (2-2) |" in text
     said = "Fréchet distance -22.7% (ranges apart), held-out loss +0.0% (ranges overlap)"
     assert f"- half hidden, against unmasked: {said}" in text
     assert "- longer, against unmasked: Fréchet distance +0.0% (one seed)" in text
+    assert "judged on digits by inception" in text
+    assert "commit abc; 1 x cpu; 2026-01-01 to 2026-01-02." in text
     assert (tmp_path / "table.md").read_text() == text
     for name, size in (("curves.png", (1430, 506)), ("samples.png", (192, 3 * (32 + 26)))):
         with Image.open(tmp_path / name) as picture:
