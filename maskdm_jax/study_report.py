@@ -105,8 +105,9 @@ def _provenance(found) -> str:
     judged = rows[0]["judged"]
     dates = told["date"][0] if len(told["date"]) == 1 else f"{told['date'][0]} to {told['date'][-1]}"
     return (
-        f"{judged['samples']:,} samples of the EMA per point, judged on {judged['on']} by {judged['judge']}; held-out loss "
-        f"on {judged['held_out']} images; commit {', '.join(told['commit'])}; {', '.join(told['device'])}; {dates}."
+        f"{judged['samples']:,} samples of the EMA per point, judged on {judged['on']} by {judged['judge']}; "
+        f"held-out loss on {judged['held_out']} images; "
+        f"commit {', '.join(told['commit'])}; {', '.join(told['device'])}; {dates}."
     )
 
 
