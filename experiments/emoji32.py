@@ -13,6 +13,7 @@ import runpy
 from ml_collections import ConfigDict
 
 RATES = ((5e-4, 16), (1e-3, 16), (2e-3, 16), (1e-3, 32))  # learning rates and batch sizes tried
+UNMASKED = {"train.learning_rate": 2e-3}  # the better one there without masks; with them it is that of `base()`
 CONFIGS = pathlib.Path(__file__).parent.parent / "configs"
 
 
@@ -52,20 +53,21 @@ def get_config(name="convergence"):
     c.runs = ()
     if name == "convergence":
         c.runs = (
-            run("unmasked", leg(1.0, points=4)),
+            run("unmasked", leg(1.0, points=4, **UNMASKED)),
             run("half hidden", leg(0.5, hidden=0.5, block=2), leg(0.5, points=2)),
             run("90-50-0", leg(0.25, hidden=0.9, block=2), leg(0.25, hidden=0.5, block=2), leg(0.5, points=2)),
-            run("3/4 hidden", leg(0.5, hidden=0.75, block=2), leg(0.5, points=2), seeds=(0,)),
-            run("half hidden patches", leg(0.5, hidden=0.5), leg(0.5, points=2), seeds=(0,)),
-            run("half hidden large blocks", leg(0.5, hidden=0.5, block=4), leg(0.5, points=2), seeds=(0,)),
-            run("half hidden shorter", leg(0.25, hidden=0.5, block=2), leg(0.75, points=3), seeds=(0,)),
+            run("unmasked, lower rate", leg(1.0, points=2), seeds=(0,)),
+            run("3/4 hidden", leg(0.5, hidden=0.75, block=2), leg(0.5), seeds=(0,)),
+            run("half hidden, patches", leg(0.5, hidden=0.5), leg(0.5), seeds=(0,)),
+            run("half hidden, large blocks", leg(0.5, hidden=0.5, block=4), leg(0.5), seeds=(0,)),
+            run("half hidden, shorter", leg(0.25, hidden=0.5, block=2), leg(0.75), seeds=(0,)),
         )
     elif name == "transfer":
         c.judged.on = "twemoji"
-        tenth = lambda share, points: leg(share, points, data="twemoji", **{"data.fraction": 0.1})
+        tenth = lambda share, points, **more: leg(share, points, data="twemoji", **{"data.fraction": 0.1} | more)
         c.runs = (
-            run("from scratch", tenth(1.0, 4)),
-            run("after unmasked", leg(0.5, points=0), tenth(0.5, 2)),
+            run("from scratch", tenth(1.0, 4, **UNMASKED)),
+            run("after unmasked", leg(0.5, points=0, **UNMASKED), tenth(0.5, 2, **UNMASKED)),
             run("after half hidden", leg(0.5, points=0, hidden=0.5, block=2), tenth(0.5, 2)),
         )
     elif name == "rates":
