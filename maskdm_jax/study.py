@@ -84,8 +84,8 @@ def plan(study, *, unit: str = "flops", seconds_of=None, only: str = "*", seeds=
     chosen = [run for run in study.runs if fnmatch.fnmatchcase(run["name"], only)]
     wanted = [(run, seed) for seed in there if not seeds or seed in seeds for run in chosen if seed in run["seeds"]]
     if not wanted:
-        names = ", ".join(run["name"] for run in study.runs)
-        raise ConfigError(f"--only and --seeds leave no run; this study has {names}, and seeds {list(there)}")
+        names = "; ".join(run["name"] for run in study.runs)
+        raise ConfigError(f"--only and --seeds leave no run; this study has {names}; seeds {list(there)}")
     return [_plan_run(study, run["name"], run["legs"], seed, budget, unit, seconds_of, counted) for run, seed in wanted]
 
 
@@ -321,7 +321,7 @@ class Judge:
     def __call__(self, checkpoint: pathlib.Path, picture: pathlib.Path | None) -> dict:
         """Numbers of a checkpoint's EMA; some of its samples are drawn into `picture`, if it is given."""
         loaded, index = load(checkpoint), np.arange(self._settings.samples)
-        batches = generate_batches(loaded, index, None, seed=0, batch_size=_BATCH)
+        batches = generate_batches(loaded, index, None, seed=0, batch_size=min(_BATCH, len(index)))
         samples = np.concatenate([images for _, images in batches])
         if picture:
             observe.save_image(picture, _strip(samples[:SHOWN]))

@@ -35,7 +35,7 @@ def denoising_by_level(loaded: Loaded, images, *, levels: int = 10, seed: int = 
         return denoising_loss(predict, schedule, x0, t, eps, objective=diffusion.objective)
 
     params, n = network.cast(loaded.params), len(images)
-    sums = np.zeros(levels)
+    sums, batch_size = np.zeros(levels), min(batch_size, n)
     for start in range(0, n, batch_size):
         index = np.arange(start, start + batch_size)  # the last batch is filled up, so that one program does it all
         rows = np.asarray(images)[index % n]
