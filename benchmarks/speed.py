@@ -77,6 +77,9 @@ def main(argv):
     logging.set_verbosity(logging.ERROR)
     import jax
 
+    from maskdm_jax import memory
+
+    memory.keep_freed()  # as in a run; for PyTorch's steps too
     # A cache of its own: compile times are true, and what is compiled to read its cost is not compiled again to run.
     with tempfile.TemporaryDirectory() as cache:
         jax.config.update("jax_compilation_cache_dir", cache)

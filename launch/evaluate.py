@@ -39,7 +39,7 @@ def main(argv):
     if not SEEDS.value or not all(seed.isdecimal() and int(seed) < 2**32 for seed in SEEDS.value):
         raise app.UsageError(f"--seeds={','.join(SEEDS.value)}: give numbers, such as 0,1,2")
     logging.set_verbosity(logging.WARNING)
-    from maskdm_jax import cache, distributed
+    from maskdm_jax import cache, distributed, memory
     from maskdm_jax.checkpoint import CheckpointError
     from maskdm_jax.config import ConfigError
     from maskdm_jax.data.sources import DataError
@@ -48,6 +48,7 @@ def main(argv):
     from maskdm_jax.generate import GenerateError
     from maskdm_jax.torch_file import TorchFileError
 
+    memory.keep_freed()
     cache.keep_compiled_programs()
     sys.stdout.reconfigure(errors="backslashreplace")  # file names may be no UTF-8
     sampling = {key: flag.value for key, flag in {"method": METHOD, "steps": STEPS}.items() if flag.value is not None}

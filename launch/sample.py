@@ -43,9 +43,10 @@ def main(argv):
     if "://" in (OUT.value or ""):
         raise app.UsageError(f"--out={OUT.value}: give a folder on a disk; a bucket can be mounted")
     logging.set_verbosity(logging.WARNING)
-    from maskdm_jax import cache, checkpoint, distributed, generate
+    from maskdm_jax import cache, checkpoint, distributed, generate, memory
     from maskdm_jax.config import ConfigError
 
+    memory.keep_freed()
     cache.keep_compiled_programs()
     try:
         distributed.initialize()

@@ -30,11 +30,12 @@ def main(argv):
     if CONFIG.value is None:
         raise app.UsageError("which study? give --config=experiments/emoji32.py:convergence")
     logging.set_verbosity(logging.WARNING)
-    from maskdm_jax import cache, config, distributed, study, study_report, train
+    from maskdm_jax import cache, config, distributed, memory, study, study_report, train
     from maskdm_jax.checkpoint import CheckpointError
     from maskdm_jax.data.sources import DataError
     from maskdm_jax.evaluation.features import EvaluationError
 
+    memory.keep_freed()
     cache.keep_compiled_programs()
     stem, _, variant = config_flags.get_config_filename(flags.FLAGS["config"]).partition(":")
     workdir = pathlib.Path(WORKDIR.value).expanduser()

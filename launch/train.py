@@ -23,12 +23,13 @@ def main(argv):
     logging.set_verbosity(logging.WARNING)  # Orbax reports every file at INFO
     import jax
 
-    from maskdm_jax import cache, config, distributed, train
+    from maskdm_jax import cache, config, distributed, memory, train
     from maskdm_jax.checkpoint import CheckpointError
     from maskdm_jax.data.sources import DataError
     from maskdm_jax.evaluation.features import EvaluationError
     from maskdm_jax.torch_file import TorchFileError
 
+    memory.keep_freed()
     cache.keep_compiled_programs()
     name = pathlib.Path(config_flags.get_config_filename(flags.FLAGS["config"])).stem
     try:

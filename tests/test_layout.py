@@ -5,7 +5,7 @@ import ast
 import pytest
 
 ORDER = [  # a module may import those above it
-    {"cache", "disk", "distributed", "models.attention", "wavelet", "evaluation.metrics", "data.images"},
+    {"cache", "disk", "distributed", "memory", "models.attention", "wavelet", "evaluation.metrics", "data.images"},
     {"models.layers"},
     {"masking", "diffusion", "models.backbone", "train_state", "sharding", "torch_file", "data.files", "data.prepared"},
     {"models.uvit", "models.wavelet_uvit", "samplers", "torch_checkpoint", "evaluation.inception", "data.databases"},

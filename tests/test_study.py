@@ -318,11 +318,11 @@ def test_from_the_command_line(root, child_env, tmp_path):
     assert "half hidden, shorter, seed 0" in plan
     assert "50% hidden, block 2, judged at" in plan
     assert not (tmp_path / "runs").exists(), "a dry run leaves nothing behind"
-    done = run("--only=*rate", "--seeds=0")
+    done = run("--only=unmasked*rate", "--seeds=0")
     assert done.stdout.count("unmasked, lower rate, seed 0 at ") == 2
     rows = [json.loads(line) for line in (tmp_path / "runs" / "convergence.jsonl").read_text().splitlines()]
     assert [row["leg"] for row in rows] == [1, 1]
-    report = run("--only=*rate", "--report=" + os.fspath(tmp_path / "report"))
+    report = run("--only=unmasked*rate", "--report=" + os.fspath(tmp_path / "report"))
     assert "| unmasked, lower rate | 1 |" in report.stdout
     wrong = run("--only=x*", check=False)
     assert wrong.returncode == 1

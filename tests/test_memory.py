@@ -1,0 +1,55 @@
+"""A step's pages are there for the next one."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="malloc's settings are glibc's")
+
+PROGRAM = """
+import json, resource, sys
+import jax, jax.numpy as jnp
+from maskdm_jax import memory
+kept = memory.keep_freed()
+step = jax.jit(lambda x: jnp.cumsum(jnp.sin(x) @ jnp.cos(x), 0) @ jnp.flip(x, 0))  # some 100 MiB of buffers
+x = jnp.ones((3000, 3000))
+for _ in range(3):
+    x = step(x) * 1e-9
+    x.block_until_ready()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(5):
+    x = step(x) * 1e-9
+    x.block_until_ready()
+print(json.dumps([kept, (resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before) / 5]))
+"""
+
+
+def run(env):
+    done = subprocess.run([sys.executable, "-c", PROGRAM], env=env, capture_output=True, text=True, check=True)
+    return json.loads(done.stdout)
+
+
+def test_a_program_executed_again_faults_no_pages_in(child_env):
+    env = {name: value for name, value in child_env.items() if name != "GLIBC_TUNABLES"}
+    kept, faults = run(env)
+    assert kept
+    left_alone, many = run(env | {"MALLOC_ARENA_MAX": "8"})
+    assert not left_alone, "who set variables decides"
+    assert faults < 0.1 * many, (faults, many)
+
+
+def test_beside_accelerators_nothing_changes(monkeypatch):
+    import jax
+
+    from maskdm_jax import memory
+
+    monkeypatch.setattr(memory, "_DEVICE_FILES", ("/dev/null",))
+    monkeypatch.setattr(memory.ctypes, "CDLL", lambda name: pytest.fail("asked"))
+    before = jax.config.jax_platforms
+    try:
+        jax.config.update("jax_platforms", None)
+        assert not memory.keep_freed()
+    finally:
+        jax.config.update("jax_platforms", before)
