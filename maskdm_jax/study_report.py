@@ -43,8 +43,9 @@ def write(runs: list[Run], rows: list[dict], folder, pictures) -> str:
     folder = pathlib.Path(folder).expanduser()
     folder.mkdir(parents=True, exist_ok=True)
     _draw(found, folder / "curves.png")
-    strips = {name: pathlib.Path(pictures) / picture_name(name, min(seeds)) for name, seeds in found.items()}
-    strips = {name: path for name, path in strips.items() if path.exists()}
+    drawn = lambda name, seeds: [pathlib.Path(pictures) / picture_name(name, seed) for seed in sorted(seeds)]
+    strips = {name: next(filter(pathlib.Path.exists, drawn(name, seeds)), None) for name, seeds in found.items()}
+    strips = {name: path for name, path in strips.items() if path}
     if strips:
         observe.save_image(folder / "samples.png", _side_by_side(strips))
     text = "\n".join(_table(found)) + "\n"

@@ -236,7 +236,8 @@ def test_the_report_says_what_ranges_allow(planned, tmp_path):
             for step in leg.points:
                 row = dict(key=leg.key, step=step, denoising=[0.5, 0.25], date=f"2026-01-0{run.seed + 1}")
                 rows.append(about | row | dict(fd=values.get((run.name, run.seed), 11.0), kid=1.0))
-        observe.save_image(pictures / study.picture_name(run.name, run.seed), Image.new("RGB", (96, 16)))
+        if (run.name, run.seed) != ("half hidden", 0):  # the next seed's stands in
+            observe.save_image(pictures / study.picture_name(run.name, run.seed), Image.new("RGB", (96, 16)))
     text = study_report.write(planned, rows, tmp_path, pictures)
     assert "| half hidden | 2 | 8.5 (8.0-9.0) | 1.00 (1.00-1.00) | 0.3750 (0.3750-0.3750) | 1.00 | 2 (2-2) |" in text
     said = "Fréchet distance -22.7% (ranges apart), held-out loss +0.0% (ranges overlap)"
