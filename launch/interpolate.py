@@ -27,11 +27,13 @@ def main(argv):
     logging.set_verbosity(logging.WARNING)
     import numpy as np
 
-    from maskdm_jax import generate, observe
+    from maskdm_jax import cache, generate, memory, observe
     from maskdm_jax.checkpoint import CheckpointError
     from maskdm_jax.config import ConfigError
     from maskdm_jax.data.images import decode
 
+    memory.keep_freed()
+    cache.keep_compiled_programs()
     try:
         loaded = generate.load(RUN.value, weights=WEIGHTS.value)
         framing = loaded.config.data.framing
