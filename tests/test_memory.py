@@ -9,20 +9,19 @@ import pytest
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="malloc's settings are glibc's")
 
 PROGRAM = """
-import json, resource, sys
+import json, resource, statistics
 import jax, jax.numpy as jnp
 from maskdm_jax import memory
 kept = memory.keep_freed()
-step = jax.jit(lambda x: jnp.cumsum(jnp.sin(x) @ jnp.cos(x), 0) @ jnp.flip(x, 0))  # some 100 MiB of buffers
-x = jnp.ones((3000, 3000))
-for _ in range(3):
+step = jax.jit(lambda x: jnp.cumsum(jnp.sin(x) @ jnp.cos(x), 0) @ jnp.flip(x, 0))  # some 60 MiB of buffers
+x = jnp.ones((2000, 2000))
+faults = []
+for _ in range(20):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     x = step(x) * 1e-9
     x.block_until_ready()
-before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-for _ in range(5):
-    x = step(x) * 1e-9
-    x.block_until_ready()
-print(json.dumps([kept, (resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before) / 5]))
+    faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+print(json.dumps([kept, statistics.median(faults[10:])]))  # the heap grows in some of the first ones
 """
 
 
@@ -37,7 +36,7 @@ def test_a_program_executed_again_faults_no_pages_in(child_env):
     assert kept
     left_alone, many = run(env | {"MALLOC_ARENA_MAX": "8"})
     assert not left_alone, "who set variables decides"
-    assert faults < 0.1 * many, (faults, many)
+    assert faults < 0.01 * many, (faults, many)
 
 
 def test_beside_accelerators_nothing_changes(monkeypatch):
