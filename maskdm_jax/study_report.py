@@ -162,6 +162,9 @@ def _draw(found, path: pathlib.Path) -> None:
     axes[0].set(xlabel="training, FLOPs", ylabel=DISTANCES[distance], yscale="log")
     axes[1].set(xlabel="training, FLOPs", ylabel="held-out denoising loss", yscale="log")
     axes[2].set(xlabel="noise level, as a part of the diffusion's time", ylabel=f"loss at the end, % from {first}")
+    for axis in (axes[0].yaxis, axes[1].yaxis):
+        axis.set_major_formatter("{x:g}")
+        axis.set_minor_formatter("{x:g}")
     for axis in axes:
         axis.grid(alpha=0.25, which="both")
         axis.spines[["top", "right"]].set_visible(False)
