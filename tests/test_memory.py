@@ -13,8 +13,8 @@ import json, resource, statistics
 import jax, jax.numpy as jnp
 from maskdm_jax import memory
 kept = memory.keep_freed()
-step = jax.jit(lambda x: jnp.cumsum(jnp.sin(x) @ jnp.cos(x), 0) @ jnp.flip(x, 0))  # some 60 MiB of buffers
-x = jnp.ones((2000, 2000))
+step = jax.jit(lambda x: jnp.cumsum(jnp.sin(x) @ jnp.cos(x), 0) @ jnp.flip(x, 0))  # buffers beyond 64 MiB
+x = jnp.ones((3000, 3000))
 faults = []
 for _ in range(20):
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
