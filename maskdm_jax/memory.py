@@ -14,7 +14,7 @@ def keep_freed() -> bool:
     """Let this process keep freed memory, where programs run on the CPU. Call it before anything touches a device.
 
     XLA takes the buffers of a program from malloc at every execution, which asks the system for fresh pages, for
-    hundreds of MiB: clearing and mapping them takes an eighth of a training step. With one heap that is never cut, an
+    hundreds of MiB: clearing and mapping them takes a seventh of a training step. With one heap that is never cut, an
     execution gets the pages of the one before. The process stays as large as it ever was.
 
     Does nothing beside accelerators, with a C library other than glibc, or where variables (MALLOC_ARENA_MAX,
