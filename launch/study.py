@@ -2,11 +2,13 @@
 
 Carries out the study that the file describes, or what is left of it, and appends every judged point to --results.
 Several of these commands may work at one study, with different --only or --seeds. --dry_run shows the plan.
---report=DIR draws what there is: curves.png, samples.png, table.md.
+--report=DIR draws what there is: curves.png, samples.png, table.md with the command that it was given, less --report.
 """
 
 import functools
 import pathlib
+import shlex
+import sys
 
 from absl import app, flags, logging
 from ml_collections import config_flags
@@ -45,7 +47,9 @@ def main(argv):
         seeds = {int(seed) for seed in SEEDS.value}
         runs = study.plan(CONFIG.value, unit=BUDGET.value, seconds_of=seconds_of, only=ONLY.value, seeds=seeds)
         if REPORT.value:
-            print(study_report.write(runs, results.rows(), REPORT.value, results.pictures))
+            given = [arg for arg in sys.argv if arg not in (f"--report={REPORT.value}", "--report", REPORT.value)]
+            command = shlex.join(["python", *given])
+            print(study_report.write(runs, results.rows(), REPORT.value, results.pictures, command))
             return
         if DRY_RUN.value:
             print("\n".join(study_report.describe(runs)))

@@ -28,13 +28,14 @@ def describe(runs: list[Run]) -> list[str]:
     return lines
 
 
-def write(runs: list[Run], rows: list[dict], folder, pictures) -> str:
+def write(runs: list[Run], rows: list[dict], folder, pictures, command: str) -> str:
     """Write curves.png, samples.png and table.md for the points judged so far into a folder, and return the table.
 
     Args:
       runs: the plan.
       rows: of `study.Results`; those of other plans are left out, and of several judges all but the last one's.
       pictures: folder of the strips of samples.
+      command: what carries the study out.
 
     Raises:
       ConfigError: no point of this plan has a result.
@@ -48,7 +49,7 @@ def write(runs: list[Run], rows: list[dict], folder, pictures) -> str:
     strips = {name: path for name, path in strips.items() if path}
     if strips:
         observe.save_image(folder / "samples.png", _side_by_side(strips))
-    text = "\n".join(_table(found)) + "\n"
+    text = "\n".join([*_table(found), "", f"    {command}"]) + "\n"
     write_atomically(folder / "table.md", text.encode())
     return text
 

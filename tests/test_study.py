@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import json
 import os
+import shlex
 import subprocess
 import sys
 
@@ -238,7 +239,7 @@ def test_the_report_says_what_ranges_allow(planned, tmp_path):
                 rows.append(about | row | dict(fd=values.get((run.name, run.seed), 11.0), kid=1.0))
         if (run.name, run.seed) != ("half hidden", 0):  # the next seed's stands in
             observe.save_image(pictures / study.picture_name(run.name, run.seed), Image.new("RGB", (96, 16)))
-    text = study_report.write(planned, rows, tmp_path, pictures)
+    text = study_report.write(planned, rows, tmp_path, pictures, "python launch/study.py")
     assert "| half hidden | 2 | 8.5 (8.0-9.0) | 1.00 (1.00-1.00) | 0.3750 (0.3750-0.3750) | 1.00 | 2 (2-2) |" in text
     said = "Fréchet distance -22.7% (ranges apart), held-out loss +0.0% (ranges overlap)"
     assert f"- half hidden, against unmasked: {said}" in text
@@ -250,7 +251,7 @@ def test_the_report_says_what_ranges_allow(planned, tmp_path):
         with Image.open(tmp_path / name) as picture:
             assert picture.size == size
     with pytest.raises(ConfigError, match="no run of this study has all its results yet"):
-        study_report.write(planned, rows[:1], tmp_path, pictures)
+        study_report.write(planned, rows[:1], tmp_path, pictures, "")
 
 
 def test_denoising_by_level():
@@ -325,6 +326,7 @@ def test_from_the_command_line(root, child_env, tmp_path):
     assert [row["leg"] for row in rows] == [1, 1]
     report = run("--only=unmasked*rate", "--report=" + os.fspath(tmp_path / "report"))
     assert "| unmasked, lower rate | 1 |" in report.stdout
+    assert shlex.split(report.stdout.splitlines()[-2]) == ["python", *command[1:], "--only=unmasked*rate"]
     wrong = run("--only=x*", check=False)
     assert wrong.returncode == 1
     assert "--only and --seeds leave no run; this study has unmasked; half hidden; 90-50-0; " in wrong.stderr
