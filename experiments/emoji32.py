@@ -70,6 +70,14 @@ def get_config(name="convergence"):
             run("from scratch", tenth(1.0, 4, **HIGHER)),
             run("after unmasked", leg(0.5, points=0, **HIGHER), tenth(0.5, 2, **HIGHER)),
             run("after half hidden", leg(0.5, points=0, hidden=0.5, block=2), tenth(0.5, 2)),
+            run("from scratch, lower rate", tenth(1.0, 2), seeds=(0,)),
+            run("after unmasked, lower rate", leg(0.5, points=0), tenth(0.5), seeds=(0,)),
+            run(
+                "after half hidden, higher rate",
+                leg(0.5, points=0, hidden=0.5, block=2, **HIGHER),
+                tenth(0.5, **HIGHER),
+                seeds=(0,),
+            ),
         )
     elif name == "rates":
         c.budget, c.judged.samples = dict(flops=3e13, seconds=360.0), 500
