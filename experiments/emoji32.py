@@ -65,7 +65,7 @@ def get_config(name="convergence"):
         )
     elif name == "transfer":
         c.judged.on = "twemoji"
-        tenth = lambda share, points, **more: leg(share, points, data="twemoji", **{"data.fraction": 0.1} | more)
+        tenth = lambda share, points=1, **more: leg(share, points, data="twemoji", **{"data.fraction": 0.1} | more)
         c.runs = (
             run("from scratch", tenth(1.0, 4, **HIGHER)),
             run("after unmasked", leg(0.5, points=0, **HIGHER), tenth(0.5, 2, **HIGHER)),
