@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import json
 import os
+import runpy
 import shlex
 import subprocess
 import sys
@@ -297,6 +298,18 @@ def test_the_rest_of_a_selection():
     assert len(select(source, (), 0.5, 3, False, rest=True)) > len(rest)
     with pytest.raises(DataError, match=r"a fraction of 1.0 leaves none of 1797 images out"):
         select(source, rest=True)
+
+
+@pytest.mark.parametrize("name", ["convergence", "transfer", "rates"])
+def test_the_studies_on_emoji_can_be_planned(root, monkeypatch, name):
+    monkeypatch.setattr(study.cost, "of_rows", lambda *args: (1e9, 0.0))  # counting takes seconds for every leg
+    config = runpy.run_path(str(root / "experiments" / "emoji32.py"))["get_config"](name)
+    runs = study.plan(config)
+    assert len({(run.name, run.seed) for run in runs}) == len(runs) >= 8
+    for run in runs:
+        assert run.legs[-1].points[-1] == run.legs[-1].stage.steps, "the end is judged"
+        flops = sum(leg.flops * leg.stage.steps for leg in run.legs)
+        assert flops == pytest.approx(config.budget.flops, rel=1e-3)
 
 
 def test_from_the_command_line(root, child_env, tmp_path):
