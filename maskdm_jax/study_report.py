@@ -138,7 +138,7 @@ def _draw(found, path: pathlib.Path) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib import pyplot, ticker
 
     distance = _distance(found)
     figure, axes = pyplot.subplots(1, 3, figsize=(13, 4.6), layout="constrained")
@@ -164,10 +164,11 @@ def _draw(found, path: pathlib.Path) -> None:
     axes[1].set(xlabel="training, FLOPs", ylabel="held-out denoising loss", yscale="log")
     axes[2].set(xlabel="noise level, as a part of the diffusion's time", ylabel=f"loss at the end, % from {first}")
     for axis in (axes[0].yaxis, axes[1].yaxis):
+        axis.set_major_locator(ticker.LogLocator(subs=(1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 6, 7, 8)))
         axis.set_major_formatter("{x:g}")
-        axis.set_minor_formatter("{x:g}")
+        axis.set_minor_locator(ticker.NullLocator())
     for axis in axes:
-        axis.grid(alpha=0.25, which="both")
+        axis.grid(alpha=0.25)
         axis.spines[["top", "right"]].set_visible(False)
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False)
