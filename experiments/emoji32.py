@@ -76,7 +76,6 @@ def get_config(name="convergence"):
                 "after half hidden, higher rate",
                 leg(0.5, points=0, hidden=0.5, block=2, **HIGHER),
                 tenth(0.5, **HIGHER),
-                seeds=(0,),
             ),
         )
     elif name == "rates":
