@@ -13,7 +13,7 @@ import json
 import numpy as np
 from sklearn.linear_model import LogisticRegression
 
-from maskdm_jax import generate
+from maskdm_jax import sampling
 from maskdm_jax.data.sources import Digits
 
 
@@ -48,9 +48,9 @@ def main():
     parser.add_argument("--n", type=int, default=1000, help="samples")
     parser.add_argument("--seed", type=int, default=1, help="of the samples' noise")
     args = parser.parse_args()
-    loaded = generate.load(args.run)
+    loaded = sampling.load(args.run)
     labels = np.arange(args.n) % 10
-    batches = generate.generate_batches(loaded, range(args.n), labels, seed=args.seed, batch_size=min(args.n, 500))
+    batches = sampling.generate_batches(loaded, range(args.n), labels, seed=args.seed, batch_size=min(args.n, 500))
     images = np.concatenate([images for _, images in batches])
     model, (pixels, truth) = classifier()
     real, samples = judge(model, pixels, truth), judge(model, pixels_of(images), labels)

@@ -99,7 +99,7 @@ def workers(process) -> list[int]:
 
 def history(workdir) -> list:
     """Step, loss and gradient norm of each logged step."""
-    from maskdm_jax.observe import read_metrics
+    from maskdm_jax.training.logs import read_metrics
 
     path = workdir / "metrics.jsonl"
     return [(line["step"], line["loss"], line["grad_norm"]) for line in read_metrics(path)] if path.exists() else []

@@ -34,7 +34,7 @@ def main(_):
     data = Data(**settings, threads=THREADS.value, workers=0)
     source = open_source(DATA.value)
     order = np.random.RandomState(0).permutation(len(source))
-    see = lambda i: decode(source.read(int(order[i % len(order)]))[0], data.framing)
+    see = lambda i: decode(source.read(int(order[i % len(order)]))[0], Framing.of(data))
 
     def bare(seconds):
         """Images per second of threads that do nothing but read and decode."""

@@ -51,7 +51,9 @@ def run(settings, dtype: str, seed: int) -> list[float]:
     """The loss of every step."""
     import jax
 
-    from maskdm_jax import config, observe, train
+    from maskdm_jax import config
+    from maskdm_jax.run import train
+    from maskdm_jax.training import logs
 
     stage = settings.stages[0]
     with settings.unlocked():
@@ -60,8 +62,8 @@ def run(settings, dtype: str, seed: int) -> list[float]:
         settings.preview.every, settings.evaluation.every, settings.log.every = STEPS.value, 0, 1
         settings.sampling.steps = 2  # of the picture at the end, which nobody sees
     with tempfile.TemporaryDirectory() as folder:
-        train.train(config.parse(settings), folder)
-        lines = observe.read_metrics(pathlib.Path(folder) / "metrics.jsonl")
+        train(config.parse(settings), folder)
+        lines = logs.read_metrics(pathlib.Path(folder) / "metrics.jsonl")
     settings.seed -= seed
     jax.clear_caches()
     return [line["loss"] for line in lines if "loss" in line]

@@ -29,6 +29,13 @@ import time
 from absl import app, flags, logging
 from ml_collections import config_flags
 
+from maskdm_jax.build import make_network, mask_plans
+from maskdm_jax.errors import DataError
+from maskdm_jax.storage import cache_dir
+from maskdm_jax.training.loop import make_run_mesh
+from maskdm_jax.training.start import abstract_state, fresh_state
+from maskdm_jax.training.step import jit_step
+
 CONFIG = config_flags.DEFINE_config_file("config", None, "Config file; its model, batch, optimizer and mask are used.")
 BATCH = flags.DEFINE_integer("batch", None, "Images of a step; the config's when not given.", lower_bound=1)
 VISIBLE = flags.DEFINE_list("visible", ["10", "50", "100"], "Shares of visible patches, in percent.")
@@ -77,9 +84,9 @@ def main(argv):
     logging.set_verbosity(logging.ERROR)
     import jax
 
-    from maskdm_jax import memory
+    from maskdm_jax.parallel import runtime
 
-    memory.keep_freed()  # as in a run; for PyTorch's steps too
+    runtime.keep_freed_memory()  # as in a run; for PyTorch's steps too
     # A cache of its own: compile times are true, and what is compiled to read its cost is not compiled again to run.
     with tempfile.TemporaryDirectory() as cache:
         jax.config.update("jax_compilation_cache_dir", cache)
@@ -142,17 +149,19 @@ def of_jax(settings, stage: str) -> list[Subject]:
     import jax
     import numpy as np
 
-    from maskdm_jax import cost, generate, representation, sharding, train
-    from maskdm_jax.network import make_network
+    from maskdm_jax import sampling
+    from maskdm_jax.models import representation
+    from maskdm_jax.parallel import sharding
+    from maskdm_jax.tools import cost
 
     subjects, devices = [], jax.devices()
     for percent in VISIBLE.value:
         config = masked(settings, stage, percent)
-        batch_size, mesh, network = config.stage[stage].batch_size, train.make_mesh_for(config), make_network(config)
+        batch_size, mesh, network = config.stage[stage].batch_size, make_run_mesh(config), make_network(config)
         found = cost.of_training(config, stage, devices, batch_size)
-        abstract = train.abstract_state(config, 0, network, mesh)
-        state = [train.fresh_state(config, network, abstract)]
-        step = train.compile_step(config, stage, mesh, abstract)
+        abstract = abstract_state(config, 0, network, mesh)
+        state = [fresh_state(config, network, abstract)]
+        step = jit_step(config, stage, mesh, abstract)
         draw, size = np.random.default_rng(0), config.data.image_size
         image = draw.integers(0, 256, (batch_size, size, size, config.data.channels), np.uint8)
         index = np.arange(batch_size)
@@ -180,7 +189,7 @@ def of_jax(settings, stage: str) -> list[Subject]:
     subjects.append(Subject("forward", "jax", start, jax.block_until_ready, **about))
     if SAMPLING_STEPS.value:
         found = cost.of_sampling(config, devices, batch_size // len(devices))
-        run, key = generate.compile_sampling(config, network, mesh), jax.random.key(0)
+        run, key = sampling.compile_sampling(config, network, mesh), jax.random.key(0)
         index = jax.device_put(np.arange(batch_size, dtype=np.int32), sharding.batch_sharding(mesh))
         start = lambda: run(state[0].ema, key, index, labels)
         about = dict(images=batch_size, memory=found.memory, compile_seconds=found.compile_seconds)
@@ -191,12 +200,11 @@ def of_jax(settings, stage: str) -> list[Subject]:
 
 def of_loading(settings, stage: str) -> list[Subject]:
     """Batches read, decoded and stacked, where there is data: so many at a time that what lies ready counts little."""
-    from maskdm_jax.data.pipeline import Batches, open_data
-    from maskdm_jax.data.sources import DataError
+    from maskdm_jax.data.pipeline import Batches, TrainingData
 
     config = masked(settings, stage, "100")
     try:
-        source = open_data(config.data)
+        source = TrainingData(config.data).source
     except DataError as error:
         print(f"loading is left out: {error}")
         return []
@@ -211,10 +219,9 @@ def of_evaluation(settings) -> list[Subject]:
     import jax
     import numpy as np
 
-    from maskdm_jax import cache
     from maskdm_jax.evaluation import features, inception
 
-    path = settings.evaluation.inception_weights or cache.folder("weights") / inception.FILE
+    path = settings.evaluation.inception_weights or cache_dir("weights") / inception.FILE
     if not pathlib.Path(path).exists():
         print(f"evaluation is left out: {path} is not there; give config.evaluation.inception_weights")
         return []
@@ -230,12 +237,11 @@ def of_checkpoint(settings) -> list[Subject]:
     """A checkpoint of the whole state: until the run may go on, and until it is on disk."""
     import jax
 
-    from maskdm_jax import checkpoint, train
-    from maskdm_jax.network import make_network
+    from maskdm_jax.training import checkpoint
 
     config = masked(settings, settings.stages[0], "100")
-    network, mesh = make_network(config), train.make_mesh_for(config)
-    state = train.fresh_state(config, network, train.abstract_state(config, 0, network, mesh))
+    network, mesh = make_network(config), make_run_mesh(config)
+    state = fresh_state(config, network, abstract_state(config, 0, network, mesh))
     size = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
     stall = Subject("checkpoint", "until the run goes on", None, None, memory=size)
     whole = Subject("checkpoint", "until it is on disk", None, None, memory=size)
@@ -259,8 +265,6 @@ def of_torch(settings, stage: str) -> list[Subject]:
     import jax
     import torch
     import torch_twin
-
-    from maskdm_jax.config import mask_plans
 
     config = masked(settings, stage, "100")
     model, data, training = config.model, config.data, config.stage[stage]

@@ -18,8 +18,8 @@ import numpy as np
 import optax
 from absl import app, flags
 
-from maskdm_jax import samplers
-from maskdm_jax.diffusion import denoising_loss, make_schedule
+from maskdm_jax.diffusion import samplers
+from maskdm_jax.diffusion.gaussian import denoising_loss, make_schedule
 from maskdm_jax.models.layers import timestep_embedding
 
 OUT = flags.DEFINE_string("out", "swiss_roll.png", "Picture to write.")

@@ -37,14 +37,17 @@ def main(argv):
         os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # a compiler alone holds no chip
         os.environ.setdefault("TPU_MIN_LOG_LEVEL", "3")
         os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-    from maskdm_jax import cache, config, cost
+    from maskdm_jax import config
+    from maskdm_jax.errors import ConfigError, CostError
+    from maskdm_jax.parallel.runtime import keep_compiled_programs
+    from maskdm_jax.tools import cost
 
     if TOPOLOGY.value == "local":  # programs for absent chips cannot be read back
-        cache.keep_compiled_programs()
+        keep_compiled_programs()
     try:
         settings = config.parse(CONFIG.value)
         sys.exit(0 if report(settings, cost.devices_of(TOPOLOGY.value)) else 1)
-    except (config.ConfigError, cost.CostError) as error:
+    except (ConfigError, CostError) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
         sys.exit("interrupted")
@@ -52,14 +55,14 @@ def main(argv):
 
 def report(config, devices) -> bool:
     """Print what every program costs; whether all fit."""
-    from maskdm_jax import cost
+    from maskdm_jax.tools import cost
 
     n, total, good = len(devices), 0.0, True
     name_of_config = os.path.basename(config_flags.get_config_filename(flags.FLAGS["config"])).removesuffix(".py")
     print(f"{name_of_config} on {n} x {devices[0].device_kind}", flush=True)
     for name in STAGES.value or config.stages:
         if name not in config.stages:
-            raise cost.CostError(f"{name!r} is not a stage of the config; it has {', '.join(config.stages)}")
+            raise CostError(f"{name!r} is not a stage of the config; it has {', '.join(config.stages)}")
         wanted, batch = config.stage[name].batch_size, cost.full_batch(config, name, n)
         if FIND_BATCH.value:
             tried = lambda size, found: print(f"  {size:,} images: {'fits' if found else 'does not fit'}", flush=True)
@@ -89,11 +92,9 @@ def report(config, devices) -> bool:
 
 def attempt(what: str, advice: str, compile):
     """What `compile` gives, printed; None, and the advice, if it does not fit."""
-    from maskdm_jax import cost
-
     try:
         found = compile()
-    except cost.CostError as error:
+    except CostError as error:
         print(f"{what}: does not fit ({error}); {advice}", flush=True)
         return None
     limit = f" of {found.limit / 2**30:.0f}" if found.limit else ""

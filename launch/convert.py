@@ -4,7 +4,6 @@ The paths tell the kinds: a run folder or one of its checkpoints, an official .p
 only). Needs neither PyTorch nor an accelerator. docs/checkpoints.md says what carries over.
 """
 
-import sys
 
 from absl import app, flags, logging
 from ml_collections import config_flags
@@ -24,18 +23,12 @@ def main(argv):
     import jax
 
     jax.config.update("jax_platforms", "cpu")
-    from maskdm_jax.checkpoint import CheckpointError
-    from maskdm_jax.config import ConfigError
-    from maskdm_jax.convert import convert
-    from maskdm_jax.torch_file import TorchFileError
+    from maskdm_jax.interop.convert import convert
+    from maskdm_jax.parallel import runtime
 
     options = dict(heads=HEADS.value, config=CONFIG.value, stage=STAGE.value, weights=WEIGHTS.value)
-    try:
+    with runtime.program(distributed=False):
         lines = convert(SRC.value, DST.value, **options)
-    except (CheckpointError, ConfigError, TorchFileError, OSError) as error:
-        sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        sys.exit("interrupted; nothing was written")
     print("\n".join(lines))
 
 

@@ -24,7 +24,9 @@ BATCH = flags.DEFINE_integer("batch", 64, "Images per device and call.", lower_b
 METHOD = flags.DEFINE_enum("method", None, ["ddim", "ddpm", "dpm_solver"], "Sampler of a checkpoint, if not its own.")
 STEPS = flags.DEFINE_integer("steps", None, "Sampling steps of a checkpoint, if not its own.")
 SAVE = flags.DEFINE_string("save_statistics", None, "Write the reference's mu and sigma to this .npz, to be reused.")
-INSIST = flags.DEFINE_bool("insist", False, "Compare also what was cropped, resized or coloured in different ways.")
+ALLOW_MISMATCH = flags.DEFINE_bool(
+    "allow_mismatch", False, "Compare also what was cropped, resized or coloured in different ways."
+)
 REPORT = flags.DEFINE_string("report", None, "Write a page with numbers, samples, nearest images and curves here.")
 
 
@@ -39,22 +41,13 @@ def main(argv):
     if not SEEDS.value or not all(seed.isdecimal() and int(seed) < 2**32 for seed in SEEDS.value):
         raise app.UsageError(f"--seeds={','.join(SEEDS.value)}: give numbers, such as 0,1,2")
     logging.set_verbosity(logging.WARNING)
-    from maskdm_jax import cache, distributed, memory
-    from maskdm_jax.checkpoint import CheckpointError
-    from maskdm_jax.config import ConfigError
-    from maskdm_jax.data.sources import DataError
     from maskdm_jax.evaluation import evaluate, report
-    from maskdm_jax.evaluation.features import EvaluationError
-    from maskdm_jax.generate import GenerateError
-    from maskdm_jax.torch_file import TorchFileError
+    from maskdm_jax.parallel import processes, runtime
 
-    memory.keep_freed()
-    cache.keep_compiled_programs()
     sys.stdout.reconfigure(errors="backslashreplace")  # file names may be no UTF-8
     sampling = {key: flag.value for key, flag in {"method": METHOD, "steps": STEPS}.items() if flag.value is not None}
-    try:
-        distributed.initialize()
-        for path in filter(None, (REPORT.value, SAVE.value)):  # said before hours of work, not after
+    with runtime.program():
+        for path in filter(None, (REPORT.value, SAVE.value)):  # fail before hours of work, not after
             pathlib.Path(path).expanduser().absolute().parent.mkdir(parents=True, exist_ok=True)
         result, reference, samples = evaluate.evaluate(
             REFERENCE.value,
@@ -66,28 +59,20 @@ def main(argv):
             batch_size=BATCH.value,
             sampling=sampling,
             statistics=os.path.expanduser(SAVE.value) if SAVE.value else None,
-            insist=INSIST.value,
+            allow_mismatch=ALLOW_MISMATCH.value,
             keep=bool(REPORT.value),
         )
-        failed = None
-        if REPORT.value and distributed.is_first():
-            made_by = result["made_by"].get("checkpoint")
-            run = pathlib.Path(made_by).parent.parent if made_by else None
-            command = shlex.join(["python", *sys.argv])
-            try:
-                report.write_report(
-                    os.path.expanduser(REPORT.value), result, reference, samples, run=run, command=command
-                )
-                print(f"report: {REPORT.value}")
-            except Exception as error:  # whatever a damaged metrics.jsonl makes of it: the numbers are not lost
-                failed = f"error: the report was not written: {error}"
-    except (CheckpointError, ConfigError, DataError, EvaluationError, GenerateError, TorchFileError, OSError) as error:
-        distributed.leave(f"error: {error}")
-    except distributed.DistributedError as error:
-        distributed.leave(f"error: {error}")
-    except KeyboardInterrupt:
-        distributed.leave("interrupted")
-    if distributed.is_first():
+    failed = None
+    if REPORT.value and processes.is_first():
+        made_by = result["made_by"].get("checkpoint")
+        run = pathlib.Path(made_by).parent.parent if made_by else None
+        sets, path = (reference, samples), os.path.expanduser(REPORT.value)
+        try:
+            report.write_report(path, result, *sets, run=run, command=shlex.join(["python", *sys.argv]))
+            print(f"report: {REPORT.value}")
+        except Exception as error:  # for instance of a damaged metrics.jsonl: the numbers must not be lost
+            failed = f"error: the report was not written: {error}"
+    if processes.is_first():
         print(json.dumps(result))
     sys.exit(failed)
 

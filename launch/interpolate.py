@@ -5,7 +5,6 @@ both; a few hundred keep their layout. A grid has a row per --seeds.
 """
 
 import pathlib
-import sys
 
 from absl import app, flags, logging
 
@@ -27,23 +26,20 @@ def main(argv):
     logging.set_verbosity(logging.WARNING)
     import numpy as np
 
-    from maskdm_jax import cache, generate, memory, observe
-    from maskdm_jax.checkpoint import CheckpointError
-    from maskdm_jax.config import ConfigError
-    from maskdm_jax.data.images import decode
+    from maskdm_jax import sampling
+    from maskdm_jax.data.images import Framing, decode, sample_grid, save_png
+    from maskdm_jax.errors import DataError, prefixed
+    from maskdm_jax.parallel import runtime
 
-    memory.keep_freed()
-    cache.keep_compiled_programs()
-    try:
-        loaded = generate.load(RUN.value, weights=WEIGHTS.value)
-        framing = loaded.config.data.framing
-        ends = [decode(pathlib.Path(path).read_bytes(), framing) for path in IMAGES.value]
+    with runtime.program(distributed=False):
+        loaded, ends = sampling.load(RUN.value, weights=WEIGHTS.value), []
+        for path in IMAGES.value:
+            with prefixed(DataError, f"{path}: "):
+                ends.append(decode(pathlib.Path(path).read_bytes(), Framing.of(loaded.config.data)))
         options = dict(n=N.value, start=START.value, label=LABEL.value)
-        rows = [generate.interpolate(loaded, *ends, seed=seed, **options) for seed in range(SEEDS.value)]
-    except (CheckpointError, ConfigError, generate.GenerateError, OSError, ValueError) as error:
-        sys.exit(f"error: {error}")
+        rows = [sampling.interpolate(loaded, *ends, seed=seed, **options) for seed in range(SEEDS.value)]
     images = np.concatenate([np.stack([ends[0], *row, ends[1]]) for row in rows])
-    observe.save_image(OUT.value, observe.sample_grid(images, N.value + 2))
+    save_png(OUT.value, sample_grid(images, N.value + 2))
     print(f"done: {OUT.value}, {SEEDS.value} rows of {N.value} images between the two outer ones")
 
 

@@ -44,50 +44,58 @@ def main(argv):
         raise app.UsageError(f"--fraction={FRACTION.value:g}: it must be in (0, 1]")
     logging.set_verbosity(logging.WARNING)
     sys.stdout.reconfigure(errors="backslashreplace")  # file names may be no UTF-8
-    import dataclasses
-
     from tqdm import tqdm
 
-    from maskdm_jax.data import DataError, images, prepare, published, sources
+    from maskdm_jax.data import prepare, sources
+    from maskdm_jax.errors import DataError, MaskDMError, prefixed
+    from maskdm_jax.parallel import runtime
 
     # A decompressed archive lies beside the set until it is done, under a name that no other archive takes.
     origin = hashlib.sha256(os.path.abspath(os.path.expanduser(SRC.value)).encode("utf-8", "replace")).hexdigest()
     scratch = pathlib.Path(f"{pathlib.Path(OUT.value).expanduser().absolute()}.{origin[:8]}.unpacked.tar")
     chosen = {"size": SIZE.value, "crop": CROP.value, "filter": FILTER.value, "channels": 1 if GREY.value else None}
     chosen = {key: value for key, value in chosen.items() if value is not None}
-    try:
-        scratch.parent.mkdir(parents=True, exist_ok=True)
-        if DATASET.value:
-            framing = dataclasses.replace(published.SETS[DATASET.value].framing, **chosen)
-            options = dict(split=SPLIT.value, labels=LABELS.value, any_count=ANY_COUNT.value)
-            source, split = published.open_published(DATASET.value, SRC.value, scratch, **options)
-        else:
-            if SIZE.value is None:
-                raise DataError("how large? give --size=PIXELS, or --dataset=NAME for a published set")
-            framing, split, labels = images.Framing(**chosen), SPLIT.value, bool(LABELS.value)
-            if SRC.value.startswith("tfds:"):
-                source = published.open_tfds(SRC.value, labels, split)
-            else:
-                source = sources.open_source(SRC.value, labels, split, scratch)
-        source = sources.select(source, fraction=FRACTION.value, seed=SEED.value)
-        name = DATASET.value or pathlib.PurePath(SRC.value).name
-        if FRACTION.value < 1:
-            name += f", {FRACTION.value:.3%} by seed {SEED.value}"
-        with tqdm(total=len(source), unit="image", file=sys.stderr) as bar:
-            progress = lambda done: bar.update(done - bar.n)
-            options = dict(name=name, split=split, threads=THREADS.value, progress=progress)
-            card = prepare.prepare(source, OUT.value, framing, **options)
-    except (ValueError, OSError) as error:  # DataError is a ValueError, and so is a crop that cannot be understood
-        if isinstance(error, ValueError):  # the same command will not simply go on
+    with runtime.program(distributed=False):
+        try:
+            scratch.parent.mkdir(parents=True, exist_ok=True)
+            with prefixed(DataError, ""):  # a crop that cannot be understood
+                source, framing, split = open_source(scratch, chosen)
+            source = sources.select(source, fraction=FRACTION.value, seed=SEED.value)
+            name = DATASET.value or pathlib.PurePath(SRC.value).name
+            if FRACTION.value < 1:
+                name += f", {FRACTION.value:.3%} by seed {SEED.value}"
+            with tqdm(total=len(source), unit="image", file=sys.stderr) as bar:
+                progress = lambda done: bar.update(done - bar.n)
+                options = dict(name=name, split=split, threads=THREADS.value, progress=progress)
+                card = prepare.prepare(source, OUT.value, framing, **options)
+        except MaskDMError:  # the same command will fail again, unlike after an error of the disk
             scratch.unlink(missing_ok=True)
-        sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        sys.exit("interrupted; run the same command again to go on")
+            raise
     scratch.unlink(missing_ok=True)
     for entry in card["left_out"]:
         print(f"left out: {entry}")
     classes = f" in {len(card['classes'])} classes" if card["classes"] else ""
     print(f"done: {card['count']} images{classes} in {OUT.value}, content {card['content_hash'][:12]}")
+
+
+def open_source(scratch, chosen):
+    """The source, its framing and its split."""
+    import dataclasses
+
+    from maskdm_jax.data import images, published, sources
+    from maskdm_jax.errors import DataError
+
+    if DATASET.value:
+        framing = dataclasses.replace(published.SETS[DATASET.value].framing, **chosen)
+        options = dict(split=SPLIT.value, labels=LABELS.value, any_count=ANY_COUNT.value)
+        source, split = published.open_published(DATASET.value, SRC.value, scratch, **options)
+        return source, framing, split
+    if SIZE.value is None:
+        raise DataError("how large? give --size=PIXELS, or --dataset=NAME for a published set")
+    framing, split, labels = images.Framing(**chosen), SPLIT.value, bool(LABELS.value)
+    if SRC.value.startswith("tfds:"):
+        return published.open_tfds(SRC.value, labels, split), framing, split
+    return sources.open_source(SRC.value, labels, split, scratch), framing, split
 
 
 if __name__ == "__main__":

@@ -43,32 +43,23 @@ def main(argv):
     if "://" in (OUT.value or ""):
         raise app.UsageError(f"--out={OUT.value}: give a folder on a disk; a bucket can be mounted")
     logging.set_verbosity(logging.WARNING)
-    from maskdm_jax import cache, checkpoint, distributed, generate, memory
-    from maskdm_jax.config import ConfigError
+    from maskdm_jax.parallel import runtime
 
-    memory.keep_freed()
-    cache.keep_compiled_programs()
-    try:
-        distributed.initialize()
+    with runtime.program():
         for path, out in places(RUN.value, OUT.value).items():
             sample(path, out)
-    except (checkpoint.CheckpointError, ConfigError, generate.GenerateError, OSError) as error:
-        distributed.leave(f"error: {error}")
-    except distributed.DistributedError as error:
-        distributed.leave(f"error: {error}")
-    except KeyboardInterrupt:
-        distributed.leave("interrupted; run the same command again to go on")
 
 
 def places(runs: list[str], out: str | None) -> dict[pathlib.Path, pathlib.Path]:
     """Checkpoint -> folder of its samples; of several, a folder each in `out`, named by run and step."""
-    from maskdm_jax import checkpoint
+    from maskdm_jax.errors import CheckpointError
+    from maskdm_jax.training import checkpoint
 
     found = []
     for run in runs:
         matches = sorted(glob.glob(os.path.expanduser(run)), key=lambda p: (len(p), p)) if "*" in run else [run]
         if not matches:
-            raise checkpoint.CheckpointError(f"no checkpoint matches {run!r}")
+            raise CheckpointError(f"no checkpoint matches {run!r}")
         found += [checkpoint.find(match) for match in matches]
     found = list(dict.fromkeys(found))
     if len(found) == 1:
@@ -81,17 +72,19 @@ def sample(path, out):
     from PIL import Image
     from tqdm import tqdm
 
-    from maskdm_jax import distributed, generate, observe
+    from maskdm_jax.data.images import sample_grid, save_png
+    from maskdm_jax.parallel import processes
+    from maskdm_jax.sampling import generate_to_folder, load
 
     chosen = {"method": METHOD.value, "steps": STEPS.value, "eta": ETA.value, "order": ORDER.value}
     chosen |= {"spacing": SPACING.value, "guidance": GUIDANCE.value}
     sampling = {key: value for key, value in chosen.items() if value is not None}
-    loaded = generate.load(path, weights=WEIGHTS.value, sampling=sampling)
-    first = distributed.is_first()
+    loaded = load(path, weights=WEIGHTS.value, sampling=sampling)
+    first = processes.is_first()
     if first:
         print(f"{N.value} images from the {WEIGHTS.value} of {loaded.checkpoint}")
     with tqdm(total=N.value, unit="image", disable=not first) as bar:
-        folder = generate.generate_to_folder(
+        folder = generate_to_folder(
             loaded,
             out,
             N.value,
@@ -111,7 +104,7 @@ def sample(path, out):
             images = np.stack([np.asarray(Image.open(folder / f"{i:06d}.png")) for i in range(shown)])
         images = images.reshape(shown, *images.shape[1:3], -1)
         grid = folder.with_name(f"{folder.name}.png")
-        observe.save_image(grid, observe.sample_grid(images, COLUMNS.value))
+        save_png(grid, sample_grid(images, COLUMNS.value))
     print(f"done: {N.value} images in {folder}" + (f", grid {grid}" if shown else ""))
 
 

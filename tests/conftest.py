@@ -54,7 +54,7 @@ def inception_weights(tmp_path_factory):
     import golden
     import numpy as np
 
-    from maskdm_jax import torch_file
+    from maskdm_jax.interop import torch_file
 
     _, meta = golden.load(ROOT / "tests" / "golden" / "fid_inception.npz")
     state_dict = {name: golden.inception_weight(name, shape) for name, shape in meta["state_dict"].items()}

@@ -8,7 +8,7 @@ import numpy as np
 import tiny
 
 from maskdm_jax import config as config_lib
-from maskdm_jax.torch_checkpoint import params_from_state_dict
+from maskdm_jax.interop.official import params_from_state_dict
 
 OBJECTIVES = {"pred_noise": "noise", "pred_v": "v", "pred_x0": "x0"}
 

@@ -5,9 +5,9 @@ import numpy as np
 import pytest
 import tiny
 
-from maskdm_jax import train
-from maskdm_jax.config import ConfigError
-from maskdm_jax.models import attention
+from maskdm_jax.errors import ConfigError
+from maskdm_jax.models.ops import attention
+from maskdm_jax.training.loop import make_run_mesh
 
 
 def qkv(t, d=64, heads=2, batch=2):
@@ -69,7 +69,7 @@ def test_a_kernel_can_be_chosen(kernel):
 def test_a_kernel_of_another_platform_is_refused(kernel):
     config = tiny.config(model__attention=kernel, model__dtype="bfloat16")
     with pytest.raises(ConfigError, match=f"attention '{kernel}' is not for devices of cpu; take 'auto'"):
-        train.make_mesh_for(config)
+        make_run_mesh(config)
 
 
 def test_tiles():

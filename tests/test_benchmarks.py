@@ -8,11 +8,11 @@ import jax
 import pytest
 import tiny
 
-from maskdm_jax import train
+from maskdm_jax.run import train
 
 
 def test_demo_quality(root, child_env, tmp_path):
-    train.train(tiny.config(stages=("finetune",)), tmp_path / "run", devices=jax.devices()[:1])
+    train(tiny.config(stages=("finetune",)), tmp_path / "run", devices=jax.devices()[:1])
     args = [sys.executable, str(root / "benchmarks" / "demo_quality.py"), f"--run={tmp_path / 'run'}", "--n=20"]
     done = subprocess.run(args, env=child_env, capture_output=True, text=True, timeout=300, check=True)
     result = json.loads(done.stdout.strip().splitlines()[-1])

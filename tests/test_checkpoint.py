@@ -10,9 +10,11 @@ import tiny
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from maskdm_jax import checkpoint, sharding, train
-from maskdm_jax.checkpoint import CheckpointError
-from maskdm_jax.network import make_network
+from maskdm_jax.build import make_network
+from maskdm_jax.errors import CheckpointError
+from maskdm_jax.parallel import sharding
+from maskdm_jax.training import checkpoint
+from maskdm_jax.training.start import abstract_state
 
 CONFIG = tiny.config(model__width=128)  # wide enough for some tensors to be split
 META = dict.fromkeys(checkpoint.META)
@@ -24,7 +26,7 @@ def mesh_of(devices: int):
 
 
 def abstract(mesh):
-    return train.abstract_state(CONFIG, 0, make_network(CONFIG), mesh)
+    return abstract_state(CONFIG, 0, make_network(CONFIG), mesh)
 
 
 @pytest.fixture(scope="module")
@@ -115,22 +117,22 @@ def test_a_full_disk_is_named(two, state, monkeypatch):
     )
     with pytest.raises(CheckpointError, match=said):
         two.save(5, placed(state, mesh_of(1)), META)
-    assert two.newest_whole() == 4
+    assert two.latest_valid() == 4
 
 
 def test_the_newest_whole_one_is_used_and_the_damaged_one_moved_aside(two, state, caplog):
     shutil.rmtree(two.folder / "4" / "ema" / "d")
     with caplog.at_level("WARNING"):
-        assert two.newest_whole() == 3
+        assert two.latest_valid() == 3
     assert "checkpoints/4 is damaged" in caplog.text
     assert "moved to 4.damaged, going on from 3" in caplog.text
     assert (two.folder / "4.damaged").is_dir()
     two.save(4, placed(state, mesh_of(1)), META)
     two.wait()
-    assert two.newest_whole() == 4
+    assert two.latest_valid() == 4
     for step in (3, 4):
         (two.folder / str(step) / "params" / "_METADATA").write_text("{")
     with caplog.at_level("WARNING"):
-        assert two.newest_whole() is None
+        assert two.latest_valid() is None
     assert "going on from the start" in caplog.text
     gc.collect()

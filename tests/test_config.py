@@ -4,7 +4,8 @@ import pytest
 import tiny
 
 from maskdm_jax import config as config_lib
-from maskdm_jax.config import ConfigError, parse
+from maskdm_jax.config import parse
+from maskdm_jax.errors import ConfigError
 
 
 def test_round_trip_through_json():

@@ -9,7 +9,7 @@ import typing
 import pytest
 
 from maskdm_jax import config as config_lib
-from maskdm_jax.network import make_network
+from maskdm_jax.build import make_network, mask_plans
 
 NAMES = [
     "celeba64_finetune",
@@ -94,7 +94,7 @@ def test_recipes(root, name):
             "noise",
             "l2",
         )
-        assert sum(plan.visible for plan in config_lib.mask_plans(config, stage_name)) == visible
+        assert sum(plan.visible for plan in mask_plans(config, stage_name)) == visible
         assert stage.steps == (550_000 if name == "celebahq_l_finetune" else 200_000)
         assert (stage.ema_every, config.model.qv_bias, config.model.wavelet_scale) == (
             (10, True, 1) if size == L else (1, False, 0)
@@ -112,7 +112,7 @@ def test_recipes(root, name):
 )
 def test_masks_of_celeba64(root, mask, visible):
     config = config_lib.parse(load(root, "celeba64_pretrain", mask))
-    assert config_lib.mask_plans(config, "pretrain")[0].visible == visible
+    assert mask_plans(config, "pretrain")[0].visible == visible
 
 
 def test_every_setting_is_explained():

@@ -18,16 +18,21 @@ import torch
 import torch_twin
 from safetensors.torch import load_file
 
-from maskdm_jax import checkpoint, generate, masking, torch_checkpoint, torch_file, train
 from maskdm_jax import config as config_lib
-from maskdm_jax.checkpoint import CheckpointError
-from maskdm_jax.config import ConfigError
-from maskdm_jax.convert import convert, ema_initted
-from maskdm_jax.diffusion import make_schedule
-from maskdm_jax.network import make_network
-from maskdm_jax.representation import make_representation
-from maskdm_jax.sharding import make_mesh
-from maskdm_jax.torch_file import TorchFileError
+from maskdm_jax import sampling
+from maskdm_jax.build import make_network, mask_plans
+from maskdm_jax.diffusion import masking
+from maskdm_jax.diffusion.gaussian import make_schedule
+from maskdm_jax.errors import CheckpointError, ConfigError, TorchFileError
+from maskdm_jax.interop import official as official_file
+from maskdm_jax.interop import torch_file
+from maskdm_jax.interop.convert import convert, ema_initted
+from maskdm_jax.models.representation import make_representation
+from maskdm_jax.parallel.sharding import make_mesh
+from maskdm_jax.run import train
+from maskdm_jax.training import checkpoint
+from maskdm_jax.training.start import abstract_state
+from maskdm_jax.training.step import Inputs, make_loss, train_step
 
 ONE = jax.devices()[:1]
 TINY = dict(
@@ -75,7 +80,7 @@ def converted(official, tmp_path_factory):
 def twin_file(path, c, seed=0, schedule="linear", steps=3):
     """A file as the official trainer writes it, made by PyTorch after a few steps."""
     torch.manual_seed(seed)
-    buffers = torch_checkpoint.schedule_buffers(make_schedule(schedule))
+    buffers = official_file.schedule_buffers(make_schedule(schedule))
     model, average = torch_twin.Diffusion(c, buffers), torch_twin.Diffusion(c, buffers)
     ema = torch_twin.Ema(model, average, 0.9, 1)
     opt = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.99, 0.98), weight_decay=0.03)
@@ -122,11 +127,11 @@ def inputs(c, seed=0):
 def test_the_network_answers_as_in_pytorch(kind, which):
     c, file, run = kind
     x, t, labels = inputs(c)
-    loaded = generate.load(run, weights=which)
+    loaded = sampling.load(run, weights=which)
     ours = jax.jit(loaded.network.apply)(
         loaded.params, golden.nhwc(x), t, None if labels is None else jnp.int32(labels)
     )
-    wrapper = torch_twin.Diffusion(c, torch_checkpoint.schedule_buffers(make_schedule("linear")))
+    wrapper = torch_twin.Diffusion(c, official_file.schedule_buffers(make_schedule("linear")))
     content = torch.load(file, weights_only=True)
     states = {"params": content["model"], "ema": {}}
     prefix = "ema_model."
@@ -146,7 +151,7 @@ def exported(request, tmp_path_factory):
     config = tiny.config(
         stages=("pretrain",), diffusion__schedule="shifted_cosine", diffusion__shift_size=32, **changes
     )
-    last = train.train(config, folder / "run", devices=ONE)
+    last = train(config, folder / "run", devices=ONE)
     convert(folder / "run", folder / "model.pt")
     return config, last, folder / "model.pt"
 
@@ -163,7 +168,7 @@ def test_an_exported_file_works_in_pytorch(exported):
     config, last, file = exported
     content = torch.load(file, weights_only=True, mmap=True)
     c = official_settings(config)
-    buffers = torch_checkpoint.schedule_buffers(make_schedule("shifted_cosine", size=32))
+    buffers = official_file.schedule_buffers(make_schedule("shifted_cosine", size=32))
     ema = torch_twin.Ema(torch_twin.Diffusion(c, buffers), torch_twin.Diffusion(c, buffers), 0.9, 1)
     ema.load_state_dict(content["ema"], strict=True)
     model = torch_twin.Diffusion(c, buffers)
@@ -176,7 +181,7 @@ def test_an_exported_file_works_in_pytorch(exported):
     x = rng.standard_normal((3, c["in_chans"], c["img_size"], c["img_size"])).astype(np.float32)
     t, labels = np.array([0, 500, 999]), np.array([0, 9, 5])
     for which, wrapper in [("params", model), ("params", ema.online_model), ("ema", ema.ema_model)]:
-        loaded = generate.load(last, weights=which)
+        loaded = sampling.load(last, weights=which)
         ours = jax.jit(loaded.network.apply)(loaded.params, golden.nhwc(x), t, jnp.int32(labels))
         with torch.no_grad():
             theirs = golden.nhwc(wrapper.model(torch.tensor(x), torch.tensor(t), labels=torch.tensor(labels)).numpy())
@@ -209,20 +214,20 @@ def test_ten_steps_here_equal_ten_steps_there(name, tmp_path):
     convert(file, tmp_path / "run", config=config_lib.to_dict(config))
 
     network, mesh = make_network(config), make_mesh(devices=ONE)
-    state = checkpoint.load_state(checkpoint.find(tmp_path / "run"), train.abstract_state(config, 0, network, mesh))
-    space, plans = make_representation(config), config_lib.mask_plans(config, "stage")
+    state = checkpoint.load_state(checkpoint.find(tmp_path / "run"), abstract_state(config, 0, network, mesh))
+    space, plans = make_representation(config), mask_plans(config, "stage")
     step = jax.jit(
         functools.partial(
-            train.train_step,
+            train_step,
             draw=lambda key, batch: batch,
-            loss=train.make_loss(config, network),
+            loss=make_loss(config, network),
             stage=config.stage["stage"],
             mesh=mesh,
         )
     )
 
     content = torch.load(file, weights_only=True)
-    buffers = torch_checkpoint.schedule_buffers(make_schedule("cosine"))
+    buffers = official_file.schedule_buffers(make_schedule("cosine"))
     model = torch_twin.Diffusion(c, buffers)
     ema = torch_twin.Ema(model, torch_twin.Diffusion(c, buffers), 0.9, every)
     ema.load_state_dict(content["ema"], strict=True)
@@ -246,7 +251,7 @@ def test_ten_steps_here_equal_ten_steps_there(name, tmp_path):
         ours = None
         if c["num_classes"] > 0:
             ours = np.int32(-np.ones(4) if labels is None else labels)
-        batch = train.Inputs(visible(x0), jnp.int32(t), visible(noise), positions, ours)
+        batch = Inputs(visible(x0), jnp.int32(t), visible(noise), positions, ours)
         state, metrics = step(state, batch)
 
         opt.zero_grad()
@@ -264,7 +269,7 @@ def test_ten_steps_here_equal_ten_steps_there(name, tmp_path):
         assert float(metrics["loss"]) == pytest.approx(loss.item(), rel=1e-5), i
         assert float(metrics["grad_norm"]) == pytest.approx(norm.item(), rel=2e-5), i
 
-    named = lambda tree: torch_checkpoint.state_dict_from_params(tree, c["patch_size"], c.get("scale", 1))
+    named = lambda tree: official_file.state_dict_from_params(tree, c["patch_size"], c.get("scale", 1))
     for tree, wrapper in [(state.params, model), (state.ema, ema.ema_model)]:
         theirs = dict(wrapper.model.named_parameters())
         for name_, tensor in named(tree).items():
@@ -287,7 +292,7 @@ def test_safetensors_go_both_ways(official, converted, tmp_path):
             np.testing.assert_array_equal(tensor, state_dict[prefix + name])
         lines = convert(file, tmp_path / which)  # heads and all else are in its header
         assert any("one set of weights" in line for line in lines)
-        same(generate.load(tmp_path / which).params, generate.load(converted, weights=which).params)
+        same(sampling.load(tmp_path / which).params, sampling.load(converted, weights=which).params)
     convert(tmp_path / "ema.safetensors", tmp_path / "ema.pt")
     back = torch_file.read(tmp_path / "ema.pt")
     same(
@@ -306,24 +311,24 @@ def test_safetensors_from_elsewhere_and_a_bare_state_dict(official, converted, t
     bare = {name.removeprefix("model."): t for name, t in tensors.items() if name.startswith("model.")}
     save_file({name: t.to(torch.bfloat16) for name, t in bare.items()}, tmp_path / "half.safetensors")
     torch.save(bare, tmp_path / "bare.pt")
-    expected = generate.load(converted, weights="params").params
+    expected = sampling.load(converted, weights="params").params
     save_file({f"module.{name}": t.clone() for name, t in bare.items()}, tmp_path / "parallel.safetensors")
     for name in ("wrapper.safetensors", "bare.pt", "parallel.safetensors"):
         lines = convert(tmp_path / name, tmp_path / name.partition(".")[0], heads=4)
         assert any("cosine is assumed" in line for line in lines) == (name != "wrapper.safetensors")
-        same(generate.load(tmp_path / name.partition(".")[0]).params, expected)
-        jax.tree.map(np.testing.assert_array_equal, expected, torch_checkpoint.load_weights(tmp_path / name))
+        same(sampling.load(tmp_path / name.partition(".")[0]).params, expected)
+        jax.tree.map(np.testing.assert_array_equal, expected, official_file.load_weights(tmp_path / name))
     with pytest.raises(ConfigError, match="pass --num_heads=H"):
         convert(tmp_path / "half.safetensors", tmp_path / "half")
     convert(tmp_path / "half.safetensors", tmp_path / "half", heads=4)
     jax.tree.map(
-        functools.partial(np.testing.assert_allclose, rtol=1e-2), generate.load(tmp_path / "half").params, expected
+        functools.partial(np.testing.assert_allclose, rtol=1e-2), sampling.load(tmp_path / "half").params, expected
     )
 
 
 def test_what_is_inferred_from_a_file(kind):
     c, _, run = kind
-    config = generate.load(run).config
+    config = sampling.load(run).config
     assert config.data.image_size == c["img_size"] * (2 if "data_chans" in c else 1)
     assert config.data.channels == c.get("data_chans", c["in_chans"])
     assert config.model.depth == c["encoder_depth"] // 2 * 2
@@ -340,10 +345,10 @@ def test_what_is_inferred_from_a_file(kind):
 def test_the_schedule_is_recognised(schedule, tmp_path):
     made = make_schedule("shifted_cosine", size=256) if schedule == "shifted" else make_schedule(schedule)
     content = torch.load(twin_file(tmp_path / "a.pt", TINY, steps=1), weights_only=True)
-    content["model"] |= {k: torch.tensor(v) for k, v in torch_checkpoint.schedule_buffers(made).items()}
+    content["model"] |= {k: torch.tensor(v) for k, v in official_file.schedule_buffers(made).items()}
     torch.save(content, tmp_path / "b.pt")
     convert(tmp_path / "b.pt", tmp_path / "run", heads=4)
-    diffusion = generate.load(tmp_path / "run").config.diffusion
+    diffusion = sampling.load(tmp_path / "run").config.diffusion
     expected = ("shifted_cosine", 256) if schedule == "shifted" else (schedule, 64)
     assert (diffusion.schedule, diffusion.shift_size) == expected
     content["model"]["betas"] = torch.linspace(0.01, 0.02, 1000)
@@ -365,7 +370,7 @@ def test_the_schedule_is_kept_or_the_guess_is_said(tmp_path):
     torch.save(content, tmp_path / "part.pt")
     for name in ("wrapper.safetensors", "half.pt", "bfloat.pt", "part.pt"):
         convert(tmp_path / name, tmp_path / f"of_{name[:4]}", heads=4)
-        assert generate.load(tmp_path / f"of_{name[:4]}").config.diffusion.schedule == "linear"
+        assert sampling.load(tmp_path / f"of_{name[:4]}").config.diffusion.schedule == "linear"
 
 
 def test_a_config_must_agree_with_what_the_source_knows(converted, tmp_path):
@@ -383,7 +388,7 @@ def test_an_unusual_optimizer_or_no_ema_does_not_keep_the_weights_back(official,
     torch_file.write(tmp_path / "sgd.pt", content)
     lines = convert(tmp_path / "sgd.pt", tmp_path / "w.safetensors", heads=4)
     assert any("no EMA" in line for line in lines)
-    torch_checkpoint.load_weights(tmp_path / "sgd.pt")
+    official_file.load_weights(tmp_path / "sgd.pt")
     with pytest.raises(TorchFileError, match="sgd.pt: 'opt' has 2 groups"):
         convert(tmp_path / "sgd.pt", tmp_path / "run", heads=4)
     del content["opt"]
@@ -397,8 +402,8 @@ def test_what_a_killed_call_left_is_not_taken_over(official, tmp_path):
     other = twin_file(tmp_path / "other.pt", TINY, steps=130)
     convert(other, tmp_path / f".run.{os.getpid()}.tmp", heads=4)
     convert(official, tmp_path / "run", heads=4)
-    expected = torch_checkpoint.load_weights(official)
-    jax.tree.map(np.testing.assert_array_equal, generate.load(tmp_path / "run", weights="params").params, expected)
+    expected = official_file.load_weights(official)
+    jax.tree.map(np.testing.assert_array_equal, sampling.load(tmp_path / "run", weights="params").params, expected)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["other.pt", "run"]
 
 
@@ -426,21 +431,21 @@ def test_a_converted_run_goes_on_and_init_from_takes_all_kinds(official, convert
     raw["data"]["path"] = str(tmp_path / "images")
     config = config_lib.parse(raw)
     convert(official, tmp_path / "run", config=raw)
-    last = train.train(config, tmp_path / "run", devices=ONE)
+    last = train(config, tmp_path / "run", devices=ONE)
     assert last.name == "131"
     assert "resuming" in (tmp_path / "run" / "log.txt").read_text()
     assert "changed" not in (tmp_path / "run" / "log.txt").read_text()
-    state = checkpoint.load_state(last, train.abstract_state(config, 0, make_network(config), make_mesh(devices=ONE)))
+    state = checkpoint.load_state(last, abstract_state(config, 0, make_network(config), make_mesh(devices=ONE)))
     assert int(state.step) == 131 == int(optax.tree.get(state.opt_state, "ScaleByScheduleState").count)
-    raw_weights = generate.load(converted, weights="params").params
+    raw_weights = sampling.load(converted, weights="params").params
     same(jax.tree.map(np.asarray, state.params), jax.tree.map(np.asarray, raw_weights))
 
     convert(official, tmp_path / "w.safetensors", heads=4, weights="params")
     for start in (official, converted, tmp_path / "w.safetensors"):
         name = f"from_{start.name}"
         raw["init_from"], raw["stage"]["steps"] = str(start), 1
-        run = train.train(config_lib.parse(raw), tmp_path / name, devices=ONE)
-        same(jax.tree.map(np.asarray, generate.load(run, weights="params").params), raw_weights)
+        run = train(config_lib.parse(raw), tmp_path / name, devices=ONE)
+        same(jax.tree.map(np.asarray, sampling.load(run, weights="params").params), raw_weights)
 
 
 def test_a_file_of_the_second_stage(official, tmp_path):

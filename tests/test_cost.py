@@ -10,7 +10,8 @@ import jax
 import pytest
 import tiny
 
-from maskdm_jax import cost
+from maskdm_jax.errors import CostError
+from maskdm_jax.tools import cost
 
 CONFIG = tiny.config(model__width=128, mesh__fsdp=2)
 
@@ -54,7 +55,7 @@ def test_the_largest_batch_is_found(monkeypatch):
     def of_training(config, name, devices, batch_size):
         tried.append(batch_size)
         if batch_size > 1000:
-            raise cost.CostError("too large")
+            raise CostError("too large")
         return types.SimpleNamespace(fits=batch_size <= 344, limit=1)
 
     monkeypatch.setattr(cost, "of_training", of_training)
@@ -66,10 +67,10 @@ def test_the_largest_batch_is_found(monkeypatch):
     assert all(size % 8 == 0 for size in tried)
     assert cost.full_batch(CONFIG, "pretrain", 6) == 12
     monkeypatch.setattr(cost, "of_training", lambda *_: types.SimpleNamespace(fits=False, limit=1))
-    with pytest.raises(cost.CostError, match="not even 8 images fit"):
+    with pytest.raises(CostError, match="not even 8 images fit"):
         cost.largest_batch(CONFIG, "pretrain", jax.devices())
     monkeypatch.setattr(cost, "of_training", lambda *_: types.SimpleNamespace(fits=None, limit=None, kind="cpu"))
-    with pytest.raises(cost.CostError, match="how much memory cpu has is not known; choose a TPU topology"):
+    with pytest.raises(CostError, match="how much memory cpu has is not known; choose a TPU topology"):
         cost.largest_batch(CONFIG, "pretrain", jax.devices())
 
 
@@ -120,7 +121,7 @@ def test_logits_are_no_traffic_that_must_be():
 
 
 def test_a_topology_that_is_none_is_named():
-    with pytest.raises(cost.CostError, match="there is no TPU compiler for topology 'v9:1x1'.*pip install"):
+    with pytest.raises(CostError, match="there is no TPU compiler for topology 'v9:1x1'.*pip install"):
         cost.devices_of("v9:1x1")
 
 

@@ -12,7 +12,8 @@ from PIL import Image
 from maskdm_jax.data import sources
 from maskdm_jax.data.images import Framing, decode
 from maskdm_jax.data.pipeline import Batches, _epoch_order
-from maskdm_jax.data.sources import DataError, open_source, select
+from maskdm_jax.data.sources import open_source, select
+from maskdm_jax.errors import DataError
 
 
 def png(value=0, size=(10, 8), mode="RGB", kind="PNG") -> bytes:

@@ -12,10 +12,10 @@ import pytest
 import tiny
 from PIL import Image
 
-from maskdm_jax.data import DataError
 from maskdm_jax.data.databases import ArrayBatches
 from maskdm_jax.data.pipeline import Batches
 from maskdm_jax.data.sources import open_source
+from maskdm_jax.errors import DataError
 
 
 def encoded(seed, kind="PNG", size=(9, 8)) -> bytes:

@@ -14,7 +14,9 @@ import numpy as np
 import pytest
 import yaml
 
-from maskdm_jax import distributed, observe
+from maskdm_jax.errors import DistributedError
+from maskdm_jax.parallel import processes
+from maskdm_jax.training import logs
 
 TINY = [
     *("--config=configs/demo.py", "--config.model.width=128", "--config.model.depth=3", "--config.model.heads=2"),
@@ -44,7 +46,7 @@ def finish(process, workdir):
 
 
 def history(workdir):
-    lines = observe.read_metrics(workdir / "metrics.jsonl")
+    lines = logs.read_metrics(workdir / "metrics.jsonl")
     return np.asarray([(line["step"], line["loss"], line["grad_norm"]) for line in lines])
 
 
@@ -88,7 +90,7 @@ def test_stopped_killed_and_continued_on_other_processes(start, alone, tmp_path)
         time.sleep(0.01)  # it is noticed up to a second later
     os.kill(draw.choice(workers(process)), signal.SIGTERM)
     status, output = finish(process, workdir)
-    assert status == distributed.PREEMPTED, output[-3000:]
+    assert status == processes.PREEMPTED, output[-3000:]
     assert output.count("told to stop: saved at step") == 4
     assert "Traceback" not in output
     saved = max(int(path.name) for path in (workdir / "checkpoints").iterdir())
@@ -128,14 +130,14 @@ def test_the_others_are_found_by_what_there_is(monkeypatch, variables, chips, ex
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     found = []
-    monkeypatch.setattr(distributed, "_on_tpu", lambda: chips)
+    monkeypatch.setattr(processes, "_on_tpu", lambda: chips)
     monkeypatch.setattr(jax.config, "update", lambda *_: None)
     monkeypatch.setattr(jax.distributed, "initialize", lambda **how: found.append(how))
-    distributed.initialize(catch_sigterm=True)
+    processes.initialize(catch_sigterm=True)
     assert found[0].items() >= expected.items()
     assert bool(found[0]) == bool(expected)
     if not variables and not chips:
-        distributed.initialize()
+        processes.initialize()
         assert len(found) == 1, "alone, and with no signal to catch, there is nobody to join"
 
 
@@ -167,5 +169,5 @@ def test_the_scripts_can_be_read(root):
 def test_garbled_surroundings_are_named(monkeypatch, variables, message):
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
-    with pytest.raises(distributed.DistributedError, match=message):
-        distributed.initialize()
+    with pytest.raises(DistributedError, match=message):
+        processes.initialize()

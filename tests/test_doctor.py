@@ -8,7 +8,9 @@ import jax
 import pytest
 import tiny
 
-from maskdm_jax import checkpoint, doctor, train
+from maskdm_jax.errors import CheckpointError, PreflightError
+from maskdm_jax.run import train
+from maskdm_jax.tools import preflight
 
 CONFIG = tiny.config(stages=("finetune",))
 
@@ -19,7 +21,7 @@ def examined(config, workdir):
     def say(name, good, text):
         lines[name] = (good, text)
 
-    return doctor.examine(config, workdir, say), lines
+    return preflight.examine(config, workdir, say), lines
 
 
 def test_a_healthy_run(tmp_path):
@@ -41,11 +43,11 @@ def test_every_ailment_is_named_and_the_others_still_looked_for(tmp_path, monkey
     (tmp_path / "images").mkdir()
     for i in range(4):
         (tmp_path / "images" / f"{i}.png").write_bytes(b"no image")
-    monkeypatch.setattr(doctor, "_from_all", lambda value: [value, value + 7.5])
+    monkeypatch.setattr(preflight, "_from_all", lambda value: [value, value + 7.5])
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1000))
     too_much = types.SimpleNamespace(memory=1 << 50, limit=None)
-    monkeypatch.setattr(doctor.cost, "of_training", lambda *_: too_much)
+    monkeypatch.setattr(preflight.cost, "of_training", lambda *_: too_much)
     changes = dict(data__path=str(tmp_path / "images"), data__labels=False, model__num_classes=0)
     changes |= dict(evaluation__every=1, evaluation__inception_weights="nowhere")
     fine, lines = examined(tiny.config(**changes), tmp_path / "run")
@@ -64,21 +66,21 @@ def test_every_ailment_is_named_and_the_others_still_looked_for(tmp_path, monkey
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     workdir = tmp_path_factory.mktemp("run") / "run"
-    train.train(CONFIG, workdir, devices=jax.devices()[:1])
+    train(CONFIG, workdir, devices=jax.devices()[:1])
     return workdir
 
 
 def test_a_run_folder_is_checked_without_being_touched(run, tmp_path):
-    assert doctor._folder(CONFIG, run).endswith("it would go on from 2")
+    assert preflight._folder(CONFIG, run).endswith("it would go on from 2")
     for changes, message in [
         (dict(model__width=32), "do not fit config.model"),
         (dict(finetune__steps=1), "is at step 2 of stage 'finetune', but config.finetune.steps is 1"),
     ]:
         with pytest.raises(ValueError, match=message):
-            doctor._folder(tiny.config(stages=("finetune",), **changes), run)
+            preflight._folder(tiny.config(stages=("finetune",), **changes), run)
     shutil.copytree(run, tmp_path / "run")
     (tmp_path / "run" / "checkpoints" / "2" / "ema" / "manifest.ocdbt").unlink()
-    with pytest.raises(checkpoint.CheckpointError, match="2 is damaged"):
-        doctor._folder(CONFIG, tmp_path / "run")
-    with pytest.raises(doctor.Ailment, match="/proc cannot be written to; give another --workdir|/proc has 0"):
-        doctor._folder(CONFIG, pathlib.Path("/proc/x"))
+    with pytest.raises(CheckpointError, match="2 is damaged"):
+        preflight._folder(CONFIG, tmp_path / "run")
+    with pytest.raises(PreflightError, match="/proc cannot be written to; give another --workdir|/proc has 0"):
+        preflight._folder(CONFIG, pathlib.Path("/proc/x"))

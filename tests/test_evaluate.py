@@ -14,17 +14,20 @@ import torch
 import torch_inception
 from PIL import Image
 
-from maskdm_jax import generate, torch_file, train
+from maskdm_jax import sampling
 from maskdm_jax.data import prepare
 from maskdm_jax.data.images import Framing, open_image
-from maskdm_jax.data.pipeline import open_data
 from maskdm_jax.data.prepared import read_card
-from maskdm_jax.data.sources import DataError, open_source
+from maskdm_jax.data.sources import open_source
+from maskdm_jax.errors import DataError, EvaluationError
 from maskdm_jax.evaluation import features, inception
 from maskdm_jax.evaluation.evaluate import Evaluator, check_comparable, compare, evaluate
-from maskdm_jax.evaluation.features import EvaluationError, Extractor, Images, open_images
-from maskdm_jax.observe import read_metrics
-from maskdm_jax.sharding import make_mesh
+from maskdm_jax.evaluation.features import Extractor, Images, open_images
+from maskdm_jax.interop import torch_file
+from maskdm_jax.parallel.sharding import make_mesh
+from maskdm_jax.run import train
+from maskdm_jax.training import step
+from maskdm_jax.training.logs import read_metrics
 
 
 @pytest.fixture(scope="module")
@@ -105,8 +108,8 @@ def run(tmp_path_factory, weights):
         evaluation__inception_weights=str(weights),
     )
     with pytest.MonkeyPatch.context() as patch:  # so that the EMA is not yet the weights themselves
-        patch.setattr(train, "ema_step_size", lambda *_, **__: 0.5)
-        train.train(config, workdir, devices=jax.devices()[:1])
+        patch.setattr(step, "ema_step_size", lambda *_, **__: 0.5)
+        train(config, workdir, devices=jax.devices()[:1])
     return workdir
 
 
@@ -114,7 +117,7 @@ def run(tmp_path_factory, weights):
 def digits(tmp_path_factory):
     """Those eleven digits as a folder."""
     folder = tmp_path_factory.mktemp("digits")
-    source = open_data(tiny.config(data__fraction=0.006).data)
+    source = TrainingData(tiny.config(data__fraction=0.006).data).source
     for i in range(len(source)):
         Image.fromarray(source.read(i)[0][..., 0]).save(folder / f"{i:02d}.png")
     return folder
@@ -151,7 +154,7 @@ def test_a_run_that_cannot_be_evaluated_does_not_begin(folders, weights, tmp_pat
     ]:
         settings = dict(evaluation__every=1, evaluation__inception_weights=str(weights)) | changes
         with pytest.raises((EvaluationError, DataError, OSError), match=message):
-            train.train(tiny.config(**settings), tmp_path / "run", devices=jax.devices()[:1])
+            train(tiny.config(**settings), tmp_path / "run", devices=jax.devices()[:1])
 
 
 def prepared(folder, out, **framing):
@@ -184,11 +187,11 @@ def test_samples_carry_the_card_of_their_training(folders, tmp_path):
     """From the prepared set through the checkpoint to the samples' folder."""
     data = prepared(folders[0], tmp_path / "data", size=8)
     changes = dict(data__path=str(data), data__channels=3, data__labels=False, model__num_classes=0)
-    train.train(tiny.config(stages=("finetune",), **changes), tmp_path / "run", devices=jax.devices()[:1])
-    loaded = generate.load(tmp_path / "run")
+    train(tiny.config(stages=("finetune",), **changes), tmp_path / "run", devices=jax.devices()[:1])
+    loaded = sampling.load(tmp_path / "run")
     assert loaded.card["content_hash"] == read_card(data)["content_hash"]
-    out = generate.generate_to_folder(loaded, tmp_path / "out", 4, batch_size=4)
-    packed = generate.generate_to_folder(loaded, tmp_path / "npz", 4, batch_size=4, file_format="npz")
+    out = sampling.generate_to_folder(loaded, tmp_path / "out", 4, batch_size=4)
+    packed = sampling.generate_to_folder(loaded, tmp_path / "npz", 4, batch_size=4, file_format="npz")
     for path in (out, packed, packed / "samples.npz"):
         images = open_images(path)
         assert images.card == loaded.card

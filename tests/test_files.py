@@ -13,9 +13,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from maskdm_jax.data import DataError, prepare, prepared
+from maskdm_jax.data import prepare, prepared
 from maskdm_jax.data.images import Framing
 from maskdm_jax.data.sources import open_source
+from maskdm_jax.errors import DataError
 
 
 def png(value) -> bytes:

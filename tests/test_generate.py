@@ -11,26 +11,25 @@ import tiny
 from jax.sharding import NamedSharding, PartitionSpec
 from PIL import Image
 
-from maskdm_jax import generate, train
-from maskdm_jax.checkpoint import CheckpointError
-from maskdm_jax.config import ConfigError
+from maskdm_jax import sampling
+from maskdm_jax.build import make_network
+from maskdm_jax.errors import CheckpointError, ConfigError, SamplingError
 from maskdm_jax.evaluation import inception
 from maskdm_jax.evaluation.features import Extractor, sampled
-from maskdm_jax.generate import GenerateError
-from maskdm_jax.network import make_network
-from maskdm_jax.sharding import make_mesh
+from maskdm_jax.parallel.sharding import make_mesh
+from maskdm_jax.run import train
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     workdir = tmp_path_factory.mktemp("run")
-    train.train(tiny.config(stages=("finetune",)), workdir, devices=jax.devices()[:1])
+    train(tiny.config(stages=("finetune",)), workdir, devices=jax.devices()[:1])
     return workdir
 
 
 @pytest.fixture(scope="module")
 def loaded(run):
-    return generate.load(run)
+    return sampling.load(run)
 
 
 def images_of(folder, n):
@@ -39,21 +38,21 @@ def images_of(folder, n):
 
 @pytest.fixture(scope="module")
 def ten(loaded, tmp_path_factory):
-    return generate.generate_to_folder(loaded, tmp_path_factory.mktemp("out") / "ten", 10, batch_size=8)
+    return sampling.generate_to_folder(loaded, tmp_path_factory.mktemp("out") / "ten", 10, batch_size=8)
 
 
 def test_an_image_is_the_same_in_any_batch_and_on_any_mesh():
     config = tiny.config()
     network = make_network(config)
     params = jax.jit(network.init)(jax.random.key(0))
-    eight = generate.make_generator(config, network, make_mesh(), 8)(params, 5, range(8), np.arange(8))
-    one = generate.make_generator(config, network, make_mesh(devices=jax.devices()[:1]), 8)(
+    eight = sampling.make_generator(config, network, make_mesh(), 8)(params, 5, range(8), np.arange(8))
+    one = sampling.make_generator(config, network, make_mesh(devices=jax.devices()[:1]), 8)(
         params, 5, range(8), np.arange(8)
     )
     np.testing.assert_allclose(eight.astype(int), one, atol=1)
-    some = generate.make_generator(config, network, make_mesh(), 8)(params, 5, [6, 2], [6, 2])
+    some = sampling.make_generator(config, network, make_mesh(), 8)(params, 5, [6, 2], [6, 2])
     np.testing.assert_array_equal(some, eight[[6, 2]])
-    other = generate.make_generator(config, network, make_mesh(), 8)(params, 6, range(8), np.arange(8))
+    other = sampling.make_generator(config, network, make_mesh(), 8)(params, 6, range(8), np.arange(8))
     assert (other != eight).mean() > 0.5
 
 
@@ -64,7 +63,7 @@ def test_images_are_the_same_bits_on_any_number_of_devices(loaded):
     def make(devices, batch_size=4):
         on = mesh(devices)
         on = dataclasses.replace(on, params=jax.device_put(on.params, NamedSharding(on.mesh, PartitionSpec())))
-        batches = generate.generate_batches(on, range(19), np.arange(19) % 10, seed=0, batch_size=batch_size)
+        batches = sampling.generate_batches(on, range(19), np.arange(19) % 10, seed=0, batch_size=batch_size)
         return np.concatenate([images for _, images in batches])
 
     one, two, eight = make(1), make(2), make(8)
@@ -81,9 +80,9 @@ jax.distributed.initialize(f"127.0.0.1:{port}", 2, int(host))
 from maskdm_jax import generate
 from maskdm_jax.evaluation.features import Extractor, sampled
 from maskdm_jax.evaluation import inception
-loaded = generate.load(run)
-generate.generate_to_folder(loaded, out, 10, batch_size=2)
-generate.generate_to_folder(loaded, out + "npz", 10, batch_size=2, file_format="npz")
+loaded = sampling.load(run)
+sampling.generate_to_folder(loaded, out, 10, batch_size=2)
+sampling.generate_to_folder(loaded, out + "npz", 10, batch_size=2, file_format="npz")
 import numpy as np
 found = Extractor(inception.load_weights(weights), batch_size=2)(sampled(loaded, 10, seed=0, batch_size=2))
 np.savez(f"{out}-{host}.npz", features=found.features, sigma=found.moments.sigma)
@@ -105,7 +104,7 @@ def test_hosts_share_the_work(run, loaded, inception_weights, tmp_path, child_en
     for process in processes:
         _, errors = process.communicate(timeout=300)
         assert process.returncode == 0, errors.decode()[-3000:]
-    alone = generate.generate_to_folder(loaded, tmp_path / "alone", 10, batch_size=2)
+    alone = sampling.generate_to_folder(loaded, tmp_path / "alone", 10, batch_size=2)
     np.testing.assert_array_equal(images_of(out, 10), images_of(alone, 10))
     packed = np.load(tmp_path / "outnpz" / "samples.npz")["images"]
     np.testing.assert_array_equal(packed[..., 0], images_of(alone, 10))
@@ -132,71 +131,71 @@ def test_images_and_settings_are_written(ten, loaded):
 
 def test_going_on_makes_the_same_images(ten, loaded, tmp_path):
     done = []
-    out = generate.generate_to_folder(loaded, tmp_path / "out", 4, batch_size=8, progress=done.append)
-    generate.generate_to_folder(loaded, out, 10, batch_size=8, progress=done.append)
+    out = sampling.generate_to_folder(loaded, tmp_path / "out", 4, batch_size=8, progress=done.append)
+    sampling.generate_to_folder(loaded, out, 10, batch_size=8, progress=done.append)
     np.testing.assert_array_equal(images_of(out, 10), images_of(ten, 10))
     (out / "000003.png").unlink()
-    generate.generate_to_folder(loaded, out, 10, batch_size=8, progress=done.append)
+    sampling.generate_to_folder(loaded, out, 10, batch_size=8, progress=done.append)
     np.testing.assert_array_equal(images_of(out, 10), images_of(ten, 10))
     assert done == [4, 10, 10]
 
 
 def test_npz(ten, loaded, tmp_path):
-    out = generate.generate_to_folder(loaded, tmp_path / "out", 10, batch_size=8, file_format="npz")
+    out = sampling.generate_to_folder(loaded, tmp_path / "out", 10, batch_size=8, file_format="npz")
     stored = np.load(out / "samples.npz")
     np.testing.assert_array_equal(stored["images"][..., 0], images_of(ten, 10))
     assert stored["labels"].tolist() == list(range(10))
     assert sorted(path.name for path in out.iterdir()) == ["samples.json", "samples.npz"]
     before = (out / "samples.npz").stat().st_mtime_ns
-    generate.generate_to_folder(loaded, out, 10, batch_size=8, file_format="npz")
+    sampling.generate_to_folder(loaded, out, 10, batch_size=8, file_format="npz")
     assert (out / "samples.npz").stat().st_mtime_ns == before, "nothing to do"
-    generate.generate_to_folder(loaded, out, 12, batch_size=8, file_format="npz")
+    sampling.generate_to_folder(loaded, out, 12, batch_size=8, file_format="npz")
     more = np.load(out / "samples.npz")["images"]
     np.testing.assert_array_equal(more[:10], stored["images"])
-    with pytest.raises(GenerateError, match="holds 12 images, more than n = 5"):
-        generate.generate_to_folder(loaded, out, 5, batch_size=8, file_format="npz")
+    with pytest.raises(SamplingError, match="holds 12 images, more than n = 5"):
+        sampling.generate_to_folder(loaded, out, 5, batch_size=8, file_format="npz")
     (out / "samples.npz").write_bytes(b"PK")
-    with pytest.raises(GenerateError, match="samples.npz is damaged"):
-        generate.generate_to_folder(loaded, out, 12, batch_size=8, file_format="npz")
+    with pytest.raises(SamplingError, match="samples.npz is damaged"):
+        sampling.generate_to_folder(loaded, out, 12, batch_size=8, file_format="npz")
     (out / "samples.json").write_bytes(b"")
-    with pytest.raises(GenerateError, match="samples.json is damaged"):
-        generate.generate_to_folder(loaded, out, 12, batch_size=8, file_format="npz")
+    with pytest.raises(SamplingError, match="samples.json is damaged"):
+        sampling.generate_to_folder(loaded, out, 12, batch_size=8, file_format="npz")
 
 
 def test_labels_are_cycled_through(loaded, tmp_path):
-    out = generate.generate_to_folder(loaded, tmp_path / "out", 5, labels=[3, 1], batch_size=8, file_format="npz")
+    out = sampling.generate_to_folder(loaded, tmp_path / "out", 5, labels=[3, 1], batch_size=8, file_format="npz")
     assert np.load(out / "samples.npz")["labels"].tolist() == [3, 1, 3, 1, 3]
-    named = generate.generate_to_folder(
+    named = sampling.generate_to_folder(
         loaded, tmp_path / "named", 2, labels=["3", "1"], batch_size=8, file_format="npz"
     )
     assert np.load(named / "samples.npz")["labels"].tolist() == [3, 1]
     with pytest.raises(
-        GenerateError, match=r"labels \[10, -1, 'cat'\] are neither classes \(0, 1.*nor numbers in 0..9"
+        SamplingError, match=r"labels \[10, -1, 'cat'\] are neither classes \(0, 1.*nor numbers in 0..9"
     ):
-        generate.generate_to_folder(loaded, tmp_path / "b", 5, labels=[10, 2, -1, "cat"])
+        sampling.generate_to_folder(loaded, tmp_path / "b", 5, labels=[10, 2, -1, "cat"])
     assert not (tmp_path / "b").exists()
 
 
 def test_folders_are_not_mixed(ten, loaded, run, tmp_path):
-    with pytest.raises(GenerateError, match=r"other settings \(seed: 0 -> 1\)"):
-        generate.generate_to_folder(loaded, ten, 10, seed=1, batch_size=8)
+    with pytest.raises(SamplingError, match=r"other settings \(seed: 0 -> 1\)"):
+        sampling.generate_to_folder(loaded, ten, 10, seed=1, batch_size=8)
     (tmp_path / "mine.txt").write_text("mine")
-    with pytest.raises(GenerateError, match="is not empty and holds no samples.json"):
-        generate.generate_to_folder(loaded, tmp_path, 10)
-    with pytest.raises(GenerateError, match="format 'jpg' is unknown"):
-        generate.generate_to_folder(loaded, tmp_path / "a", 1, file_format="jpg")
-    with pytest.raises(GenerateError, match="weights 'best' are unknown"):
-        generate.load(run, weights="best")
+    with pytest.raises(SamplingError, match="is not empty and holds no samples.json"):
+        sampling.generate_to_folder(loaded, tmp_path, 10)
+    with pytest.raises(SamplingError, match="format 'jpg' is unknown"):
+        sampling.generate_to_folder(loaded, tmp_path / "a", 1, file_format="jpg")
+    with pytest.raises(SamplingError, match="weights 'best' are unknown"):
+        sampling.load(run, weights="best")
     with pytest.raises(ConfigError, match="sampling.steps is 2000"):
-        generate.load(run, sampling={"steps": 2000})
+        sampling.load(run, sampling={"steps": 2000})
     with pytest.raises(CheckpointError, match="holds no checkpoint"):
-        generate.load(tmp_path)
+        sampling.load(tmp_path)
 
 
 def test_guidance_and_dpm_solver(loaded, run):
     def make(**sampling):
-        other = generate.load(run, sampling=sampling)
-        return next(generate.generate_batches(other, range(4), [0, 1, 2, 3], seed=0, batch_size=4))[1].astype(int)
+        other = sampling.load(run, sampling=sampling)
+        return next(sampling.generate_batches(other, range(4), [0, 1, 2, 3], seed=0, batch_size=4))[1].astype(int)
 
     plain, same, strong = make(), make(guidance=0.0), make(guidance=4.0)
     np.testing.assert_array_equal(plain, same)
@@ -207,9 +206,9 @@ def test_guidance_and_dpm_solver(loaded, run):
 
 
 def test_raw_weights_and_other_samplers(loaded, run):
-    raw = generate.load(run, weights="params", sampling={"method": "ddpm"})
+    raw = sampling.load(run, weights="params", sampling={"method": "ddpm"})
     assert raw.config.sampling.method == "ddpm"
-    ((index, images),) = generate.generate_batches(raw, range(2), [0, 1], seed=0, batch_size=2)
+    ((index, images),) = sampling.generate_batches(raw, range(2), [0, 1], seed=0, batch_size=2)
     assert images.shape == (2, 8, 8, 1)
     assert index.tolist() == [0, 1]
 
@@ -219,14 +218,14 @@ def test_images_between_two(loaded):
     size, channels = loaded.config.data.image_size, loaded.config.data.channels
     a = np.full((size, size, channels), 30, np.uint8)
     b = np.full((size, size, channels), 220, np.uint8)
-    row = generate.interpolate(loaded, a, b, n=5, start=0).astype(int)
+    row = sampling.interpolate(loaded, a, b, n=5, start=0).astype(int)
     np.testing.assert_allclose(row.mean((1, 2, 3)), [30, 77.5, 125, 172.5, 220], atol=3)
-    np.testing.assert_array_equal(row, generate.interpolate(loaded, a, b, n=5, start=0))
-    far = generate.interpolate(loaded, a, b, n=3, start=900, seed=1, label="4")
+    np.testing.assert_array_equal(row, sampling.interpolate(loaded, a, b, n=5, start=0))
+    far = sampling.interpolate(loaded, a, b, n=3, start=900, seed=1, label="4")
     assert far.shape == (3, size, size, channels)
-    other = generate.interpolate(loaded, a, b, n=3, start=900, seed=2, label=4)
+    other = sampling.interpolate(loaded, a, b, n=3, start=900, seed=2, label=4)
     assert (far != other).any()
-    same = generate.interpolate(loaded, a, a, n=3, start=900, seed=2, label=4)
+    same = sampling.interpolate(loaded, a, a, n=3, start=900, seed=2, label=4)
     np.testing.assert_array_equal(same[0], same[2])
 
 
@@ -237,11 +236,11 @@ def test_bad_interpolations_are_refused(loaded, run):
         (dict(n=0, start=10), "n is 0"),
         (dict(n=3, start=10, label="cat"), r"labels \['cat'\] are neither classes"),
     ]:
-        with pytest.raises(GenerateError, match=message):
-            generate.interpolate(loaded, image, image, **options)
-    fast = generate.load(run, sampling=dict(method="dpm_solver"))
-    with pytest.raises(GenerateError, match="dpm_solver starts from pure noise only"):
-        generate.interpolate(fast, image, image, n=3, start=10)
+        with pytest.raises(SamplingError, match=message):
+            sampling.interpolate(loaded, image, image, **options)
+    fast = sampling.load(run, sampling=dict(method="dpm_solver"))
+    with pytest.raises(SamplingError, match="dpm_solver starts from pure noise only"):
+        sampling.interpolate(fast, image, image, n=3, start=10)
 
 
 def test_interpolation_from_the_command_line(root, run, tmp_path, child_env):

@@ -9,15 +9,14 @@ import numpy as np
 import pytest
 from golden import nhwc
 
-from maskdm_jax import config as config_lib
-from maskdm_jax import diffusion, masking, samplers, train
+from maskdm_jax.build import make_network, mask_plans
+from maskdm_jax.diffusion import gaussian, masking, samplers
+from maskdm_jax.interop.official import BUFFERS, our_layout, our_path, schedule_buffers, state_dict_from_params
 from maskdm_jax.models.layers import patchify
-from maskdm_jax.network import make_network
-from maskdm_jax.representation import make_representation
-from maskdm_jax.sharding import make_mesh
-from maskdm_jax.torch_checkpoint import BUFFERS, our_layout, our_path, schedule_buffers, state_dict_from_params
-from maskdm_jax.train_state import make_optimizer, new_state
-from maskdm_jax.wavelet import haar, inverse_haar
+from maskdm_jax.models.representation import haar, inverse_haar, make_representation
+from maskdm_jax.parallel.sharding import make_mesh
+from maskdm_jax.training.state import make_optimizer, new_state
+from maskdm_jax.training.step import Inputs, make_loss, train_step
 
 
 def at_path(tree, path):
@@ -104,7 +103,7 @@ def test_wavelet_network_whole(wavelet):
 def test_wavelet_losses_and_gradients(wavelet):
     """Image, noise and mask in; both bands' outputs, the two losses and every gradient out."""
     arrays, meta, config, network, params = wavelet
-    space, plans = make_representation(config), config_lib.mask_plans(config, "stage")
+    space, plans = make_representation(config), mask_plans(config, "stage")
     split = plans[0].total
     positions = (golden.positions(arrays["mask"][:, :split]), golden.positions(arrays["mask"][:, split:]))
     assert [p.shape[1] for p in positions] == [plan.visible for plan in plans]
@@ -112,17 +111,17 @@ def test_wavelet_losses_and_gradients(wavelet):
     x0 = x0.at[..., : config.data.channels].set(2 * x0[..., : config.data.channels] - 1)
     visible = lambda x: jax.tree.map(masking.gather, space.cut(jnp.asarray(x)), positions)
     t = jnp.array(arrays["t"])
-    schedule = diffusion.make_schedule("cosine")
+    schedule = gaussian.make_schedule("cosine")
     np.testing.assert_allclose(
-        diffusion.q_sample(schedule, x0, t, nhwc(arrays["noise"])), nhwc(arrays["x_t"]), atol=1e-5
+        gaussian.q_sample(schedule, x0, t, nhwc(arrays["noise"])), nhwc(arrays["x_t"]), atol=1e-5
     )
-    inputs = train.Inputs(visible(x0), t, visible(nhwc(arrays["noise"])), positions, None)
+    inputs = Inputs(visible(x0), t, visible(nhwc(arrays["noise"])), positions, None)
     out = jax.jit(network.apply)(params, visible(nhwc(arrays["x_t"])), t, None, positions)
     for ours, name, eps in zip(out, ("approx", "detail"), inputs.eps, strict=True):
         expected = arrays[f"out_visible_{name}"]
         assert np.abs(ours - expected).max() < 2e-5 * expected.std()
         assert float(jnp.mean(jnp.square(ours - eps))) == pytest.approx(float(arrays[f"loss_{name}"]), rel=1e-5)
-    loss, grads = jax.jit(jax.value_and_grad(train.make_loss(config, network)))(params, inputs)
+    loss, grads = jax.jit(jax.value_and_grad(make_loss(config, network)))(params, inputs)
     assert float(loss) == pytest.approx(float(arrays["loss"]), rel=1e-5)
     for name, norm in meta["grad_norm"].items():
         ours = float(jnp.linalg.norm(at_path(grads, our_path(name)).ravel()))
@@ -132,7 +131,7 @@ def test_wavelet_losses_and_gradients(wavelet):
 def schedule_of(name: str):
     """`linear`, `cosine`, `cosine_shift_d256`"""
     kind, _, size = name.partition("_shift_d")
-    return diffusion.make_schedule("shifted_cosine", size=int(size)) if size else diffusion.make_schedule(kind)
+    return gaussian.make_schedule("shifted_cosine", size=int(size)) if size else gaussian.make_schedule(kind)
 
 
 def test_schedules(schedules_case):
@@ -145,7 +144,7 @@ def test_schedules(schedules_case):
             compared += 1
         elif buffer.startswith("loss_weight"):
             _, kind, gamma = buffer.split(":")
-            weights = diffusion.loss_weights(schedule_of(name), {"p2": "p2", "min": "min_snr"}[kind], float(gamma))
+            weights = gaussian.loss_weights(schedule_of(name), {"p2": "p2", "min": "min_snr"}[kind], float(gamma))
             np.testing.assert_allclose(weights, expected, rtol=1e-6)
             compared += 1
     assert compared >= len(BUFFERS) - 1
@@ -156,15 +155,15 @@ def test_pieces_of_the_diffusion(schedules_case):
     piece = {key.removeprefix("pieces/"): value for key, value in arrays.items() if key.startswith("pieces/")}
     if not piece:
         pytest.skip("this case has schedules only")
-    s, x0, eps, x = diffusion.make_schedule("cosine"), piece["x0"], piece["noise"], piece["x_t"]
+    s, x0, eps, x = gaussian.make_schedule("cosine"), piece["x0"], piece["noise"], piece["x_t"]
     t = jnp.array(piece["t"])
-    mean, log_variance = diffusion.q_posterior(s, x0, x, t)
+    mean, log_variance = gaussian.q_posterior(s, x0, x, t)
     for name, ours in {
-        "x_t": diffusion.q_sample(s, x0, t, eps),
-        "v": diffusion.velocity(s, x0, t, eps),
-        "x0_from_noise": diffusion.x0_from_eps(s, x, t, eps),
-        "x0_from_v": diffusion.x0_from_v(s, x, t, piece["v"]),
-        "noise_from_x0": diffusion.eps_from_x0(s, x, t, x0),
+        "x_t": gaussian.q_sample(s, x0, t, eps),
+        "v": gaussian.velocity(s, x0, t, eps),
+        "x0_from_noise": gaussian.x0_from_eps(s, x, t, eps),
+        "x0_from_v": gaussian.x0_from_v(s, x, t, piece["v"]),
+        "noise_from_x0": gaussian.eps_from_x0(s, x, t, x0),
         "posterior_mean": mean,
         "posterior_log_variance": log_variance.ravel(),
         "posterior_variance": s.posterior_variance[t],
@@ -198,7 +197,7 @@ def test_samplers(samplers_case):
         if key.startswith("ddim"):
             sampler = samplers.ddim
             options |= dict(steps=case["sampling_timesteps"], eta=case["ddim_sampling_eta"])
-        schedule = diffusion.make_schedule(case.get("beta_schedule", "cosine"))
+        schedule = gaussian.make_schedule(case.get("beta_schedule", "cosine"))
         # bound as defaults: the loop variables change before jit traces
         run = lambda x, draws=draws, sampler=sampler, predict=predict, schedule=schedule, options=options: sampler(
             predict, x, lambda i: draws[i + 1], schedule, **options
@@ -218,7 +217,7 @@ def test_dpm_solver(samplers_case):
         _, schedule, _, order, spacing, steps = key.split("/")
         x = np.random.RandomState(meta[key]["seed"]).standard_normal(meta[key]["shape"]).astype(np.float32)
         options = dict(order=int(order), steps=int(steps), spacing={"logSNR": "log_snr"}.get(spacing, spacing))
-        ours = samplers.dpm_solver(analytic_model, jnp.array(x), diffusion.make_schedule(schedule), **options)
+        ours = samplers.dpm_solver(analytic_model, jnp.array(x), gaussian.make_schedule(schedule), **options)
         np.testing.assert_allclose(ours, arrays[f"{key}/sample"], atol=1e-4, rtol=0, err_msg=key)
 
 
@@ -250,11 +249,9 @@ def test_training_run(train_case):
 
     def draw(key, batch):  # everything that is drawn in a run comes from the recipe here
         cut = lambda x: masking.gather(patchify(x, config.model.patch_size), batch["positions"])
-        return train.Inputs(cut(2 * batch["image"] - 1), batch["t"], cut(batch["noise"]), batch["positions"], None)
+        return Inputs(cut(2 * batch["image"] - 1), batch["t"], cut(batch["noise"]), batch["positions"], None)
 
-    step = jax.jit(
-        functools.partial(train.train_step, draw=draw, loss=train.make_loss(config, network), stage=stage, mesh=mesh)
-    )
+    step = jax.jit(functools.partial(train_step, draw=draw, loss=make_loss(config, network), stage=stage, mesh=mesh))
     norms = jax.jit(lambda tree: jnp.sqrt(sum(jnp.sum(jnp.square(leaf)) for leaf in jax.tree.leaves(tree))))
     for i, micro in enumerate(golden.training_batches(meta)):
         image, t, noise, mask = (np.concatenate(part) for part in zip(*micro, strict=True))

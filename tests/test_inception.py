@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from maskdm_jax import torch_file
+from maskdm_jax.errors import TorchFileError
 from maskdm_jax.evaluation import inception
-from maskdm_jax.torch_file import TorchFileError
+from maskdm_jax.interop import torch_file
 
 
 @pytest.fixture(scope="module")

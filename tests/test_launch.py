@@ -11,7 +11,7 @@ import time
 import numpy as np
 import pytest
 
-from maskdm_jax import observe
+from maskdm_jax.training import logs
 
 TINY = [
     *("--config.model.width=16", "--config.model.depth=3", "--config.model.heads=2"),
@@ -54,7 +54,7 @@ def demo(launch, tmp_path_factory):
 
 
 def history(workdir):
-    return [(line["step"], line["loss"], line["grad_norm"]) for line in observe.read_metrics(workdir / "metrics.jsonl")]
+    return [(line["step"], line["loss"], line["grad_norm"]) for line in logs.read_metrics(workdir / "metrics.jsonl")]
 
 
 def test_what_a_person_sees(demo):

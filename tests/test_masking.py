@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from maskdm_jax import masking
-from maskdm_jax.sharding import make_mesh
+from maskdm_jax.diffusion import masking
+from maskdm_jax.parallel.sharding import make_mesh
 
 
 @pytest.mark.parametrize(

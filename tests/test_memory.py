@@ -11,8 +11,8 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="malloc's settin
 PROGRAM = """
 import json, resource, statistics
 import jax, jax.numpy as jnp
-from maskdm_jax import memory
-kept = memory.keep_freed()
+from maskdm_jax.parallel import runtime
+kept = runtime.keep_freed_memory()
 step = jax.jit(lambda x: jnp.cumsum(jnp.sin(x) @ jnp.cos(x), 0) @ jnp.flip(x, 0))  # buffers beyond 64 MiB
 x = jnp.ones((3000, 3000))
 faults = []
@@ -43,13 +43,13 @@ def test_a_program_executed_again_faults_no_pages_in(child_env):
 def test_beside_accelerators_nothing_changes(monkeypatch):
     import jax
 
-    from maskdm_jax import memory
+    from maskdm_jax.parallel import runtime
 
-    monkeypatch.setattr(memory, "_DEVICE_FILES", ("/dev/null",))
-    monkeypatch.setattr(memory.ctypes, "CDLL", lambda name: pytest.fail("asked"))
+    monkeypatch.setattr(runtime, "_DEVICE_FILES", ("/dev/null",))
+    monkeypatch.setattr(runtime.ctypes, "CDLL", lambda name: pytest.fail("asked"))
     before = jax.config.jax_platforms
     try:
         jax.config.update("jax_platforms", None)
-        assert not memory.keep_freed()
+        assert not runtime.keep_freed_memory()
     finally:
         jax.config.update("jax_platforms", before)

@@ -6,28 +6,29 @@ import pytest
 import tiny
 from PIL import Image
 
-from maskdm_jax import observe
-from maskdm_jax.config import ConfigError
+from maskdm_jax.data.images import sample_grid, save_png
+from maskdm_jax.errors import ConfigError
+from maskdm_jax.training import logs
 
 
 def test_metrics_go_on_where_the_checkpoint_was(tmp_path):
     path = tmp_path / "metrics.jsonl"
-    metrics = observe.Metrics(tmp_path, tiny.config(), step=0)
+    metrics = logs.Metrics(tmp_path, tiny.config(), step=0)
     for step in (1, 2, 3):
         metrics.write(step, {"loss": step / 3, "stage": "pretrain"})
     metrics.close()
     with path.open("a") as file:
         file.write('{"step": 4, "lo')  # a kill in the middle of a line
-    metrics = observe.Metrics(tmp_path, tiny.config(), step=2)
+    metrics = logs.Metrics(tmp_path, tiny.config(), step=2)
     metrics.write(3, {"loss": 9.0})
     metrics.close()
-    assert [(line["step"], line["loss"]) for line in observe.read_metrics(path)] == [(1, 1 / 3), (2, 2 / 3), (3, 9.0)]
+    assert [(line["step"], line["loss"]) for line in logs.read_metrics(path)] == [(1, 1 / 3), (2, 2 / 3), (3, 9.0)]
 
 
 def test_tensorboard_gets_numbers_and_pictures(tmp_path):
-    metrics = observe.Metrics(tmp_path, tiny.config(log__tensorboard=True), step=0)
+    metrics = logs.Metrics(tmp_path, tiny.config(log__tensorboard=True), step=0)
     metrics.write(1, {"loss": 0.5, "stage": "pretrain"})
-    observe.save_image(tmp_path / "a.png", Image.new("L", (4, 4)))
+    save_png(tmp_path / "a.png", Image.new("L", (4, 4)))
     metrics.image(1, "samples", tmp_path / "a.png")
     metrics.close()
     written = b"".join(path.read_bytes() for path in (tmp_path / "tensorboard").iterdir())
@@ -45,36 +46,36 @@ def test_wandb_must_be_installed_if_wanted(tmp_path, monkeypatch):
 
     monkeypatch.setattr(builtins, "__import__", without_wandb)
     with pytest.raises(ConfigError, match="pip install wandb"):
-        observe.Metrics(tmp_path, tiny.config(log__wandb=True), step=0)
+        logs.Metrics(tmp_path, tiny.config(log__wandb=True), step=0)
 
 
 @pytest.mark.parametrize(
     ("seconds", "text"), [(0.4, "0s"), (59, "59s"), (61, "1m01s"), (3600, "1h00m"), (90061, "25h01m")]
 )
 def test_duration(seconds, text):
-    assert observe.duration(seconds) == text
+    assert logs.duration(seconds) == text
 
 
 def test_grid_shows_every_image_in_its_place():
     images = np.zeros((6, 64, 64, 3), np.uint8)
     images[4] = 200
-    page = np.asarray(observe.sample_grid(images, 3))
+    page = np.asarray(sample_grid(images, 3))
     assert page.shape == (2 * 68 + 4, 3 * 68 + 4, 3)
     assert (page[68 + 4 : 2 * 68, 68 + 4 : 2 * 68] == 200).all()
     assert (page[4:68, 4:68] == 0).all()
-    named = np.asarray(observe.sample_grid(images, 3, ["cat", "a name that is far too long for a margin"]))
+    named = np.asarray(sample_grid(images, 3, ["cat", "a name that is far too long for a margin"]))
     assert named.shape[1] > page.shape[1]
     assert (named[:, -page.shape[1] :] == page).all()
 
 
 def test_small_images_are_enlarged():
-    page = observe.sample_grid(np.zeros((1, 8, 8, 1), np.uint8), 1)
+    page = sample_grid(np.zeros((1, 8, 8, 1), np.uint8), 1)
     assert page.size == (72, 72)
 
 
 def test_files_are_written_whole_or_not_at_all(tmp_path):
     path = tmp_path / "grid.png"
-    observe.save_image(path, Image.new("L", (4, 4), 7))
+    save_png(path, Image.new("L", (4, 4), 7))
 
     class Breaks:
         def save(self, target, format):
@@ -82,15 +83,15 @@ def test_files_are_written_whole_or_not_at_all(tmp_path):
             raise OSError("disk full")
 
     with pytest.raises(OSError, match="disk full"):
-        observe.save_image(path, Breaks())
+        save_png(path, Breaks())
     assert np.asarray(Image.open(path))[0, 0] == 7
     assert [file.name for file in tmp_path.iterdir()] == ["grid.png"]
 
 
 def test_rate_leaves_pauses_out(monkeypatch):
     now = [0.0]
-    monkeypatch.setattr(observe.time, "perf_counter", lambda: now[0])
-    rate = observe.Rate()
+    monkeypatch.setattr(logs.time, "perf_counter", lambda: now[0])
+    rate = logs.Rate()
     for _ in range(10):
         rate.tick()
     now[0] = 5.0
@@ -111,9 +112,9 @@ def test_progress_on_a_terminal_is_a_bar_and_without_one_lines(monkeypatch, tmp_
             return True
 
     for stream, bar in ((Terminal(), True), (io.StringIO(), False)):
-        monkeypatch.setattr(observe.sys, "stderr", stream)
-        with observe.logging_to(tmp_path):
-            progress = observe.Progress("pretrain", step=1, steps=3)
+        monkeypatch.setattr(logs.sys, "stderr", stream)
+        with logs.logging_to(tmp_path):
+            progress = logs.Progress("pretrain", step=1, steps=3)
             progress.numbers(2, "loss 0.5")
             progress._bar.mininterval = 0
             progress.advance()
@@ -125,6 +126,6 @@ def test_progress_on_a_terminal_is_a_bar_and_without_one_lines(monkeypatch, tmp_
 
 
 def test_parameter_table():
-    table = observe.parameter_table({"in_blocks": {0: {"kernel": np.zeros((2, 3), np.float32)}}})
+    table = logs.parameter_table({"in_blocks": {0: {"kernel": np.zeros((2, 3), np.float32)}}})
     assert "in_blocks/0/kernel" in table
     assert "Total: 6" in table

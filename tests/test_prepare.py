@@ -15,11 +15,12 @@ import pytest
 import tiny
 from PIL import Image
 
-from maskdm_jax.data import DataError, prepare
+from maskdm_jax.data import prepare
 from maskdm_jax.data.images import Framing, decode
 from maskdm_jax.data.pipeline import Batches
 from maskdm_jax.data.prepared import PreparedImages, decode_record, encode_record, read_card, shard_name
 from maskdm_jax.data.sources import open_source
+from maskdm_jax.errors import DataError
 
 
 def encoded(mode, size=(20, 14), kind="PNG", seed=0, **options) -> bytes:

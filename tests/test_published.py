@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from maskdm_jax.data import DataError, published
+from maskdm_jax.data import published
 from maskdm_jax.data.prepared import read_card
 from maskdm_jax.data.published import open_published
+from maskdm_jax.errors import DataError
 
 
 def jpeg(seed, size=(178, 218)) -> bytes:

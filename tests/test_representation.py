@@ -3,7 +3,7 @@ import numpy as np
 import pytest
 import tiny
 
-from maskdm_jax.representation import from_coefficients, make_representation, to_coefficients, to_uint8, to_unit
+from maskdm_jax.models.representation import from_coefficients, make_representation, to_coefficients, to_uint8, to_unit
 
 
 def test_to_uint8_inverts_to_unit():

@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from maskdm_jax import diffusion, samplers
+from maskdm_jax.diffusion import gaussian as diffusion
+from maskdm_jax.diffusion import samplers
 
 MEAN, STD = 0.3, 0.2  # of the data that the analytic predictor knows
 

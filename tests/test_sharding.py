@@ -9,8 +9,11 @@ import numpy as np
 import pytest
 import tiny
 
-from maskdm_jax import sharding, train
-from maskdm_jax.network import make_network
+from maskdm_jax.build import make_network
+from maskdm_jax.parallel import sharding
+from maskdm_jax.training.loop import make_run_mesh
+from maskdm_jax.training.start import abstract_state
+from maskdm_jax.training.step import jit_step
 
 COLLECTIVE = re.compile(
     r"= (.*?) (all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter|collective-broadcast)(-start)?\("
@@ -22,12 +25,12 @@ def compiled(data, fsdp, parts):
     config = tiny.config(
         mesh__data=data, mesh__fsdp=fsdp, pretrain__micro_batches=parts, pretrain__batch_size=16, model__width=128
     )
-    mesh, network = train.make_mesh_for(config), make_network(config)
-    state = train.abstract_state(config, 0, network, mesh)
+    mesh, network = make_run_mesh(config), make_network(config)
+    state = abstract_state(config, 0, network, mesh)
     rows = lambda shape, dtype: jax.ShapeDtypeStruct((16, *shape), dtype, sharding=sharding.batch_sharding(mesh))
     batch = dict(image=rows((8, 8, 1), "uint8"), label=rows((), "int32"), index=rows((), "uint32"))
     split = [leaf for leaf in jax.tree.leaves(state.params) if "fsdp" in leaf.sharding.spec]
-    return train.compile_step(config, "pretrain", mesh, state).lower(state, batch).compile().as_text(), split
+    return jit_step(config, "pretrain", mesh, state).lower(state, batch).compile().as_text(), split
 
 
 @pytest.mark.parametrize(("data", "fsdp", "parts"), [(8, 1, 2), (4, 2, 2), (1, 8, 1)])

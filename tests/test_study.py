@@ -13,17 +13,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import study
+import study_report
 import tiny
+from denoising import denoising_by_level
 from ml_collections import ConfigDict
 from PIL import Image
 
-from maskdm_jax import observe, study, study_report, train
-from maskdm_jax.config import ConfigError
-from maskdm_jax.data import DataError
+from maskdm_jax.build import make_network
+from maskdm_jax.data.images import save_png
 from maskdm_jax.data.sources import Digits, select
-from maskdm_jax.evaluation.denoising import denoising_by_level
-from maskdm_jax.generate import as_loaded
-from maskdm_jax.network import make_network
+from maskdm_jax.errors import ConfigError, DataError
+from maskdm_jax.sampling import as_loaded
+from maskdm_jax.training import loop
 
 JUDGE = """
 import numpy as np
@@ -94,7 +96,7 @@ def test_the_budget_may_be_seconds(tmp_path, monkeypatch):
     )
     found = seconds(config, "here")
     assert 0 < found < 10
-    monkeypatch.setattr(train, "compile_step", None)  # nothing is measured again
+    monkeypatch.setattr(train, "jit_step", None)  # nothing is measured again
     assert study.StepSeconds(tmp_path / "s.json")(config, "here") == found
 
 
@@ -130,13 +132,13 @@ def test_what_cannot_be_planned_is_named():
 def one_device():
     """Training on one device: eight virtual ones share two cores."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "train", functools.partial(train.train, devices=jax.devices()[:1]))
+        patch.setattr(train, "train", functools.partial(loop.train, devices=jax.devices()[:1]))
         yield
 
 
-def carry_out(runs, folder, results, settings=None):
+def run_study(runs, folder, results, settings=None):
     said = []
-    study.carry_out(runs, settings or make(), folder, results, str(folder / "judge.py"), say=said.append)
+    study.run_study(runs, settings or make(), folder, results, str(folder / "judge.py"), say=said.append)
     return said
 
 
@@ -146,7 +148,7 @@ def done(tmp_path_factory, planned, one_device):
     folder = tmp_path_factory.mktemp("study")
     (folder / "judge.py").write_text(JUDGE)
     results = study.Results(folder / "res" / "mine.jsonl")
-    return folder, results, carry_out(planned[2:], folder, results)
+    return folder, results, run_study(planned[2:], folder, results)
 
 
 def test_every_point_is_judged_once(done, planned):
@@ -179,23 +181,23 @@ def test_what_is_done_is_not_done_again(done, planned, monkeypatch, tmp_path):
     monkeypatch.setattr(train, "train", None)
     with monkeypatch.context() as patch:
         patch.setattr(study, "Judge", None)
-        said = carry_out(planned[2:], folder, results)
+        said = run_study(planned[2:], folder, results)
     assert len(said) == 3
     assert all("done before" in text for text in said)
     rows, again = results.rows(), study.Results(tmp_path / "again.jsonl")
     for row in rows[:-1]:
         again.add(row)
-    carry_out(planned[2:], folder, again)
+    run_study(planned[2:], folder, again)
     same = lambda row: {key: value for key, value in row.items() if key not in ("train_seconds", "date", "commit")}
     assert same(again.rows()[-1]) == same(rows[-1])
     # Judged otherwise, all is judged anew, but only what is still there can be.
     with pytest.raises(ConfigError, match=r"is at step \d+, but step \d+ has no result and its checkpoint is gone"):
-        carry_out(planned[2:], folder, results, make(**{"judged.samples": 4}))
+        run_study(planned[2:], folder, results, make(**{"judged.samples": 4}))
 
 
 def test_stopped_in_a_leg_it_ends_as_if_nothing_had_been(done, planned, monkeypatch, tmp_path):
     _, results, _ = done
-    original, calls = train.train, []
+    original, calls = loop.train, []
 
     def stopping(config, workdir):
         calls.append(workdir)
@@ -207,9 +209,9 @@ def test_stopped_in_a_leg_it_ends_as_if_nothing_had_been(done, planned, monkeypa
     again = study.Results(tmp_path / "again.jsonl")
     monkeypatch.setattr(train, "train", stopping)
     with pytest.raises(KeyboardInterrupt):
-        carry_out(planned[2:3], tmp_path, again)
+        run_study(planned[2:3], tmp_path, again)
     assert len(again.rows()) == 1
-    carry_out(planned[2:3], tmp_path, again)
+    run_study(planned[2:3], tmp_path, again)
     values = lambda rows: [(row["key"], row["step"], row["fd"], row["denoising"]) for row in rows]
     assert values(again.rows()) == values(results.rows()[:2])
 
@@ -218,13 +220,13 @@ def test_a_judge_that_cannot_work_is_named_before_training(planned, monkeypatch,
     monkeypatch.setattr(train, "train", None)
     results = study.Results(tmp_path / "results.jsonl")
     with pytest.raises(ConfigError, match="--judge=nowhere.py: there is no such file"):
-        study.carry_out(planned, make(), tmp_path, results, "nowhere.py", say=lambda text: None)
+        study.run_study(planned, make(), tmp_path, results, "nowhere.py", say=lambda text: None)
     (tmp_path / "poor.py").write_text("features = frechet = None")
     with pytest.raises(ConfigError, match="poor.py has no kid, manifold"):
-        study.carry_out(planned, make(), tmp_path, results, str(tmp_path / "poor.py"), say=lambda text: None)
+        study.run_study(planned, make(), tmp_path, results, str(tmp_path / "poor.py"), say=lambda text: None)
     everything = make(dict(name="greedy", seeds=(0,), legs=(leg(1.0, **{"data.fraction": 1.0}),)))
     with pytest.raises(DataError, match="a fraction of 1.0 leaves none of 1797 images out"):
-        study.carry_out(study.plan(everything), everything, tmp_path, results, "poor.py", say=lambda text: None)
+        study.run_study(study.plan(everything), everything, tmp_path, results, "poor.py", say=lambda text: None)
 
 
 def test_the_report_says_what_ranges_allow(planned, tmp_path):
@@ -239,7 +241,7 @@ def test_the_report_says_what_ranges_allow(planned, tmp_path):
                 row = dict(key=leg.key, step=step, denoising=[0.5, 0.25], date=f"2026-01-0{run.seed + 1}")
                 rows.append(about | row | dict(fd=values.get((run.name, run.seed), 11.0), kid=1.0))
         if (run.name, run.seed) != ("half hidden", 0):  # the next seed's stands in
-            observe.save_image(pictures / study.picture_name(run.name, run.seed), Image.new("RGB", (96, 16)))
+            save_png(pictures / study.picture_name(run.name, run.seed), Image.new("RGB", (96, 16)))
     text = study_report.write(planned, rows, tmp_path, pictures, "python launch/study.py")
     assert "| half hidden | 2 | 8.5 (8.0-9.0) | 1.00 (1.00-1.00) | 0.3750 (0.3750-0.3750) | 1.00 | 2 (2-2) |" in text
     said = "Fréchet distance -22.7% (ranges apart), held-out loss +0.0% (ranges overlap)"
@@ -272,7 +274,7 @@ def test_denoising_by_level():
         def __init__(self, apply):
             self.apply = apply
 
-    from maskdm_jax.diffusion import at, make_schedule
+    from maskdm_jax.diffusion.gaussian import at, make_schedule
 
     schedule = make_schedule("cosine", 1000)
 
@@ -316,9 +318,7 @@ def test_from_the_command_line(root, child_env, tmp_path):
     """The studies on emoji, in little: a set of noise, a small budget."""
     noise = np.random.default_rng(0)
     for i in range(20):
-        observe.save_image(
-            tmp_path / "set" / f"{i}.png", Image.fromarray(noise.integers(0, 256, (32, 32, 3), np.uint8))
-        )
+        save_png(tmp_path / "set" / f"{i}.png", Image.fromarray(noise.integers(0, 256, (32, 32, 3), np.uint8)))
     (tmp_path / "judge.py").write_text(JUDGE)
     command = [sys.executable, str(root / "launch" / "study.py"), f"--workdir={tmp_path / 'runs'}"]
     command += [f"--config={root / 'experiments' / 'emoji32.py'}:convergence", f"--judge={tmp_path / 'judge.py'}"]

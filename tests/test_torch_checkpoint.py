@@ -6,11 +6,13 @@ import numpy as np
 import pytest
 import tiny
 
-from maskdm_jax import checkpoint, torch_checkpoint, torch_file, train
-from maskdm_jax.checkpoint import CheckpointError
+from maskdm_jax.build import make_network
 from maskdm_jax.config import parse, to_dict
-from maskdm_jax.network import make_network
-from maskdm_jax.torch_file import TorchFileError
+from maskdm_jax.errors import CheckpointError, TorchFileError
+from maskdm_jax.interop import official as official_file
+from maskdm_jax.interop import torch_file
+from maskdm_jax.run import train
+from maskdm_jax.training import checkpoint
 
 TINY = dict(
     img_size=16, patch_size=2, in_chans=3, encoder_embed_dim=32, encoder_depth=4, encoder_heads=4, mlp_ratio=2
@@ -26,7 +28,7 @@ def official(root):
 def test_official_weights_give_the_same_outputs(root, official, which, expected):
     recorded = np.load(root / "tests" / "golden" / "official_tiny_expected.npz")
     network = make_network(golden.config(TINY))
-    params = torch_checkpoint.load_weights(official, which)
+    params = official_file.load_weights(official, which)
     out = jax.jit(network.apply)(params, golden.nhwc(recorded["x"]), recorded["t"])
     wanted = golden.nhwc(recorded[expected])
     assert np.abs(out - wanted).max() < 2e-5 * wanted.std()
@@ -36,7 +38,7 @@ def test_names_and_layouts_there_and_back(official):
     """Every tensor, bit for bit, in the order of the official network."""
     model = torch_file.read(official)["model"]
     theirs = {name.removeprefix("model."): t for name, t in model.items() if name.startswith("model.")}
-    back = torch_checkpoint.state_dict_from_params(torch_checkpoint.params_from_state_dict(theirs), patch_size=2)
+    back = official_file.state_dict_from_params(official_file.params_from_state_dict(theirs), patch_size=2)
     assert back.keys() == theirs.keys()
     for name, tensor in theirs.items():
         np.testing.assert_array_equal(back[name], tensor)
@@ -46,8 +48,8 @@ def test_names_and_layouts_there_and_back(official):
 def test_all_kinds_of_names(root, case):
     _, meta = golden.load(root / "tests" / "golden" / f"{case}.npz")
     theirs = {name: golden.weight(name, shape) for name, shape in meta["state_dict"].items()}
-    ours = torch_checkpoint.params_from_state_dict(theirs)
-    back = torch_checkpoint.state_dict_from_params(ours, meta["config"]["patch_size"])
+    ours = official_file.params_from_state_dict(theirs)
+    back = official_file.state_dict_from_params(ours, meta["config"]["patch_size"])
     assert back.keys() == theirs.keys()
     for name, tensor in theirs.items():
         np.testing.assert_array_equal(back[name], tensor)
@@ -74,7 +76,7 @@ def finetune(images, official, **model):
 
 
 def test_a_run_starts_from_an_official_file(official, images, tmp_path):
-    last = train.train(finetune(images, official), tmp_path / "run", devices=jax.devices()[:1])
+    last = train(finetune(images, official), tmp_path / "run", devices=jax.devices()[:1])
     assert f"start: weights of {official}" in (tmp_path / "run" / "log.txt").read_text()
     abstract = jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(
@@ -83,20 +85,20 @@ def test_a_run_starts_from_an_official_file(official, images, tmp_path):
         make_network(golden.config(TINY)).abstract_params(),
     )
     trained = checkpoint.load_item(last, "params", abstract)  # with rate 0, the weights it started from
-    jax.tree.map(np.testing.assert_array_equal, trained, torch_checkpoint.load_weights(official, "params"))
+    jax.tree.map(np.testing.assert_array_equal, trained, official_file.load_weights(official, "params"))
 
 
 def test_what_does_not_fit_is_named(official, images, tmp_path):
     with pytest.raises(CheckpointError, match=r"official_tiny.pt do not fit config.model: .*is \(.*there and"):
-        train.train(finetune(images, official, width=64), tmp_path / "a", devices=jax.devices()[:1])
+        train(finetune(images, official, width=64), tmp_path / "a", devices=jax.devices()[:1])
     with pytest.raises(CheckpointError, match="none.pt' is not a file"):
-        train.train(tiny.config(init_from=str(tmp_path / "none.pt")), tmp_path / "b", devices=jax.devices()[:1])
+        train(tiny.config(init_from=str(tmp_path / "none.pt")), tmp_path / "b", devices=jax.devices()[:1])
     torch_file.write(tmp_path / "other.pt", {"weights": np.ones(3, np.float32)})
     with pytest.raises(TorchFileError, match="has no .model.; a checkpoint of the official trainer is a dict of"):
-        torch_checkpoint.load_weights(tmp_path / "other.pt", "params")
+        official_file.load_weights(tmp_path / "other.pt", "params")
     torch_file.write(tmp_path / "resnet.pt", {"model": {"model.conv1.weight": np.ones(3, np.float32)}})
     with pytest.raises(TorchFileError, match="'conv1.weight' is not the name of a U-ViT tensor"):
-        torch_checkpoint.load_weights(tmp_path / "resnet.pt", "params")
+        official_file.load_weights(tmp_path / "resnet.pt", "params")
 
 
 JUNK = [None, -1, 2**40, 1e300, float("nan"), True, "x", b"", [], [0], {}, {"a": 1}, {0: 1}, (), (1, 2, 3)]
@@ -127,9 +129,9 @@ def test_content_of_any_kind_gives_an_official_file_or_one_clear_error(official,
             target[path[-1]] = draw.choice(JUNK)
         monkeypatch.setattr(torch_file, "read", lambda _, content=broken: content)
         try:
-            found = torch_checkpoint.read("odd.pt")
-            torch_checkpoint.architecture(found.model)
-            torch_checkpoint.params_from_state_dict(found.model)
+            found = official_file.read("odd.pt")
+            official_file.architecture(found.model)
+            official_file.params_from_state_dict(found.model)
         except TorchFileError as error:
             messages.append(str(error))
     assert 1_000 < len(messages) < 2_000

@@ -12,8 +12,8 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from maskdm_jax import torch_file
-from maskdm_jax.torch_file import TorchFileError
+from maskdm_jax.errors import TorchFileError
+from maskdm_jax.interop import torch_file
 
 torch = pytest.importorskip("torch", reason="the CPU build is in requirements-test.txt")
 

@@ -10,37 +10,42 @@ import numpy as np
 import pytest
 import tiny
 
-from maskdm_jax import checkpoint, observe, sharding, train
 from maskdm_jax import config as config_lib
-from maskdm_jax.checkpoint import CheckpointError
-from maskdm_jax.config import ConfigError
+from maskdm_jax import run
+from maskdm_jax.build import make_network
 from maskdm_jax.data.pipeline import Batches
-from maskdm_jax.network import make_network
-from maskdm_jax.train_state import make_optimizer, new_state
+from maskdm_jax.errors import CheckpointError, ConfigError, NonFiniteLoss
+from maskdm_jax.parallel import processes, sharding
+from maskdm_jax.run import train
+from maskdm_jax.training import checkpoint, logs, loop, step
+from maskdm_jax.training.loop import make_run_mesh
+from maskdm_jax.training.start import abstract_state
+from maskdm_jax.training.state import TrainState, make_optimizer, new_state
+from maskdm_jax.training.step import draw_inputs
 
 ONE = jax.devices()[:1]
 
 
 def setup(config, devices=ONE):
     """A compiled first-stage step, a fresh state and batches for it."""
-    mesh, network = train.make_mesh_for(config, devices), make_network(config)
-    abstract = train.abstract_state(config, 0, network, mesh)
-    step = train.compile_step(config, config.stages[0], mesh, abstract)
+    mesh, network = make_run_mesh(config, devices), make_network(config)
+    abstract = abstract_state(config, 0, network, mesh)
+    jitted = step.jit_step(config, config.stages[0], mesh, abstract)
     placed = jax.tree.map(lambda leaf: leaf.sharding, abstract)
     optimizer = make_optimizer(config.stage[config.stages[0]])
     make = lambda: new_state(network.init(jax.random.key(0)), optimizer, jax.random.key(1))
     state = jax.jit(make, out_shardings=placed)()
     batches = Batches(config.data, batch_size=config.stage[config.stages[0]].batch_size, seed=0)
-    return step, state, batches, mesh
+    return jitted, state, batches, mesh
 
 
 def run_steps(config, n, devices=ONE):
     """Losses of n steps and the final state."""
     losses, traces = [], []
-    with mock.patch.object(train, "draw_inputs", wraps=train.draw_inputs) as draw:
-        step, state, batches, mesh = setup(config, devices)
+    with mock.patch.object(step, "draw_inputs", wraps=draw_inputs) as draw:
+        jitted, state, batches, mesh = setup(config, devices)
         for _ in range(n):
-            state, metrics = step(state, sharding.to_global(mesh, next(batches)))
+            state, metrics = jitted(state, sharding.to_global(mesh, next(batches)))
             losses.append(float(metrics["loss"]))
             traces.append(draw.call_count)
     batches.close()
@@ -76,7 +81,7 @@ def test_randomness_belongs_to_the_example_not_to_its_row():
     batch = next(Batches(config.data, batch_size=8, seed=0))
     order = np.random.RandomState(0).permutation(8)
     key = jax.random.key(0)
-    draw = jax.jit(functools.partial(train.draw_inputs, config, "pretrain"))
+    draw = jax.jit(functools.partial(draw_inputs, config, "pretrain"))
     straight, shuffled = draw(key, batch), draw(key, {name: rows[order] for name, rows in batch.items()})
     jax.tree.map(lambda a, b: np.testing.assert_array_equal(a[order], b), straight, shuffled)
     assert len(set(straight.t.tolist())) > 4
@@ -90,19 +95,19 @@ def test_randomness_belongs_to_the_example_not_to_its_row():
 def test_labels_are_dropped_at_the_rate_asked_for():
     config = tiny.config(data__label_dropout=0.25)
     batch = next(Batches(config.data, batch_size=1000, seed=0))
-    inputs = train.draw_inputs(config, "pretrain", jax.random.key(0), batch)
+    inputs = draw_inputs(config, "pretrain", jax.random.key(0), batch)
     dropped = np.asarray(inputs.labels) == -1
     assert 0.2 < dropped.mean() < 0.3
     np.testing.assert_array_equal(np.asarray(inputs.labels)[~dropped], batch["label"][~dropped])
 
 
 def test_the_same_batch_is_seen_afresh_at_every_step():
-    step, state, batches, mesh = setup(tiny.config(pretrain__learning_rate=0.0))
+    jitted, state, batches, mesh = setup(tiny.config(pretrain__learning_rate=0.0))
     batch = sharding.to_global(mesh, next(batches))
     batches.close()
     losses = []
     for _ in range(3):
-        state, metrics = step(state, batch)
+        state, metrics = jitted(state, batch)
         losses.append(float(metrics["loss"]))
     assert len(set(losses)) == 3
 
@@ -110,26 +115,26 @@ def test_the_same_batch_is_seen_afresh_at_every_step():
 def test_inputs_are_the_visible_patches_of_the_image():
     config = tiny.config(data__flip=0.0)
     batch = next(Batches(config.data, batch_size=8, seed=0))
-    inputs = train.draw_inputs(config, "pretrain", jax.random.key(0), batch)
+    inputs = draw_inputs(config, "pretrain", jax.random.key(0), batch)
     assert inputs.x0.shape == inputs.eps.shape == (8, 8, 4)
     for image, patches, positions in zip(batch["image"], inputs.x0, inputs.positions, strict=True):
         for patch, position in zip(patches, positions, strict=True):
             row, column = divmod(int(position), 4)
             expected = image[2 * row : 2 * row + 2, 2 * column : 2 * column + 2].reshape(-1) / 127.5 - 1
             np.testing.assert_allclose(patch, expected, atol=1e-6)
-    whole = train.draw_inputs(config, "finetune", jax.random.key(0), batch)
+    whole = draw_inputs(config, "finetune", jax.random.key(0), batch)
     assert whole.positions is None
     assert whole.x0.shape == (8, 16, 4)
-    mirrored = train.draw_inputs(tiny.config(data__flip=1.0), "finetune", jax.random.key(0), batch)
+    mirrored = draw_inputs(tiny.config(data__flip=1.0), "finetune", jax.random.key(0), batch)
     turned = dict(batch, image=batch["image"][:, :, ::-1])
-    again = train.draw_inputs(config, "finetune", jax.random.key(0), turned)
+    again = draw_inputs(config, "finetune", jax.random.key(0), turned)
     np.testing.assert_array_equal(mirrored.x0, again.x0)
 
 
 def test_one_image_can_be_learned_by_heart():
     """Who knows x0 can tell the noise exactly: the loss of a batch of copies goes towards 0, not 1."""
     config = tiny.config(pretrain__learning_rate=5e-3, model__width=32, data__flip=0.0, pretrain__mask__rate=0.25)
-    step, state, batches, mesh = setup(config)
+    jitted, state, batches, mesh = setup(config)
     batch = next(batches)
     batches.close()
     copies = {
@@ -140,7 +145,7 @@ def test_one_image_can_be_learned_by_heart():
     copies = sharding.to_global(mesh, copies)
     losses = []
     for _ in range(500):
-        state, metrics = step(state, copies)
+        state, metrics = jitted(state, copies)
         losses.append(float(metrics["loss"]))
     assert losses[0] > 0.9
     assert np.mean(losses[-100:]) < 0.1
@@ -157,14 +162,14 @@ def params_of(folder, which="params"):
 
 
 def history(workdir):
-    return [(line["step"], line["loss"], line["grad_norm"]) for line in observe.read_metrics(workdir / "metrics.jsonl")]
+    return [(line["step"], line["loss"], line["grad_norm"]) for line in logs.read_metrics(workdir / "metrics.jsonl")]
 
 
 @pytest.fixture(scope="module")
 def whole_run(tmp_path_factory):
     """An undisturbed run of both stages."""
     workdir = tmp_path_factory.mktemp("whole")
-    last = train.train(tiny.config(), workdir, devices=ONE)
+    last = train(tiny.config(), workdir, devices=ONE)
     assert last == workdir / "checkpoints" / "6"
     return workdir
 
@@ -178,7 +183,7 @@ def test_resumed_runs_equal_undisturbed_ones_bit_for_bit(whole_run, tmp_path, mo
     """Stopped after any step, in either stage, with checkpoints every second step."""
     if log_every != 1:  # means over windows that a stop cuts in two
         whole_run = tmp_path / "whole"
-        train.train(tiny.config(log__every=log_every), whole_run, devices=ONE)
+        train(tiny.config(log__every=log_every), whole_run, devices=ONE)
     config, workdir = tiny.config(log__every=log_every), tmp_path / "stopped"
     real, count = sharding.to_global, 0
 
@@ -191,9 +196,9 @@ def test_resumed_runs_equal_undisturbed_ones_bit_for_bit(whole_run, tmp_path, mo
 
     monkeypatch.setattr(sharding, "to_global", dies)
     with pytest.raises(Stop):
-        train.train(config, workdir, devices=ONE)
+        train(config, workdir, devices=ONE)
     monkeypatch.setattr(sharding, "to_global", real)
-    train.train(config, workdir, devices=ONE)
+    train(config, workdir, devices=ONE)
     assert history(workdir) == history(whole_run)
     for which in ("params", "ema"):
         jax.tree.map(np.testing.assert_array_equal, params_of(workdir, which), params_of(whole_run, which))
@@ -202,8 +207,8 @@ def test_resumed_runs_equal_undisturbed_ones_bit_for_bit(whole_run, tmp_path, mo
 @pytest.mark.parametrize("steps", [2, 100])
 def test_a_profile_is_taken(tmp_path, monkeypatch, steps):
     """Of some steps, or of those that there are; it changes nothing."""
-    monkeypatch.setattr(train, "WARM_UP", 1)
-    train.train(tiny.config(stages=("pretrain",)), tmp_path, devices=ONE, profile=steps)
+    monkeypatch.setattr(loop, "WARM_UP", 1)
+    train(tiny.config(stages=("pretrain",)), tmp_path, devices=ONE, profile=steps)
     assert (tmp_path / "log.txt").read_text().count("profile from step 2 on: ") == 1
     (trace,) = (tmp_path / "profile").rglob("*.trace.json.gz")
     events = json.loads(gzip.decompress(trace.read_bytes()))["traceEvents"]
@@ -212,8 +217,8 @@ def test_a_profile_is_taken(tmp_path, monkeypatch, steps):
 
 
 def test_a_run_leaves_everything_behind(whole_run, caplog):
-    assert [line["step"] for line in observe.read_metrics(whole_run / "metrics.jsonl")] == [1, 2, 3, 4, 5, 6]
-    first = observe.read_metrics(whole_run / "metrics.jsonl")[0]
+    assert [line["step"] for line in logs.read_metrics(whole_run / "metrics.jsonl")] == [1, 2, 3, 4, 5, 6]
+    first = logs.read_metrics(whole_run / "metrics.jsonl")[0]
     assert first.keys() == {
         "step", "loss", "grad_norm", "learning_rate", "images_per_second", "waiting_for_data", "visible_tokens", "stage"
     }  # fmt: skip
@@ -225,7 +230,7 @@ def test_a_run_leaves_everything_behind(whole_run, caplog):
     for said in ("start: fresh weights, seed 3", "Total: ", "8 of 16 patches visible", "done in ", "metrics.jsonl"):
         assert said in log
     before = history(whole_run)
-    train.train(tiny.config(), whole_run, devices=ONE)
+    train(tiny.config(), whole_run, devices=ONE)
     assert "nothing left to do" in (whole_run / "log.txt").read_text()
     assert history(whole_run) == before
 
@@ -238,7 +243,7 @@ def test_a_stage_starts_from_raw_weights_with_a_new_optimizer_and_ema(whole_run,
     config = tiny.config(
         stages=("finetune",), init_from=str(whole_run / "checkpoints" / "4"), finetune__learning_rate=0.0
     )
-    train.train(config, tmp_path / "next", devices=ONE)
+    train(config, tmp_path / "next", devices=ONE)
     raw, ema = params_of(whole_run / "checkpoints" / "4"), params_of(whole_run / "checkpoints" / "4", "ema")
     assert any((a != b).any() for a, b in zip(jax.tree.leaves(raw), jax.tree.leaves(ema), strict=True)) is False
     jax.tree.map(np.testing.assert_array_equal, params_of(tmp_path / "next"), raw)
@@ -247,22 +252,22 @@ def test_a_stage_starts_from_raw_weights_with_a_new_optimizer_and_ema(whole_run,
 
 def test_weights_that_do_not_fit_are_refused_by_name(whole_run, tmp_path):
     with pytest.raises(CheckpointError, match=r"head.bias is \(4,\) float32 there and \(16,\) float32 here"):
-        train.train(tiny.config(init_from=str(whole_run), model__patch_size=4), tmp_path / "a", devices=ONE)
+        train(tiny.config(init_from=str(whole_run), model__patch_size=4), tmp_path / "a", devices=ONE)
     with pytest.raises(CheckpointError, match="unknown to this model: backbone.time_mlp.fc1.bias"):
-        train.train(tiny.config(init_from=str(whole_run), model__time_mlp=False), tmp_path / "b", devices=ONE)
+        train(tiny.config(init_from=str(whole_run), model__time_mlp=False), tmp_path / "b", devices=ONE)
     with pytest.raises(CheckpointError, match="holds no checkpoint; give a run folder"):
-        train.train(tiny.config(init_from=str(tmp_path)), tmp_path / "c", devices=ONE)
+        train(tiny.config(init_from=str(tmp_path)), tmp_path / "c", devices=ONE)
     with pytest.raises(CheckpointError, match="do not fit config.model"):
-        train.train(tiny.config(model__width=32), whole_run, devices=ONE)
+        train(tiny.config(model__width=32), whole_run, devices=ONE)
 
 
 def test_a_run_folder_of_other_stages_is_refused(whole_run):
     with pytest.raises(ConfigError, match="use the stages of that run, or another --workdir"):
-        train.train(tiny.config(pretrain__steps=3), whole_run, devices=ONE)
+        train(tiny.config(pretrain__steps=3), whole_run, devices=ONE)
     with pytest.raises(ConfigError, match="use the stages of that run"):
-        train.train(tiny.config(stages=("finetune",)), whole_run, devices=ONE)
+        train(tiny.config(stages=("finetune",)), whole_run, devices=ONE)
     with pytest.raises(ConfigError, match="is at step 2 of stage 'finetune', but config.finetune.steps is 1"):
-        train.train(tiny.config(finetune__steps=1), whole_run, devices=ONE)
+        train(tiny.config(finetune__steps=1), whole_run, devices=ONE)
 
 
 def test_a_run_goes_on_from_the_newest_whole_checkpoint(whole_run, tmp_path):
@@ -270,7 +275,7 @@ def test_a_run_goes_on_from_the_newest_whole_checkpoint(whole_run, tmp_path):
     shutil.copytree(whole_run, workdir)
     (workdir / "checkpoints" / "99").mkdir()  # an empty folder is no checkpoint
     (workdir / "checkpoints" / "6" / "params" / "manifest.ocdbt").unlink()
-    train.train(tiny.config(), workdir, devices=ONE)
+    train(tiny.config(), workdir, devices=ONE)
     assert history(workdir) == history(whole_run)
     assert "checkpoints/6 is damaged (params has 0 of 54 arrays)" in (workdir / "log.txt").read_text()
 
@@ -279,15 +284,15 @@ def test_a_run_goes_on_with_what_the_advice_after_divergence_changes(whole_run, 
     workdir = tmp_path / "run"
     shutil.copytree(whole_run, workdir)
     changes = dict(finetune__learning_rate=5e-4, finetune__clip_norm=0.0, finetune__steps=3, model__dtype="bfloat16")
-    train.train(tiny.config(**changes), workdir, devices=ONE)
-    assert [line["step"] for line in observe.read_metrics(workdir / "metrics.jsonl")] == [1, 2, 3, 4, 5, 6, 7]
+    train(tiny.config(**changes), workdir, devices=ONE)
+    assert [line["step"] for line in logs.read_metrics(workdir / "metrics.jsonl")] == [1, 2, 3, 4, 5, 6, 7]
     log = (workdir / "log.txt").read_text()
     assert "the config changed since that checkpoint: finetune.learning_rate: 0.001 -> 0.0005" in log
     assert "finetune.clip_norm: 1.0 -> 0.0" in log
 
 
-@pytest.mark.parametrize(("step", "checkpoint_step"), [(1, None), (4, 2)])
-def test_a_non_finite_loss_stops_the_run(tmp_path, monkeypatch, step, checkpoint_step):
+@pytest.mark.parametrize(("bad_step", "checkpoint_step"), [(1, None), (4, 2)])
+def test_a_non_finite_loss_stops_the_run(tmp_path, monkeypatch, bad_step, checkpoint_step):
     real, count = sharding.to_global, 0
 
     def poisoned(mesh, batch):
@@ -296,23 +301,25 @@ def test_a_non_finite_loss_stops_the_run(tmp_path, monkeypatch, step, checkpoint
         return real(mesh, batch)
 
     monkeypatch.setattr(sharding, "to_global", poisoned)
-    honest = train.compile_step
+    honest = processes.compile_together
 
-    def compile_step(*args):
-        compiled = honest(*args)
+    def compile_poisoned(lowered, mesh):
+        compiled = honest(lowered, mesh)
 
-        def run(state, batch):
-            state, metrics = compiled(state, batch)
-            bad = jnp.float32(jnp.nan) if count >= step else metrics["loss"]
+        def poisoned_step(state, *batch):
+            if not isinstance(state, TrainState):  # the program of the previews
+                return compiled(state, *batch)
+            state, metrics = compiled(state, *batch)
+            bad = jnp.float32(jnp.nan) if count >= bad_step else metrics["loss"]
             return state, metrics | {"loss": bad}
 
-        return run
+        return poisoned_step
 
-    monkeypatch.setattr(train, "compile_step", compile_step)
-    with pytest.raises(train.NonFiniteLoss) as error:
-        train.train(tiny.config(), tmp_path, devices=ONE)
+    monkeypatch.setattr(processes, "compile_together", compile_poisoned)
+    with pytest.raises(NonFiniteLoss) as error:
+        train(tiny.config(), tmp_path, devices=ONE)
     said = str(error.value)
-    assert f"step {step} (pretrain, step {step}) is not finite: loss nan" in said
+    assert f"step {bad_step} (pretrain, step {bad_step}) is not finite: loss nan" in said
     assert "--config.pretrain.learning_rate (now 0.001)" in said
     expected = (
         "there is no checkpoint yet"
@@ -325,19 +332,19 @@ def test_a_non_finite_loss_stops_the_run(tmp_path, monkeypatch, step, checkpoint
 
 def test_classes_and_devices_must_fit(tmp_path):
     with pytest.raises(ConfigError, match=r"digits has 10 classes \(0, 1, .*\).*pass --config.model.num_classes=10"):
-        train.train(tiny.config(model__num_classes=7), tmp_path, devices=ONE)
+        train(tiny.config(model__num_classes=7), tmp_path, devices=ONE)
     with pytest.raises(ConfigError, match="pretrain.batch_size 8 in 2 micro-batches does not divide over 8 devices"):
-        train.train(tiny.config(pretrain__micro_batches=2), tmp_path)
+        train(tiny.config(pretrain__micro_batches=2), tmp_path)
     with pytest.raises(ConfigError, match="mesh data=3, fsdp=1 does not fit 8 devices"):
-        train.train(tiny.config(mesh__data=3), tmp_path)
+        train(tiny.config(mesh__data=3), tmp_path)
     assert not list(tmp_path.iterdir()), "nothing was begun"
 
 
 def test_a_network_too_narrow_for_its_patches_is_told(tmp_path, caplog):
-    train._warn(tiny.config(model__patch_size=8))
+    run._warn_if_narrow(tiny.config(model__patch_size=8))
     assert "a patch has 64 numbers but config.model.width is only 16" in caplog.text
     caplog.clear()
-    train._warn(tiny.config())
+    run._warn_if_narrow(tiny.config())
     assert not caplog.text
 
 

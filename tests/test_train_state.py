@@ -5,31 +5,24 @@ import optax
 import pytest
 import tiny
 
-from maskdm_jax import train_state
+from maskdm_jax.training.state import ema_step_size, learning_rate, make_optimizer
 
 
 @pytest.mark.parametrize(("decay", "every"), [(0.999, 1), (0.9, 10), (0.995, 7)])
 def test_ema_law_of_the_reference(decay, every):
-    """Written out as a loop with its state, the way the law is told."""
-    started, expected = False, []
+    """Written out as a loop; `test_golden` compares the law with recorded runs of the reference."""
+    expected = []
     for s in range(400):
         size = 0.0
         if s % every == 0:
-            if s <= 100:
-                size = 1.0
-            elif not started:
-                started, size = True, 1.0
-            else:
-                size = 1 - min(decay, 1 - (1 + s - 100) ** (-2 / 3))
+            size = 1.0 if s <= 100 else 1 - min(decay, 1 - (1 + s - 100) ** (-2 / 3))
         expected.append(size)
-    ours = jax.vmap(lambda s: train_state.ema_step_size(s, decay=decay, every=every))(jnp.arange(400))
+    ours = jax.vmap(lambda s: ema_step_size(s, decay=decay, every=every))(jnp.arange(400))
     np.testing.assert_allclose(ours, expected, rtol=1e-6)
 
 
 def test_warm_up_starts_from_zero():
-    rate = train_state.learning_rate(
-        tiny.config(pretrain__warmup_steps=4, pretrain__learning_rate=0.1).stage["pretrain"]
-    )
+    rate = learning_rate(tiny.config(pretrain__warmup_steps=4, pretrain__learning_rate=0.1).stage["pretrain"])
     np.testing.assert_allclose([rate(s) for s in range(7)], [0, 0.025, 0.05, 0.075, 0.1, 0.1, 0.1], rtol=1e-6)
 
 
@@ -38,7 +31,7 @@ def test_decay_acts_on_every_tensor_and_clipping_bounds_the_gradient():
         "pretrain"
     ]
     params = {"bias": jnp.ones(3), "kernel": jnp.ones((2, 3))}
-    optimizer = train_state.make_optimizer(stage)
+    optimizer = make_optimizer(stage)
     zero = jax.tree.map(jnp.zeros_like, params)
     updates, _ = optimizer.update(zero, optimizer.init(params), params)
     jax.tree.map(lambda u: np.testing.assert_allclose(u, -0.05, rtol=1e-5), updates)
@@ -56,7 +49,7 @@ def test_label_tensors_rest_in_steps_that_do_not_use_them():
         "backbone": {"label_embed": {"embedding": jnp.ones((2, 3))}, "uncond_embed": jnp.ones(3)},
         "x": jnp.ones(2),
     }
-    optimizer = train_state.make_optimizer(stage)
+    optimizer = make_optimizer(stage)
     state = optimizer.init(params)
     gradient = jax.tree.map(jnp.ones_like, params)
     updates, state = optimizer.update(gradient, state, params)

@@ -7,10 +7,10 @@ import pytest
 import tiny
 from flax import nnx
 
-from maskdm_jax import masking
+from maskdm_jax.build import make_network
+from maskdm_jax.diffusion import masking
 from maskdm_jax.models.layers import patchify, unpatchify
 from maskdm_jax.models.uvit import UViT
-from maskdm_jax.network import make_network
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ import pytest
 import pywt
 from golden import nhwc
 
-from maskdm_jax.wavelet import haar, inverse_haar
+from maskdm_jax.models.representation import haar, inverse_haar
 
 
 @pytest.fixture(scope="module")

@@ -6,10 +6,17 @@ import tiny
 from flax import nnx
 
 from maskdm_jax import config as config_lib
-from maskdm_jax import generate, masking, train
+from maskdm_jax import sampling
+from maskdm_jax.build import make_network
+from maskdm_jax.diffusion import masking
+from maskdm_jax.errors import ConfigError
+from maskdm_jax.models.representation import make_representation
 from maskdm_jax.models.wavelet_uvit import WaveletUViT
-from maskdm_jax.network import make_network
-from maskdm_jax.representation import make_representation
+from maskdm_jax.run import train
+from maskdm_jax.training import loop
+from maskdm_jax.training.loop import make_run_mesh
+from maskdm_jax.training.start import abstract_state
+from maskdm_jax.training.step import draw_inputs, jit_step
 
 CHANGES = dict(model__wavelet_scale=2, model__patch_size=1, data__image_size=16, data__channels=3)
 
@@ -85,7 +92,7 @@ def batch(n=6):
 def test_each_band_is_masked_by_its_own_settings_and_draw():
     mask = dict(kind="patch", rate=0.5, block=1, crop=1, tile=0)
     config = wavelet(pretrain__mask=mask, pretrain__detail_mask=mask | dict(rate=0.75), data__flip=0.0)
-    inputs = train.draw_inputs(config, "pretrain", jax.random.key(0), batch())
+    inputs = draw_inputs(config, "pretrain", jax.random.key(0), batch())
     assert [band.shape for band in inputs.x0] == [(6, 32, 3), (6, 4, 2 * 2 * 9)]
     assert [band.shape for band in inputs.eps] == [(6, 32, 3), (6, 4, 2 * 2 * 9)]
     space = make_representation(config)
@@ -93,17 +100,17 @@ def test_each_band_is_masked_by_its_own_settings_and_draw():
     for band, all_patches, at in zip(inputs.x0, whole, inputs.positions, strict=True):
         np.testing.assert_allclose(band, masking.gather(all_patches, at), atol=1e-6)
     both = wavelet(pretrain__mask=mask, model__wavelet_scale=1)  # the details by the settings of `mask`
-    positions = train.draw_inputs(both, "pretrain", jax.random.key(0), batch()).positions
+    positions = draw_inputs(both, "pretrain", jax.random.key(0), batch()).positions
     assert positions[0].shape == positions[1].shape
     assert (positions[0] != positions[1]).any()
     one_band = wavelet(pretrain__mask=mask, pretrain__detail_mask=mask | dict(kind="none"))
-    positions = train.draw_inputs(one_band, "pretrain", jax.random.key(0), batch()).positions
+    positions = draw_inputs(one_band, "pretrain", jax.random.key(0), batch()).positions
     np.testing.assert_array_equal(positions[1], np.tile(np.arange(16), (6, 1)))
-    assert train.draw_inputs(config, "finetune", jax.random.key(0), batch()).positions is None
+    assert draw_inputs(config, "finetune", jax.random.key(0), batch()).positions is None
 
 
 def test_bands_of_the_noise_are_independent():
-    inputs = train.draw_inputs(wavelet(model__wavelet_scale=1), "finetune", jax.random.key(0), batch(64))
+    inputs = draw_inputs(wavelet(model__wavelet_scale=1), "finetune", jax.random.key(0), batch(64))
     approx, detail = (np.asarray(band).reshape(64, -1)[:, :192] for band in inputs.eps)
     assert abs(np.corrcoef(approx.ravel(), detail.ravel())[0, 1]) < 0.03
     np.testing.assert_allclose([approx.std(), detail.std()], 1, atol=0.03)
@@ -122,7 +129,7 @@ def test_settings_that_cannot_work_are_named():
         (dict(pretrain__detail_mask=mask, model__wavelet_scale=0), "detail_mask is for wavelet models"),
         (dict(pretrain__detail_mask=mask | dict(ratio=1)), "config.pretrain.detail_mask.ratio is not a setting"),
     ]:
-        with pytest.raises(config_lib.ConfigError, match=message):
+        with pytest.raises(ConfigError, match=message):
             wavelet(**changes)
     config = wavelet(pretrain__detail_mask=mask)
     assert config_lib.parse(config_lib.to_dict(config)) == config
@@ -136,12 +143,12 @@ def test_it_trains_and_samples_colour_images(tmp_path):
         Image.new("RGB", (16, 16), (15 * i, 200, 100)).save(tmp_path / f"{i}.png")
     changes = dict(model__num_classes=0, data__labels=False, data__path=str(tmp_path), data__threads=1)
     config = wavelet(**changes, diffusion__timesteps=100)
-    last = train.train(config, tmp_path / "run", devices=jax.devices()[:2])
+    last = train(config, tmp_path / "run", devices=jax.devices()[:2])
     text = (tmp_path / "run" / "log.txt").read_text()
     assert "approximation: mask patch: 32 of 64 patches visible (50.0%); details: mask patch: 8 of 16" in text
     assert "40 of 80 tokens" in text
-    loaded = generate.load(last)
-    folder = generate.generate_to_folder(loaded, tmp_path / "out", 3, batch_size=1)
+    loaded = sampling.load(last)
+    folder = sampling.generate_to_folder(loaded, tmp_path / "out", 3, batch_size=1)
     shapes = [np.asarray(Image.open(folder / f"{i:06d}.png")).shape for i in range(3)]
     assert shapes == [(16, 16, 3)] * 3
 
@@ -166,14 +173,14 @@ def test_it_learns_one_image_by_heart():
     )
     rng = np.random.RandomState(3)
     image = np.kron(rng.randint(0, 256, (4, 4, 3)), np.ones((4, 4, 1))).astype(np.uint8)
-    mesh = train.make_mesh_for(config, jax.devices()[:1])
+    mesh = make_run_mesh(config, jax.devices()[:1])
     network = make_network(config)
-    abstract = train.abstract_state(config, 1, network, mesh)
-    step = train.compile_step(config, "finetune", mesh, abstract)
+    abstract = abstract_state(config, 1, network, mesh)
+    step = jit_step(config, "finetune", mesh, abstract)
     params = jax.jit(network.init)(jax.random.key(0))
-    state = train.new_state(params, train.make_optimizer(config.stage["finetune"]), jax.random.key(1))
+    state = loop.new_state(params, loop.make_optimizer(config.stage["finetune"]), jax.random.key(1))
     for i in range(200):
         index = np.arange(16 * i, 16 * i + 16, dtype=np.uint32)
         state, _ = step(state, dict(image=np.tile(image, (16, 1, 1, 1)), label=np.zeros(16, np.int32), index=index))
-    samples = generate.make_generator(config, network, mesh, 4)(state.ema, 0, range(4))
+    samples = sampling.make_generator(config, network, mesh, 4)(state.ema, 0, range(4))
     assert np.abs(samples.astype(float) - image).mean() < 3

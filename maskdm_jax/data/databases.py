@@ -16,9 +16,10 @@ import zipfile
 import lmdb
 import numpy as np
 
-from maskdm_jax.data import WITHOUT_LABELS, DataError
+from maskdm_jax.data import WITHOUT_LABELS
 from maskdm_jax.data.files import file_stamp
 from maskdm_jax.data.images import is_image
+from maskdm_jax.errors import DataError
 
 _OPEN_DATABASES = weakref.WeakValueDictionary()  # by path
 # The library maps the file into memory and trusts it: what is damaged ends the process. So another one goes first, over

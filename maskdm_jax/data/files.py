@@ -14,8 +14,9 @@ import zlib
 
 import fsspec
 
-from maskdm_jax.data import WITHOUT_LABELS, DataError
-from maskdm_jax.disk import replacing
+from maskdm_jax.data import WITHOUT_LABELS
+from maskdm_jax.errors import DataError
+from maskdm_jax.storage import atomic_path
 
 _OPENERS = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ": lzma.open}
 _ZSTD = b"\x28\xb5\x2f\xfd"
@@ -227,7 +228,7 @@ def _decompressed(path, scratch) -> pathlib.Path:
     if scratch.exists() and scratch.stat().st_mtime_ns >= path.stat().st_mtime_ns:  # of this archive, not of an earlier
         return scratch
     try:
-        with replacing(scratch) as temporary, opener(path) as packed, open(temporary, "wb") as plain:
+        with atomic_path(scratch) as temporary, opener(path) as packed, open(temporary, "wb") as plain:
             shutil.copyfileobj(packed, plain, 1 << 20)
     except (EOFError, zlib.error, lzma.LZMAError, gzip.BadGzipFile) as error:
         raise DataError(f"{path} is damaged ({error}); copy it again") from None

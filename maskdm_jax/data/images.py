@@ -2,11 +2,14 @@
 
 import dataclasses
 import io
+import pathlib
 import re
 
 import numpy as np
 import PIL
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
+
+from maskdm_jax.storage import atomic_path
 
 FILTERS = {
     "bicubic": Image.Resampling.BICUBIC,
@@ -39,6 +42,11 @@ class Framing:
         if self.filter not in FILTERS:
             raise ValueError(f"filter {self.filter!r} is unknown; choose from {', '.join(FILTERS)}")
         self._wanted()
+
+    @classmethod
+    def of(cls, settings) -> "Framing":
+        """The framing that a `config.Data` asks for."""
+        return cls(settings.image_size, settings.channels)
 
     def _wanted(self) -> tuple[int, int, int] | int:
         """(left, top, side), or the side of a crop in the middle; 0 for all of the short side."""
@@ -123,3 +131,42 @@ def decode(image, framing: Framing) -> np.ndarray:
         # With a box, only the middle is computed: all of a very long image, enlarged, would not fit into memory.
         image = image.resize((size, size), FILTERS[framing.filter], box=box)
     return np.asarray(image).reshape(size, size, framing.channels)
+
+
+def to_pil(image: np.ndarray) -> Image.Image:
+    """uint8 [H, W, 3 or 1] -> image in colour or grey; of other numbers of channels the first is shown."""
+    return Image.fromarray(image if image.shape[-1] == 3 else image[..., 0])
+
+
+def save_png(path, image: Image.Image) -> None:
+    """Write a PNG whole or not at all."""
+    path = pathlib.Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_path(path) as temporary:
+        image.save(temporary, format="PNG")
+
+
+def sample_grid(images: np.ndarray, columns: int, row_names=None) -> Image.Image:
+    """Lay out uint8 images [n, S, S, C], row by row; small ones are enlarged to at least 64 pixels.
+
+    row_names: text for the left of each row, such as class names.
+    """
+    n, size = images.shape[:2]
+    rows, scale, gap = -(-n // columns), -(-64 // size), 4
+    cell = size * scale + gap
+    font = ImageFont.load_default(size=18)
+    margin = 0
+    if row_names:
+        row_names = [name.encode("utf-8", "replace").decode() for name in row_names]  # file names may be no UTF-8
+        row_names = [name if len(name) <= 20 else name[:19] + "…" for name in row_names]
+        margin = int(max(font.getlength(name) for name in row_names)) + 16
+    page = Image.new("RGB", (margin + columns * cell + gap, rows * cell + gap), "white")
+    draw = ImageDraw.Draw(page)
+    for i, image in enumerate(images):
+        row, column = divmod(i, columns)
+        # Smooth enlargement: large square pixels hide the shapes of an 8 x 8 image.
+        tile = to_pil(image).resize((size * scale, size * scale), Image.Resampling.BICUBIC)
+        page.paste(tile, (margin + gap + column * cell, gap + row * cell))
+    for row, name in enumerate((row_names or [])[:rows]):
+        draw.text((margin - 8, gap + row * cell + cell // 2), name, fill="black", font=font, anchor="rm")
+    return page

@@ -10,12 +10,13 @@ import functools
 import logging
 
 import grain
+import jax
 import numpy as np
 from absl import flags
 
-from maskdm_jax.data import DataError
 from maskdm_jax.data.images import Framing, decode
-from maskdm_jax.data.sources import open_source, read_patiently, select
+from maskdm_jax.data.sources import card_of, open_source, read_patiently, select
+from maskdm_jax.errors import DataError
 
 UNREADABLE_LIMIT = 0.01  # share of the images; more than that is a broken data set, not bad luck
 _STREAM_LENGTH = 2**40  # examples: more than any run takes
@@ -80,16 +81,30 @@ def _epoch_order(n: int, seed: int, epoch: int) -> np.ndarray:
     return np.random.RandomState(np.random.SeedSequence([seed, epoch]).generate_state(4)).permutation(n)
 
 
-def open_data(data):
-    """The source that a run trains on.
+class TrainingData:
+    """The images of a run: their number, classes and card, and batches of them for each stage."""
 
-    data: `config.Data`.
+    def __init__(self, settings):
+        """Open the images. settings: `config.Data`.
 
-    Raises:
-      DataError: it cannot be opened, or a class is not in it.
-    """
-    source = open_source(data.path, data.labels or bool(data.classes), data.split)
-    return select(source, data.classes, data.fraction, data.fraction_seed, data.labels)
+        Raises:
+          DataError: they cannot be opened, or a class is not among them.
+        """
+        source = open_source(settings.path, settings.labels or bool(settings.classes), settings.split)
+        chosen = settings.classes, settings.fraction, settings.fraction_seed, settings.labels
+        self.source = select(source, *chosen)
+        self.classes = self.source.classes
+        self.card = card_of(self.source, Framing.of(settings))
+        self._settings, self._unreadable = settings, set()  # records found unreadable so far, over all stages
+
+    def __len__(self):
+        return len(self.source)
+
+    def batches(self, *, batch_size: int, seed: int) -> "Batches":
+        """This process's part of global batches of `batch_size`, shuffled by `seed`."""
+        shared = dict(source=self.source, unreadable=self._unreadable)
+        place = dict(host=jax.process_index(), hosts=jax.process_count())
+        return Batches(self._settings, batch_size=batch_size, seed=seed, **shared, **place)
 
 
 class Batches:
@@ -120,7 +135,7 @@ class Batches:
         """
         if batch_size % hosts:
             raise DataError(f"batch_size {batch_size} does not divide among {hosts} hosts")
-        self.source = open_data(data) if source is None else source
+        self.source = TrainingData(data).source if source is None else source
         self._data, self._seed, self._batch_size, self._host, self._hosts = data, seed, batch_size, host, hosts
         self._next = 0
         self._iterator = None
@@ -156,7 +171,7 @@ class Batches:
         # Batched before it is split among hosts and workers, so neither changes what is in a batch. (grain's
         # ElasticIterator splits first: with worker processes it cannot resume between two of their rounds.)
         local = self._batch_size // self._hosts
-        read = _ReadBatch(self.source, self._data.framing, self._seed, self._next, local)
+        read = _ReadBatch(self.source, Framing.of(self._data), self._seed, self._next, local)
         batches = grain.MapDataset.range(self._host, _STREAM_LENGTH // local, self._hosts).map(read)
         ahead = grain.ReadOptions(num_threads=self._data.threads, prefetch_buffer_size=2 * self._data.threads)
         stream = batches.to_iter_dataset(ahead)

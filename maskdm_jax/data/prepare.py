@@ -16,12 +16,12 @@ import numpy as np
 from array_record.python.array_record_module import ArrayRecordWriter
 from PIL import Image
 
-from maskdm_jax.data import DataError
 from maskdm_jax.data.images import DECODER, Framing, decode
 from maskdm_jax.data.pipeline import UNREADABLE_LIMIT
 from maskdm_jax.data.prepared import CARD, LABELS, encode_record, image_digest, read_card, shard_hash, shard_name
 from maskdm_jax.data.sources import read_patiently
-from maskdm_jax.disk import alone_in, replacing, write_atomically
+from maskdm_jax.errors import DataError
+from maskdm_jax.storage import atomic_path, lock_dir, write_atomically
 
 PER_SHARD = 2048  # images of the source; a stop loses the work on one shard at most
 _PLAN = "plan.json"
@@ -84,7 +84,7 @@ def prepare(
         per_shard=per_shard,
     )
     out.mkdir(parents=True, exist_ok=True)
-    with alone_in(out), concurrent.futures.ThreadPoolExecutor(threads or 2 * (os.cpu_count() or 1)) as pool:
+    with lock_dir(out), concurrent.futures.ThreadPoolExecutor(threads or 2 * (os.cpu_count() or 1)) as pool:
         stamps = lambda: "".join(_stamps(source, plan.numbers(i), pool) for i in range(plan.shards))
         finished = _claim(out, plan, stamps)
         if finished is not None:
@@ -205,7 +205,7 @@ def _write_shard(source, plan: Plan, framing: Framing, out: pathlib.Path, i: int
             return error, -1, b""
 
     written, labels, digests, left_out = hashlib.sha256(), [], [], []
-    with replacing(path) as temporary:
+    with atomic_path(path) as temporary:
         with _writing(path):
             writer = ArrayRecordWriter(str(temporary), "group_size:1")
         try:

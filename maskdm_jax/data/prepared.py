@@ -19,9 +19,9 @@ import numpy as np
 from array_record.python.array_record_module import ArrayRecordReader
 from grain.sources import ArrayRecordDataSource
 
-from maskdm_jax import cache
-from maskdm_jax.data import WITHOUT_LABELS, DataError
-from maskdm_jax.disk import replacing
+from maskdm_jax.data import WITHOUT_LABELS
+from maskdm_jax.errors import DataError
+from maskdm_jax.storage import atomic_path, cache_dir
 
 CARD = "card.json"
 LABELS = "labels.npy"
@@ -80,7 +80,7 @@ def fetch(files, root: str) -> pathlib.Path:
       DataError: a shard arrived damaged.
     """
     card = _parse_card(files.cat_file(f"{root}/{CARD}"), root)
-    target = cache.folder("sets") / card["content_hash"]
+    target = cache_dir("sets") / card["content_hash"]
     if (target / CARD).exists():
         return target
     target.mkdir(parents=True, exist_ok=True)
@@ -88,7 +88,7 @@ def fetch(files, root: str) -> pathlib.Path:
         path = target / shard_name(i, card["shards"])
         if path.exists():
             continue
-        with replacing(path) as temporary:
+        with atomic_path(path) as temporary:
             files.get_file(f"{root}/{path.name}", str(temporary))
             found = None
             with contextlib.suppress(RuntimeError):
@@ -96,7 +96,7 @@ def fetch(files, root: str) -> pathlib.Path:
             if found != expected:
                 raise DataError(f"{root}/{path.name} is not what its card says; copy the set there again")
     for name in ([LABELS] if card["classes"] else []) + [CARD]:
-        with replacing(target / name) as temporary:
+        with atomic_path(target / name) as temporary:
             files.get_file(f"{root}/{name}", str(temporary))
     return target
 

@@ -14,11 +14,11 @@ import time
 
 import numpy as np
 
-from maskdm_jax.data import DataError
 from maskdm_jax.data.databases import LmdbImages, TfdsImages
 from maskdm_jax.data.files import ImageFolder, RemoteFolder, TarImages, ZipImages, connect, is_tar
 from maskdm_jax.data.images import Framing
 from maskdm_jax.data.prepared import CARD, PreparedImages, fetch
+from maskdm_jax.errors import DataError
 
 _PAUSES = (0.1, 1.0, 5.0)  # seconds before a failed read is tried again
 

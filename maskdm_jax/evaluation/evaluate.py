@@ -7,11 +7,9 @@ import sys
 import numpy as np
 from tqdm import tqdm
 
-from maskdm_jax import cache
-from maskdm_jax.config import METRICS
+from maskdm_jax.errors import EvaluationError
 from maskdm_jax.evaluation import inception, metrics
 from maskdm_jax.evaluation.features import (
-    EvaluationError,
     Extractor,
     Images,
     ImageSet,
@@ -20,6 +18,8 @@ from maskdm_jax.evaluation.features import (
     open_images,
     save_statistics,
 )
+from maskdm_jax.evaluation.metrics import METRICS
+from maskdm_jax.storage import cache_dir
 
 log = logging.getLogger(__name__)
 
@@ -66,7 +66,7 @@ class Evaluator:
     def _cached(self, images: Images) -> pathlib.Path | None:
         """File of a set's statistics, by the content of the set and of the weights; None where it has no card."""
         content = images.card.get("content_hash")
-        return cache.folder("statistics") / f"{content}-{self._digest[:16]}.npz" if content else None
+        return cache_dir("statistics") / f"{content}-{self._digest[:16]}.npz" if content else None
 
     def _extract(self, images: Images, what: str, keep: bool) -> ImageSet:
         with tqdm(total=images.n, desc=what, unit="image", file=sys.stderr, disable=not sys.stderr.isatty()) as bar:
@@ -84,7 +84,7 @@ def evaluate(
     batch_size: int = 64,
     sampling: dict | None = None,
     statistics=None,
-    insist: bool = False,
+    allow_mismatch: bool = False,
     keep: bool = False,
 ):
     """Compare samples with a reference; both are paths as `features.open_images` takes them.
@@ -97,7 +97,7 @@ def evaluate(
       batch_size: images per device and call.
       sampling: replaces fields of a checkpoint's `sampling`.
       statistics: path of an .npz to write, for the reference's `mu`, `sigma` and `n`.
-      insist: compare also what was cropped, resized or coloured in different ways.
+      allow_mismatch: compare also what was cropped, resized or coloured in different ways.
       keep: whether features are wanted in the sets returned, beyond what the metrics need.
 
     Returns:
@@ -111,7 +111,7 @@ def evaluate(
     options = dict(sampling=sampling, batch_size=batch_size)
     real = open_images(reference, n=n if is_checkpoint(reference) else None, **options)
     made = [open_images(samples, n=n, seed=seed, **options) for seed in seeds]
-    check_comparable(real, made[0], wanted, insist)
+    check_comparable(real, made[0], wanted, allow_mismatch)
     evaluator = Evaluator(weights, batch_size=batch_size)
     real = evaluator.reference(real, wanted, keep)
     if statistics:
@@ -131,12 +131,12 @@ def evaluate(
     return result | means | dict(seeds=list(seeds), range=ranges), real, sampled
 
 
-def check_comparable(reference, samples, wanted, insist: bool = False) -> None:
+def check_comparable(reference, samples, wanted, allow_mismatch: bool = False) -> None:
     """Compare what can be known before anything is computed.
 
     Raises:
       EvaluationError: a metric needs images where there are statistics; the images are of different sizes, or were
-        cropped, resized or coloured in different ways, and `insist` is False.
+        cropped, resized or coloured in different ways, and `allow_mismatch` is False.
     """
     unknown = [name for name in wanted if name not in METRICS]
     if unknown or not wanted:
@@ -148,14 +148,14 @@ def check_comparable(reference, samples, wanted, insist: bool = False) -> None:
     for side in (reference, samples):
         if isinstance(side, Images) and side.n < 2:
             raise EvaluationError(f"{side.name} has {side.n} images; at least 2 are needed")
-    if insist:
+    if allow_mismatch:
         return
     a, b = (known(side) for side in (reference, samples))
     different = [f"{key}: {a[key]} and {b[key]}" for key in sorted(a.keys() & b.keys()) if a[key] != b[key]]
     if different:
         raise EvaluationError(
             f"{reference.name} and {samples.name} were not made alike ({'; '.join(different)}), so the numbers would "
-            "say little; prepare the reference as the training data was, or --insist"
+            "say little; prepare the reference as the training data was, or --allow_mismatch"
         )
 
 

@@ -14,19 +14,18 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
 
-from maskdm_jax import checkpoint, generate, sharding
 from maskdm_jax.data.images import Framing, decode, open_image
-from maskdm_jax.data.sources import DataError, card_of, open_source, read_patiently
-from maskdm_jax.disk import write_atomically
+from maskdm_jax.data.sources import card_of, open_source, read_patiently
+from maskdm_jax.errors import CheckpointError, DataError, EvaluationError
 from maskdm_jax.evaluation import inception
 from maskdm_jax.evaluation.metrics import Moments, MomentSums, combine
+from maskdm_jax.parallel import sharding
+from maskdm_jax.sampling import Loaded, generate_batches, label_cycle, load
+from maskdm_jax.storage import write_atomically
+from maskdm_jax.training import checkpoint
 
 PICTURES = 64  # images of a set that are kept, to be looked at
 _AHEAD = 256 << 20  # bytes of pixels that are decoded ahead
-
-
-class EvaluationError(ValueError):
-    """Sets that cannot be compared as asked; the message says why and what would work."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -161,7 +160,7 @@ def open_images(path, *, n: int | None = None, seed: int = 0, sampling=None, bat
         if is_checkpoint(place):
             if n is None:
                 raise EvaluationError(f"{place} is a checkpoint: say how many images to make of it (--n)")
-            loaded = generate.load(place, sampling=sampling)
+            loaded = load(place, sampling=sampling)
             return sampled(loaded, n, seed=seed, batch_size=batch_size)
         path = place if str(path) != "digits" else path
     source = open_source(str(path))
@@ -175,14 +174,14 @@ def open_images(path, *, n: int | None = None, seed: int = 0, sampling=None, bat
     return _of_source(str(path), source, count, lambda image: np.asarray(open_image(image, 3)), card, made_by)
 
 
-def sampled(loaded: "generate.Loaded", n: int, *, seed: int, batch_size: int) -> Images:
+def sampled(loaded: Loaded, n: int, *, seed: int, batch_size: int) -> Images:
     """Images 0..n-1 of a network and seed, the classes of a conditional one in turn."""
-    labels = generate.label_cycle(loaded, None)
+    labels = label_cycle(loaded, None)
     labels = None if labels is None else np.resize(np.asarray(labels, np.int32), n)
 
     def iterate(start, stop):
         index, wanted = range(start, stop), None if labels is None else labels[start:stop]
-        batches = generate.generate_batches(loaded, index, wanted, seed=seed, batch_size=batch_size)
+        batches = generate_batches(loaded, index, wanted, seed=seed, batch_size=batch_size)
         return (image for _, batch in batches for image in batch)
 
     sampling = dataclasses.asdict(loaded.config.sampling)
@@ -192,7 +191,7 @@ def sampled(loaded: "generate.Loaded", n: int, *, seed: int, batch_size: int) ->
     return Images(f"{loaded.checkpoint}, seed {seed}", n, iterate, card=card, made_by=made_by)
 
 
-def framed(name: str, source, framing: Framing) -> Images:
+def transform(name: str, source, framing: Framing) -> Images:
     """Images of a source as training sees them."""
     see = lambda image: decode(image, framing)
     return _of_source(name, source, len(source), see, card_of(source, framing), {})
@@ -202,7 +201,7 @@ def is_checkpoint(path) -> bool:
     """Whether a path is a run folder or a checkpoint."""
     try:
         checkpoint.find(path)
-    except checkpoint.CheckpointError:
+    except CheckpointError:
         return False
     return True
 

@@ -14,9 +14,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from maskdm_jax import cache, torch_file
-from maskdm_jax.disk import replacing
-from maskdm_jax.torch_file import TorchFileError
+from maskdm_jax.errors import TorchFileError
+from maskdm_jax.interop import torch_file
+from maskdm_jax.storage import atomic_path, cache_dir
 
 SIZE = 299  # side of the images that the network sees
 DIM = 2048  # of the features
@@ -34,12 +34,12 @@ def fetch_weights() -> pathlib.Path:
     Raises:
       OSError: it cannot be fetched, or arrived as something else.
     """
-    path = cache.folder("weights") / FILE
+    path = cache_dir("weights") / FILE
     if path.exists():
         return path
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
-        with replacing(path) as temporary:
+        with atomic_path(path) as temporary:
             with urllib.request.urlopen(URL, timeout=60) as source, open(temporary, "wb") as file:
                 shutil.copyfileobj(source, file)
             found = file_hash(temporary)

@@ -9,6 +9,23 @@ import numpy as np
 import scipy.linalg
 import scipy.special
 
+from maskdm_jax.errors import ConfigError
+
+METRICS = {"fid": 2, "kid": 2, "is": 10, "pr": 4}  # name -> least number of images
+
+
+def check_settings(settings) -> None:
+    """Check the metrics' names and the number of samples of a `config.Evaluation`.
+
+    Raises:
+      ConfigError: a name is unknown, or there are too few samples for a metric.
+    """
+    for name in settings.metrics or ("",):
+        if name not in METRICS:
+            raise ConfigError(f"config.evaluation.metrics is {name!r}; it must be one of {', '.join(METRICS)}")
+        if settings.n < METRICS[name]:
+            raise ConfigError(f"config.evaluation.n is {settings.n}; it must be at least {METRICS[name]}")
+
 
 @dataclasses.dataclass(frozen=True)
 class Moments:

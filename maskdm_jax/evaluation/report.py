@@ -12,9 +12,10 @@ import numpy as np
 from PIL import Image
 
 import maskdm_jax
-from maskdm_jax import observe
-from maskdm_jax.disk import write_atomically
+from maskdm_jax.data.images import sample_grid
 from maskdm_jax.evaluation.features import ImageSet
+from maskdm_jax.storage import write_atomically
+from maskdm_jax.training import logs
 
 NEIGHBOURS = 8  # shown of each sample
 SAMPLES = 10  # of which neighbours are shown
@@ -134,7 +135,7 @@ def _curves(run) -> str:
     path = None if run is None else pathlib.Path(run) / "metrics.jsonl"
     if path is None or not path.exists():
         return ""
-    lines = observe.read_metrics(path)
+    lines = logs.read_metrics(path)
     charts = []
     for key, name, log_scale in [
         ("eval/fid", "FID while training", False),
@@ -184,7 +185,7 @@ def _grid(images, columns: int) -> str:
     """Images of one size as one picture; those of other sizes are fitted into squares first."""
     side = max(32, min(128, max(image.shape[0] for image in images)))
     fitted = [np.asarray(_square(image, side)) for image in images]
-    return _tag(observe.sample_grid(np.stack(fitted), columns), 2 * columns * side, "grid")
+    return _tag(sample_grid(np.stack(fitted), columns), 2 * columns * side, "grid")
 
 
 def _square(image: np.ndarray, side: int) -> Image.Image:

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from maskdm_jax.models.attention import attention
+from maskdm_jax.models.ops.attention import attention
 
 LAYER_NORM_EPS = 1e-5
 normal_002 = nnx.initializers.normal(0.02)

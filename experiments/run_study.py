@@ -32,13 +32,15 @@ def main(argv):
     if CONFIG.value is None:
         raise app.UsageError("which study? give --config=experiments/emoji32.py:convergence")
     logging.set_verbosity(logging.WARNING)
-    from maskdm_jax import cache, config, distributed, memory, study, study_report, train
-    from maskdm_jax.checkpoint import CheckpointError
-    from maskdm_jax.data.sources import DataError
-    from maskdm_jax.evaluation.features import EvaluationError
+    import study
+    import study_report
 
-    memory.keep_freed()
-    cache.keep_compiled_programs()
+    from maskdm_jax.errors import CheckpointError, ConfigError, DataError, EvaluationError, NonFiniteLoss
+    from maskdm_jax.parallel import processes, runtime
+    from maskdm_jax.parallel.runtime import keep_compiled_programs
+
+    runtime.keep_freed_memory()
+    keep_compiled_programs()
     stem, _, variant = config_flags.get_config_filename(flags.FLAGS["config"]).partition(":")
     workdir = pathlib.Path(WORKDIR.value).expanduser()
     results = study.Results(RESULTS.value or workdir / f"{variant or pathlib.Path(stem).stem}.jsonl")
@@ -54,11 +56,11 @@ def main(argv):
         if DRY_RUN.value:
             print("\n".join(study_report.describe(runs)))
             return
-        study.carry_out(runs, CONFIG.value, workdir, results, JUDGE.value, say=functools.partial(print, flush=True))
-    except (config.ConfigError, DataError, CheckpointError, EvaluationError, OSError, train.NonFiniteLoss) as error:
-        distributed.leave(f"error: {error}")
+        study.run_study(runs, CONFIG.value, workdir, results, JUDGE.value, say=functools.partial(print, flush=True))
+    except (ConfigError, DataError, CheckpointError, EvaluationError, OSError, NonFiniteLoss) as error:
+        processes.exit_all(f"error: {error}")
     except KeyboardInterrupt:
-        distributed.leave("interrupted; run the same command again to go on")
+        processes.exit_all("interrupted; run the same command again to go on")
 
 
 if __name__ == "__main__":

@@ -19,18 +19,26 @@ import time
 
 import jax
 import numpy as np
+from denoising import denoising_by_level
 from PIL import Image
 
 from maskdm_jax import config as config_lib
-from maskdm_jax import cost, observe, sharding, train
-from maskdm_jax.config import Config, ConfigError
+from maskdm_jax.build import make_network
+from maskdm_jax.config import Config
+from maskdm_jax.data.images import Framing, save_png
 from maskdm_jax.data.sources import open_source, select
-from maskdm_jax.disk import write_atomically
-from maskdm_jax.evaluation.denoising import denoising_by_level
+from maskdm_jax.errors import ConfigError
 from maskdm_jax.evaluation.evaluate import Evaluator, compare
-from maskdm_jax.evaluation.features import Images, framed
-from maskdm_jax.generate import generate_batches, load
-from maskdm_jax.network import make_network
+from maskdm_jax.evaluation.features import Images, transform
+from maskdm_jax.parallel import sharding
+from maskdm_jax.run import train
+from maskdm_jax.sampling import generate_batches, load
+from maskdm_jax.storage import write_atomically
+from maskdm_jax.tools import cost
+from maskdm_jax.training import logs
+from maskdm_jax.training.loop import make_run_mesh, run_folder
+from maskdm_jax.training.start import abstract_state, fresh_state
+from maskdm_jax.training.step import jit_step
 
 SHOWN = 24  # samples of a point that are kept as a picture
 _BATCH = 64  # images per call when sampling and judging
@@ -100,7 +108,7 @@ def _plan_run(study, name, legs, seed, budget, unit, seconds_of, counted) -> Run
         stage_name = config.stages[0]
         one_step = _key(dataclasses.replace(config, seed=0), leg["data"], "")
         if one_step not in counted:
-            counted[one_step] = cost.of_rows(config, stage_name, config.stage[stage_name].batch_size)[0]
+            counted[one_step] = cost.count_flops(config, stage_name, config.stage[stage_name].batch_size)[0]
         price = counted[one_step] if unit == "flops" else seconds_of(config, one_step)
         parts = max(1, leg["points"]) * _SAVES
         steps = round(leg["share"] * budget / price / parts) * parts
@@ -155,13 +163,13 @@ class StepSeconds:
     def __call__(self, config: Config, key: str) -> float:
         """The median of 20 steps after 3 that do not count. Keep the machine free of other work meanwhile."""
         if key not in self._known:
-            name, network, mesh = config.stages[0], make_network(config), train.make_mesh_for(config)
-            abstract = train.abstract_state(config, 0, network, mesh)
-            state, size = train.fresh_state(config, network, abstract), config.data.image_size
+            name, network, mesh = config.stages[0], make_network(config), make_run_mesh(config)
+            abstract = abstract_state(config, 0, network, mesh)
+            state, size = fresh_state(config, network, abstract), config.data.image_size
             n = config.stage[name].batch_size
             rows = dict(image=np.zeros((n, size, size, config.data.channels), np.uint8), label=np.zeros(n, np.int32))
             batch = sharding.to_global(mesh, rows | dict(index=np.arange(n, dtype=np.uint32)))
-            step, seconds = train.compile_step(config, name, mesh, abstract), []
+            step, seconds = jit_step(config, name, mesh, abstract), []
             for _ in range(23):
                 begun = time.perf_counter()
                 state, values = step(state, batch)
@@ -182,7 +190,7 @@ class Results:
 
     def rows(self) -> list[dict]:
         """All points so far."""
-        return observe.read_metrics(self.path) if self.path.exists() else []
+        return logs.read_metrics(self.path) if self.path.exists() else []
 
     def has(self, key: str, step: int, judged: dict) -> bool:
         """Whether a point was judged by these settings."""
@@ -195,7 +203,7 @@ class Results:
             file.write(json.dumps(row) + "\n")
 
 
-def carry_out(runs: list[Run], study, workdir, results: Results, judge_path: str = "", say=print) -> None:
+def run_study(runs: list[Run], study, workdir, results: Results, judge_path: str = "", say=print) -> None:
     """Train and judge what has no result yet.
 
     Args:
@@ -208,7 +216,7 @@ def carry_out(runs: list[Run], study, workdir, results: Results, judge_path: str
     Raises:
       ConfigError, DataError, CheckpointError: something cannot work.
     """
-    workdir = train.run_folder(workdir)
+    workdir = run_folder(workdir)
     judged = dict(study.judged.to_dict(), judge=pathlib.Path(judge_path).stem if judge_path else "inception")
     made_by = provenance()  # now: files may change while this runs
     missing = lambda run: [
@@ -261,7 +269,7 @@ def _train_to(leg: Leg, step: int, folder: pathlib.Path, before: str) -> pathlib
                 f"{folder} is at step {max(further)}, but step {step} has no result and its checkpoint is gone; remove "
                 "the folder to train this leg again"
             )
-        train.train(dataclasses.replace(_with_steps(leg.config, step), init_from=before), folder)
+        train(dataclasses.replace(_with_steps(leg.config, step), init_from=before), folder)
     return found
 
 
@@ -270,7 +278,7 @@ def _seconds(workdir: pathlib.Path, run: Run, number: int, step: int) -> float:
     total = 0.0
     for i, leg in enumerate(run.legs[: number + 1]):
         done = 0
-        for line in observe.read_metrics(workdir / "legs" / leg.key / "metrics.jsonl"):
+        for line in logs.read_metrics(workdir / "legs" / leg.key / "metrics.jsonl"):
             if "images_per_second" in line and line["step"] > done and (i < number or line["step"] <= step):
                 total += (line["step"] - done) * leg.stage.batch_size / line["images_per_second"]
                 done = line["step"]
@@ -313,7 +321,7 @@ class Judge:
             raise ConfigError("legs on one set must draw their part of it with one data.fraction_seed")
         source = open_source(place)
         rest = select(source, (), data.fraction, data.fraction_seed, False, rest=True)
-        see = lambda source, n: np.stack(list(framed(self._settings.on, source, data.framing).iterate(0, n)))
+        see = lambda source, n: np.stack(list(transform(self._settings.on, source, Framing.of(data)).iterate(0, n)))
         self._held_out = see(rest, min(self._settings.held_out, len(rest)))
         real = see(source, len(source))
         self._compare = _module_judge(path, real) if path else _inception_judge(real, runs[0].legs[0].config)
@@ -324,7 +332,7 @@ class Judge:
         batches = generate_batches(loaded, index, None, seed=0, batch_size=min(_BATCH, len(index)))
         samples = np.concatenate([images for _, images in batches])
         if picture:
-            observe.save_image(picture, _strip(samples[:SHOWN]))
+            save_png(picture, _strip(samples[:SHOWN]))
         found = {name: float(value) for name, value in self._compare(samples).items()}
         self.names = tuple(found)
         levels = denoising_by_level(loaded, self._held_out, levels=self._settings.levels)

@@ -9,22 +9,21 @@ import numpy as np
 from maskdm_jax.config import Config
 from maskdm_jax.models.layers import patchify
 from maskdm_jax.models.wavelet_uvit import cut_bands
-from maskdm_jax.wavelet import haar, inverse_haar
 
 
 @dataclasses.dataclass(frozen=True)
 class Representation:
-    """How images become what is noised, and come back."""
+    """The map between images and the space that diffusion works in."""
 
-    shape: tuple[int, int, int]  # of an image in it, (rows, columns, channels)
+    shape: tuple[int, int, int]  # of an encoded image: (rows, columns, channels)
     encode: typing.Callable  # uint8 images [B, S, S, C] -> float32 [B, *shape]
-    decode: typing.Callable  # its inverse, rounded and clipped
-    clip: tuple  # bounds of what `encode` gives, numbers or arrays [1, 1, 1, channels]
+    decode: typing.Callable  # inverse of encode: float32 [B, *shape] -> uint8, clipped and rounded
+    clip: tuple  # bounds of encoded values: numbers, or arrays [1, 1, 1, channels]
     cut: typing.Callable  # [B, *shape] -> patches [B, N, d], or a tuple of them, one per band
 
 
 def make_representation(config: Config) -> Representation:
-    """Pixels in [-1, 1], or Haar coefficients if the model is of the wavelet kind."""
+    """Pixels in [-1, 1], or Haar coefficients for a wavelet model."""
     size, channels = config.data.image_size, config.data.channels
     patch_size, scale = config.model.patch_size, config.model.wavelet_scale
     if not scale:
@@ -41,19 +40,19 @@ def make_representation(config: Config) -> Representation:
 
 
 def to_unit(image):
-    """uint8 0..255 -> float32 -1..1."""
+    """uint8 in 0..255 -> float32 in [-1, 1]."""
     return image.astype(jnp.float32) / 127.5 - 1.0
 
 
 def to_uint8(x):
-    """float32 -1..1 -> uint8, rounded."""
+    """float32 in [-1, 1] -> uint8, clipped and rounded."""
     return jnp.round((jnp.clip(x, -1.0, 1.0) + 1.0) * 127.5).astype(jnp.uint8)
 
 
 def to_coefficients(image):
     """uint8 [B, S, S, C] -> float32 [B, S/2, S/2, 4C], Haar coefficients of the image in [0, 1].
 
-    As in the reference, only the approximation is scaled: 2a - 1, which lies in [-1, 3]. Details lie in [-1, 1].
+    As in the reference, only the approximation a is scaled, to 2a - 1 in [-1, 3]. Details lie in [-1, 1].
     """
     x = haar(image.astype(jnp.float32) / 255.0)
     c = image.shape[-1]
@@ -65,3 +64,35 @@ def from_coefficients(x):
     c = x.shape[-1] // 4
     image = inverse_haar(jnp.concatenate([(x[..., :c] + 1.0) / 2.0, x[..., c:]], axis=-1))
     return jnp.round(jnp.clip(image, 0.0, 1.0) * 255.0).astype(jnp.uint8)
+
+
+def haar(x):
+    """One level of the Haar transform: [B, H, W, C] -> [B, H/2, W/2, 4C], in PyWavelets' convention for `haar`.
+
+    The channels are approximation, horizontal, vertical and diagonal details, C each. A 2 x 2 block (a b / c d) gives
+    (a+b+c+d)/2, (a+b-c-d)/2, (a-b+c-d)/2, (a-b-c+d)/2. The transform is orthogonal.
+
+    Raises:
+      ValueError: a side is odd.
+    """
+    if x.shape[1] % 2 or x.shape[2] % 2:
+        raise ValueError(f"images of {x.shape[1]} x {x.shape[2]} have an odd side; the Haar transform halves both")
+    return _mix(x[:, ::2, ::2], x[:, ::2, 1::2], x[:, 1::2, ::2], x[:, 1::2, 1::2])
+
+
+def inverse_haar(bands):
+    """Inverse of `haar`: [B, h, w, 4C] -> [B, 2h, 2w, C].
+
+    Raises:
+      ValueError: the channels are not four equal bands.
+    """
+    b, h, w, c = bands.shape
+    if c % 4:
+        raise ValueError(f"{c} channels are not four bands of equal depth")
+    pixels = _mix(*jnp.split(bands, 4, axis=-1)).reshape(b, h, w, 2, 2, c // 4)
+    return pixels.transpose(0, 1, 3, 2, 4, 5).reshape(b, 2 * h, 2 * w, c // 4)
+
+
+def _mix(a, b, c, d):
+    """The 4 x 4 matrix of the transform, which is its own inverse."""
+    return jnp.concatenate([a + b + c + d, a + b - c - d, a - b + c - d, a - b - c + d], axis=-1) / 2

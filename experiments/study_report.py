@@ -4,11 +4,11 @@ import pathlib
 import statistics
 
 from PIL import Image, ImageDraw, ImageFont
+from study import Run, picture_name
 
-from maskdm_jax import observe
-from maskdm_jax.config import ConfigError
-from maskdm_jax.disk import write_atomically
-from maskdm_jax.study import Run, picture_name
+from maskdm_jax.data.images import save_png
+from maskdm_jax.errors import ConfigError
+from maskdm_jax.storage import write_atomically
 
 DISTANCES = dict(fd="Fréchet distance", fid="FID")  # by the name that a judge gives it
 
@@ -48,7 +48,7 @@ def write(runs: list[Run], rows: list[dict], folder, pictures, command: str) -> 
     strips = {name: next(filter(pathlib.Path.exists, drawn(name, seeds)), None) for name, seeds in found.items()}
     strips = {name: path for name, path in strips.items() if path}
     if strips:
-        observe.save_image(folder / "samples.png", _side_by_side(strips))
+        save_png(folder / "samples.png", _side_by_side(strips))
     text = "\n".join([*_table(found), "", f"    {command}"]) + "\n"
     write_atomically(folder / "table.md", text.encode())
     return text

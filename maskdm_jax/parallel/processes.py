@@ -10,13 +10,12 @@ import typing
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
+from orbax.checkpoint import multihost
+
+from maskdm_jax.errors import DistributedError
 
 PREEMPTED = 75  # exit status of a run that saved and stopped because it was told to (sysexits' EX_TEMPFAIL)
 _VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
-
-
-class DistributedError(RuntimeError):
-    """The processes of a run cannot find each other; the message says what was understood and what is missing."""
 
 
 def initialize(*, catch_sigterm: bool = False) -> None:
@@ -87,17 +86,30 @@ def is_first() -> bool:
     return jax.process_index() == 0
 
 
-def agree(number: int) -> int:
-    """The first process's number, in all processes: what they saw on a shared disk may differ."""
+def broadcast(number: int) -> int:
+    """The first process's number, in all processes: what they see on a shared disk may differ."""
     if jax.process_count() == 1:
         return number
+    barrier("broadcast")
     return int(multihost_utils.broadcast_one_to_all(np.int32(number)))
 
 
-def wait_for_all(what: str) -> None:
-    """Until every process is here."""
+def barrier(name: str) -> None:
+    """Wait for all processes, through the coordination service and for up to an hour.
+
+    Collectives on CPU give up after 30 s, when one process is still compiling or reading a checkpoint. So whoever may
+    be late waits here first.
+    """
     if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(what)
+        multihost.get_barrier_sync_fn()(key=name, timeout_ms=3_600_000)
+
+
+def compile_together(lowered, mesh) -> jax.stages.Compiled:
+    """Compile a `jax.stages.Lowered` and wait for the other processes of the mesh to have compiled it."""
+    compiled = lowered.compile()
+    if any(device.process_index != jax.process_index() for device in mesh.devices.flat):
+        barrier("compiled")
+    return compiled
 
 
 def stop_requested(step: int) -> bool:
@@ -110,7 +122,7 @@ def stop_requested(step: int) -> bool:
     return multihost_utils.reached_preemption_sync_point(step)
 
 
-def leave(message: str, status: int = 1) -> typing.NoReturn:
+def exit_all(message: str, status: int = 1) -> typing.NoReturn:
     """End the program with a message. One of several processes ends at once: the usual end waits for the others."""
     print(message, file=sys.stderr, flush=True)
     if jax.distributed.is_initialized() and jax.process_count() > 1:

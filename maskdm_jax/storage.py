@@ -1,4 +1,4 @@
-"""Files written whole or not at all, and folders that one process writes at a time."""
+"""Files on disk: written whole or not at all, folders with one writer at a time, and the cache folder."""
 
 import contextlib
 import errno
@@ -8,11 +8,11 @@ import pathlib
 
 
 @contextlib.contextmanager
-def replacing(path):
-    """Gives a temporary path beside `path`, which takes its place if all went well and else is removed.
+def atomic_path(path):
+    """Yield a temporary path beside `path`; it replaces `path` on success and is removed on failure.
 
     Raises:
-      OSError: the path is a folder or a device, which must not be replaced; or what the disk says.
+      OSError: `path` is a folder or a device, which must not be replaced, or the disk refuses.
     """
     path = pathlib.Path(path)
     if path.exists() and not path.is_file():
@@ -26,17 +26,17 @@ def replacing(path):
 
 
 def write_atomically(path, content: bytes) -> None:
-    """Write a file whole or not at all; see `replacing`."""
-    with replacing(path) as temporary:
+    """Write a file whole or not at all; see `atomic_path`."""
+    with atomic_path(path) as temporary:
         temporary.write_bytes(content)
 
 
 @contextlib.contextmanager
-def alone_in(folder):
-    """Holds a lock on a folder, which ends with the process at the latest. Where the disk knows no locks, none is held.
+def lock_dir(folder):
+    """Hold an exclusive lock on a folder. A file system without locks grants none, without an error.
 
     Raises:
-      BlockingIOError: another process holds it.
+      BlockingIOError: another process holds the lock.
     """
     handle = os.open(folder, os.O_RDONLY)
     try:
@@ -50,3 +50,9 @@ def alone_in(folder):
         yield
     finally:
         os.close(handle)
+
+
+def cache_dir(kind: str) -> pathlib.Path:
+    """Folder `kind` of the cache: $MASKDM_CACHE, else maskdm_jax in $XDG_CACHE_HOME or ~/.cache."""
+    default = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "maskdm_jax"
+    return pathlib.Path(os.environ.get("MASKDM_CACHE") or default).expanduser().absolute() / kind

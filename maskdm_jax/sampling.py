@@ -1,4 +1,4 @@
-"""Making images from weights: image number i of a seed is the same image on any number of devices and hosts."""
+"""Images from weights: image number i of a seed is the same image on any number of devices and processes."""
 
 import dataclasses
 import functools
@@ -13,47 +13,59 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
-from jax.sharding import NamedSharding, PartitionSpec
-from PIL import Image
 
-from maskdm_jax import checkpoint, distributed, samplers, sharding
+from maskdm_jax.build import Network, make_network, noise_schedule
 from maskdm_jax.config import Config, differences, parse, to_dict
-from maskdm_jax.diffusion import make_schedule
-from maskdm_jax.disk import write_atomically
-from maskdm_jax.network import Network, make_network
-from maskdm_jax.observe import save_image
-from maskdm_jax.representation import make_representation
+from maskdm_jax.data.images import save_png, to_pil
+from maskdm_jax.diffusion import samplers
+from maskdm_jax.errors import ConfigError, SamplingError
+from maskdm_jax.models.representation import make_representation
+from maskdm_jax.parallel import processes, sharding
+from maskdm_jax.storage import write_atomically
+from maskdm_jax.training import checkpoint
 
 
-class GenerateError(ValueError):
-    """Samples that cannot be made as asked; the message says why and what would work."""
+def _ddim(settings, predict, x, noise, schedule, *, start, **options):
+    steps = settings.steps if start is None else min(settings.steps, start + 1)
+    return samplers.ddim(predict, x, noise, schedule, start=start, steps=steps, eta=settings.eta, **options)
+
+
+def _ddpm(settings, predict, x, noise, schedule, *, start, **options):
+    return samplers.ddpm(predict, x, noise, schedule, start=start, **options)
+
+
+def _dpm_solver(settings, predict, x, noise, schedule, *, start, **options):
+    if start is not None:
+        raise SamplingError("dpm_solver starts from pure noise only; use ddim or ddpm")
+    options |= dict(steps=settings.steps, order=settings.order, spacing=settings.spacing)
+    return samplers.dpm_solver(predict, x, schedule, **options)
+
+
+# By `config.sampling.method`: (settings, predict, x_T, noise, schedule, start, objective, clip) -> x0.
+SAMPLERS = {"ddim": _ddim, "ddpm": _ddpm, "dpm_solver": _dpm_solver}
 
 
 def make_sampler(config: Config, network: Network):
-    """Build `sample(params, x, noise, labels=None, start=None)` -> x0 by the config's `sampling`; see `samplers`.
+    """Build `sample(params, x, noise, labels=None, start=None)` -> x0 by `config.sampling`; see `diffusion.samplers`.
 
     Raises:
-      GenerateError: from `sample`, if it is to start in the middle with a sampler that cannot.
+      ConfigError: method or spacing are unknown.
+      SamplingError: from `sample`, if it is to start in the middle with a sampler that cannot.
     """
-    sampling, clip = config.sampling, make_representation(config).clip
-    schedule = make_schedule(config.diffusion.schedule, config.diffusion.timesteps, size=config.diffusion.shift_size)
+    settings, clip, schedule = config.sampling, make_representation(config).clip, noise_schedule(config)
+    for name, table in (("method", SAMPLERS), ("spacing", samplers.DPM_SPACINGS)):
+        if getattr(settings, name) not in table:
+            value = getattr(settings, name)
+            raise ConfigError(f"config.sampling.{name} is {value!r}; it must be one of {', '.join(table)}")
+    run, objective = SAMPLERS[settings.method], config.diffusion.objective
 
     def sample(params, x, noise, labels=None, start=None):
         def predict(x, t):
             return network.apply(params, x, t, labels)
 
-        if sampling.guidance:
-            predict = samplers.guided(predict, lambda x, t: network.apply(params, x, t), sampling.guidance)
-        options = dict(objective=config.diffusion.objective, clip=clip)
-        if sampling.method == "dpm_solver":
-            if start is not None:
-                raise GenerateError("dpm_solver starts from pure noise only; use ddim or ddpm")
-            options |= dict(steps=sampling.steps, order=sampling.order, spacing=sampling.spacing)
-            return samplers.dpm_solver(predict, x, schedule, **options)
-        if sampling.method == "ddpm":
-            return samplers.ddpm(predict, x, noise, schedule, start=start, **options)
-        steps = sampling.steps if start is None else min(sampling.steps, start + 1)
-        return samplers.ddim(predict, x, noise, schedule, start=start, steps=steps, eta=sampling.eta, **options)
+        if settings.guidance:
+            predict = samplers.guided(predict, lambda x, t: network.apply(params, x, t), settings.guidance)
+        return run(settings, predict, x, noise, schedule, start=start, objective=objective, clip=clip)
 
     return sample
 
@@ -66,8 +78,8 @@ def compile_sampling(config: Config, network: Network, mesh):
         x, noise = samplers.image_noise(key, index, space.shape)
         return space.decode(sample(network.cast(params), x, noise, labels))
 
-    # Split parameters are gathered once; from there each device goes its own way.
-    specs = (PartitionSpec(), PartitionSpec(), rows, rows)
+    # Split parameters are gathered once; from there each device works on its own rows.
+    specs = (sharding.EVERYWHERE, sharding.EVERYWHERE, rows, rows)
     run = jax.shard_map(on_device, mesh=mesh, in_specs=specs, out_specs=rows, check_vma=False)
     return jax.jit(run, out_shardings=sharding.replicated(mesh))
 
@@ -75,19 +87,22 @@ def compile_sampling(config: Config, network: Network, mesh):
 def make_generator(config: Config, network: Network, mesh, batch_size: int):
     """Build `generate(params, seed, index, labels=None)` -> uint8 [n, S, S, C] for up to `batch_size` images.
 
-    index: int32 [n], the images' numbers, which decide their noise; labels: int32 [n] for a conditional
-    model. One compiled program runs the whole trajectory; the batch is split over the mesh.
+    index: int32 [n], the images' numbers, which determine their noise; labels: int32 [n] for a conditional model. One
+    compiled program runs the whole trajectory; the batch is split over the mesh.
     """
     padded = -(-batch_size // mesh.size) * mesh.size
-    compiled, place = compile_sampling(config, network, mesh), sharding.batch_sharding(mesh)
+    jitted, place = compile_sampling(config, network, mesh), sharding.batch_sharding(mesh)
+    compiled = {}  # with and without labels
 
     def generate(params, seed: int, index, labels=None) -> np.ndarray:
         n = len(index)
         if n > batch_size:
             raise ValueError(f"{n} images asked of a generator for {batch_size}")
         fill = lambda a: sharding.put(np.resize(np.asarray(a, np.int32), padded), place)
-        labels = None if labels is None else fill(labels)
-        return np.asarray(compiled(params, jax.random.key(seed), fill(index), labels))[:n]
+        args = params, jax.random.key(seed), fill(index), None if labels is None else fill(labels)
+        if (labels is None) not in compiled:
+            compiled[labels is None] = processes.compile_together(jitted.lower(*args), mesh)
+        return np.asarray(compiled[labels is None](*args))[:n]
 
     return generate
 
@@ -102,18 +117,17 @@ def interpolate(loaded: "Loaded", image_a, image_b, *, n: int, start: int, seed:
       label: class of a conditional model, by name or number; None is its "no label".
 
     Raises:
-      GenerateError: start, n or label do not fit, or the sampler cannot start in the middle.
+      SamplingError: start, n or label do not fit, or the sampler cannot start in the middle.
     """
     config, last = loaded.config, loaded.config.diffusion.timesteps - 1
     if not 0 <= start <= last or n < 1:
-        raise GenerateError(f"start is {start} and n is {n}; they must be in 0..{last} and at least 1")
+        raise SamplingError(f"start is {start} and n is {n}; they must be in 0..{last} and at least 1")
     labels = None
     if label is not None:
         labels = jnp.full((n,), label_cycle(loaded, [label])[0])
     elif config.model.num_classes and config.model.wavelet_scale:
-        raise GenerateError("a conditional wavelet model needs a label")
-    space, sample = make_representation(config), make_sampler(config, loaded.network)
-    schedule = make_schedule(config.diffusion.schedule, config.diffusion.timesteps, size=config.diffusion.shift_size)
+        raise SamplingError("a conditional wavelet model needs a label")
+    space, sample, schedule = make_representation(config), make_sampler(config, loaded.network), noise_schedule(config)
 
     def run(params, key, a, b):
         x, noise = samplers.image_noise(key, jnp.zeros(n, "int32"), space.shape)  # one image's noise, n times
@@ -135,8 +149,8 @@ class Loaded:
     network: Network
     params: dict
     classes: list[str]
-    card: dict  # of the data that it was trained on; see `data.sources.card_of`
-    mesh: jax.sharding.Mesh
+    card: dict  # of the training data; see `data.sources.card_of`
+    mesh: jax.sharding.Mesh  # of this process's devices
 
 
 def load(path, *, weights: str = "ema", sampling: dict | None = None) -> Loaded:
@@ -148,30 +162,36 @@ def load(path, *, weights: str = "ema", sampling: dict | None = None) -> Loaded:
       CheckpointError, ConfigError: there is no checkpoint, it does not fit, or `sampling` cannot work.
     """
     if weights not in ("ema", "params"):
-        raise GenerateError(f"weights {weights!r} are unknown; choose ema or params (the raw ones)")
+        raise SamplingError(f"weights {weights!r} are unknown; choose ema or params (the raw ones)")
     found = checkpoint.find(path)
     meta = checkpoint.load_meta(found)
     raw = meta["config"]
     raw["sampling"] |= sampling or {}
-    raw["mesh"] = {"data": -1, "fsdp": 1}  # of the machine that trained; this one may have other devices
+    raw["mesh"] = {}  # of the machine that trained; this one may have other devices
     config = parse(raw)
-    # Each host makes images of its own on its own devices: they have nothing to tell each other.
-    network, mesh = make_network(config), sharding.make_mesh(devices=jax.local_devices())
-    everywhere = NamedSharding(mesh, PartitionSpec())
+    network, mesh = make_network(config), _local_mesh()
+    make_sampler(config, network)  # its settings are checked before weights are read
+    place = sharding.replicated(mesh)
     abstract = jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=everywhere), network.abstract_params()
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), network.abstract_params()
     )
     params = checkpoint.load_item(found, weights, abstract)
     return Loaded(found, weights, config, network, params, meta["classes"], meta["card"], mesh)
 
 
-def as_loaded(config: Config, network: Network, params, classes, card: dict, where) -> Loaded:
-    """Weights in memory, such as a running training's EMA, on every local device, as `load` gives those of a file."""
-    mesh = sharding.make_mesh(devices=jax.local_devices())
+def in_memory(run, params) -> Loaded:
+    """Weights of a `training.loop.Run`, such as its EMA, on every local device, like those that `load` reads."""
+    mesh = _local_mesh()
     if jax.process_count() > 1:
         params = multihost_utils.process_allgather(params, tiled=True)
-    params = jax.device_put(params, NamedSharding(mesh, PartitionSpec()))
-    return Loaded(pathlib.Path(where), "ema", config, network, params, list(classes), card, mesh)
+    params = jax.device_put(params, sharding.replicated(mesh))
+    data = run.data
+    return Loaded(run.workdir, "ema", run.config, run.network, params, list(data.classes), data.card, mesh)
+
+
+def _local_mesh():
+    """A mesh of this process's devices: processes make images of their own, without communication."""
+    return sharding.make_mesh(devices=jax.local_devices())
 
 
 @functools.lru_cache(maxsize=2)
@@ -184,18 +204,16 @@ def _shared_generator(config: str, mesh, batch_size: int):
 def generate_batches(loaded: Loaded, index, labels, *, seed: int, batch_size: int):
     """Yield (index, images) for the image numbers `index`, with `labels` (or None) of equal length.
 
-    batch_size: images per device and call. Devices run the same program on rows of their own, so that on one
-      platform an image comes out bit for bit the same on any number of devices.
+    batch_size: images per device and call. Devices run the same program on rows of their own, so that on one platform
+      an image comes out bit for bit the same on any number of devices.
     """
     together = batch_size * loaded.mesh.size
     generate = _shared_generator(json.dumps(to_dict(loaded.config)), loaded.mesh, together)
     index = np.asarray(index, np.int32)
     for start in range(0, len(index), together):
         part = slice(start, start + together)
-        yield (
-            index[part],
-            generate(loaded.params, seed, index[part], None if labels is None else np.asarray(labels)[part]),
-        )
+        of_part = None if labels is None else np.asarray(labels)[part]
+        yield index[part], generate(loaded.params, seed, index[part], of_part)
 
 
 def generate_to_folder(
@@ -211,7 +229,7 @@ def generate_to_folder(
 ) -> pathlib.Path:
     """Make images 0..n-1 of a seed and write them; images that an earlier, stopped call finished are kept.
 
-    With several hosts, each calls this and makes its share; the folder must be one that all of them see.
+    Several processes each call this and make a share; all of them must see the folder.
 
     Args:
       loaded: from `load`.
@@ -219,20 +237,22 @@ def generate_to_folder(
         `samples.json`, the settings.
       labels: classes, by name or number, to cycle through; image i gets labels[i % len(labels)]. Default: all
         classes of a conditional model.
-      batch_size: images per device and call. It belongs to the settings, for other sizes round differently.
+      batch_size: images per device and call. It is one of the settings, because other sizes round differently.
       file_format: `png` or `npz`.
-      progress: called with the number of images done (of this host's, with several), after each batch.
+      progress: called after each batch with the number of images that this process has done.
 
     Returns:
       the folder.
 
     Raises:
-      GenerateError: the folder holds samples of other settings, labels do not fit the model.
+      SamplingError: the folder holds samples of other settings, or labels do not fit the model.
     """
     if file_format not in ("png", "npz"):
-        raise GenerateError(f"format {file_format!r} is unknown; choose png or npz")
+        raise SamplingError(f"format {file_format!r} is unknown; choose png or npz")
+    if file_format == "png" and loaded.config.data.channels not in (1, 3):
+        raise SamplingError(f"images of {loaded.config.data.channels} channels cannot be PNG files; use --format=npz")
     if n < 1 or batch_size < 1:
-        raise GenerateError(f"n and batch_size must be at least 1, not {n} and {batch_size}")
+        raise SamplingError(f"n and batch_size must be at least 1, not {n} and {batch_size}")
     cycle = label_cycle(loaded, labels)
     of_image = None if cycle is None else np.resize(np.asarray(cycle, np.int32), n)
     folder = pathlib.Path(os.path.expanduser(folder)).absolute()
@@ -247,57 +267,64 @@ def generate_to_folder(
         format=file_format,
         card=loaded.card,
     )
-    host, hosts = jax.process_index(), jax.process_count()
-    if host == 0:
+    if processes.is_first():
         _claim(folder, settings)
-    distributed.wait_for_all("samples claimed")
-    parts = folder / "parts"  # of an unfinished .npz
-
-    def name(i):
-        return parts / f"{i:06d}.npy" if file_format == "npz" else folder / f"{i:06d}.png"
-
+    processes.barrier("samples claimed")
     packed = _packed(folder / "samples.npz")
     if len(packed) > n:
-        raise GenerateError(f"{folder} holds {len(packed)} images, more than n = {n}; give another folder")
+        raise SamplingError(f"{folder} holds {len(packed)} images, more than n = {n}; give another folder")
     if len(packed) == n:
         return folder
-    if file_format == "npz":
-        parts.mkdir(exist_ok=True)
-    # Whole batches only, on fixed borders: an image's batch is the same however often we were stopped.
-    there = lambda i: i < len(packed) or name(i).exists()
-    batches = [range(start, min(start + batch_size, n)) for start in range(0, n, batch_size)][host::hosts]
-    missing = [batch for batch in batches if not all(map(there, batch))]
+    parts = folder / "parts" if file_format == "npz" else None
+    _make_missing(loaded, n, parts or folder, len(packed), of_image, seed, batch_size, progress)
+    processes.barrier("samples made")
+    if parts and processes.is_first():
+        _pack(folder, n, packed, of_image)
+    processes.barrier("samples packed")
+    return folder
+
+
+def _make_missing(loaded, n, folder, packed, of_image, seed, batch_size, progress) -> None:
+    """Make those of this process's images that are neither among the first `packed` nor in `folder`."""
+    folder.mkdir(exist_ok=True)
+    suffix = "npy" if folder.name == "parts" else "png"
+    name = lambda i: folder / f"{i:06d}.{suffix}"
+    # Whole batches on fixed borders: an image's batch does not depend on where an earlier call was stopped.
+    batches = [range(start, min(start + batch_size, n)) for start in range(0, n, batch_size)]
+    batches = batches[jax.process_index() :: jax.process_count()]
+    missing = [batch for batch in batches if not all(i < packed or name(i).exists() for i in batch)]
     index = [i for batch in missing for i in batch]
-    todo = None if of_image is None else of_image[index]
+    labels = None if of_image is None else of_image[index]
     done = sum(map(len, batches)) - len(index)
-    for numbers, images in generate_batches(loaded, index, todo, seed=seed, batch_size=batch_size):
+    for numbers, images in generate_batches(loaded, index, labels, seed=seed, batch_size=batch_size):
         for i, image in zip(numbers, images, strict=True):
             _write_image(name(i), image)
         done += len(numbers)
         if progress:
             progress(done)
-    distributed.wait_for_all("samples made")
-    if file_format == "npz" and host == 0:
-        images = np.stack([packed[i] if i < len(packed) else np.load(name(i)) for i in range(n)])
-        arrays = dict(images=images) if of_image is None else dict(images=images, labels=of_image)
-        buffer = io.BytesIO()
-        np.savez_compressed(buffer, **arrays)
-        write_atomically(folder / "samples.npz", buffer.getvalue())
-        shutil.rmtree(parts)
-    distributed.wait_for_all("samples packed")
-    return folder
+
+
+def _pack(folder: pathlib.Path, n: int, packed, of_image) -> None:
+    """Put single arrays, after those that were packed before, into samples.npz."""
+    parts = folder / "parts"
+    images = np.stack([packed[i] if i < len(packed) else np.load(parts / f"{i:06d}.npy") for i in range(n)])
+    arrays = dict(images=images) if of_image is None else dict(images=images, labels=of_image)
+    buffer = io.BytesIO()
+    np.savez_compressed(buffer, **arrays)
+    write_atomically(folder / "samples.npz", buffer.getvalue())
+    shutil.rmtree(parts)
 
 
 def label_cycle(loaded: Loaded, labels) -> list[int] | None:
     """Numbers of the classes to cycle through, from names or numbers; all classes when `labels` is empty.
 
     Raises:
-      GenerateError: labels for an unconditional model, or unknown ones.
+      SamplingError: labels for an unconditional model, or unknown ones.
     """
     count = loaded.config.model.num_classes
     if not count:
         if labels:
-            raise GenerateError(f"{loaded.checkpoint} is of an unconditional model; leave labels out")
+            raise SamplingError(f"{loaded.checkpoint} is of an unconditional model; leave labels out")
         return None
     if not labels:
         return list(range(count))
@@ -305,7 +332,7 @@ def label_cycle(loaded: Loaded, labels) -> list[int] | None:
     wrong = [label for label in labels if str(label) not in number]
     if wrong:
         known = ", ".join(loaded.classes[:20]) + (", ..." if count > 20 else "")
-        raise GenerateError(f"labels {wrong} are neither classes ({known}) nor numbers in 0..{count - 1}")
+        raise SamplingError(f"labels {wrong} are neither classes ({known}) nor numbers in 0..{count - 1}")
     return [number[str(label)] for label in labels]
 
 
@@ -316,13 +343,13 @@ def _claim(folder: pathlib.Path, settings: dict) -> None:
         try:
             there = json.loads(path.read_text())
         except json.JSONDecodeError as error:
-            raise GenerateError(f"{path} is damaged ({error}); give another folder") from None
+            raise SamplingError(f"{path} is damaged ({error}); give another folder") from None
         if there != json.loads(json.dumps(settings)):
             changes = "; ".join(differences(there, json.loads(json.dumps(settings))))
-            raise GenerateError(f"{folder} holds samples of other settings ({changes}); give another folder")
+            raise SamplingError(f"{folder} holds samples of other settings ({changes}); give another folder")
         return
     if folder.exists() and any(not p.name.endswith(".tmp") for p in folder.iterdir()):
-        raise GenerateError(f"{folder} is not empty and holds no samples.json; give a new or empty folder")
+        raise SamplingError(f"{folder} is not empty and holds no samples.json; give a new or empty folder")
     folder.mkdir(parents=True, exist_ok=True)
     write_atomically(path, json.dumps(settings, indent=2).encode())
 
@@ -335,12 +362,12 @@ def _packed(path: pathlib.Path):
         with np.load(path) as stored:
             return stored["images"]
     except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
-        raise GenerateError(f"{path} is damaged ({error}); remove it to make it again") from None
+        raise SamplingError(f"{path} is damaged ({error}); remove it to make it again") from None
 
 
 def _write_image(path: pathlib.Path, image: np.ndarray) -> None:
     if path.suffix == ".png":
-        save_image(path, Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image))
+        save_png(path, to_pil(image))
     else:
         buffer = io.BytesIO()
         np.save(buffer, image)

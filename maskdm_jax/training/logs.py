@@ -10,12 +10,13 @@ import time
 import jax
 import numpy as np
 from clu import parameter_overview
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 from tqdm import tqdm
 
-from maskdm_jax import distributed
-from maskdm_jax.config import Config, ConfigError
-from maskdm_jax.disk import replacing, write_atomically
+from maskdm_jax.config import Log
+from maskdm_jax.errors import ConfigError
+from maskdm_jax.parallel import processes
+from maskdm_jax.storage import write_atomically
 
 log = logging.getLogger("maskdm_jax")
 
@@ -34,7 +35,7 @@ def logging_to(workdir):
     workdir.mkdir(parents=True, exist_ok=True)
     console = _Console()
     handlers = [console]
-    if distributed.is_first():
+    if processes.is_first():
         console.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
         console.setLevel(logging.INFO)
         file = logging.FileHandler(workdir / "log.txt", encoding="utf-8", errors="backslashreplace")
@@ -67,11 +68,11 @@ class Metrics:
     of a resumed run is that of an undisturbed one. Of several processes only the first writes.
     """
 
-    def __init__(self, workdir, config: Config, *, step: int):
+    def __init__(self, workdir, settings: Log, *, step: int):
         self._file = self._board = self._wandb = None
-        if not distributed.is_first():
+        if not processes.is_first():
             return
-        if config.log.wandb:
+        if settings.wandb:
             try:
                 import wandb
             except ImportError:
@@ -80,11 +81,11 @@ class Metrics:
         path = workdir / "metrics.jsonl"
         _keep_until(path, step)
         self._file = path.open("a")
-        if config.log.tensorboard:
+        if settings.tensorboard:
             import tensorboardX  # a second, where PyTorch is installed: it looks for it
 
             self._board = tensorboardX.SummaryWriter(str(workdir / "tensorboard"), purge_step=step + 1)
-        if config.log.wandb:
+        if settings.wandb:
             self._wandb = wandb.init(
                 project="maskdm-jax", name=workdir.name, dir=workdir, id=workdir.name, resume="allow"
             )
@@ -138,6 +139,29 @@ def _keep_until(path: pathlib.Path, step: int) -> None:
         write_atomically(path, "".join(kept).encode())
 
 
+class Window:
+    """Sums of metrics since the last log line. Checkpoints save them, so that means survive a restart."""
+
+    def __init__(self, count: int = 0, **sums: float):
+        self._count, self._sums = count, sums
+
+    def add(self, values: dict) -> None:
+        """Add the metrics of a step; the learning rate is not averaged."""
+        for key, value in values.items():
+            self._sums[key] = value if key == "learning_rate" else self._sums.get(key, 0.0) + value
+        self._count += 1
+
+    def take(self) -> dict:
+        """Return the means and start anew."""
+        means = {k: v if k == "learning_rate" else v / self._count for k, v in self._sums.items()}
+        self._count, self._sums = 0, {}
+        return means
+
+    def sums(self) -> dict:
+        """Arguments that make this window again."""
+        return {"count": self._count, **self._sums}
+
+
 _BAR = "{desc} {percentage:3.0f}%|{bar:20}| {n_fmt}/{total_fmt}"
 
 
@@ -150,7 +174,7 @@ class Progress:
             initial=step,
             desc=name,
             file=sys.stderr,
-            disable=not (sys.stderr.isatty() and distributed.is_first()),
+            disable=not (sys.stderr.isatty() and processes.is_first()),
             bar_format=_BAR,
             mininterval=0.2,
         )
@@ -250,38 +274,3 @@ def duration(seconds: float) -> str:
     if hours:
         return f"{hours}h{minutes:02d}m"
     return f"{minutes}m{seconds % 60:02d}s" if minutes else f"{seconds}s"
-
-
-def sample_grid(images: np.ndarray, columns: int, row_names=None) -> Image.Image:
-    """Lay out uint8 images [n, S, S, C], row by row; small ones are enlarged so that a person can see them.
-
-    row_names: text for the left of each row, such as class names.
-    """
-    n, size, _, channels = images.shape
-    rows, scale, gap = -(-n // columns), -(-64 // size), 4
-    cell = size * scale + gap
-    font = ImageFont.load_default(size=18)
-    margin = 0
-    if row_names:
-        row_names = [name.encode("utf-8", "replace").decode() for name in row_names]  # file names may be no UTF-8
-        row_names = [name if len(name) <= 20 else name[:19] + "…" for name in row_names]
-        margin = int(max(font.getlength(name) for name in row_names)) + 16
-    page = Image.new("RGB", (margin + columns * cell + gap, rows * cell + gap), "white")
-    draw = ImageDraw.Draw(page)
-    for i, image in enumerate(images):
-        row, column = divmod(i, columns)
-        tile = Image.fromarray(image[..., 0] if channels == 1 else image)
-        # Smooth enlargement: large square pixels hide what an 8 x 8 image shows.
-        tile = tile.resize((size * scale, size * scale), Image.Resampling.BICUBIC)
-        page.paste(tile, (margin + gap + column * cell, gap + row * cell))
-    for row, name in enumerate((row_names or [])[:rows]):
-        draw.text((margin - 8, gap + row * cell + cell // 2), name, fill="black", font=font, anchor="rm")
-    return page
-
-
-def save_image(path, image: Image.Image) -> None:
-    """Write a PNG whole or not at all."""
-    path = pathlib.Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(path) as temporary:
-        image.save(temporary, format="PNG")

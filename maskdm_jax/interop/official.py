@@ -20,10 +20,10 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
-from maskdm_jax import torch_file
-from maskdm_jax.diffusion import Schedule
-from maskdm_jax.disk import write_atomically
-from maskdm_jax.torch_file import TorchFileError
+from maskdm_jax.diffusion.gaussian import Schedule
+from maskdm_jax.errors import TorchFileError
+from maskdm_jax.interop import torch_file
+from maskdm_jax.storage import write_atomically
 
 # --- Names and layouts --------------------------------------------------------------------------
 

@@ -19,7 +19,8 @@ import zipfile
 import ml_dtypes
 import numpy as np
 
-from maskdm_jax.disk import replacing
+from maskdm_jax.errors import TorchFileError
+from maskdm_jax.storage import atomic_path
 
 STORAGES = {
     "FloatStorage": np.dtype("<f4"),
@@ -38,10 +39,6 @@ _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 _LEGACY_PROTOCOL = 1001
 _ALIGNMENT = 64
 MAX_DEPTH = 64  # of nested containers; checkpoints have 4 or 5
-
-
-class TorchFileError(ValueError):
-    """A file that is not a checkpoint, is damaged, or holds what is not a tensor or a plain container."""
 
 
 def read(path):
@@ -421,7 +418,7 @@ def write(path, value) -> None:
     out.write(b"\x80\x02")
     _emit(out, value, arrays, {}, 0)
     out.write(b".")
-    with replacing(path) as temporary, zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED) as archive:
+    with atomic_path(path) as temporary, zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED) as archive:
         prefix = path.stem or "archive"
         _add(archive, f"{prefix}/data.pkl", out.getvalue())
         _add(archive, f"{prefix}/byteorder", b"little")

@@ -10,21 +10,23 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 
-from maskdm_jax import checkpoint, cost, distributed, sharding, train
-from maskdm_jax.config import Config, mask_plans
-from maskdm_jax.data.images import decode
-from maskdm_jax.data.pipeline import UNREADABLE_LIMIT, open_data
-from maskdm_jax.data.sources import DataError, read_patiently
+from maskdm_jax.build import make_network, mask_plans
+from maskdm_jax.config import Config
+from maskdm_jax.data.images import Framing, decode
+from maskdm_jax.data.pipeline import UNREADABLE_LIMIT
+from maskdm_jax.data.sources import read_patiently
+from maskdm_jax.errors import CheckpointError, DataError, PreflightError
 from maskdm_jax.evaluation import inception
 from maskdm_jax.evaluation.features import open_images
-from maskdm_jax.network import make_network
+from maskdm_jax.parallel import processes, sharding
+from maskdm_jax.run import open_training_data
+from maskdm_jax.tools import cost
+from maskdm_jax.training import checkpoint
+from maskdm_jax.training.loop import make_run_mesh, run_folder
+from maskdm_jax.training.start import abstract_state, resumed_stage
 
 PROBED = 200  # images that are read, spread over the data
 CLOCKS_APART = 2.0  # seconds; more than that confuses logs and schedulers
-
-
-class Ailment(RuntimeError):
-    """What is wrong, and what would help."""
 
 
 def examine(config: Config, workdir, say) -> bool:
@@ -51,7 +53,7 @@ def examine(config: Config, workdir, say) -> bool:
             good, text = True, check()
         except Exception as error:  # whatever is wrong; the other checks are worth having
             good, text = False, (str(error).strip().splitlines() or [type(error).__name__])[0]
-        if text and (distributed.is_first() if good else text not in said):
+        if text and (processes.is_first() if good else text not in said):
             say(name, good, text)
         said |= set() if good else {text}
         fine &= good
@@ -78,34 +80,33 @@ def _config(config: Config) -> str:
 
 
 def _devices(config: Config) -> str:
-    mesh = train.make_mesh_for(config)
+    mesh = make_run_mesh(config)
     total = jax.jit(jnp.sum)(sharding.put(np.ones(mesh.size, np.float32), sharding.batch_sharding(mesh)))
     if float(total) != mesh.size:
-        raise Ailment(f"a sum over {mesh.size} devices gave {float(total):g}")
+        raise PreflightError(f"a sum over {mesh.size} devices gave {float(total):g}")
     kinds = ", ".join(sorted({device.device_kind for device in mesh.devices.flat}))
     shape = " x ".join(f"{name} {size}" for name, size in mesh.shape.items())
     return f"{mesh.size} x {kinds} in {jax.process_count()} processes, as {shape}; they can talk to each other"
 
 
 def _clocks() -> str:
-    distributed.wait_for_all("clocks")
+    processes.barrier("clocks")
     times = _from_all(time.time())
     apart = max(times) - min(times)
     if apart > CLOCKS_APART:
-        raise Ailment(f"the hosts' clocks are {apart:.1f} s apart; set them by NTP")
+        raise PreflightError(f"the hosts' clocks are {apart:.1f} s apart; set them by NTP")
     if min(times) < 1_700_000_000:
-        raise Ailment("the clock is years behind; set it by NTP")
+        raise PreflightError("the clock is years behind; set it by NTP")
     return f"{apart:.2f} s apart" if len(times) > 1 else "of one process"
 
 
 def _data(config: Config) -> str:
-    source = open_data(config.data)
-    train.check_source(config, source)
+    source = open_training_data(config).source
     numbers = np.unique(np.linspace(0, len(source) - 1, min(PROBED, len(source))).astype(int))
     unreadable, start = [], time.perf_counter()
     for i in numbers:
         try:
-            decode(read_patiently(source, int(i))[0], config.data.framing)
+            decode(read_patiently(source, int(i))[0], Framing.of(config.data))
         except Exception as error:  # whatever a decoder throws at a damaged file
             unreadable.append(f"{source.names[int(i)]}: {str(error) or type(error).__name__}")
     rate = len(numbers) / (time.perf_counter() - start)
@@ -131,28 +132,28 @@ def _evaluation(config: Config) -> str:
 
 def _folder(config: Config, workdir) -> str:
     """Whether the run folder takes what the run will write; it is not made for this."""
-    workdir = train.run_folder(workdir)
+    workdir = run_folder(workdir)
     there = next(path for path in (workdir, *workdir.parents) if path.exists())
     if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
-        raise Ailment(f"{there} cannot be written to; give another --workdir")
-    network, mesh = make_network(config), train.make_mesh_for(config)
+        raise PreflightError(f"{there} cannot be written to; give another --workdir")
+    network, mesh = make_network(config), make_run_mesh(config)
     one = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(network.abstract_params())) * 4
     needed, free = one * (config.checkpoint.keep + len(config.stages) + 1), shutil.disk_usage(there).free
     if free < needed:
-        raise Ailment(
+        raise PreflightError(
             f"{there} has {free / 1e9:.1f} GB free, but the checkpoints that are kept, and one more while it is "
             f"written, take {needed / 1e9:.1f} GB; make room or lower config.checkpoint.keep"
         )
     text = f"{workdir}: {free / 1e9:,.1f} GB free, {needed / 1e9:.2f} GB needed for checkpoints"
     try:
         newest = checkpoint.find(workdir) if workdir.exists() else None
-    except checkpoint.CheckpointError:
+    except CheckpointError:
         newest = None
     if newest is None:
         return f"{text}; it would start " + (f"from {config.init_from}" if config.init_from else "fresh")
     checkpoint.check(newest)
-    index = train.resumed_stage(config, checkpoint.load_meta(newest), newest)
-    checkpoint.check_fit(newest, train.abstract_state(config, index, network, mesh))
+    index = resumed_stage(config, checkpoint.load_meta(newest), newest)
+    checkpoint.check_fit(newest, abstract_state(config, index, network, mesh))
     return f"{text}; it would go on from {newest.name}"
 
 
@@ -163,5 +164,5 @@ def _memory(config: Config, name: str) -> str:
     limit = found.limit or shared / len(jax.local_devices())
     text = f"{found.memory / 2**30:.2f} of {limit / 2**30:.1f} GiB per device"
     if found.memory > limit:
-        raise Ailment(f"{text}; raise config.{name}.micro_batches or mesh.fsdp, or set config.{name}.remat=True")
+        raise PreflightError(f"{text}; raise config.{name}.micro_batches or mesh.fsdp, or set config.{name}.remat=True")
     return f"{text}, compiled in {found.compile_seconds:.0f} s"

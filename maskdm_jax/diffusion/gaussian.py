@@ -74,7 +74,7 @@ def make_schedule(name: str, timesteps: int = 1000, *, size: int = 64) -> Schedu
         "shifted_cosine": lambda: cosine_betas(timesteps, size=size),
     }
     if name not in makers:
-        raise ValueError(f"schedule {name!r} is unknown; choose one of {', '.join(makers)}")
+        raise ValueError(f"schedule is {name!r}; it must be one of {', '.join(makers)}")
     betas = makers[name]()
     alpha_bar = np.cumprod(1 - betas)
     prev = np.append(1.0, alpha_bar[:-1])
@@ -164,11 +164,22 @@ def loss_weights(schedule: Schedule, name: str, gamma: float) -> np.ndarray:
     snr = alpha_bar / (1 - alpha_bar)
     bases = {"p2": 1 + snr, "min_snr": np.minimum(1, 5 / snr)}
     if name not in bases:
-        raise ValueError(f"loss weight {name!r} is unknown; choose one of {', '.join(bases)}")
+        raise ValueError(f"loss_weight is {name!r}; it must be one of {', '.join(bases)}")
     return (bases[name] ** -gamma).astype(np.float32)
 
 
 LOSSES = {"l2": jnp.square, "l1": jnp.abs}
+
+
+def check_choices(*, objective: str, loss: str = "l2") -> None:
+    """Check names before anything is traced.
+
+    Raises:
+      ValueError: a name is unknown.
+    """
+    for name, value, table in (("objective", objective, OBJECTIVES), ("loss", loss, LOSSES)):
+        if value not in table:
+            raise ValueError(f"{name} is {value!r}; it must be one of {', '.join(table)}")
 
 
 def denoising_loss(predict, schedule: Schedule, x0, t, eps, *, objective="noise", loss="l2", weights=None) -> jax.Array:

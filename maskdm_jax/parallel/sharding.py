@@ -7,7 +7,8 @@ from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-BATCH = P(("data", "fsdp"))
+BATCH = P(("data", "fsdp"))  # examples over all devices
+EVERYWHERE = P()  # all of an array on every device
 MIN_SHARDED_SIZE = 2**14  # smaller leaves cost more to gather than to keep everywhere
 
 
@@ -53,6 +54,11 @@ def state_sharding(mesh: Mesh, tree):
     return jax.tree.map(place, tree)
 
 
+def placement(tree):
+    """The shardings of a tree of arrays or ShapeDtypeStructs."""
+    return jax.tree.map(lambda leaf: leaf.sharding, tree)
+
+
 def replicated(mesh: Mesh) -> NamedSharding:
     """All of an array on every device."""
     return NamedSharding(mesh, P())
@@ -63,7 +69,7 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, BATCH)
 
 
-def mean_over_rows(value_and_grad, params, batch, *, parts: int, mesh: Mesh):
+def data_parallel_grad(value_and_grad, params, batch, *, parts: int, mesh: Mesh):
     """Mean of `value_and_grad(params, rows)` -> (scalar, tree like params) over all rows of a batch, inside jit.
 
     Parameters that are split are gathered once. Each device goes through its rows in `parts` micro-batches, one after

@@ -19,18 +19,15 @@ import orbax.checkpoint as ocp
 import tensorstore
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, CustomSteps, LatestN
 
-from maskdm_jax import distributed
-from maskdm_jax.train_state import TrainState
+from maskdm_jax.errors import CheckpointError
+from maskdm_jax.parallel import processes
+from maskdm_jax.training.state import TrainState
 
 log = logging.getLogger(__name__)
 
 FOLDER = "checkpoints"
 ITEMS = ("params", "ema", "optimizer")  # of arrays
 META = ("stage", "stage_step", "past", "data", "window", "images", "classes", "card", "config")
-
-
-class CheckpointError(ValueError):
-    """A checkpoint that is missing or does not fit; the message says which and why."""
 
 
 class Checkpoints:
@@ -51,13 +48,13 @@ class Checkpoints:
         steps = [step for step in self._manager.all_steps() if _is_checkpoint(self.folder / str(step))]
         return max(steps, default=None)
 
-    def newest_whole(self) -> int | None:
+    def latest_valid(self) -> int | None:
         """Step of the newest checkpoint that can be read, the same in all processes; None if there is none.
 
         Newer ones that cannot be read are named and moved aside, to STEP.damaged: their step will be saved again.
         """
         step = self.latest()
-        if distributed.is_first():
+        if processes.is_first():
             while step is not None:
                 try:
                     check(self.folder / str(step))
@@ -69,7 +66,7 @@ class Checkpoints:
                     self._manager.reload()
                     step = self.latest()
                     log.warning("%s; moved to %s, going on from %s", error, aside.name, step or "the start")
-        step = distributed.agree(-1 if step is None else step)
+        step = processes.broadcast(-1 if step is None else step)
         self._manager.reload()
         return None if step < 0 else step
 
@@ -83,7 +80,7 @@ class Checkpoints:
             return
         # Asked first: Orbax's threads meet a full disk with hundreds of lines.
         needed, free = sum(leaf.nbytes for leaf in jax.tree.leaves(state)), shutil.disk_usage(self.folder).free
-        if distributed.is_first() and free < needed:
+        if processes.is_first() and free < needed:
             raise self._unwritten(f"step {step} takes {needed / 1e9:.2f} GB and the disk has {free / 1e9:.2f} GB free")
         with self._writing():
             self._manager.save(

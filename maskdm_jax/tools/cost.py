@@ -12,15 +12,15 @@ import jax
 import jax.extend
 from jax.experimental import topologies
 
-from maskdm_jax import sharding, train
+from maskdm_jax.build import make_network
 from maskdm_jax.config import Config
-from maskdm_jax.generate import compile_sampling
-from maskdm_jax.network import make_network
-from maskdm_jax.representation import make_representation
-
-
-class CostError(ValueError):
-    """A program that cannot be compiled as asked; the message says why and what would work."""
+from maskdm_jax.errors import CostError
+from maskdm_jax.models.representation import make_representation
+from maskdm_jax.parallel import sharding
+from maskdm_jax.sampling import compile_sampling
+from maskdm_jax.training.loop import make_run_mesh
+from maskdm_jax.training.start import abstract_state
+from maskdm_jax.training.step import abstract_batch, jit_step
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,13 +124,13 @@ def of_training(config: Config, name: str, devices: list, batch_size: int) -> Co
       ConfigError: the batch or the mesh do not divide.
     """
     alone = _with_batch(config, name, batch_size)
-    mesh, parts = train.make_mesh_for(alone, devices), alone.stage[name].micro_batches
+    mesh, parts = make_run_mesh(alone, devices), alone.stage[name].micro_batches
     compiled, seconds = _compile(lambda: _lower_step(alone, name, mesh))
-    flops, products = of_rows(config, name, batch_size // len(devices))
+    flops, products = count_flops(config, name, batch_size // len(devices))
     return _cost(compiled, seconds, mesh, batch_size, flops, products, loops=parts)
 
 
-def of_rows(config: Config, name: str, rows: int) -> tuple[float, int]:
+def count_flops(config: Config, name: str, rows: int) -> tuple[float, int]:
     """FLOPs and `product_traffic` of a training step of stage `name` on so many images; nothing is compiled."""
     # XLA counts the body of a loop once, and not what is in fused kernels: the arithmetic is that of the rows of one
     # device, without micro-batches, before anything is fused.
@@ -242,13 +242,8 @@ def _lower_step(config: Config, name: str, mesh):
 
 
 def _trace_step(config: Config, name: str, mesh):
-    network, stage, data = make_network(config), config.stage[name], config.data
-    state = train.abstract_state(config, 0, network, mesh)
-    place = sharding.batch_sharding(mesh)
-    rows = lambda dtype, *shape: jax.ShapeDtypeStruct((stage.batch_size, *shape), dtype, sharding=place)
-    image = rows("uint8", data.image_size, data.image_size, data.channels)
-    batch = dict(image=image, label=rows("int32"), index=rows("uint32"))
-    return train.compile_step(config, name, mesh, state).trace(state, batch)
+    state = abstract_state(config, 0, make_network(config), mesh)
+    return jit_step(config, name, mesh, state).trace(state, abstract_batch(config, name, mesh))
 
 
 def _compile(lower):

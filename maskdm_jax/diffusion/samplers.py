@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from maskdm_jax.diffusion import Schedule, predictions, q_posterior, q_sample
+from maskdm_jax.diffusion.gaussian import Schedule, predictions, q_posterior, q_sample
 
 
 def image_noise(key, index, shape: tuple[int, ...]):

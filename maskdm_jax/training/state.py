@@ -1,4 +1,4 @@
-"""What a run carries from step to step, and the laws that change it: AdamW with warm-up, and the EMA."""
+"""The state that a step updates: parameters, EMA, optimizer. AdamW with warm-up, and the law of the EMA."""
 
 import dataclasses
 import typing
@@ -91,11 +91,10 @@ def new_state(params, optimizer: optax.GradientTransformation, key) -> TrainStat
 def ema_step_size(step, *, decay: float, every: int):
     """1 - decay of the EMA at its call number `step` (0, 1, ...): 1 copies the parameters, 0 leaves the EMA alone.
 
-    The law of the reference: it acts when `step` is a multiple of `every`; it copies up to step 100 and once
-    more when it first acts after that; then the decay is min(decay, 1 - (1 + e)^(-2/3)), e = step - 100.
+    The law of the reference: it acts when `step` is a multiple of `every`. Up to step 100 it copies; after that its
+    decay is min(decay, 1 - (1 + e)^(-2/3)) with e = step - 100.
     """
     step = jnp.asarray(step)
     e = jnp.maximum(step - EMA_COPY_STEPS, 0)
-    size = jnp.maximum(1 - decay, (1.0 + e) ** (-2 / 3))
-    size = jnp.where(step <= EMA_COPY_STEPS + every, 1.0, size)
+    size = jnp.maximum(1 - decay, (1.0 + e) ** (-2 / 3))  # 1 while e is 0
     return jnp.where(step % every == 0, size, 0.0)

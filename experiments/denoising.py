@@ -4,9 +4,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from maskdm_jax.diffusion import denoising_loss, make_schedule
-from maskdm_jax.generate import Loaded
-from maskdm_jax.representation import make_representation
+from maskdm_jax.diffusion.gaussian import denoising_loss, make_schedule
+from maskdm_jax.models.representation import make_representation
+from maskdm_jax.sampling import Loaded
 
 
 def denoising_by_level(loaded: Loaded, images, *, levels: int = 10, seed: int = 0, batch_size: int = 64) -> np.ndarray:

@@ -13,16 +13,19 @@ import ml_dtypes
 import numpy as np
 import optax
 
-from maskdm_jax import checkpoint, torch_checkpoint, train
 from maskdm_jax import config as config_lib
-from maskdm_jax.checkpoint import CheckpointError
-from maskdm_jax.config import Config, ConfigError
-from maskdm_jax.diffusion import make_schedule
-from maskdm_jax.disk import write_atomically
-from maskdm_jax.network import make_network
-from maskdm_jax.sharding import make_mesh
-from maskdm_jax.torch_checkpoint import Moment, Official, TorchFileError, params_from_state_dict
-from maskdm_jax.train_state import EMA_COPY_STEPS, TrainState, learning_rate, make_optimizer
+from maskdm_jax.build import make_network
+from maskdm_jax.config import Config
+from maskdm_jax.diffusion.gaussian import make_schedule
+from maskdm_jax.errors import CheckpointError, ConfigError, TorchFileError
+from maskdm_jax.interop import official as official_file
+from maskdm_jax.interop.official import Moment, Official, params_from_state_dict
+from maskdm_jax.parallel.sharding import make_mesh
+from maskdm_jax.storage import write_atomically
+from maskdm_jax.training import checkpoint
+from maskdm_jax.training.loop import stage_ends
+from maskdm_jax.training.start import abstract_state
+from maskdm_jax.training.state import EMA_COPY_STEPS, TrainState, learning_rate, make_optimizer
 
 FILE_KINDS = {".pt": "pt", ".pth": "pt", ".safetensors": "safetensors"}
 _OTHER_FILES = (".ckpt", ".bin", ".npz", ".npy", ".h5", ".msgpack", ".pkl", ".onnx", ".zip", ".tar")
@@ -104,11 +107,11 @@ def _saying(what: str):
 
 
 def _from_pt(path: pathlib.Path, weights_only: bool) -> _Source:
-    return _Source(torch_checkpoint.read(path, weights_only=weights_only), None)
+    return _Source(official_file.read(path, weights_only=weights_only), None)
 
 
 def _from_safetensors(path: pathlib.Path, weights_only: bool) -> _Source:
-    official, noted = torch_checkpoint.read_safetensors(path)
+    official, noted = official_file.read_safetensors(path)
     if not noted:
         return _Source(official, None)
     try:
@@ -129,10 +132,8 @@ def _from_folder(path: pathlib.Path, weights_only: bool) -> _Source:
         raise CheckpointError(f"{found} is damaged: its stage {stage!r} is not in its config")
     index, mesh = config.stages.index(stage), make_mesh(devices=jax.devices()[:1])
     network = make_network(config)
-    state = checkpoint.load_state(found, train.abstract_state(config, index, network, mesh))
-    named = lambda tree: torch_checkpoint.state_dict_from_params(
-        tree, config.model.patch_size, config.model.wavelet_scale
-    )
+    state = checkpoint.load_state(found, abstract_state(config, index, network, mesh))
+    named = lambda tree: official_file.state_dict_from_params(tree, config.model.patch_size, config.model.wavelet_scale)
     step, of_stage = int(state.step), config.stage[stage]
     rate = learning_rate(of_stage)
     official = Official(
@@ -161,7 +162,7 @@ def _moments(opt_state, named) -> dict[str, Moment]:
         if adam.count:
             mu, nu = named(_without_masked(adam.mu)), named(_without_masked(adam.nu))
             moments |= {name: Moment(int(adam.count), mu[name], nu[name]) for name in mu}
-    return {name: moments[name] for name in sorted(moments, key=torch_checkpoint.official_rank)}
+    return {name: moments[name] for name in sorted(moments, key=official_file.official_rank)}
 
 
 def _is_adam(node) -> bool:
@@ -203,7 +204,7 @@ def _group(stage) -> dict:
 def _buffers(config: Config) -> dict:
     diffusion = config.diffusion
     schedule = make_schedule(diffusion.schedule, diffusion.timesteps, size=diffusion.shift_size)
-    return torch_checkpoint.schedule_buffers(schedule)
+    return official_file.schedule_buffers(schedule)
 
 
 # --- The config ---------------------------------------------------------------------------------
@@ -213,7 +214,7 @@ def _settle_config(
     source: _Source, path: pathlib.Path, heads: int | None, given: Config | None, stage: str | None
 ) -> None:
     """Find the config of the run: the source's own, the one given, or one made from the file."""
-    found = torch_checkpoint.architecture(source.official.model)
+    found = official_file.architecture(source.official.model)
     if source.config is not None:
         own = source.config.diffusion
         found |= dict(schedule=own.schedule, shift_size=own.shift_size, timesteps=own.timesteps)
@@ -357,7 +358,7 @@ def _config_of(official: Official, found: dict, heads: int) -> dict:
 def _to_folder(dst: pathlib.Path, source: _Source, weights: str) -> list[str]:
     official, config, name = source.official, source.config, source.stage
     index, stage = config.stages.index(name), config.stage[name]
-    before = train.stage_ends(config)[index] - stage.steps
+    before = stage_ends(config)[index] - stage.steps
     params = params_from_state_dict(official.model)
     ema = params if official.ema is None else params_from_state_dict(official.ema)
     opt_state = _optimizer_state(make_optimizer(stage).init(params), official)
@@ -441,7 +442,7 @@ def _optimizer_state(fresh, official: Official):
         def values(field, tree):
             def value(path, leaf):
                 name = _name(path)
-                return torch_checkpoint.our_layout(name, getattr(moments[name], field)) if name in moments else leaf
+                return official_file.our_layout(name, getattr(moments[name], field)) if name in moments else leaf
 
             return jax.tree_util.tree_map_with_path(value, tree)
 
@@ -453,7 +454,7 @@ def _optimizer_state(fresh, official: Official):
 
 def _name(path) -> str:
     """Official name of a leaf of our parameters."""
-    return torch_checkpoint.official_name(tuple(part.key for part in path))
+    return official_file.official_name(tuple(part.key for part in path))
 
 
 def _to_pt(dst: pathlib.Path, source: _Source, weights: str) -> list[str]:
@@ -464,7 +465,7 @@ def _to_pt(dst: pathlib.Path, source: _Source, weights: str) -> list[str]:
         group=official.group or _group(stage),
         buffers=_buffers(source.config),
     )
-    torch_checkpoint.write(dst, complete)
+    official_file.write(dst, complete)
     what = "weights, EMA, optimizer" if official.moments else "weights (also as EMA), new optimizer"
     return [
         f"{dst} holds {what}, step {official.step}; its network in the official code's terms:",
@@ -476,7 +477,7 @@ def _to_safetensors(dst: pathlib.Path, source: _Source, weights: str) -> list[st
     official = source.official
     which = "ema" if weights == "ema" and official.ema is not None else "params"
     noted = dict(config=config_lib.to_dict(source.config), stage=source.stage, classes=source.classes, weights=which)
-    torch_checkpoint.write_safetensors(dst, official.ema if which == "ema" else official.model, noted)
+    official_file.write_safetensors(dst, official.ema if which == "ema" else official.model, noted)
     if which != weights:
         source.notes.append("note: the source has one set of weights, no EMA")
     return [f"{dst} holds the {'EMA' if which == 'ema' else 'raw weights'} (--weights chooses)"]

@@ -1,0 +1,64 @@
+"""Errors that a user can cause or mend. A launcher catches `MaskDMError` once and prints its message."""
+
+import contextlib
+
+
+class MaskDMError(Exception):
+    """Base of all errors of this package; the message names the cause and says what would work."""
+
+
+class ConfigError(MaskDMError):
+    """A setting that cannot work."""
+
+
+class DataError(MaskDMError):
+    """Images or labels that cannot be used."""
+
+
+class CheckpointError(MaskDMError):
+    """A checkpoint that is missing, damaged or does not fit."""
+
+
+class TorchFileError(MaskDMError):
+    """A PyTorch or safetensors file that cannot be read, or a value that cannot be written to one."""
+
+
+class SamplingError(MaskDMError):
+    """Samples that cannot be made as asked."""
+
+
+class EvaluationError(MaskDMError):
+    """Sets of images that cannot be compared as asked."""
+
+
+class CostError(MaskDMError):
+    """A program that cannot be compiled as asked, or does not fit into memory."""
+
+
+class PreflightError(MaskDMError):
+    """A preflight check that failed."""
+
+
+class DistributedError(MaskDMError):
+    """Processes of a run that cannot find each other."""
+
+
+class NonFiniteLoss(MaskDMError):
+    """Loss or gradient became NaN or infinite."""
+
+
+class Preempted(MaskDMError):
+    """SIGTERM received: the run saved its state and stopped."""
+
+
+@contextlib.contextmanager
+def prefixed(kind: type[MaskDMError], prefix: str, causes=ValueError):
+    """Raise `kind` with the message `prefix` + cause in place of an exception of the types `causes`.
+
+    Pure functions raise ValueError without knowing which setting or file their argument came from; the caller does.
+    """
+    try:
+        yield
+    except causes as error:
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise kind(prefix + reason[0][:300]) from error

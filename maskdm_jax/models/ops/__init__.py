@@ -1,0 +1,1 @@
+"""Platform code and hand-written derivatives, each beside its plain twin."""

@@ -1,0 +1,108 @@
+"""A whole run: a config, its data, the training loop, and the hooks that make previews and metrics."""
+
+import logging
+import pathlib
+
+import jax
+import jax.numpy as jnp
+
+from maskdm_jax.build import make_network, mask_plans
+from maskdm_jax.config import Config
+from maskdm_jax.data.images import sample_grid, save_png
+from maskdm_jax.data.pipeline import TrainingData
+from maskdm_jax.errors import ConfigError
+from maskdm_jax.models.representation import make_representation
+from maskdm_jax.parallel import processes
+from maskdm_jax.sampling import make_generator, make_sampler
+from maskdm_jax.training import loop
+from maskdm_jax.training.step import make_loss
+
+log = logging.getLogger(__name__)
+
+
+def train(config: Config, workdir, *, devices=None, profile: int = 0) -> pathlib.Path:
+    """Train as a config says, with previews and evaluation; see `training.loop.train`."""
+    check(config)
+    data = open_training_data(config)
+
+    def make_hooks(run):
+        _warn_if_narrow(config)
+        hooks = [Previews(run)]
+        if config.evaluation.every:
+            from maskdm_jax.evaluation.hook import Evaluation
+
+            hooks.append(Evaluation(run))
+        return hooks
+
+    return train(config, data, workdir, make_hooks=make_hooks, devices=devices, profile=profile)
+
+
+def check(config: Config) -> None:
+    """Build whatever needs no data: network, masks, loss, sampler. Cheap.
+
+    Raises:
+      ConfigError: a setting cannot work; the message names it.
+    """
+    from maskdm_jax.evaluation.metrics import check_settings
+
+    network = make_network(config)
+    make_loss(config, network)
+    make_sampler(config, network)
+    check_settings(config.evaluation)
+    for name in config.stages:
+        mask_plans(config, name)
+
+
+def open_training_data(config: Config) -> TrainingData:
+    """Open the images and compare their classes with the model's.
+
+    Raises:
+      DataError: the images cannot be opened.
+      ConfigError: their number of classes is not the model's.
+    """
+    data = TrainingData(config.data)
+    found, wanted = len(data.classes), config.model.num_classes
+    if config.data.labels and found != wanted:
+        names = ", ".join(data.classes[:8]) + (", ..." if found > 8 else "")
+        raise ConfigError(
+            f"{config.data.path} has {found} classes ({names}) but config.model.num_classes is {wanted}; "
+            f"pass --config.model.num_classes={found}"
+        )
+    return data
+
+
+class Previews:
+    """The hook that draws sample grids of the EMA, with the same noise each time."""
+
+    def __init__(self, run: loop.Run):
+        self.every, self._run, settings = run.config.preview.every, run, run.config.preview
+        self._generate = make_generator(run.config, run.network, run.mesh, settings.rows * settings.columns)
+
+    def __call__(self, at: loop.Moment) -> None:
+        """Draw a grid into samples/step_STEP.png, one class per row of a conditional model."""
+        run, settings = self._run, self._run.config.preview
+        labels = names = None
+        if run.config.model.num_classes:
+            of_row = [row % run.config.model.num_classes for row in range(settings.rows)]
+            labels = [label for label in of_row for _ in range(settings.columns)]
+            names = [run.data.classes[label] for label in of_row]
+        images = self._generate(at.state.ema, run.config.seed, range(settings.rows * settings.columns), labels)
+        path = run.workdir / "samples" / f"step_{at.step:07d}.png"
+        if processes.is_first():
+            save_png(path, sample_grid(images, settings.columns, names))
+            run.metrics.image(at.step, "samples", path)
+        log.info("samples of the EMA at step %d: %s", at.step, path)
+
+
+def _warn_if_narrow(config: Config) -> None:
+    """Warn of a network that cannot carry the noise of a patch."""
+    space = make_representation(config)
+    bands = jax.tree.leaves(jax.eval_shape(space.cut, jnp.zeros((1, *space.shape))))
+    numbers = max(band.shape[-1] for band in bands)
+    if config.model.width < numbers:
+        log.warning(
+            "a patch has %d numbers but config.model.width is only %d: the noise of a patch cannot pass through the "
+            "network; take a smaller patch_size or a larger width",
+            numbers,
+            config.model.width,
+        )

@@ -1,0 +1,1 @@
+"""Checks before a run, and the cost of compiled programs."""

@@ -1,0 +1,321 @@
+"""The loop of a run: its stages, their steps, and the hooks that are called between steps."""
+
+import contextlib
+import dataclasses
+import json
+import logging
+import math
+import pathlib
+import time
+import typing
+
+import jax
+
+from maskdm_jax import config as config_lib
+from maskdm_jax.build import Network, make_network, mask_plans
+from maskdm_jax.config import Config
+from maskdm_jax.errors import ConfigError, NonFiniteLoss, Preempted
+from maskdm_jax.parallel import processes, sharding
+from maskdm_jax.storage import lock_dir, write_atomically
+from maskdm_jax.training import logs
+from maskdm_jax.training.checkpoint import Checkpoints
+from maskdm_jax.training.start import begin, next_stage
+from maskdm_jax.training.state import TrainState
+from maskdm_jax.training.step import abstract_batch, jit_step
+
+log = logging.getLogger(__name__)
+
+WARM_UP = 10  # steps before a profile: compilation, caches
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """What the stages and hooks of a run share. `data` is a `data.pipeline.TrainingData` or has its attributes."""
+
+    config: Config
+    workdir: pathlib.Path
+    mesh: jax.sharding.Mesh
+    network: Network
+    data: typing.Any
+    checkpoints: Checkpoints
+    metrics: logs.Metrics
+    profile: logs.Profile
+
+    @property
+    def ends(self) -> list[int]:
+        """Step of the run at which each stage ends."""
+        return stage_ends(self.config)
+
+
+class Moment(typing.NamedTuple):
+    """A point between two steps, given to hooks."""
+
+    step: int  # of the run
+    stage: str  # name
+    stage_step: int
+    last: bool  # whether the stage ends here
+    state: TrainState
+    resume: dict  # position in the data and sums of metrics, for JSON
+
+
+class Hook(typing.Protocol):
+    """Called after every `every` steps of a stage (0: never) and at its end; the device waits meanwhile."""
+
+    every: int
+
+    def __call__(self, at: Moment) -> None:
+        """Act; nothing trains meanwhile."""
+
+
+def train(config: Config, data, workdir, *, make_hooks=lambda run: (), devices=None, profile: int = 0) -> pathlib.Path:
+    """Run all stages of a config, or what is left of them, and return the newest checkpoint's folder.
+
+    Start order: the newest checkpoint in `workdir`, else the weights of `config.init_from`, else new weights.
+
+    Args:
+      data: `data.pipeline.TrainingData`.
+      make_hooks: run -> hooks, called once it is known where the run starts.
+      devices: those to run on; all when None.
+      profile: number of steps, a few after the start, to trace into the run folder's `profile`.
+
+    Raises:
+      ConfigError, DataError, CheckpointError: something cannot work; raised before training begins.
+      NonFiniteLoss: training diverged.
+      Preempted: SIGTERM was received and the state saved; only if `processes.initialize` catches it.
+    """
+    workdir, network, mesh = run_folder(workdir), make_network(config), make_run_mesh(config, devices)
+    with logs.logging_to(workdir), contextlib.ExitStack() as closing:
+        if processes.is_first():
+            closing.enter_context(lock_dir(workdir))
+        ends = stage_ends(config)
+        checkpoints = Checkpoints(workdir, keep=config.checkpoint.keep, keep_steps=ends)
+        closing.callback(checkpoints.close)
+        start = begin(config, network, mesh, checkpoints, data)
+        if processes.is_first():
+            write_atomically(workdir / "config.json", json.dumps(config_lib.to_dict(config), indent=2).encode())
+        done = ends[start.stage] - config.stage[config.stages[start.stage]].steps + int(start.state.step)
+        if done == ends[-1]:
+            log.info("nothing left to do: %s finished all %d steps", workdir, done)
+            return checkpoints.folder / str(done)
+        log.info("parameters\n%s", logs.parameter_table(start.state.params))
+        kind = mesh.devices.flat[0].device_kind
+        log.info("%d images from %s; %d x %s; run folder %s", len(data), config.data.path, mesh.size, kind, workdir)
+        metrics = logs.Metrics(workdir, config.log, step=done)
+        closing.callback(metrics.close)
+        tracing = logs.Profile(workdir / "profile", done + WARM_UP + 1, profile if processes.is_first() else 0)
+        closing.callback(tracing.close)
+        run = Run(config, workdir, mesh, network, data, checkpoints, metrics, tracing)
+        begun = time.perf_counter()
+        run_stages(run, start, (*make_hooks(run), Save(run)))
+        checkpoints.wait()
+        took = logs.duration(time.perf_counter() - begun)
+        log.info("done in %s: %s holds samples, checkpoints/%d, metrics.jsonl, log.txt", took, workdir, ends[-1])
+        return checkpoints.folder / str(ends[-1])
+
+
+def run_stages(run: Run, start, hooks) -> None:
+    """Train from a `start.Start` to the end of the last stage."""
+    state, meta = start.state, start.meta
+    for index in range(start.stage, len(run.config.stages)):
+        if index > start.stage:
+            state, meta = next_stage(run.config, index, run.network, run.mesh, state), {}
+        state = run_stage(run, index, state, meta, hooks)
+
+
+def run_stage(run: Run, index: int, state: TrainState, meta: dict, hooks) -> TrainState:
+    """Train stage number `index` from `state` (and the position in `meta`, if resumed) to its end."""
+    name = run.config.stages[index]
+    stage, first, offset = run.config.stage[name], int(state.step), run.ends[index] - run.config.stage[name].steps
+    log.info("stage %s: %d steps of %d images; %s", name, stage.steps, stage.batch_size, describe_masks(run, name))
+    if first == stage.steps:
+        return state
+    step_fn = jit_step(run.config, name, run.mesh, state).lower(state, abstract_batch(run.config, name, run.mesh))
+    step_fn = processes.compile_together(step_fn, run.mesh)
+    batches = run.data.batches(batch_size=stage.batch_size, seed=run.config.seed + index)
+    if "data" in meta:
+        batches.seek(meta["data"])
+    report = StageReport(run, index, first, meta.get("window", {}))
+    with contextlib.closing(batches), contextlib.closing(report):
+        for step in range(first + 1, stage.steps + 1):
+            with report.waiting_for_data():
+                batch = sharding.to_global(run.mesh, next(batches))
+            with run.profile.step(offset + step):
+                state, values = step_fn(state, batch)
+            run.profile.after(offset + step, values)
+            report.started(step, values)
+            last, stop = step == stage.steps, processes.stop_requested(offset + step)
+            due = [hook for hook in hooks if last or (hook.every and step % hook.every == 0)]
+            if not due and not stop:
+                continue
+            report.read()  # a checkpoint must not hold the result of a non-finite step
+            resume = dict(data=batches.state(), window=report.window.sums())
+            at = Moment(offset + step, name, step, last, state, resume)
+            with report.paused():
+                if stop:  # the time that is left is for saving
+                    stop_run(run, at)
+                for hook in due:
+                    hook(at)
+    return state
+
+
+class Save:
+    """The hook that saves checkpoints."""
+
+    def __init__(self, run: Run):
+        self.every, self._run = run.config.checkpoint.every, run
+
+    def __call__(self, at: Moment) -> None:
+        """Start writing a checkpoint."""
+        config, data = self._run.config, self._run.data
+        past = config.stages[: config.stages.index(at.stage)]
+        meta = dict(
+            stage=at.stage,
+            stage_step=at.stage_step,
+            past={name: config.stage[name].steps for name in past},
+            images=len(data),
+            classes=data.classes,
+            card=data.card,
+            config=config_lib.to_dict(config),
+        )
+        self._run.checkpoints.save(at.step, at.state, meta | at.resume)
+
+
+def stop_run(run: Run, at: Moment) -> typing.NoReturn:
+    """Save and raise `Preempted`."""
+    Save(run)(at)
+    run.checkpoints.wait()
+    processes.barrier("saved")  # a process that ends may end the others
+    raise Preempted(
+        f"SIGTERM received; saved at step {at.stage_step} of stage {at.stage}; the same command resumes from it"
+    )
+
+
+class StageReport:
+    """The metrics of a stage: read one step late, checked, averaged over a window, logged."""
+
+    def __init__(self, run: Run, index: int, first: int, window: dict):
+        self._run, self._name, self._pending = run, run.config.stages[index], None
+        self._stage = run.config.stage[self._name]
+        self._offset = run.ends[index] - self._stage.steps
+        plans = mask_plans(run.config, self._name)
+        self._visible, self._total = (sum(getattr(plan, what) for plan in plans) for what in ("visible", "total"))
+        self._later = sum(_cost(run.config, name) for name in run.config.stages[index + 1 :])
+        self._later /= _cost(run.config, self._name) / self._stage.steps  # in steps of this stage
+        self.window, self._rate = logs.Window(**window), logs.Rate()
+        self._progress = logs.Progress(self._name, step=first, steps=self._stage.steps)
+
+    def waiting_for_data(self):
+        """Context in which the host waits for a batch; it counts if the device has nothing to do meanwhile."""
+        before = self._pending
+        return self._rate.waiting(lambda: before is not None and before[1]["loss"].is_ready())
+
+    def started(self, step: int, values) -> None:
+        """Take in a step that was dispatched, and read the one before it: the device never waits for Python."""
+        self.read()
+        self._pending = (step, values)
+        self._progress.advance()
+
+    def read(self) -> None:
+        """Read the values of the pending step.
+
+        Raises:
+          NonFiniteLoss: one of them is not finite.
+        """
+        if self._pending is None:
+            return
+        (step, values), self._pending = self._pending, None
+        values = {key: float(value) for key, value in jax.device_get(values).items()}
+        if not all(map(math.isfinite, values.values())):
+            raise NonFiniteLoss(_advice(self._run, self._name, step, self._offset + step, values))
+        self.window.add(values)
+        self._rate.tick()
+        if step % self._run.config.log.every == 0 or step == self._stage.steps:
+            self._log(step)
+
+    def _log(self, step: int) -> None:
+        per_second, waited = self._rate.read()
+        means = self.window.take()
+        images = per_second * self._stage.batch_size
+        left = (self._stage.steps - step + self._later) / max(per_second, 1e-9)
+        text = f"loss {means['loss']:.4f} | {images:,.0f} images/s | {self._visible} of {self._total} tokens | "
+        text += f"{logs.duration(left)} left"
+        text += f" | {waited:.0%} of the time waiting for data" if waited > 0.03 else ""
+        self._progress.numbers(step, text)
+        extra = dict(images_per_second=images, waiting_for_data=waited, visible_tokens=self._visible, stage=self._name)
+        self._run.metrics.write(self._offset + step, means | extra)
+
+    def paused(self):
+        """Context whose time does not count in the rate."""
+        return self._rate.paused()
+
+    def close(self) -> None:
+        """Leave the progress bar as it is."""
+        self._progress.close()
+
+
+def _cost(config: Config, name: str) -> int:
+    """Patches that a stage computes, which estimates its time."""
+    visible = sum(plan.visible for plan in mask_plans(config, name))
+    return config.stage[name].steps * config.stage[name].batch_size * visible
+
+
+def _advice(run: Run, name: str, stage_step: int, step: int, values: dict) -> str:
+    run.checkpoints.wait()
+    latest, stage = run.checkpoints.latest(), run.config.stage[name]
+    good = f"last good checkpoint: {run.checkpoints.folder / str(latest)}" if latest else "there is no checkpoint yet"
+    return (
+        f"step {step} ({name}, step {stage_step}) is not finite: loss {values['loss']}, gradient norm "
+        f"{values['grad_norm']}; {good}. Run the same command again, from there, with a lower "
+        f"--config.{name}.learning_rate (now {stage.learning_rate:g}), with --config.{name}.clip_norm=1.0 (now "
+        f"{stage.clip_norm:g}), or with --config.model.dtype=float32 (now {run.config.model.dtype})"
+    )
+
+
+def describe_masks(run: Run, name: str) -> str:
+    """One line about the masks of a stage."""
+    plans = mask_plans(run.config, name)
+    if len(plans) == 1:
+        return str(plans[0])
+    return "; ".join(f"{band}: {plan}" for band, plan in zip(("approximation", "details"), plans, strict=True))
+
+
+def stage_ends(config: Config) -> list[int]:
+    """Step of the run at which each stage ends."""
+    ends, total = [], 0
+    for name in config.stages:
+        total += config.stage[name].steps
+        ends.append(total)
+    return ends
+
+
+def run_folder(workdir) -> pathlib.Path:
+    """The absolute path of a run folder.
+
+    Raises:
+      ConfigError: it is an address of an object store.
+    """
+    if "://" in str(workdir):
+        raise ConfigError(f"--workdir={workdir}: give a folder on a disk that all hosts see; a bucket can be mounted")
+    return pathlib.Path(workdir).expanduser().absolute()
+
+
+def make_run_mesh(config: Config, devices=None):
+    """The mesh that a config asks for.
+
+    Raises:
+      ConfigError: the devices do not form it, batches do not divide over it, or the attention kernel is for others.
+    """
+    try:
+        mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, devices)
+    except ValueError as error:
+        raise ConfigError(f"config.mesh: {error}") from None
+    platform, kernel = mesh.devices.flat[0].platform, config.model.attention
+    if {"splash": "tpu", "cudnn": "gpu"}.get(kernel, platform) != platform:
+        raise ConfigError(f"config.model.attention {kernel!r} is not for devices of {platform}; take 'auto'")
+    for name, stage in config.stage.items():
+        if stage.batch_size // stage.micro_batches % mesh.size:
+            raise ConfigError(
+                f"config.{name}.batch_size {stage.batch_size} in {stage.micro_batches} micro-batches does not divide "
+                f"over {mesh.size} devices"
+            )
+    return mesh

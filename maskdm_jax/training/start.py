@@ -1,0 +1,129 @@
+"""Where a run starts: its own newest checkpoint, else the weights of `init_from`, else fresh weights."""
+
+import logging
+import os
+import pathlib
+import typing
+
+import jax
+
+from maskdm_jax import config as config_lib
+from maskdm_jax.build import Network
+from maskdm_jax.config import Config
+from maskdm_jax.errors import CheckpointError, ConfigError
+from maskdm_jax.parallel import sharding
+from maskdm_jax.training import checkpoint
+from maskdm_jax.training.state import TrainState, make_optimizer, new_state
+
+log = logging.getLogger(__name__)
+
+TORCH_SUFFIXES = (".pt", ".pth", ".safetensors")
+
+
+class Start(typing.NamedTuple):
+    """The first state of a run, or the one that it resumes from."""
+
+    stage: int  # index into config.stages
+    state: TrainState
+    meta: dict  # of the checkpoint, {} if there is none
+
+
+def begin(config: Config, network: Network, mesh, checkpoints: checkpoint.Checkpoints, data) -> Start:
+    """Resume this run's newest valid checkpoint, else take the weights of `init_from`, else fresh weights.
+
+    The log says which in one line.
+
+    Raises:
+      CheckpointError, ConfigError: what there is does not fit the config.
+    """
+    step = checkpoints.latest_valid()
+    if step is not None:
+        meta = checkpoints.meta(step)
+        index = resumed_stage(config, meta, checkpoints.folder / str(step))
+        state = checkpoints.restore(step, abstract_state(config, index, network, mesh))
+        log.info(
+            "start: resuming %s at step %d (%s, step %d)", checkpoints.folder, step, meta["stage"], meta["stage_step"]
+        )
+        _warn_of_changes(config, meta, data)
+        return Start(index, state, meta)
+    abstract = abstract_state(config, 0, network, mesh)
+    if not config.init_from:
+        log.info("start: fresh weights, seed %d", config.seed)
+        return Start(0, fresh_state(config, network, abstract), {})
+    params, found = _initial_weights(config.init_from, abstract.params)
+    log.info("start: weights of %s, new optimizer", found)
+    return Start(0, _first_state(config, 0, abstract, params), {})
+
+
+def _warn_of_changes(config: Config, meta: dict, data) -> None:
+    """Log how data and config differ from those that a checkpoint was made with."""
+    if meta["images"] not in (None, len(data)):  # None: converted from another format
+        counts = f"{meta['images']} images then, {len(data)} now"
+        log.warning("the data changed (%s): the shuffle order differs", counts)
+    elif meta["card"] and meta["card"].get("content_hash") != data.card.get("content_hash"):
+        log.warning("the data changed (the same number of images, but another content hash)")
+    old = config_lib.to_dict(config_lib.parse(meta["config"]))
+    for line in config_lib.differences(old, config_lib.to_dict(config)):
+        log.warning("the config changed since that checkpoint: %s", line)
+
+
+def abstract_state(config: Config, index: int, network: Network, mesh) -> TrainState:
+    """Shapes, dtypes and placement of the state in stage number `index`."""
+    optimizer = make_optimizer(config.stage[config.stages[index]])
+    state = jax.eval_shape(lambda params: new_state(params, optimizer, jax.random.key(0)), network.abstract_params())
+    placed = sharding.state_sharding(mesh, state)
+    return jax.tree.map(lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), state, placed)
+
+
+def fresh_state(config: Config, network: Network, abstract: TrainState) -> TrainState:
+    """State at the start of the first stage, with new weights, placed as `abstract` says."""
+    init = jax.jit(network.init, out_shardings=sharding.placement(abstract.params))
+    return _first_state(config, 0, abstract, init(jax.random.key(config.seed)))
+
+
+def next_stage(config: Config, index: int, network: Network, mesh, state: TrainState) -> TrainState:
+    """State at the start of stage `index`: the weights of the previous stage, all else new."""
+    return _first_state(config, index, abstract_state(config, index, network, mesh), state.params)
+
+
+def _first_state(config: Config, index: int, abstract: TrainState, params) -> TrainState:
+    optimizer = make_optimizer(config.stage[config.stages[index]])
+    key = jax.random.fold_in(jax.random.key(config.seed), index)  # stages draw from streams of their own
+    return jax.jit(new_state, static_argnums=1, out_shardings=sharding.placement(abstract))(params, optimizer, key)
+
+
+def _initial_weights(path: str, abstract) -> tuple[dict, pathlib.Path]:
+    """Raw weights of a run folder, a checkpoint, an official `.pt` or a `.safetensors`, placed as `abstract` says."""
+    if not path.lower().endswith(TORCH_SUFFIXES):
+        found = checkpoint.find(path)
+        return checkpoint.load_item(found, "params", abstract), found
+    from maskdm_jax.interop import official
+
+    found = pathlib.Path(os.path.expanduser(path)).absolute()
+    if not found.is_file():
+        raise CheckpointError(f"config.init_from {path!r} is not a file")
+    params = official.load_weights(found)
+    checkpoint.compare(f"the weights of {found} do not fit config.model", params, abstract)
+    return sharding.put(params, sharding.placement(abstract)), found
+
+
+def resumed_stage(config: Config, meta: dict, where: pathlib.Path) -> int:
+    """Index of the stage that a checkpoint belongs to.
+
+    Raises:
+      ConfigError: the config's stages disagree with the checkpoint's history.
+    """
+    past = list(meta["past"].items())
+    expected = [(name, config.stage[name].steps) for name in config.stages]
+    index = len(past)
+    if expected[:index] != past or index >= len(expected) or expected[index][0] != meta["stage"]:
+        raise ConfigError(
+            f"{where} was made by stages {[*past, (meta['stage'], '...')]}, the config has {expected}; use the stages "
+            "of that run, or another --workdir with --config.init_from to start from its weights"
+        )
+    name, steps = expected[index]
+    if meta["stage_step"] > steps:
+        raise ConfigError(
+            f"{where} is at step {meta['stage_step']} of stage {name!r}, but config.{name}.steps is {steps}"
+        )
+    return index

@@ -1,0 +1,130 @@
+"""The training step: draw what each image needs, loss on the visible patches, gradient, AdamW, EMA."""
+
+import functools
+import typing
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from maskdm_jax.build import Network, make_network, mask_plans, noise_schedule
+from maskdm_jax.config import Config, Stage
+from maskdm_jax.diffusion import masking
+from maskdm_jax.diffusion.gaussian import check_choices, denoising_loss, loss_weights
+from maskdm_jax.errors import ConfigError, prefixed
+from maskdm_jax.models.representation import make_representation
+from maskdm_jax.parallel import sharding
+from maskdm_jax.training.state import TrainState, ema_step_size, learning_rate, make_optimizer
+
+
+class Inputs(typing.NamedTuple):
+    """The loss's inputs: V visible patches of d numbers per image. A wavelet model has tuples, one entry per band."""
+
+    x0: jax.Array  # [B, V, d] clean patches
+    t: jax.Array  # [B] int32
+    eps: jax.Array  # [B, V, d] noise
+    positions: jax.Array | None  # [B, V] int32; None when nothing is hidden
+    labels: jax.Array | None  # [B] int32, -1 where the label is hidden; None for an unconditional model
+
+
+def draw_inputs(config: Config, stage: str, key, batch) -> Inputs:
+    """Draw flip, mask, time, noise and label dropout for each image from the key and the image's global index alone.
+
+    batch: image uint8 [B, S, S, C], label int32 [B], index uint32 [B].
+    """
+    space, plans = make_representation(config), mask_plans(config, stage)
+
+    def one(image, label, index):
+        flip_key, mask_key, t_key, eps_key, label_key = jax.random.split(jax.random.fold_in(key, index), 5)
+        if config.data.flip:
+            image = jnp.where(jax.random.bernoulli(flip_key, config.data.flip), image[:, ::-1], image)
+        bands, structure = jax.tree.flatten(space.cut(space.encode(image[None])))  # pixels are one band [1, N, d]
+        patches, positions, eps = [], [], []
+        for i, (band, plan) in enumerate(zip(bands, plans, strict=True)):
+            positions.append(masking.sample_positions(plan, jax.random.fold_in(mask_key, i)))
+            patches.append(band[0] if plan.hides_nothing else band[0][positions[-1]])  # hidden patches end here
+            eps.append(jax.random.normal(jax.random.fold_in(eps_key, i), patches[-1].shape))
+        t = jax.random.randint(t_key, (), 0, config.diffusion.timesteps)
+        label = jnp.where(jax.random.bernoulli(label_key, config.data.label_dropout), -1, label)
+        restore = lambda parts: jax.tree.unflatten(structure, parts)
+        return Inputs(
+            x0=restore(patches),
+            t=t,
+            eps=restore(eps),
+            positions=None if all(plan.hides_nothing for plan in plans) else restore(positions),
+            labels=label if config.model.num_classes else None,
+        )
+
+    return jax.vmap(one)(batch["image"], batch["label"], batch["index"])
+
+
+def make_loss(config: Config, network: Network) -> typing.Callable:
+    """Build `loss(params, inputs)` -> mean loss over the images, a float32 scalar.
+
+    Raises:
+      ConfigError: schedule, objective, loss or loss weight are unknown.
+    """
+    diffusion, schedule = config.diffusion, noise_schedule(config)
+    with prefixed(ConfigError, "config.diffusion."):
+        check_choices(objective=diffusion.objective, loss=diffusion.loss)
+        weights = loss_weights(schedule, diffusion.loss_weight, diffusion.loss_weight_gamma)
+    options = dict(objective=diffusion.objective, loss=diffusion.loss)
+    options |= dict(weights=weights if diffusion.loss_weight_gamma else None)
+
+    def loss(params, inputs: Inputs):
+        def predict(x_t, t):
+            return network.apply(params, x_t, t, inputs.labels, inputs.positions)
+
+        return denoising_loss(predict, schedule, inputs.x0, inputs.t, inputs.eps, **options).mean()
+
+    return loss
+
+
+def train_step(state: TrainState, batch, *, draw, loss, stage: Stage, mesh) -> tuple[TrainState, dict]:
+    """One optimizer step.
+
+    Args:
+      state, batch: see `TrainState` and `draw_inputs`; B = stage.batch_size.
+      draw: (key, batch) -> `Inputs`.
+      loss: (params, inputs) -> scalar.
+      mesh: where state and batch are.
+
+    Returns:
+      the next state and float32 scalars: loss, grad_norm (before clipping), learning_rate.
+    """
+    key = jax.random.fold_in(state.key, state.step)
+
+    def value_and_grad(params, rows):
+        return jax.value_and_grad(lambda params: loss(params, draw(key, rows)))(params)
+
+    value, grads = sharding.data_parallel_grad(
+        value_and_grad, state.params, batch, parts=stage.micro_batches, mesh=mesh
+    )
+    updates, opt_state = make_optimizer(stage).update(grads, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    step_size = ema_step_size(state.step, decay=stage.ema_decay, every=stage.ema_every)
+    ema = optax.incremental_update(params, state.ema, step_size)
+    metrics = dict(loss=value, grad_norm=optax.tree.norm(grads), learning_rate=learning_rate(stage)(state.step))
+    return TrainState(state.step + 1, params, ema, opt_state, state.key), metrics
+
+
+def jit_step(config: Config, name: str, mesh, abstract: TrainState):
+    """Jit the step of stage `name`: the state is donated and stays where `abstract` has it."""
+    stage = config.stage[name]
+    network = make_network(config, remat=stage.remat)
+    draw = functools.partial(draw_inputs, config, name)
+    step = functools.partial(train_step, draw=draw, loss=make_loss(config, network), stage=stage, mesh=mesh)
+    placed = sharding.placement(abstract)
+    return jax.jit(
+        step,
+        donate_argnums=0,
+        in_shardings=(placed, sharding.batch_sharding(mesh)),
+        out_shardings=(placed, sharding.replicated(mesh)),
+    )
+
+
+def abstract_batch(config: Config, name: str, mesh) -> dict:
+    """Shapes, dtypes and placement of a batch of stage `name`; see `draw_inputs`."""
+    n, size, place = config.stage[name].batch_size, config.data.image_size, sharding.batch_sharding(mesh)
+    rows = lambda dtype, *shape: jax.ShapeDtypeStruct((n, *shape), dtype, sharding=place)
+    return dict(image=rows("uint8", size, size, config.data.channels), label=rows("int32"), index=rows("uint32"))
