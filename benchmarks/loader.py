@@ -25,7 +25,7 @@ SECONDS = flags.DEFINE_float("seconds", 4.0, "Length of a round.")
 
 def main(_):
     from maskdm_jax.config import Data
-    from maskdm_jax.data.images import decode
+    from maskdm_jax.data.images import Framing, decode
     from maskdm_jax.data.pipeline import Batches
     from maskdm_jax.data.sources import open_source
 

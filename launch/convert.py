@@ -4,7 +4,6 @@ The paths tell the kinds: a run folder or one of its checkpoints, an official .p
 only). Needs neither PyTorch nor an accelerator. docs/checkpoints.md says what carries over.
 """
 
-
 from absl import app, flags, logging
 from ml_collections import config_flags
 

@@ -1,4 +1,4 @@
-"""From settings to the parts of a run: network, noise schedule, mask plans. Errors name the setting."""
+"""From settings to the parts of a run: network, noise schedule, mask plans, sampler. Errors name the setting."""
 
 import dataclasses
 import typing
@@ -8,11 +8,12 @@ import jax.numpy as jnp
 from flax import nnx
 
 from maskdm_jax.config import Config
-from maskdm_jax.diffusion import masking
+from maskdm_jax.diffusion import masking, samplers
 from maskdm_jax.diffusion.gaussian import Schedule, make_schedule
-from maskdm_jax.errors import ConfigError, prefixed
+from maskdm_jax.errors import ConfigError, SamplingError, prefixed
 from maskdm_jax.models.backbone import extra_tokens
 from maskdm_jax.models.ops.attention import KERNELS
+from maskdm_jax.models.representation import make_representation
 from maskdm_jax.models.uvit import UViT
 from maskdm_jax.models.wavelet_uvit import WaveletUViT
 
@@ -101,3 +102,48 @@ def mask_plans(config: Config, stage: str) -> tuple[masking.MaskPlan, ...]:
         with prefixed(ConfigError, f"config.{stage}.{name}: "):
             plans.append(masking.make_plan(grid=grid, extras=extras, **dataclasses.asdict(mask)))
     return tuple(plans)
+
+
+def _ddim(settings, predict, x, noise, schedule, *, start, **options):
+    steps = settings.steps if start is None else min(settings.steps, start + 1)
+    return samplers.ddim(predict, x, noise, schedule, start=start, steps=steps, eta=settings.eta, **options)
+
+
+def _ddpm(settings, predict, x, noise, schedule, *, start, **options):
+    return samplers.ddpm(predict, x, noise, schedule, start=start, **options)
+
+
+def _dpm_solver(settings, predict, x, noise, schedule, *, start, **options):
+    if start is not None:
+        raise SamplingError("dpm_solver starts from pure noise only; use ddim or ddpm")
+    options |= dict(steps=settings.steps, order=settings.order, spacing=settings.spacing)
+    return samplers.dpm_solver(predict, x, schedule, **options)
+
+
+# By `config.sampling.method`: (settings, predict, x_T, noise, schedule, start, objective, clip) -> x0.
+SAMPLERS = {"ddim": _ddim, "ddpm": _ddpm, "dpm_solver": _dpm_solver}
+
+
+def make_sampler(config: Config, network: Network):
+    """Build `sample(params, x, noise, labels=None, start=None)` -> x0 by `config.sampling`; see `diffusion.samplers`.
+
+    Raises:
+      ConfigError: method or spacing are unknown.
+      SamplingError: from `sample`, if it is to start in the middle with a sampler that cannot.
+    """
+    settings, clip, schedule = config.sampling, make_representation(config).clip, noise_schedule(config)
+    for name, table in (("method", SAMPLERS), ("spacing", samplers.DPM_SPACINGS)):
+        if getattr(settings, name) not in table:
+            value = getattr(settings, name)
+            raise ConfigError(f"config.sampling.{name} is {value!r}; it must be one of {', '.join(table)}")
+    run, objective = SAMPLERS[settings.method], config.diffusion.objective
+
+    def sample(params, x, noise, labels=None, start=None):
+        def predict(x, t):
+            return network.apply(params, x, t, labels)
+
+        if settings.guidance:
+            predict = samplers.guided(predict, lambda x, t: network.apply(params, x, t), settings.guidance)
+        return run(settings, predict, x, noise, schedule, start=start, objective=objective, clip=clip)
+
+    return sample

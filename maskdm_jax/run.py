@@ -6,14 +6,14 @@ import pathlib
 import jax
 import jax.numpy as jnp
 
-from maskdm_jax.build import make_network, mask_plans
+from maskdm_jax.build import make_network, make_sampler, mask_plans
 from maskdm_jax.config import Config
 from maskdm_jax.data.images import sample_grid, save_png
 from maskdm_jax.data.pipeline import TrainingData
 from maskdm_jax.errors import ConfigError
 from maskdm_jax.models.representation import make_representation
 from maskdm_jax.parallel import processes
-from maskdm_jax.sampling import make_generator, make_sampler
+from maskdm_jax.sampling import make_generator
 from maskdm_jax.training import loop
 from maskdm_jax.training.step import make_loss
 
@@ -34,7 +34,7 @@ def train(config: Config, workdir, *, devices=None, profile: int = 0) -> pathlib
             hooks.append(Evaluation(run))
         return hooks
 
-    return train(config, data, workdir, make_hooks=make_hooks, devices=devices, profile=profile)
+    return loop.train(config, data, workdir, make_hooks=make_hooks, devices=devices, profile=profile)
 
 
 def check(config: Config) -> None:

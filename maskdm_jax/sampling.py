@@ -14,60 +14,15 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 
-from maskdm_jax.build import Network, make_network, noise_schedule
+from maskdm_jax.build import Network, make_network, make_sampler, noise_schedule
 from maskdm_jax.config import Config, differences, parse, to_dict
 from maskdm_jax.data.images import save_png, to_pil
 from maskdm_jax.diffusion import samplers
-from maskdm_jax.errors import ConfigError, SamplingError
+from maskdm_jax.errors import SamplingError
 from maskdm_jax.models.representation import make_representation
 from maskdm_jax.parallel import processes, sharding
 from maskdm_jax.storage import write_atomically
 from maskdm_jax.training import checkpoint
-
-
-def _ddim(settings, predict, x, noise, schedule, *, start, **options):
-    steps = settings.steps if start is None else min(settings.steps, start + 1)
-    return samplers.ddim(predict, x, noise, schedule, start=start, steps=steps, eta=settings.eta, **options)
-
-
-def _ddpm(settings, predict, x, noise, schedule, *, start, **options):
-    return samplers.ddpm(predict, x, noise, schedule, start=start, **options)
-
-
-def _dpm_solver(settings, predict, x, noise, schedule, *, start, **options):
-    if start is not None:
-        raise SamplingError("dpm_solver starts from pure noise only; use ddim or ddpm")
-    options |= dict(steps=settings.steps, order=settings.order, spacing=settings.spacing)
-    return samplers.dpm_solver(predict, x, schedule, **options)
-
-
-# By `config.sampling.method`: (settings, predict, x_T, noise, schedule, start, objective, clip) -> x0.
-SAMPLERS = {"ddim": _ddim, "ddpm": _ddpm, "dpm_solver": _dpm_solver}
-
-
-def make_sampler(config: Config, network: Network):
-    """Build `sample(params, x, noise, labels=None, start=None)` -> x0 by `config.sampling`; see `diffusion.samplers`.
-
-    Raises:
-      ConfigError: method or spacing are unknown.
-      SamplingError: from `sample`, if it is to start in the middle with a sampler that cannot.
-    """
-    settings, clip, schedule = config.sampling, make_representation(config).clip, noise_schedule(config)
-    for name, table in (("method", SAMPLERS), ("spacing", samplers.DPM_SPACINGS)):
-        if getattr(settings, name) not in table:
-            value = getattr(settings, name)
-            raise ConfigError(f"config.sampling.{name} is {value!r}; it must be one of {', '.join(table)}")
-    run, objective = SAMPLERS[settings.method], config.diffusion.objective
-
-    def sample(params, x, noise, labels=None, start=None):
-        def predict(x, t):
-            return network.apply(params, x, t, labels)
-
-        if settings.guidance:
-            predict = samplers.guided(predict, lambda x, t: network.apply(params, x, t), settings.guidance)
-        return run(settings, predict, x, noise, schedule, start=start, objective=objective, clip=clip)
-
-    return sample
 
 
 def compile_sampling(config: Config, network: Network, mesh):

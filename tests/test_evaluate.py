@@ -17,6 +17,7 @@ from PIL import Image
 from maskdm_jax import sampling
 from maskdm_jax.data import prepare
 from maskdm_jax.data.images import Framing, open_image
+from maskdm_jax.data.pipeline import TrainingData
 from maskdm_jax.data.prepared import read_card
 from maskdm_jax.data.sources import open_source
 from maskdm_jax.errors import DataError, EvaluationError
