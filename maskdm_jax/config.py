@@ -51,7 +51,7 @@ class Data:
     channels: Count = 3  # 3 colour, 1 grey; other numbers where the source stores them
     classes: tuple[str, ...] = ()  # names of the classes to use, numbered in this order; () for all
     fraction: Fraction = 1.0  # share of the images to use, drawn once by fraction_seed
-    fraction_seed: typing.Annotated[int, Rule(lambda value: 0 <= value < 2**32, "in [0, 2^32)")] = 0
+    fraction_seed: typing.Annotated[int, Rule(lambda value: 0 <= value < 2**32, "in [0, 2^32)")] = 0  # of that draw, apart from the seed of the run
     labels: bool = False  # read class labels; in a folder, the first level that differs is the class
     label_dropout: Decay = 0.0  # probability of hiding a label in training; above 0 allows guidance
     flip: Probability = 0.0  # probability of a horizontal flip
@@ -137,8 +137,8 @@ class Preview:
     """Sample grids made while training."""
 
     every: Natural = 10_000  # steps; 0: at the end of a stage only
-    rows: Count = 8  # of a conditional model: one class each
-    columns: Count = 8
+    rows: Count = 4  # of a conditional model: one class each
+    columns: Count = 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -157,7 +157,7 @@ class Checkpoint:
     """When to save and what to keep."""
 
     every: Count = 10_000  # steps
-    keep: Count = 3  # newest ones kept, besides the last of each stage
+    keep: Count = 2  # newest ones kept, besides the last of each stage
 
 
 @dataclasses.dataclass(frozen=True)

@@ -4,6 +4,7 @@ import pytest
 import tiny
 
 from maskdm_jax import config as config_lib
+from maskdm_jax import run
 from maskdm_jax.config import parse
 from maskdm_jax.errors import ConfigError
 
@@ -20,19 +21,13 @@ def test_stages_keep_their_order_and_unused_sections_are_checked_too():
         tiny.config(stages=("finetune",), pretrain__step=3)
 
 
-def raw_without(*path):
-    run = node = tiny.raw()
-    for key in path[:-1]:
-        node = node[key]
-    del node[path[-1]]
-    return run
-
-
-def test_missing_settings_are_named():
-    with pytest.raises(ConfigError, match="config.model lacks width"):
-        parse(raw_without("model", "width"))
-    with pytest.raises(ConfigError, match="config lacks data"):
-        parse(raw_without("data"))
+def test_settings_left_out_take_their_defaults():
+    run = tiny.raw()
+    del run["model"]["mlp_ratio"], run["mesh"], run["pretrain"]["mask"]["tile"]
+    config = parse(run)
+    assert config.model.mlp_ratio == config_lib.Model().mlp_ratio
+    assert config.mesh == config_lib.MeshShape()
+    assert config.stage["pretrain"].mask == tiny.config().stage["pretrain"].mask
 
 
 @pytest.mark.parametrize(
@@ -51,24 +46,12 @@ def test_missing_settings_are_named():
         (dict(model__patch_size=3), r"patch_size is 3; it must be a divisor of data.image_size 8: \[1, 2, 4, 8\]"),
         (dict(model__heads=3), r"heads is 3; it must be a divisor of model.width 16"),
         (dict(model__dtype="float16"), r"dtype is 'float16'; it must be one of float32, bfloat16"),
-        (dict(model__attention="flash"), r"'flash'; it must be one of auto, plain, side_by_side, splash, cudnn"),
-        (dict(model__attention="cudnn"), r"attention 'cudnn' is for bfloat16 and heads"),
-        (dict(pretrain__mask__tile=-1), r"config.pretrain.mask: mask tile -1"),
-        (dict(model__wavelet_scale=1, pretrain__mask__tile=8), r"config.pretrain.mask.tile must be 0"),
         (dict(model__num_classes=0), r"config.data.labels is True but config.model.num_classes is 0"),
         (dict(data__labels=False), r"num_classes is set but config.data.labels is False"),
-        (dict(diffusion__schedule="cos"), r"schedule is 'cos'; it must be one of linear, cosine, shifted_cosine"),
-        (dict(diffusion__objective="eps"), r"objective is 'eps'; it must be one of noise, x0, v"),
         (dict(sampling__steps=1001), r"sampling.steps is 1001; it must be 1 to"),
         (dict(pretrain__micro_batches=3), r"config.pretrain.micro_batches is 3; it must be a divisor of batch_size 8"),
         (dict(sampling__order=4), r"sampling.order is 4; it must be one of 1, 2, 3"),
         (dict(sampling__guidance=-1.0), r"sampling.guidance is -1.0; it must be at least 0"),
-        (
-            dict(evaluation__metrics=("fid", "lpips")),
-            "evaluation.metrics is 'lpips'; it must be one of",
-        ),
-        (dict(evaluation__metrics=("is",), evaluation__n=9), "evaluation.n is 9; it must be at least 10"),
-        (dict(evaluation__metrics=()), "evaluation.metrics is ''; it must be one of"),
         (dict(evaluation__every=-1), "evaluation.every is -1"),
         (dict(data__fraction=0.0), r"data.fraction is 0.0; it must be in \(0, 1\]"),
         (dict(data__classes=("a", "a")), "data.classes is .*; it must be without repetitions"),
@@ -79,12 +62,8 @@ def test_missing_settings_are_named():
         ),
         (dict(pretrain__b1=1.0), r"config.pretrain.b1 is 1.0; it must be in \[0, 1\)"),
         (dict(pretrain__steps=0), r"config.pretrain.steps is 0; it must be at least 1"),
-        (
-            dict(pretrain__mask__kind="block", pretrain__mask__block=3),
-            r"config.pretrain.mask: mask block 3 does not divide",
-        ),
-        (dict(pretrain__mask__rate=1.0), r"config.pretrain.mask: mask rate 1.0 is outside \[0, 1\)"),
-        (dict(data__channels=4), r"config.data.channels is 4; it must be 3 \(colour\) or 1 \(grey\)"),
+        (dict(data__channels=0), r"config.data.channels is 0; it must be at least 1"),
+        (dict(data__flip=1.5), r"config.data.flip is 1.5; it must be a probability"),
         (dict(pretrain__learning_rate=float("nan")), r"learning_rate is nan; it must be a finite number"),
         (dict(model__mlp_ratio=float("inf")), r"mlp_ratio is inf"),
         (dict(seed=-1), r"seed is -1; it must be in \[0, 2\^31\)"),
@@ -94,6 +73,58 @@ def test_missing_settings_are_named():
 def test_what_cannot_work_is_refused_by_name(changes, message):
     with pytest.raises(ConfigError, match=message):
         tiny.config(**changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (dict(model__attention="flash"), r"'flash'; it must be one of auto, plain, parallel_heads, splash, cudnn"),
+        (dict(model__attention="cudnn"), r"attention 'cudnn' is for bfloat16 and heads"),
+        (dict(pretrain__mask__tile=-1), r"config.pretrain.mask: mask tile -1"),
+        (dict(model__wavelet_scale=1, pretrain__mask__tile=8), r"config.pretrain.mask.tile must be 0"),
+        (
+            dict(diffusion__schedule="cos"),
+            r"config.diffusion.schedule is 'cos'; it must be one of linear, cosine, shifted_cosine",
+        ),
+        (dict(diffusion__objective="eps"), r"config.diffusion.objective is 'eps'; it must be one of noise, x0, v"),
+        (
+            dict(evaluation__metrics=("fid", "lpips")),
+            "evaluation.metrics is 'lpips'; it must be one of",
+        ),
+        (dict(evaluation__metrics=("is",), evaluation__n=9), "evaluation.n is 9; it must be at least 10"),
+        (dict(evaluation__metrics=()), "evaluation.metrics is ''; it must be one of"),
+        (
+            dict(pretrain__mask__kind="block", pretrain__mask__block=3),
+            r"config.pretrain.mask: mask block 3 does not divide",
+        ),
+        (dict(pretrain__mask__rate=1.0), r"config.pretrain.mask: mask rate 1.0 is outside \[0, 1\)"),
+        (dict(diffusion__loss="l3"), r"config.diffusion.loss is 'l3'; it must be one of l2, l1"),
+        (dict(diffusion__loss_weight="p3"), r"config.diffusion.loss_weight is 'p3'; it must be one of p2, min_snr"),
+        (dict(sampling__method="ddmp"), r"config.sampling.method is 'ddmp'; it must be one of ddim, ddpm, dpm_solver"),
+        (dict(sampling__spacing="even"), r"config.sampling.spacing is 'even'; it must be one of time_uniform"),
+    ],
+)
+def test_what_a_part_refuses_is_said_before_anything_is_written(tmp_path, changes, message):
+    """By the network, the masks, the loss, the sampler or the metrics, before data is opened."""
+    config = tiny.config(**changes, data__path=str(tmp_path / "nothing"))
+    with pytest.raises(ConfigError, match=message):
+        run.train(config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_config_of_an_older_version_parses_to_the_same_run(root):
+    """`config.json` of a run made before settings had defaults: every key is there, and only known ones."""
+    stored = json.loads((root / "tests" / "stored_config.json").read_text())
+    config = parse(stored)
+    assert config == tiny.config()
+
+
+def test_every_setting_is_shown_as_it_is_given_on_the_command_line():
+    lines = config_lib.describe(tiny.config()).splitlines()
+    assert "--config.model.width=16                         # of a token" in lines
+    keys = {line.split("=")[0].removeprefix("--config.") for line in lines}
+    assert {"pretrain.mask.rate", "finetune.steps", "stages", "seed", "data.path"} <= keys
+    assert len(keys) == len(lines)
 
 
 def test_differences():
