@@ -2,8 +2,7 @@
 
     python launch/local.py --processes=4 --devices=2 --restarts=3 -- launch/train.py --config=configs/demo.py
 
-Each process has --devices CPU devices; together they are one run, as hosts of a pod are. SIGTERM and Ctrl-C are passed
-on to all.
+Each process has --devices CPU devices and stands for a host of the pod. SIGTERM and Ctrl-C are passed on to all.
 """
 
 import os
@@ -15,16 +14,16 @@ import time
 
 from absl import app, flags
 
-PROCESSES = flags.DEFINE_integer("processes", 2, "Processes.", lower_bound=1)
-DEVICES = flags.DEFINE_integer("devices", 1, "CPU devices of each.", lower_bound=1)
-RESTARTS = flags.DEFINE_integer("restarts", 0, "Times that all are started again after one failed.", lower_bound=0)
-GRACE = flags.DEFINE_float("grace", 30.0, "Seconds that the others have to end before they are killed.")
+PROCESSES = flags.DEFINE_integer("processes", 2, "Number of processes.", lower_bound=1)
+DEVICES = flags.DEFINE_integer("devices", 1, "CPU devices per process.", lower_bound=1)
+RESTARTS = flags.DEFINE_integer("restarts", 0, "Number of restarts of all processes after one failed.", lower_bound=0)
+GRACE = flags.DEFINE_float("grace", 30.0, "Seconds until the others are killed after one failed.")
 
 
 def main(argv):
     if len(argv) < 2:
         raise app.UsageError("which program? give it after --, for example -- launch/train.py --config=configs/demo.py")
-    stop = []  # signals that came for all
+    stop = []  # signals received, for all processes
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda number, _: stop.append(number))
     for attempt in range(RESTARTS.value + 1):
@@ -33,11 +32,11 @@ def main(argv):
             break
         if attempt < RESTARTS.value:
             print(f"ended with status {status}; start {attempt + 2} of {RESTARTS.value + 1}", file=sys.stderr)
-    sys.exit(status if status >= 0 else 128 - status)  # of a signal, as shells have it
+    sys.exit(status if status >= 0 else 128 - status)  # after a signal, as shells do
 
 
 def run(command: list[str], stop: list[int]) -> int:
-    """Run all processes to their end; the first status that is not 0, if there is one."""
+    """Run all processes to their end and return the first status that is not 0, else 0."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{probe.getsockname()[1]}"
@@ -51,7 +50,7 @@ def run(command: list[str], stop: list[int]) -> int:
             "JAX_NUM_PROCESSES": str(PROCESSES.value),
             "JAX_PROCESS_ID": str(number),
         }
-        # In groups of their own, so that a terminal's Ctrl-C reaches them through us alone.
+        # Processes have groups of their own, so that a terminal's Ctrl-C reaches them through this program alone.
         processes.append(subprocess.Popen([sys.executable, *command], env=environment, start_new_session=True))
     failed, deadline, passed_on = 0, None, 0
     while None in [process.poll() for process in processes]:
@@ -61,7 +60,7 @@ def run(command: list[str], stop: list[int]) -> int:
                 if process.poll() is None:
                     process.send_signal(number)
         ended = [process.returncode for process in processes if process.returncode is not None]
-        failed = failed or next((status for status in ended if status), 0)
+        failed = failed or min((status for status in ended if status), default=0)  # a signal before what it caused
         if failed and deadline is None:
             deadline = time.monotonic() + GRACE.value
         for process in processes if deadline and time.monotonic() > deadline else ():

@@ -39,6 +39,7 @@ Probability = typing.Annotated[float, Rule(lambda value: 0 <= value <= 1, "a pro
 Decay = typing.Annotated[float, Rule(lambda value: 0 <= value < 1, "in [0, 1)")]
 Fraction = typing.Annotated[float, Rule(lambda value: 0 < value <= 1, "in (0, 1]")]
 Seed = typing.Annotated[int, Rule(lambda value: 0 <= value < 2**31, "in [0, 2^31)")]
+WideSeed = typing.Annotated[int, Rule(lambda value: 0 <= value < 2**32, "in [0, 2^32)")]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,7 +52,7 @@ class Data:
     channels: Count = 3  # 3 colour, 1 grey; other numbers where the source stores them
     classes: tuple[str, ...] = ()  # names of the classes to use, numbered in this order; () for all
     fraction: Fraction = 1.0  # share of the images to use, drawn once by fraction_seed
-    fraction_seed: typing.Annotated[int, Rule(lambda value: 0 <= value < 2**32, "in [0, 2^32)")] = 0  # of that draw, apart from the seed of the run
+    fraction_seed: WideSeed = 0  # of that draw, apart from the seed of the run
     labels: bool = False  # read class labels; in a folder, the first level that differs is the class
     label_dropout: Decay = 0.0  # probability of hiding a label in training; above 0 allows guidance
     flip: Probability = 0.0  # probability of a horizontal flip

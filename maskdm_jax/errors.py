@@ -52,13 +52,14 @@ class Preempted(MaskDMError):
 
 
 @contextlib.contextmanager
-def prefixed(kind: type[MaskDMError], prefix: str, causes=ValueError):
-    """Raise `kind` with the message `prefix` + cause in place of an exception of the types `causes`.
+def prefixed(kind: type[MaskDMError], prefix: str, causes=ValueError, suffix: str = ""):
+    """Raise `kind` with the message `prefix + cause + suffix` in place of exceptions of the types `causes`.
 
-    Pure functions raise ValueError without knowing which setting or file their argument came from; the caller does.
+    Pure functions and libraries do not know which setting or file their argument came from; the caller does. Of the
+    cause only the first line is kept.
     """
     try:
         yield
     except causes as error:
-        reason = str(error).strip().splitlines() or [type(error).__name__]
-        raise kind(prefix + reason[0][:300]) from error
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
+        raise kind(prefix + reason + suffix) from error

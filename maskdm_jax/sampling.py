@@ -211,17 +211,7 @@ def generate_to_folder(
     cycle = label_cycle(loaded, labels)
     of_image = None if cycle is None else np.resize(np.asarray(cycle, np.int32), n)
     folder = pathlib.Path(os.path.expanduser(folder)).absolute()
-    settings = dict(
-        checkpoint=str(loaded.checkpoint),
-        weights=loaded.weights,
-        sampling=dataclasses.asdict(loaded.config.sampling),
-        seed=seed,
-        labels=cycle,
-        classes=loaded.classes,
-        batch_size=batch_size,
-        format=file_format,
-        card=loaded.card,
-    )
+    settings = dict(seed=seed, labels=cycle, batch_size=batch_size, format=file_format) | _settings_of(loaded)
     if processes.is_first():
         _claim(folder, settings)
     processes.barrier("samples claimed")
@@ -237,6 +227,13 @@ def generate_to_folder(
         _pack(folder, n, packed, of_image)
     processes.barrier("samples packed")
     return folder
+
+
+def _settings_of(loaded: Loaded) -> dict:
+    """What determines the images of a network, for samples.json."""
+    sampling = dataclasses.asdict(loaded.config.sampling)
+    known = dict(weights=loaded.weights, sampling=sampling, classes=loaded.classes, card=loaded.card)
+    return known | dict(checkpoint=str(loaded.checkpoint))
 
 
 def _make_missing(loaded, n, folder, packed, of_image, seed, batch_size, progress) -> None:

@@ -55,10 +55,30 @@ def workers(process):
     return [int(pid) for pid in pathlib.Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
 
 
-def wait_for_steps(process, workdir, steps):
-    while process.poll() is None and (not (workdir / "metrics.jsonl").exists() or len(history(workdir)) < steps):
+ENDLESS = "--config.pretrain.steps=1000000"  # a run that cannot end before it is told to
+
+
+def wait_for(process, workdir, happened):
+    """Wait until `happened()`, in a run that is still alive then."""
+    while not happened():
+        assert process.poll() is None, pathlib.Path(f"{workdir}.log").read_text()[-3000:]
         time.sleep(0.01)
-    assert process.poll() is None, "it ended too early: the test says nothing"
+
+
+def wait_for_steps(process, workdir, steps):
+    wait_for(process, workdir, lambda: (workdir / "metrics.jsonl").exists() and len(history(workdir)) >= steps)
+
+
+def saved_steps(workdir):
+    return [int(path.name) for path in (workdir / "checkpoints").iterdir() if path.name.isdecimal()]
+
+
+def agree(workdir, alone):
+    """Whether two histories are the same as far as both go, up to rounding."""
+    ours, theirs = history(workdir), history(alone)
+    n = min(len(ours), len(theirs))
+    np.testing.assert_allclose(ours[:n], theirs[:n], rtol=1e-5)
+    return n
 
 
 @pytest.fixture(scope="module")
@@ -70,50 +90,59 @@ def alone(start, tmp_path_factory):
     return workdir
 
 
-@pytest.mark.parametrize(("processes", "devices", "fsdp"), [(1, 8, 4), (2, 4, 1), (4, 2, 2)])
+@pytest.mark.parametrize(("processes", "devices", "fsdp"), [(2, 4, 1), (4, 2, 2)])
 def test_any_number_of_processes_is_the_same_run(start, alone, tmp_path, processes, devices, fsdp):
     workdir = tmp_path / "run"
     status, output = finish(start(workdir, processes, devices, f"--config.mesh.fsdp={fsdp}"), workdir)
     assert status == 0, output[-3000:]
     assert "8 x cpu" in output
     assert output.count("start: fresh weights") == 1, "one process speaks"
-    np.testing.assert_allclose(history(workdir), history(alone), rtol=1e-5)
-    assert len(history(workdir)) == 40
+    assert agree(workdir, alone) == 40
     assert (workdir / "samples" / "step_0000040.png").exists()
 
 
 def test_stopped_killed_and_continued_on_other_processes(start, alone, tmp_path):
-    """SIGTERM to one of four workers, SIGKILL to one of two: nothing is lost, and one process finishes."""
+    """SIGTERM to one of four workers, SIGKILL to one of two: nothing is lost, and one process finishes.
+
+    Each run is endless until the last one, so that no signal can come too late.
+    """
     workdir, draw = tmp_path / "run", random.Random(0)
-    process = start(workdir, 4, 2, "--config.mesh.fsdp=2")
-    while "stage pretrain:" not in pathlib.Path(f"{workdir}.log").read_text() and process.poll() is None:
-        time.sleep(0.01)  # it is noticed up to a second later
+    process = start(workdir, 4, 2, "--config.mesh.fsdp=2", ENDLESS)
+    wait_for(process, workdir, lambda: "stage pretrain:" in pathlib.Path(f"{workdir}.log").read_text())
     os.kill(draw.choice(workers(process)), signal.SIGTERM)
     status, output = finish(process, workdir)
     assert status == processes.PREEMPTED, output[-3000:]
-    assert output.count("told to stop: saved at step") == 4
+    assert output.count("SIGTERM received; saved at step") == 4
     assert "Traceback" not in output
-    saved = max(int(path.name) for path in (workdir / "checkpoints").iterdir())
+    saved = max(saved_steps(workdir))
     assert saved == len(history(workdir)), "the very step that it stopped at"
 
-    process = start(workdir, 2, 1, local=["--grace=0.5", "--restarts=1"])
-    wait_for_steps(process, workdir, max(saved + 1, 14))  # with a checkpoint or several behind it
+    process = start(workdir, 2, 1, ENDLESS, local=["--grace=0.5", "--restarts=1"])
+    wait_for(process, workdir, lambda: max(saved_steps(workdir)) > saved)
     os.kill(draw.choice(workers(process)), signal.SIGKILL)
+    wait_for(process, workdir, lambda: pathlib.Path(f"{workdir}.log").read_text().count("stage pretrain:") == 3)
+    os.kill(draw.choice(workers(process)), signal.SIGTERM)
     status, output = finish(process, workdir)
-    assert status == 0, output[-3000:]
+    assert status == processes.PREEMPTED, output[-3000:]
     assert "ended with status -9; start 2 of 2" in output
-    np.testing.assert_allclose(history(workdir), history(alone), rtol=1e-5)
+
+    steps = max(40, *saved_steps(workdir))
+    status, output = finish(start(workdir, 1, 1, f"--config.pretrain.steps={steps}"), workdir)
+    assert status == 0, output[-3000:]
+    assert len(history(workdir)) == steps
+    assert agree(workdir, alone) == 40
 
 
 def test_the_same_folder_twice_at_once(start, alone, tmp_path):
     workdir = tmp_path / "run"
-    first = start(workdir, 1, 1)
+    first = start(workdir, 1, 1, ENDLESS)
     wait_for_steps(first, workdir, 1)
     second = start(workdir, 1, 1)
-    assert second.wait(timeout=120) == 1
+    assert second.wait(timeout=300) == 1
     assert "another process is writing there; wait for it" in pathlib.Path(f"{workdir}.log").read_text()
-    assert finish(first, workdir)[0] == 0
-    np.testing.assert_array_equal(history(workdir), history(alone))
+    os.kill(*workers(first), signal.SIGTERM)
+    assert finish(first, workdir)[0] == processes.PREEMPTED
+    np.testing.assert_array_equal(history(workdir)[:40], history(alone)[: len(history(workdir))])
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from maskdm_jax.build import make_network
 from maskdm_jax.parallel import sharding
 from maskdm_jax.training.loop import make_run_mesh
 from maskdm_jax.training.start import abstract_state
-from maskdm_jax.training.step import jit_step
+from maskdm_jax.training.step import abstract_batch, jit_step
 
 COLLECTIVE = re.compile(
     r"= (.*?) (all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter|collective-broadcast)(-start)?\("
@@ -27,8 +27,7 @@ def compiled(data, fsdp, parts):
     )
     mesh, network = make_run_mesh(config), make_network(config)
     state = abstract_state(config, 0, network, mesh)
-    rows = lambda shape, dtype: jax.ShapeDtypeStruct((16, *shape), dtype, sharding=sharding.batch_sharding(mesh))
-    batch = dict(image=rows((8, 8, 1), "uint8"), label=rows((), "int32"), index=rows((), "uint32"))
+    batch = abstract_batch(config, "pretrain", mesh)
     split = [leaf for leaf in jax.tree.leaves(state.params) if "fsdp" in leaf.sharding.spec]
     return jit_step(config, "pretrain", mesh, state).lower(state, batch).compile().as_text(), split
 

@@ -1,4 +1,4 @@
-"""The processes of a run: how they find each other, agree, and stop together."""
+"""The processes of a run: joining, exchanging values, and stopping together."""
 
 import glob
 import importlib.util
@@ -12,24 +12,24 @@ import numpy as np
 from jax.experimental import multihost_utils
 from orbax.checkpoint import multihost
 
-from maskdm_jax.errors import DistributedError
+from maskdm_jax.errors import DistributedError, prefixed
 
-PREEMPTED = 75  # exit status of a run that saved and stopped because it was told to (sysexits' EX_TEMPFAIL)
+PREEMPTED = 75  # exit status after SIGTERM, when the state was saved (sysexits' EX_TEMPFAIL)
 _VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 
 
 def initialize(*, catch_sigterm: bool = False) -> None:
     """Join the other processes of this run, or start it alone. Call it before anything touches a device.
 
-    Processes are found by JAX_COORDINATOR_ADDRESS (HOST:PORT of process 0), JAX_NUM_PROCESSES and JAX_PROCESS_ID; else
-    SLURM's tasks are, one for each of its GPUs; else the hosts of a TPU slice, or of several.
+    In this order: the processes named by JAX_COORDINATOR_ADDRESS (HOST:PORT of process 0), JAX_NUM_PROCESSES and
+    JAX_PROCESS_ID; the tasks of a SLURM step, one per GPU; the hosts of one or several TPU slices.
 
     Args:
-      catch_sigterm: SIGTERM to any process then makes `stop_requested` true at the same step in all of them, instead of
+      catch_sigterm: SIGTERM to any process makes `stop_requested` true at the same step in all of them, instead of
         ending that process.
 
     Raises:
-      DistributedError: some variables are missing or garbled, or the others did not come.
+      DistributedError: variables are missing or malformed, or the other processes did not appear.
     """
     jax.config.update("jax_enable_preemption_service", catch_sigterm)
     known = {name: os.environ.get(name) for name in _VARIABLES}
@@ -43,11 +43,10 @@ def initialize(*, catch_sigterm: bool = False) -> None:
         how = _alone()
     else:
         return
-    try:
+    with prefixed(
+        DistributedError, f"the processes of this run cannot be joined ({how}): ", (RuntimeError, ValueError)
+    ):
         jax.distributed.initialize(**how)
-    except (RuntimeError, ValueError) as error:
-        reason = str(error).strip().splitlines() or [type(error).__name__]
-        raise DistributedError(f"the processes of this run cannot be joined ({how}): {reason[0][:300]}") from None
 
 
 def _explicit(known: dict) -> dict:
@@ -67,13 +66,13 @@ def _explicit(known: dict) -> dict:
 
 
 def _on_tpu() -> bool:
-    """Whether this machine has TPUs, and the means to use them."""
+    """Whether this machine has TPUs and libtpu."""
     chips = glob.glob("/dev/accel[0-9]*") or glob.glob("/dev/vfio/[0-9]*")
     return bool(chips) and importlib.util.find_spec("libtpu") is not None
 
 
 def _alone() -> dict:
-    """A run of one process: for its signals alone."""
+    """A run of one process, which needs the coordination service to catch SIGTERM."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{probe.getsockname()[1]}"
@@ -82,12 +81,12 @@ def _alone() -> dict:
 
 
 def is_first() -> bool:
-    """Whether this is the process that writes what all share."""
+    """Whether this is the process that writes shared files."""
     return jax.process_index() == 0
 
 
 def broadcast(number: int) -> int:
-    """The first process's number, in all processes: what they see on a shared disk may differ."""
+    """The first process's number, in all processes. What they see on a shared disk may differ."""
     if jax.process_count() == 1:
         return number
     barrier("broadcast")
@@ -97,8 +96,8 @@ def broadcast(number: int) -> int:
 def barrier(name: str) -> None:
     """Wait for all processes, through the coordination service and for up to an hour.
 
-    Collectives on CPU give up after 30 s, when one process is still compiling or reading a checkpoint. So whoever may
-    be late waits here first.
+    Call it before a collective that processes may reach at different times: on CPU, Gloo gives up after 30 s, while
+    another process may still compile or read a checkpoint.
     """
     if jax.process_count() > 1:
         multihost.get_barrier_sync_fn()(key=name, timeout_ms=3_600_000)
@@ -113,7 +112,7 @@ def compile_together(lowered, mesh) -> jax.stages.Compiled:
 
 
 def stop_requested(step: int) -> bool:
-    """Whether the run is to save and stop after this step: a SIGTERM came to some process.
+    """Whether some process received SIGTERM, so that the run must save and stop after this step.
 
     All processes must ask at every step; all get the same answer.
     """
@@ -123,7 +122,7 @@ def stop_requested(step: int) -> bool:
 
 
 def exit_all(message: str, status: int = 1) -> typing.NoReturn:
-    """End the program with a message. One of several processes ends at once: the usual end waits for the others."""
+    """End the program with a message; one of several processes ends at once, without waiting for the others."""
     print(message, file=sys.stderr, flush=True)
     if jax.distributed.is_initialized() and jax.process_count() > 1:
         os._exit(status)

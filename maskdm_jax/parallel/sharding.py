@@ -1,4 +1,4 @@
-"""Placement: the mesh, which dimension of a parameter is split, and host batches becoming global arrays."""
+"""Placement: the mesh, the split of parameters, the reduction of gradients, and host batches as global arrays."""
 
 import jax
 import jax.numpy as jnp
@@ -9,15 +9,18 @@ from jax.sharding import PartitionSpec as P
 
 BATCH = P(("data", "fsdp"))  # examples over all devices
 EVERYWHERE = P()  # all of an array on every device
-MIN_SHARDED_SIZE = 2**14  # smaller leaves cost more to gather than to keep everywhere
+MIN_SHARDED_SIZE = 2**14  # smaller leaves are replicated: gathering them costs more than it saves
 
 
 def make_mesh(data: int = -1, fsdp: int = 1, devices=None) -> Mesh:
     """Mesh with axes ('data', 'fsdp') over all devices; one device is a mesh of one.
 
     Args:
-      data: copies of the parameters; -1 takes what `fsdp` leaves.
+      data: copies of the parameters; -1 takes the devices that `fsdp` leaves.
       fsdp: devices that share one copy of parameters, EMA and optimizer moments.
+
+    Raises:
+      ValueError: the devices do not form such a mesh.
     """
     devices = jax.devices() if devices is None else devices
     if fsdp < 1 or len(devices) % fsdp or (data != -1 and data * fsdp != len(devices)):
@@ -38,7 +41,7 @@ def make_mesh(data: int = -1, fsdp: int = 1, devices=None) -> Mesh:
 
 
 def state_sharding(mesh: Mesh, tree):
-    """One rule for parameters, EMA and moments: each large leaf's largest divisible dimension over 'fsdp'.
+    """Shardings of parameters, EMA and moments: split each large leaf's largest divisible dimension over 'fsdp'.
 
     `tree` holds arrays or ShapeDtypeStructs; returns a tree of NamedShardings.
     """
@@ -72,9 +75,9 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 def data_parallel_grad(value_and_grad, params, batch, *, parts: int, mesh: Mesh):
     """Mean of `value_and_grad(params, rows)` -> (scalar, tree like params) over all rows of a batch, inside jit.
 
-    Parameters that are split are gathered once. Each device goes through its rows in `parts` micro-batches, one after
-    the other, and adds up; then the devices add up what they have: one reduction, whatever the number of
-    micro-batches, which leaves with each device the part of the gradient that `state_sharding` gives it.
+    Split parameters are gathered once. Each device sums the gradients of its rows over `parts` micro-batches, one after
+    the other. A single reduction over the devices follows, whatever the number of micro-batches; it leaves each device
+    with the part of the gradient that `state_sharding` assigns to it.
     """
     places = jax.tree.map(lambda place: place.spec, state_sharding(mesh, params))
 
@@ -86,7 +89,7 @@ def data_parallel_grad(value_and_grad, params, batch, *, parts: int, mesh: Mesh)
             add = lambda total, part: (jax.tree.map(jnp.add, total, value_and_grad(params, part)), None)
             total, _ = jax.lax.scan(add, (jnp.zeros(()), jax.tree.map(jnp.zeros_like, params)), micro)
         value, grads = jax.tree.map(lambda x: x / (parts * mesh.size), total)
-        if mesh.size == 1:  # a sum over one device would copy all gradients
+        if mesh.size == 1:  # a psum over one device would copy all gradients
             return value, grads
         return jax.lax.psum(value, mesh.axis_names), jax.tree.map(add_up, grads, places)
 
@@ -102,7 +105,7 @@ def data_parallel_grad(value_and_grad, params, batch, *, parts: int, mesh: Mesh)
 
 
 def put(tree, placed):
-    """NumPy arrays that every host has alike -> global arrays, placed as a tree of shardings (or one) says."""
+    """NumPy arrays that are equal on every host -> global arrays, placed by a tree of shardings (or one sharding)."""
 
     def one(array, place):
         array = np.asarray(array)

@@ -2,11 +2,10 @@
 
     WORKDIR/checkpoints/STEP/{params, ema, optimizer, meta}
 
-STEP counts the steps of all stages. `meta` is JSON: the stage and its step, the data position, the whole
-config and the class names, so that a checkpoint can be sampled from or continued without anything else.
+STEP counts the steps of all stages. `meta` is JSON: the stage and its step, the data position, the whole config and
+the class names. A checkpoint can be sampled from or resumed without any other file.
 """
 
-import contextlib
 import dataclasses
 import json
 import logging
@@ -19,7 +18,7 @@ import orbax.checkpoint as ocp
 import tensorstore
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, CustomSteps, LatestN
 
-from maskdm_jax.errors import CheckpointError
+from maskdm_jax.errors import CheckpointError, prefixed
 from maskdm_jax.parallel import processes
 from maskdm_jax.training.state import TrainState
 
@@ -44,14 +43,14 @@ class Checkpoints:
         )
 
     def latest(self) -> int | None:
-        """Step of the newest finished checkpoint. One that a kill interrupted does not count."""
+        """Step of the newest finished checkpoint, None if there is none. One that a kill interrupted does not count."""
         steps = [step for step in self._manager.all_steps() if _is_checkpoint(self.folder / str(step))]
         return max(steps, default=None)
 
     def latest_valid(self) -> int | None:
         """Step of the newest checkpoint that can be read, the same in all processes; None if there is none.
 
-        Newer ones that cannot be read are named and moved aside, to STEP.damaged: their step will be saved again.
+        A newer one that cannot be read is logged and renamed to STEP.damaged, because its step will be saved again.
         """
         step = self.latest()
         if processes.is_first():
@@ -65,24 +64,24 @@ class Checkpoints:
                     os.replace(self.folder / str(step), aside)
                     self._manager.reload()
                     step = self.latest()
-                    log.warning("%s; moved to %s, going on from %s", error, aside.name, step or "the start")
+                    log.warning("%s; renamed to %s, resuming from %s", error, aside.name, step or "the start")
         step = processes.broadcast(-1 if step is None else step)
         self._manager.reload()
         return None if step < 0 else step
 
     def save(self, step: int, state: TrainState, meta: dict) -> None:
-        """Start writing; returns as soon as the state is copied and may be donated.
+        """Start writing; return as soon as the state is copied and may be donated.
 
         Raises:
-          CheckpointError: the disk is too full for it, or the last one could not be written.
+          CheckpointError: the disk is too full, or the previous checkpoint could not be written.
         """
         if step == self.latest():
             return
-        # Asked first: Orbax's threads meet a full disk with hundreds of lines.
         needed, free = sum(leaf.nbytes for leaf in jax.tree.leaves(state)), shutil.disk_usage(self.folder).free
-        if processes.is_first() and free < needed:
-            raise self._unwritten(f"step {step} takes {needed / 1e9:.2f} GB and the disk has {free / 1e9:.2f} GB free")
         with self._writing():
+            # Check free space first: on a full disk Orbax logs hundreds of lines.
+            if processes.is_first() and free < needed:
+                raise OSError(f"step {step} takes {needed / 1e9:.2f} GB and the disk has {free / 1e9:.2f} GB free")
             self._manager.save(
                 step,
                 args=ocp.args.Composite(
@@ -106,10 +105,10 @@ class Checkpoints:
         return load_state(self.folder / str(step), abstract)
 
     def wait(self) -> None:
-        """Wait until what was saved is on disk.
+        """Wait until the checkpoints are on disk.
 
         Raises:
-          CheckpointError: it could not be written.
+          CheckpointError: one could not be written.
         """
         with self._writing():
             self._manager.wait_until_finished()
@@ -119,19 +118,12 @@ class Checkpoints:
         with self._writing():
             self._manager.close()
 
-    @contextlib.contextmanager
     def _writing(self):
-        """Whatever Orbax throws at a disk, said in one line."""
-        try:
-            yield
-        except Exception as error:
-            reason = str(error).splitlines() or [type(error).__name__]
-            raise self._unwritten(reason[0][:300]) from error
-
-    def _unwritten(self, reason: str) -> CheckpointError:
-        whole = self.latest()
-        rest = "there is none yet" if whole is None else f"the same command goes on from step {whole}"
-        return CheckpointError(f"no checkpoint can be written to {self.folder} ({reason}); make room there; {rest}")
+        """Context in which Orbax writes; whatever it raises becomes one line."""
+        latest = self.latest()
+        resume = "there is none yet" if latest is None else f"the same command resumes from step {latest}"
+        message = f"no checkpoint can be written to {self.folder} ("
+        return prefixed(CheckpointError, message, Exception, f"); make room there; {resume}")
 
 
 def find(path) -> pathlib.Path:
@@ -153,8 +145,8 @@ def find(path) -> pathlib.Path:
 
 def load_meta(checkpoint: pathlib.Path) -> dict:
     """The JSON part of a checkpoint that `find` gave."""
-    with _damage(checkpoint):
-        meta = json.loads((checkpoint / "meta" / "metadata").read_bytes())  # Orbax would wait for other processes
+    with _reading(checkpoint):
+        meta = json.loads((checkpoint / "meta" / "metadata").read_bytes())  # Orbax would wait for the other processes
         missing = [key for key in META if not isinstance(meta, dict) or key not in meta]
         if missing:
             raise KeyError(f"its meta lacks {', '.join(missing)}")
@@ -172,7 +164,7 @@ def load_state(checkpoint: pathlib.Path, abstract: TrainState) -> TrainState:
 
 
 def check(checkpoint: pathlib.Path) -> None:
-    """Read all of a checkpoint and forget it, an array at a time. Orbax meets damage with thousands of lines.
+    """Read a whole checkpoint, an array at a time, to find damage. Orbax would log thousands of lines.
 
     Raises:
       CheckpointError: it is damaged.
@@ -180,7 +172,7 @@ def check(checkpoint: pathlib.Path) -> None:
     load_meta(checkpoint)
     for item in ITEMS:
         folder = checkpoint / item
-        with _damage(checkpoint):
+        with _reading(checkpoint):
             described = json.loads((folder / "_METADATA").read_bytes())["tree_metadata"]
             for path in (*folder.glob("_sharding"), *folder.glob("array_metadatas/*")):
                 json.loads(path.read_bytes())
@@ -201,9 +193,9 @@ def load_item(checkpoint: pathlib.Path, item: str, abstract):
     Raises:
       CheckpointError: names, shapes or dtypes differ.
     """
-    # Every name, shape and dtype is compared first: Orbax casts dtypes without a word.
+    # Compare every name, shape and dtype first: Orbax casts dtypes silently.
     _check_item(checkpoint, item, abstract)
-    with ocp.StandardCheckpointer() as reader, _damage(checkpoint):
+    with ocp.StandardCheckpointer() as reader, _reading(checkpoint):
         return reader.restore(checkpoint / item, abstract)
 
 
@@ -218,7 +210,7 @@ def check_fit(checkpoint: pathlib.Path, abstract: TrainState) -> None:
 
 
 def _check_item(checkpoint: pathlib.Path, item: str, abstract) -> None:
-    with _damage(checkpoint):
+    with _reading(checkpoint):
         stored = ocp.StandardCheckpointHandler().metadata(checkpoint / item).tree
     compare(f"the {item} of {checkpoint} do not fit config.model", stored, abstract)
 
@@ -231,14 +223,9 @@ def _is_checkpoint(path: pathlib.Path) -> bool:
     return (path / "meta").is_dir() and (path / "params").is_dir()
 
 
-@contextlib.contextmanager
-def _damage(checkpoint: pathlib.Path):
-    """Whatever Orbax throws at a file that is missing or broken, said in one line."""
-    try:
-        yield
-    except Exception as error:
-        reason = str(error).splitlines() or [type(error).__name__]
-        raise CheckpointError(f"{checkpoint} is damaged ({reason[0][:200]}); an earlier one may be whole") from error
+def _reading(checkpoint: pathlib.Path):
+    """Context in which a checkpoint is read; whatever a missing or broken file raises becomes one line."""
+    return prefixed(CheckpointError, f"{checkpoint} is damaged (", Exception, "); an earlier one may be whole")
 
 
 def compare(message: str, stored, abstract) -> None:

@@ -1,4 +1,4 @@
-"""What a person sees of a run: console, progress bar, metrics.jsonl, TensorBoard, W&B, sample grids."""
+"""Logs of a run: console, progress bar, metrics.jsonl, TensorBoard, W&B, profile."""
 
 import contextlib
 import json
@@ -22,7 +22,7 @@ log = logging.getLogger("maskdm_jax")
 
 
 class _Console(logging.Handler):
-    """Log lines above the progress bar, not through it."""
+    """Write log lines above the progress bar."""
 
     def emit(self, record):
         tqdm.write(self.format(record), file=sys.stderr)
@@ -30,7 +30,7 @@ class _Console(logging.Handler):
 
 @contextlib.contextmanager
 def logging_to(workdir):
-    """Send the project's log to stderr and to WORKDIR/log.txt; warnings of other processes than the first to stderr."""
+    """Log to stderr and WORKDIR/log.txt; processes other than the first log warnings to stderr alone."""
     workdir = pathlib.Path(workdir)
     workdir.mkdir(parents=True, exist_ok=True)
     console = _Console()
@@ -57,15 +57,15 @@ def logging_to(workdir):
 
 
 def parameter_table(params) -> str:
-    """Name, shape and size of every parameter, and their number."""
+    """Name, shape and size of every parameter, and the total."""
     return parameter_overview.get_parameter_overview(params, include_stats=False)
 
 
 class Metrics:
-    """Writes numbers by step to WORKDIR/metrics.jsonl and, as configured, TensorBoard and W&B.
+    """Metrics by step, written to WORKDIR/metrics.jsonl and, as configured, TensorBoard and W&B.
 
-    Opening it at `step` drops what an earlier, killed process wrote beyond that step, so that the history
-    of a resumed run is that of an undisturbed one. Of several processes only the first writes.
+    Opening it at `step` drops lines beyond that step, which a killed process wrote, so that the history of a resumed
+    run equals that of an uninterrupted one. Of several processes only the first writes.
     """
 
     def __init__(self, workdir, settings: Log, *, step: int):
@@ -91,7 +91,7 @@ class Metrics:
             )
 
     def write(self, step: int, values: dict) -> None:
-        """Record numbers (floats, ints) and words (strings; JSONL only) of a step."""
+        """Record numbers, and strings (in metrics.jsonl alone), of a step."""
         if self._file is None:
             return
         self._file.write(json.dumps({"step": step} | values) + "\n")
@@ -123,7 +123,7 @@ class Metrics:
 
 
 def read_metrics(path) -> list[dict]:
-    """The lines of a metrics.jsonl; one that a kill cut short, or another program garbled, is left out."""
+    """The lines of a metrics.jsonl; whatever is no JSON object with a step, such as a line cut by a kill, is skipped."""
     lines = []
     for text in pathlib.Path(path).read_text(errors="replace").splitlines():
         with contextlib.suppress(ValueError, RecursionError):
@@ -166,7 +166,7 @@ _BAR = "{desc} {percentage:3.0f}%|{bar:20}| {n_fmt}/{total_fmt}"
 
 
 class Progress:
-    """Progress bar of a stage on a terminal; without a terminal, a log line for each call of `numbers`."""
+    """Progress bar of a stage; without a terminal, a log line for each call of `numbers`."""
 
     def __init__(self, name: str, *, step: int, steps: int):
         self._bar = tqdm(
@@ -181,23 +181,23 @@ class Progress:
         self._name, self._steps = name, steps
 
     def advance(self) -> None:
-        """One step was started."""
+        """Count a step that was started."""
         self._bar.update()
 
     def numbers(self, step: int, text: str) -> None:
-        """Show the newest numbers; `step` is the stage's step they belong to."""
+        """Show the metrics of step `step` of the stage."""
         self._bar.bar_format = f"{_BAR} {text}"
         # With a bar on the terminal the line goes to the file alone.
         level = logging.INFO if self._bar.disable else logging.DEBUG
         log.log(level, "%s %d/%d %s", self._name, step, self._steps, text)
 
     def close(self) -> None:
-        """Leave the bar as it is."""
+        """Leave the bar on the terminal."""
         self._bar.close()
 
 
 class Rate:
-    """Steps per second since the last reading, without the pauses that `paused` wraps, and what of it was waiting."""
+    """Steps per second since the last reading, without pauses, and the share of time spent waiting for data."""
 
     def __init__(self):
         self._since = time.perf_counter()
@@ -205,11 +205,11 @@ class Rate:
         self._waited = 0.0
 
     def tick(self) -> None:
-        """A step was done."""
+        """Count a step that was completed."""
         self._steps += 1
 
     def read(self) -> tuple[float, float]:
-        """Steps per second since the last call, and the share of the time that was spent in `waiting`."""
+        """Steps per second since the last call, and the share of that time spent in `waiting`."""
         now = time.perf_counter()
         seconds = max(now - self._since, 1e-9)
         rate, waited = self._steps / seconds, min(self._waited / seconds, 1.0)
@@ -218,7 +218,7 @@ class Rate:
 
     @contextlib.contextmanager
     def waiting(self, idle):
-        """Time in here counts as waiting if `idle()` says at its end that the device has nothing to do."""
+        """Context that counts as waiting if `idle()`, called at its end, says that the device has nothing to do."""
         start = time.perf_counter()
         yield
         if idle():
@@ -226,38 +226,39 @@ class Rate:
 
     @contextlib.contextmanager
     def paused(self):
-        """Time in here (previews, say) does not count."""
+        """Context whose time does not count, such as a preview."""
         start = time.perf_counter()
         yield
         self._since += time.perf_counter() - start
 
 
 class Profile:
-    """A trace of some steps of a run by JAX's profiler.
+    """A trace of some steps by JAX's profiler.
 
     Args:
-      folder: where it is written.
-      first, steps: the steps to trace; 0 steps is no trace.
+      folder: receives the trace.
+      first: first step to trace.
+      steps: number of steps; 0 for no trace.
     """
 
     def __init__(self, folder, first: int, steps: int):
         self._folder, self._first, self._last, self._on = folder, first, first + steps - 1, False
 
     def step(self, number: int):
-        """Context of step `number`, which marks it in the trace."""
+        """Context that marks step `number` in the trace."""
         if self._first == number <= self._last:
             jax.profiler.start_trace(str(self._folder))
             self._on = True
         return jax.profiler.StepTraceAnnotation("train", step_num=number)
 
     def after(self, number: int, values) -> None:
-        """After the last step: wait for its `values` and write the trace."""
+        """Write the trace once the last traced step has computed its `values`."""
         if self._on and number >= self._last:
             jax.block_until_ready(values)
             self.close()
 
     def close(self) -> None:
-        """Write what there is."""
+        """Write the trace if it is still running."""
         if self._on:
             self._on = False
             jax.profiler.stop_trace()

@@ -77,7 +77,7 @@ import sys, jax
 host, port, run, out, weights = sys.argv[1:]
 jax.config.update("jax_num_cpu_devices", 2)
 jax.distributed.initialize(f"127.0.0.1:{port}", 2, int(host))
-from maskdm_jax import generate
+from maskdm_jax import sampling
 from maskdm_jax.evaluation.features import Extractor, sampled
 from maskdm_jax.evaluation import inception
 loaded = sampling.load(run)
@@ -193,8 +193,8 @@ def test_folders_are_not_mixed(ten, loaded, run, tmp_path):
 
 
 def test_guidance_and_dpm_solver(loaded, run):
-    def make(**sampling):
-        other = sampling.load(run, sampling=sampling)
+    def make(**changes):
+        other = sampling.load(run, sampling=changes)
         return next(sampling.generate_batches(other, range(4), [0, 1, 2, 3], seed=0, batch_size=4))[1].astype(int)
 
     plain, same, strong = make(), make(guidance=0.0), make(guidance=4.0)

@@ -1,4 +1,5 @@
 import builtins
+import dataclasses
 import io
 
 import numpy as np
@@ -11,22 +12,25 @@ from maskdm_jax.errors import ConfigError
 from maskdm_jax.training import logs
 
 
+LOG = tiny.config().log
+
+
 def test_metrics_go_on_where_the_checkpoint_was(tmp_path):
     path = tmp_path / "metrics.jsonl"
-    metrics = logs.Metrics(tmp_path, tiny.config(), step=0)
+    metrics = logs.Metrics(tmp_path, LOG, step=0)
     for step in (1, 2, 3):
         metrics.write(step, {"loss": step / 3, "stage": "pretrain"})
     metrics.close()
     with path.open("a") as file:
         file.write('{"step": 4, "lo')  # a kill in the middle of a line
-    metrics = logs.Metrics(tmp_path, tiny.config(), step=2)
+    metrics = logs.Metrics(tmp_path, LOG, step=2)
     metrics.write(3, {"loss": 9.0})
     metrics.close()
     assert [(line["step"], line["loss"]) for line in logs.read_metrics(path)] == [(1, 1 / 3), (2, 2 / 3), (3, 9.0)]
 
 
 def test_tensorboard_gets_numbers_and_pictures(tmp_path):
-    metrics = logs.Metrics(tmp_path, tiny.config(log__tensorboard=True), step=0)
+    metrics = logs.Metrics(tmp_path, dataclasses.replace(LOG, tensorboard=True), step=0)
     metrics.write(1, {"loss": 0.5, "stage": "pretrain"})
     save_png(tmp_path / "a.png", Image.new("L", (4, 4)))
     metrics.image(1, "samples", tmp_path / "a.png")
@@ -46,7 +50,7 @@ def test_wandb_must_be_installed_if_wanted(tmp_path, monkeypatch):
 
     monkeypatch.setattr(builtins, "__import__", without_wandb)
     with pytest.raises(ConfigError, match="pip install wandb"):
-        logs.Metrics(tmp_path, tiny.config(log__wandb=True), step=0)
+        logs.Metrics(tmp_path, dataclasses.replace(LOG, wandb=True), step=0)
 
 
 @pytest.mark.parametrize(
