@@ -93,6 +93,17 @@ def broadcast(number: int) -> int:
     return int(multihost_utils.broadcast_one_to_all(np.int32(number)))
 
 
+def gather(array) -> np.ndarray:
+    """Stack the arrays of all processes, which have one shape and dtype: [processes, *shape], bit for bit."""
+    array = np.asarray(array)
+    if jax.process_count() == 1:
+        return array[None]
+    barrier("gather")
+    content = np.frombuffer(array.tobytes(), np.uint8)  # a JAX array would round float64 to float32
+    gathered = np.asarray(multihost_utils.process_allgather(content))
+    return np.frombuffer(gathered.tobytes(), array.dtype).reshape(-1, *array.shape)
+
+
 def barrier(name: str) -> None:
     """Wait for all processes, through the coordination service and for up to an hour.
 

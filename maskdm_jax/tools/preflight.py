@@ -8,7 +8,6 @@ import time
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental import multihost_utils
 
 from maskdm_jax.build import make_network, mask_plans
 from maskdm_jax.config import Config
@@ -57,16 +56,7 @@ def examine(config: Config, workdir, say) -> bool:
             say(name, good, text)
         said |= set() if good else {text}
         fine &= good
-    return bool(min(_from_all(float(fine))))
-
-
-def _from_all(value: float) -> list[float]:
-    """A number of each host."""
-    if jax.process_count() == 1:
-        return [value]
-    # As bytes, for arrays know no float64.
-    parts = multihost_utils.process_allgather(np.frombuffer(np.float64(value).tobytes(), np.uint8))
-    return np.frombuffer(np.ascontiguousarray(parts).tobytes(), np.float64).tolist()
+    return bool(processes.gather(fine).all())
 
 
 def _config(config: Config) -> str:
@@ -91,11 +81,11 @@ def _devices(config: Config) -> str:
 
 def _clocks() -> str:
     processes.barrier("clocks")
-    times = _from_all(time.time())
-    apart = max(times) - min(times)
+    times = processes.gather(time.time())
+    apart = times.max() - times.min()
     if apart > CLOCKS_APART:
         raise PreflightError(f"the hosts' clocks are {apart:.1f} s apart; set them by NTP")
-    if min(times) < 1_700_000_000:
+    if times.min() < 1_700_000_000:
         raise PreflightError("the clock is years behind; set it by NTP")
     return f"{apart:.2f} s apart" if len(times) > 1 else "of one process"
 
