@@ -1,22 +1,22 @@
 #!/usr/bin/env bash
-# Run a program on GPUs under SLURM, one task per GPU, and go on by itself after time limits and preemptions.
+# Run a program on GPUs under SLURM, one task per GPU, and requeue it after time limits and preemptions.
 #
 #   sbatch --nodes=2 --gpus-per-node=8 --ntasks-per-node=8 launch/slurm.sh launch/train.py --config=configs/celebahq.py \
 #     --workdir=/shared/runs/celebahq
 #
-# The repository, its .venv (make .venv/.installed, then pip install "jax[cuda12]" of the same version) and the run folder
-# must be on a disk that all nodes see. Every task sees all GPUs of its node and takes the one with its number.
+# The repository, its .venv (make .venv/.installed, then .venv/bin/pip install -e ".[cuda]") and the run folder must be on
+# a disk that all nodes see. Every task sees all GPUs of its node and takes the one with its local rank.
 #SBATCH --job-name=maskdm
 #SBATCH --requeue
 #SBATCH --open-mode=append
 #SBATCH --signal=TERM@180
 set -uo pipefail
 cd "${SLURM_SUBMIT_DIR:-.}"
-# Sums of gradients overlap with computation.
+# Overlap the reduction of gradients with computation.
 export XLA_FLAGS="--xla_gpu_enable_latency_hiding_scheduler=true ${XLA_FLAGS:-}"
 srun --kill-on-bad-exit=1 .venv/bin/python "$@"
 status=$?
-# 75: the run saved because it was told to stop. Anything else but 0 is a failure that a new start would meet again.
+# 75: SIGTERM was received and the state saved. Any other status but 0 is a failure that a restart would repeat.
 if [ "$status" -eq 75 ]; then
   scontrol requeue "$SLURM_JOB_ID"
 fi

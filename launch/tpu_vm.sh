@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# Run a program on every host of a TPU VM slice, and again after a failure or a preemption of a host.
+# Run a program on every host of a TPU VM slice, and restart it after a failure or preemption of a host.
 #
 #   launch/tpu_vm.sh NAME ZONE launch/train.py --config=configs/celebahq.py --workdir=/mnt/shared/runs/celebahq
 #
 # The committed state of this repository is copied to the hosts and installed there, once per commit. The run folder must
-# be on a disk that all hosts see: Filestore, or a bucket mounted by gcsfuse. When a host fails the others notice within
-# two minutes and end; then all are started again, RESTARTS times (default 100). The slice itself is yours to create:
+# be on a disk that all hosts see: Filestore, or a bucket mounted by gcsfuse. When a host fails, the others notice within
+# two minutes and end; then all are restarted, RESTARTS times (default 100). Create the slice first:
 #
 #   gcloud compute tpus tpu-vm create NAME --zone=ZONE --accelerator-type=v5litepod-16 --version=v2-alpha-tpuv5-lite
 set -euo pipefail
@@ -27,7 +27,7 @@ gcloud compute tpus tpu-vm scp "$archive" "$name:$folder.tar.gz" --zone="$zone" 
 on_all "test -e $folder/.installed || (tar xzf $folder.tar.gz && cd $folder && python3 -m venv .venv &&
   .venv/bin/pip install -q -r requirements.txt && .venv/bin/pip install -q \"jax[tpu]==\$(.venv/bin/python -c 'import importlib.metadata as m; print(m.version(\"jax\"))')\" && touch .installed)"
 
-# Collectives overlap with computation.
+# Overlap collectives with computation.
 flags="--xla_tpu_enable_async_collective_fusion=true --xla_tpu_enable_async_collective_fusion_fuse_all_gather=true"
 for attempt in $(seq 0 "${RESTARTS:-100}"); do
   status=0

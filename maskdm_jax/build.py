@@ -1,13 +1,14 @@
 """From settings to the parts of a run: network, noise schedule, mask plans, sampler. Errors name the setting."""
 
 import dataclasses
+import functools
 import typing
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from maskdm_jax.config import Config
+from maskdm_jax.config import Config, Model
 from maskdm_jax.diffusion import masking, samplers
 from maskdm_jax.diffusion.gaussian import Schedule, make_schedule
 from maskdm_jax.errors import ConfigError, SamplingError, prefixed
@@ -57,8 +58,13 @@ def make_network(config: Config, *, remat: bool = False) -> Network:
         raise ConfigError(f"config.model.attention is {model.attention!r}; it must be one of {names}")
     if model.attention == "cudnn" and (model.dtype == "float32" or model.width // model.heads % 8):
         raise ConfigError("config.model.attention 'cudnn' is for bfloat16 and heads whose width is a multiple of 8")
-    fields = dataclasses.asdict(model) | dict(remat=remat)
-    fields |= dict(dtype=jnp.dtype(model.dtype), image_size=config.data.image_size, channels=config.data.channels)
+    return _network(model, config.data.image_size, config.data.channels, remat)
+
+
+@functools.lru_cache(maxsize=8)
+def _network(model: Model, image_size: int, channels: int, remat: bool) -> Network:
+    fields = dataclasses.asdict(model) | dict(image_size=image_size, channels=channels, remat=remat)
+    fields["dtype"] = jnp.dtype(model.dtype)
     scale = fields.pop("wavelet_scale")
 
     def make(rngs):

@@ -194,7 +194,7 @@ class Config:
     log: Log = Log()
     mesh: MeshShape = MeshShape()
     stages: tuple[str, ...] = ()  # names of the stages to run, in order
-    stage: dict[str, Stage] = dataclasses.field(default_factory=dict)  # by name, those that `stages` lists, in order
+    stage: dict[str, Stage] = dataclasses.field(default_factory=dict, hash=False)  # by name, as `stages` lists them
 
 
 # --- Recipes --------------------------------------------------------------------------------------

@@ -76,7 +76,7 @@ class Previews:
 
     def __init__(self, run: loop.Run):
         self.every, self._run, settings = run.config.preview.every, run, run.config.preview
-        self._generate = make_generator(run.config, run.network, run.mesh, settings.rows * settings.columns)
+        self._generate = make_generator(run.config, run.mesh, settings.rows * settings.columns)
 
     def __call__(self, at: loop.Moment) -> None:
         """Draw a grid into samples/step_STEP.png, one class per row of a conditional model."""

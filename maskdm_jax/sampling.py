@@ -15,7 +15,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from maskdm_jax.build import Network, make_network, make_sampler, noise_schedule
-from maskdm_jax.config import Config, differences, parse, to_dict
+from maskdm_jax.config import Config, Data, differences, parse
 from maskdm_jax.data.images import save_png, to_pil
 from maskdm_jax.diffusion import samplers
 from maskdm_jax.errors import SamplingError
@@ -39,15 +39,22 @@ def compile_sampling(config: Config, network: Network, mesh):
     return jax.jit(run, out_shardings=sharding.replicated(mesh))
 
 
-def make_generator(config: Config, network: Network, mesh, batch_size: int):
+def make_generator(config: Config, mesh, batch_size: int):
     """Build `generate(params, seed, index, labels=None)` -> uint8 [n, S, S, C] for up to `batch_size` images.
 
     index: int32 [n], the images' numbers, which determine their noise; labels: int32 [n] for a conditional model. One
-    compiled program runs the whole trajectory; the batch is split over the mesh.
+    compiled program runs the whole trajectory, with the batch split over the mesh; generators of equal settings share
+    it.
     """
-    padded = -(-batch_size // mesh.size) * mesh.size
-    jitted, place = compile_sampling(config, network, mesh), sharding.batch_sharding(mesh)
-    compiled = {}  # with and without labels
+    settings = dict(model=config.model, diffusion=config.diffusion, sampling=config.sampling)
+    data = Data(image_size=config.data.image_size, channels=config.data.channels)
+    return _generator(Config(data=data, **settings), mesh, batch_size)
+
+
+@functools.lru_cache(maxsize=8)
+def _generator(config: Config, mesh, batch_size: int):
+    padded, place = -(-batch_size // mesh.size) * mesh.size, sharding.batch_sharding(mesh)
+    jitted, compiled = compile_sampling(config, make_network(config), mesh), {}  # with and without labels
 
     def generate(params, seed: int, index, labels=None) -> np.ndarray:
         n = len(index)
@@ -56,7 +63,7 @@ def make_generator(config: Config, network: Network, mesh, batch_size: int):
         fill = lambda a: sharding.put(np.resize(np.asarray(a, np.int32), padded), place)
         args = params, jax.random.key(seed), fill(index), None if labels is None else fill(labels)
         if (labels is None) not in compiled:
-            compiled[labels is None] = processes.compile_together(jitted.lower(*args), mesh)
+            compiled[labels is None] = processes.compile_together(jitted, mesh, *args)
         return np.asarray(compiled[labels is None](*args))[:n]
 
     return generate
@@ -149,13 +156,6 @@ def _local_mesh():
     return sharding.make_mesh(devices=jax.local_devices())
 
 
-@functools.lru_cache(maxsize=2)
-def _shared_generator(config: str, mesh, batch_size: int):
-    """One compiled program for several seeds, and for several checkpoints of a run. config: JSON."""
-    config = parse(json.loads(config))
-    return make_generator(config, make_network(config), mesh, batch_size)
-
-
 def generate_batches(loaded: Loaded, index, labels, *, seed: int, batch_size: int):
     """Yield (index, images) for the image numbers `index`, with `labels` (or None) of equal length.
 
@@ -163,7 +163,7 @@ def generate_batches(loaded: Loaded, index, labels, *, seed: int, batch_size: in
       an image comes out bit for bit the same on any number of devices.
     """
     together = batch_size * loaded.mesh.size
-    generate = _shared_generator(json.dumps(to_dict(loaded.config)), loaded.mesh, together)
+    generate = make_generator(loaded.config, loaded.mesh, together)
     index = np.asarray(index, np.int32)
     for start in range(0, len(index), together):
         part = slice(start, start + together)

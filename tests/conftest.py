@@ -1,10 +1,13 @@
 import os
 import pathlib
+from unittest import mock
 
 import jax
 import pytest
 
 import maskdm_jax
+from maskdm_jax.parallel import sharding
+from maskdm_jax.training import loop, step
 
 ROOT = pathlib.Path(__file__).parent.parent
 # Of this worker alone: JAX does not write its entries in one go.
@@ -35,6 +38,30 @@ def pytest_generate_tests(metafunc):
 def root():
     assert pathlib.Path(maskdm_jax.__file__).parent.parent == ROOT
     return ROOT
+
+
+@pytest.fixture(scope="session", autouse=True)
+def shared_steps():
+    """Runs of equal settings share their jitted steps, so that each is traced and compiled once per worker."""
+    honest, known = loop.compile_step, {}
+
+    def compile_step(config, name, mesh, state):
+        data = config.data.image_size, config.data.channels, config.data.flip, config.data.label_dropout
+        key = (
+            config.model,
+            data,
+            config.diffusion,
+            config.stage[name],
+            mesh,
+            sharding.MIN_SHARDED_SIZE,
+            step.ema_step_size,
+        )
+        if key not in known:
+            known[key] = honest(config, name, mesh, state)
+        return known[key]
+
+    with mock.patch.object(loop, "compile_step", compile_step):
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -62,7 +62,7 @@ def assert_same(found, state):
     jax.tree.map(same, found, state)
 
 
-@pytest.mark.parametrize("devices", [1, 2, 4, 8])
+@pytest.mark.parametrize("devices", [1, 8])
 def test_what_one_mesh_saved_any_other_restores(state, tmp_path, devices):
     """Bit for bit, and placed as the new mesh has it."""
     folder = checkpoint.Checkpoints(tmp_path, keep=1)
@@ -113,7 +113,7 @@ def test_a_full_disk_is_named(two, state, monkeypatch):
     usage = shutil.disk_usage(two.folder)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=100_000))
     said = (
-        r"\(step 5 takes 0.01 GB and the disk has 0.00 GB free\); make room there; the same command goes on from step 4"
+        r"\(step 5 takes 0.01 GB and the disk has 0.00 GB free\); make room there; the same command resumes from step 4"
     )
     with pytest.raises(CheckpointError, match=said):
         two.save(5, placed(state, mesh_of(1)), META)
@@ -125,7 +125,7 @@ def test_the_newest_whole_one_is_used_and_the_damaged_one_moved_aside(two, state
     with caplog.at_level("WARNING"):
         assert two.latest_valid() == 3
     assert "checkpoints/4 is damaged" in caplog.text
-    assert "moved to 4.damaged, going on from 3" in caplog.text
+    assert "renamed to 4.damaged, resuming from 3" in caplog.text
     assert (two.folder / "4.damaged").is_dir()
     two.save(4, placed(state, mesh_of(1)), META)
     two.wait()
@@ -134,5 +134,5 @@ def test_the_newest_whole_one_is_used_and_the_damaged_one_moved_aside(two, state
         (two.folder / str(step) / "params" / "_METADATA").write_text("{")
     with caplog.at_level("WARNING"):
         assert two.latest_valid() is None
-    assert "going on from the start" in caplog.text
+    assert "resuming from the start" in caplog.text
     gc.collect()

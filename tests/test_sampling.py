@@ -45,14 +45,12 @@ def test_an_image_is_the_same_in_any_batch_and_on_any_mesh():
     config = tiny.config()
     network = make_network(config)
     params = jax.jit(network.init)(jax.random.key(0))
-    eight = sampling.make_generator(config, network, make_mesh(), 8)(params, 5, range(8), np.arange(8))
-    one = sampling.make_generator(config, network, make_mesh(devices=jax.devices()[:1]), 8)(
-        params, 5, range(8), np.arange(8)
-    )
+    eight = sampling.make_generator(config, make_mesh(), 8)(params, 5, range(8), np.arange(8))
+    one = sampling.make_generator(config, make_mesh(devices=jax.devices()[:1]), 8)(params, 5, range(8), np.arange(8))
     np.testing.assert_allclose(eight.astype(int), one, atol=1)
-    some = sampling.make_generator(config, network, make_mesh(), 8)(params, 5, [6, 2], [6, 2])
+    some = sampling.make_generator(config, make_mesh(), 8)(params, 5, [6, 2], [6, 2])
     np.testing.assert_array_equal(some, eight[[6, 2]])
-    other = sampling.make_generator(config, network, make_mesh(), 8)(params, 6, range(8), np.arange(8))
+    other = sampling.make_generator(config, make_mesh(), 8)(params, 6, range(8), np.arange(8))
     assert (other != eight).mean() > 0.5
 
 

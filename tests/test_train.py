@@ -13,14 +13,14 @@ import tiny
 from maskdm_jax import config as config_lib
 from maskdm_jax import run
 from maskdm_jax.build import make_network
-from maskdm_jax.data.pipeline import Batches
+from maskdm_jax.data.pipeline import TrainingData
 from maskdm_jax.errors import CheckpointError, ConfigError, NonFiniteLoss
-from maskdm_jax.parallel import processes, sharding
+from maskdm_jax.parallel import sharding
 from maskdm_jax.run import train
 from maskdm_jax.training import checkpoint, logs, loop, step
 from maskdm_jax.training.loop import make_run_mesh
 from maskdm_jax.training.start import abstract_state
-from maskdm_jax.training.state import TrainState, make_optimizer, new_state
+from maskdm_jax.training.state import make_optimizer, new_state
 from maskdm_jax.training.step import draw_inputs
 
 ONE = jax.devices()[:1]
@@ -35,7 +35,7 @@ def setup(config, devices=ONE):
     optimizer = make_optimizer(config.stage[config.stages[0]])
     make = lambda: new_state(network.init(jax.random.key(0)), optimizer, jax.random.key(1))
     state = jax.jit(make, out_shardings=placed)()
-    batches = Batches(config.data, batch_size=config.stage[config.stages[0]].batch_size, seed=0)
+    batches = TrainingData(config.data).batches(batch_size=config.stage[config.stages[0]].batch_size, seed=0)
     return jitted, state, batches, mesh
 
 
@@ -78,7 +78,7 @@ def test_micro_batches_compute_what_the_whole_batch_does(reference_losses):
 
 def test_randomness_belongs_to_the_example_not_to_its_row():
     config = tiny.config()
-    batch = next(Batches(config.data, batch_size=8, seed=0))
+    batch = next(TrainingData(config.data).batches(batch_size=8, seed=0))
     order = np.random.RandomState(0).permutation(8)
     key = jax.random.key(0)
     draw = jax.jit(functools.partial(draw_inputs, config, "pretrain"))
@@ -94,7 +94,7 @@ def test_randomness_belongs_to_the_example_not_to_its_row():
 
 def test_labels_are_dropped_at_the_rate_asked_for():
     config = tiny.config(data__label_dropout=0.25)
-    batch = next(Batches(config.data, batch_size=1000, seed=0))
+    batch = next(TrainingData(config.data).batches(batch_size=1000, seed=0))
     inputs = draw_inputs(config, "pretrain", jax.random.key(0), batch)
     dropped = np.asarray(inputs.labels) == -1
     assert 0.2 < dropped.mean() < 0.3
@@ -114,7 +114,7 @@ def test_the_same_batch_is_seen_afresh_at_every_step():
 
 def test_inputs_are_the_visible_patches_of_the_image():
     config = tiny.config(data__flip=0.0)
-    batch = next(Batches(config.data, batch_size=8, seed=0))
+    batch = next(TrainingData(config.data).batches(batch_size=8, seed=0))
     inputs = draw_inputs(config, "pretrain", jax.random.key(0), batch)
     assert inputs.x0.shape == inputs.eps.shape == (8, 8, 4)
     for image, patches, positions in zip(batch["image"], inputs.x0, inputs.positions, strict=True):
@@ -301,21 +301,19 @@ def test_a_non_finite_loss_stops_the_run(tmp_path, monkeypatch, bad_step, checkp
         return real(mesh, batch)
 
     monkeypatch.setattr(sharding, "to_global", poisoned)
-    honest = processes.compile_together
+    honest = loop.compile_step
 
-    def compile_poisoned(lowered, mesh):
-        compiled = honest(lowered, mesh)
+    def compile_poisoned(*args):
+        compiled = honest(*args)
 
-        def poisoned_step(state, *batch):
-            if not isinstance(state, TrainState):  # the program of the previews
-                return compiled(state, *batch)
-            state, metrics = compiled(state, *batch)
+        def poisoned_step(state, batch):
+            state, metrics = compiled(state, batch)
             bad = jnp.float32(jnp.nan) if count >= bad_step else metrics["loss"]
             return state, metrics | {"loss": bad}
 
         return poisoned_step
 
-    monkeypatch.setattr(processes, "compile_together", compile_poisoned)
+    monkeypatch.setattr(loop, "compile_step", compile_poisoned)
     with pytest.raises(NonFiniteLoss) as error:
         train(tiny.config(), tmp_path, devices=ONE)
     said = str(error.value)

@@ -10,7 +10,6 @@ import typing
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
-from orbax.checkpoint import multihost
 
 from maskdm_jax.errors import DistributedError, prefixed
 
@@ -111,14 +110,20 @@ def barrier(name: str) -> None:
     another process may still compile or read a checkpoint.
     """
     if jax.process_count() > 1:
+        from orbax.checkpoint import multihost
+
         multihost.get_barrier_sync_fn()(key=name, timeout_ms=3_600_000)
 
 
-def compile_together(lowered, mesh) -> jax.stages.Compiled:
-    """Compile a `jax.stages.Lowered` and wait for the other processes of the mesh to have compiled it."""
-    compiled = lowered.compile()
-    if any(device.process_index != jax.process_index() for device in mesh.devices.flat):
-        barrier("compiled")
+def compile_together(jitted, mesh, *args):
+    """Compile a jitted function for `args` in all processes of a mesh, before any of them runs it.
+
+    The mesh of one process needs no such care: the function is returned as it is, and compiles when it is called.
+    """
+    if all(device.process_index == jax.process_index() for device in mesh.devices.flat):
+        return jitted
+    compiled = jitted.lower(*args).compile()
+    barrier("compiled")
     return compiled
 
 

@@ -123,7 +123,7 @@ class Metrics:
 
 
 def read_metrics(path) -> list[dict]:
-    """The lines of a metrics.jsonl; whatever is no JSON object with a step, such as a line cut by a kill, is skipped."""
+    """The lines of a metrics.jsonl. A line that is damaged, such as one cut by a kill, is skipped."""
     lines = []
     for text in pathlib.Path(path).read_text(errors="replace").splitlines():
         with contextlib.suppress(ValueError, RecursionError):

@@ -21,7 +21,7 @@ from maskdm_jax.training import logs
 from maskdm_jax.training.checkpoint import Checkpoints
 from maskdm_jax.training.start import begin, next_stage
 from maskdm_jax.training.state import TrainState
-from maskdm_jax.training.step import abstract_batch, jit_step
+from maskdm_jax.training.step import compile_step
 
 log = logging.getLogger(__name__)
 
@@ -129,8 +129,7 @@ def run_stage(run: Run, index: int, state: TrainState, meta: dict, hooks) -> Tra
     log.info("stage %s: %d steps of %d images; %s", name, stage.steps, stage.batch_size, describe_masks(run, name))
     if first == stage.steps:
         return state
-    step_fn = jit_step(run.config, name, run.mesh, state).lower(state, abstract_batch(run.config, name, run.mesh))
-    step_fn = processes.compile_together(step_fn, run.mesh)
+    step_fn = compile_step(run.config, name, run.mesh, state)
     batches = run.data.batches(batch_size=stage.batch_size, seed=run.config.seed + index)
     if "data" in meta:
         batches.seek(meta["data"])

@@ -13,7 +13,7 @@ from maskdm_jax.diffusion import masking
 from maskdm_jax.diffusion.gaussian import check_choices, denoising_loss, loss_weights
 from maskdm_jax.errors import ConfigError, prefixed
 from maskdm_jax.models.representation import make_representation
-from maskdm_jax.parallel import sharding
+from maskdm_jax.parallel import processes, sharding
 from maskdm_jax.training.state import TrainState, ema_step_size, learning_rate, make_optimizer
 
 
@@ -120,6 +120,13 @@ def jit_step(config: Config, name: str, mesh, abstract: TrainState):
         donate_argnums=0,
         in_shardings=(placed, sharding.batch_sharding(mesh)),
         out_shardings=(placed, sharding.replicated(mesh)),
+    )
+
+
+def compile_step(config: Config, name: str, mesh, state: TrainState):
+    """The step of stage `name`, compiled for a state in all processes of the mesh."""
+    return processes.compile_together(
+        jit_step(config, name, mesh, state), mesh, state, abstract_batch(config, name, mesh)
     )
 
 
