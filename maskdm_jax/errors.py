@@ -52,14 +52,16 @@ class Preempted(MaskDMError):
 
 
 @contextlib.contextmanager
-def prefixed(kind: type[MaskDMError], prefix: str, causes=ValueError, suffix: str = ""):
+def prefixed(kind: type[Exception], prefix: str, causes=ValueError, suffix: str = ""):
     """Raise `kind` with the message `prefix + cause + suffix` in place of exceptions of the types `causes`.
 
     Pure functions and libraries do not know which setting or file their argument came from; the caller does. Of the
-    cause only the first line is kept.
+    cause only the first line is kept. A `MaskDMError` passes as it is.
     """
     try:
         yield
+    except MaskDMError:
+        raise
     except causes as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
         raise kind(prefix + reason + suffix) from error

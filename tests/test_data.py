@@ -9,9 +9,9 @@ import pytest
 import tiny
 from PIL import Image
 
-from maskdm_jax.data import sources
+from maskdm_jax.data import pipeline, sources
 from maskdm_jax.data.images import Framing, decode
-from maskdm_jax.data.pipeline import Batches, _epoch_order
+from maskdm_jax.data.pipeline import TrainingData, _epoch_order
 from maskdm_jax.data.sources import open_source, select
 from maskdm_jax.errors import DataError
 
@@ -127,7 +127,9 @@ def test_of_entries_with_one_name_the_last_counts(tmp_path):
 
 @pytest.mark.parametrize(("batch_size", "hosts"), [(1, 1), (2, 2)])
 def test_batches_of_one(batch_size, hosts):
-    rows = [take(Batches(DATA, batch_size=batch_size, seed=0, host=h, hosts=hosts), 3) for h in range(hosts)]
+    rows = [
+        take(TrainingData(DATA).batches(batch_size=batch_size, seed=0, host=h, hosts=hosts), 3) for h in range(hosts)
+    ]
     assert [[int(b["index"][0]) for b in host] for host in rows] == [
         list(range(h, 3 * hosts, hosts)) for h in range(hosts)
     ]
@@ -169,12 +171,12 @@ def test_classes_and_fractions_are_selected():
 
 
 def test_training_on_a_part():
-    data = tiny.config(data__classes=("7", "3"), data__fraction=0.5, model__num_classes=2).data
-    batches = Batches(data, batch_size=16, seed=0)
-    assert len(batches.source) == 181
+    data = TrainingData(tiny.config(data__classes=("7", "3"), data__fraction=0.5, model__num_classes=2).data)
+    batches = data.batches(batch_size=16, seed=0)
+    assert len(data.source) == 181
     assert set(next(batches)["label"].tolist()) == {0, 1}
     data = tiny.config(data__classes=("7",), data__labels=False, model__num_classes=0).data
-    assert set(next(Batches(data, batch_size=4, seed=0))["label"].tolist()) == {0}
+    assert set(next(TrainingData(data).batches(batch_size=4, seed=0))["label"].tolist()) == {0}
 
 
 def test_a_busy_disk_is_asked_again(monkeypatch):
@@ -189,7 +191,7 @@ def test_a_busy_disk_is_asked_again(monkeypatch):
                 raise OSError("Stale file handle")
             return super().read(i)
 
-    assert sources.read_patiently(Busy(), 4)[1] == sources.Digits().read(4)[1]
+    assert sources.read_patiently(Busy(labels=True), 4)[1] == sources.Digits(labels=True).read(4)[1] > 0
     assert failures == [4, 4, 4]
 
     class Gone(sources.Digits):
@@ -297,7 +299,7 @@ def test_an_epoch_shows_every_image_once_and_the_next_in_another_order():
     source = sources.Digits(labels=True)
     first, second = (
         np.concatenate([b["image"].reshape(-1, 64) for b in take(batches, 3)])
-        for batches in (Batches(DATA, batch_size=599, seed=seed, source=source) for seed in (0, 1))
+        for batches in (TrainingData(DATA).batches(batch_size=599, seed=seed) for seed in (0, 1))
     )
     everything = np.sort(np.stack([source.read(i)[0].reshape(64) for i in range(1797)]).astype(int) @ np.arange(1, 65))
     for epoch in (first, second):
@@ -324,18 +326,18 @@ def test_orders_never_change():
 def test_labels_go_with_images():
     source = sources.Digits(labels=True)
     known = {source.read(i)[0].tobytes(): source.read(i)[1] for i in range(1797)}
-    (batch,) = take(Batches(DATA, batch_size=64, seed=0), 1)
+    (batch,) = take(TrainingData(DATA).batches(batch_size=64, seed=0), 1)
     assert [known[image.tobytes()] for image in batch["image"]] == batch["label"].tolist()
     assert batch["index"].tolist() == list(range(64))
     assert (batch["image"].dtype, batch["label"].dtype, batch["index"].dtype) == (np.uint8, np.int32, np.uint32)
 
 
 def test_position_is_restored_exactly():
-    straight = take(Batches(DATA, batch_size=8, seed=5), 6)
-    first = Batches(DATA, batch_size=8, seed=5)
+    straight = take(TrainingData(DATA).batches(batch_size=8, seed=5), 6)
+    first = TrainingData(DATA).batches(batch_size=8, seed=5)
     state = [next(first) for _ in range(3)] and first.state()
     assert state == {"global_next_index": 24}
-    again = Batches(DATA, batch_size=8, seed=5)
+    again = TrainingData(DATA).batches(batch_size=8, seed=5)
     again.seek(state)
     for a, b in zip(take(again, 3), straight[3:], strict=True):
         same(a, b)
@@ -344,18 +346,18 @@ def test_position_is_restored_exactly():
 
 @pytest.mark.parametrize("hosts", [2, 4])
 def test_hosts_share_the_batch_in_order(hosts):
-    straight = take(Batches(DATA, batch_size=8, seed=5), 3)
-    parts = [take(Batches(DATA, batch_size=8, seed=5, host=h, hosts=hosts), 3) for h in range(hosts)]
+    straight = take(TrainingData(DATA).batches(batch_size=8, seed=5), 3)
+    parts = [take(TrainingData(DATA).batches(batch_size=8, seed=5, host=h, hosts=hosts), 3) for h in range(hosts)]
     for k, whole in enumerate(straight):
         same({key: np.concatenate([part[k][key] for part in parts]) for key in whole}, whole)
     with pytest.raises(DataError, match="batch_size 8 does not divide among 3 hosts"):
-        Batches(DATA, batch_size=8, seed=5, hosts=3)
+        TrainingData(DATA).batches(batch_size=8, seed=5, hosts=3)
 
 
 def test_threads_and_worker_processes_change_nothing():
-    straight = take(Batches(DATA, batch_size=8, seed=5), 5)
+    straight = take(TrainingData(DATA).batches(batch_size=8, seed=5), 5)
     for changes in (dict(data__threads=4), dict(data__workers=2)):
-        batches = Batches(tiny.config(**changes).data, batch_size=8, seed=5)
+        batches = TrainingData(tiny.config(**changes).data).batches(batch_size=8, seed=5)
         batches.seek({"global_next_index": 8})  # in the middle of what two workers would take turns at
         for a, b in zip(take(batches, 4), straight[1:], strict=True):
             same(a, b)
@@ -367,12 +369,15 @@ def numbered(n, broken=()):
     return files | {f"{i:04d}.png": files[f"{i:04d}.png"][:40] for i in broken}
 
 
+def colour(path, channels=3):
+    """Settings of unlabelled images."""
+    return tiny.config(data__path=path, data__channels=channels, data__labels=False, model__num_classes=0).data
+
+
 def test_unreadable_images_are_named_and_replaced_by_their_neighbour(stored, caplog):
-    data = tiny.config(
-        data__path=stored(numbered(200, [7, 8])), data__channels=3, data__labels=False, model__num_classes=0
-    )
+    data = TrainingData(colour(stored(numbered(200, [7, 8]))))
     caplog.set_level(logging.WARNING)
-    batches = Batches(data.data, batch_size=50, seed=0)
+    batches = data.batches(batch_size=50, seed=0)
     runs = [take(batches, 4)]
     batches.seek({"global_next_index": 0})
     runs.append(take(batches, 4))
@@ -381,16 +386,65 @@ def test_unreadable_images_are_named_and_replaced_by_their_neighbour(stored, cap
     seen = np.bincount(np.concatenate([b["image"][:, 0, 0, 0] for b in runs[0]]), minlength=200)
     assert seen[[7, 8, 9]].tolist() == [0, 0, 3], "both neighbours stand in"
     assert np.delete(seen, [7, 8, 9]).tolist() == [1] * 197
-    assert batches.unreadable == {7, 8}
+    assert data.unreadable == {7, 8}
     assert "0007.png" in caplog.text
     assert caplog.text.count("unreadable image") == 2, "each is named once"
 
 
 def test_more_than_one_percent_unreadable_stops(stored):
-    data = tiny.config(
-        data__path=stored(numbered(200, [3, 50, 120])), data__channels=3, data__labels=False, model__num_classes=0
-    )
-    batches = Batches(data.data, batch_size=50, seed=0)
+    batches = TrainingData(colour(stored(numbered(200, [3, 50, 120])))).batches(batch_size=50, seed=0)
     with pytest.raises(DataError, match=r"3 of 200 images are unreadable, more than 1% \(0003.png, 0050.png, 0120.png"):
         take(batches, 4)
+    batches.close()
+
+
+class Latents(sources.Source):
+    """Twelve arrays of four channels, wider than high; image 7 has one channel less when `odd`."""
+
+    def __init__(self, odd=False):
+        super().__init__([f"latent {i}" for i in range(12)])
+        self.arrays = [np.random.RandomState(i).randint(0, 256, (8, 12, 4), np.uint8) for i in range(12)]
+        if odd:
+            self.arrays[7] = self.arrays[7][..., :3]
+
+    def image(self, i):
+        return self.arrays[i]
+
+
+def test_arrays_of_any_number_of_channels_pass_through(monkeypatch):
+    monkeypatch.setattr(pipeline, "open_source", lambda *_: Latents())
+    data = TrainingData(colour("latents", 4))
+    assert data.card["image"]["channels"] == 4
+    (batch,) = take(data.batches(batch_size=12, seed=0), 1)
+    assert batch["image"].shape == (12, 8, 8, 4)
+    order = _epoch_order(12, 0, 0)
+    np.testing.assert_array_equal(batch["image"], [Latents().arrays[i][:, 2:10] for i in order])
+    smaller = decode(Latents().arrays[0], Framing(4, 4))
+    for channel in range(4):
+        one = decode(Latents().arrays[0][..., channel : channel + 1], Framing(4, 1))
+        np.testing.assert_array_equal(smaller[..., channel : channel + 1], one)
+
+
+@pytest.mark.parametrize(
+    ("source", "channels", "message"),
+    [
+        (Latents(odd=True), 4, "latent 7 does not fit: .*an array of 3 channels, not .* 4; set data.channels to 3"),
+        (Latents(), 3, r"latent \d+ does not fit: .*an array of 4 channels, not .* 3; set data.channels to 4"),
+        (Latents(), 2, r"latent \d+ does not fit: .*an array of 4 channels, not .* 2; set data.channels to 4"),
+        (
+            sources.Digits(),
+            4,
+            r"digits\[\d+\] does not fit: .*an array of 1 channels, not .* 4; set data.channels to 1",
+        ),
+        (None, 4, r"a.png does not fit: .*an encoded image of 3 channels, not .* 4; set data.channels to 3 .*or 1"),
+    ],
+)
+def test_other_numbers_of_channels_are_refused(monkeypatch, tmp_path, source, channels, message):
+    """At once: a neighbour does not stand in for an image that can never fit."""
+    (tmp_path / "a.png").write_bytes(png(size=(8, 8)))
+    if source is not None:
+        monkeypatch.setattr(pipeline, "open_source", lambda *_: source)
+    batches = TrainingData(colour(str(tmp_path), channels)).batches(batch_size=12, seed=0)
+    with pytest.raises(DataError, match=message):
+        next(batches)
     batches.close()

@@ -13,7 +13,7 @@ import tiny
 from PIL import Image
 
 from maskdm_jax.data.databases import ArrayBatches
-from maskdm_jax.data.pipeline import Batches
+from maskdm_jax.data.pipeline import TrainingData
 from maskdm_jax.data.sources import open_source
 from maskdm_jax.errors import DataError
 
@@ -118,7 +118,7 @@ def test_a_tfds_folder_is_read_without_tensorflow(tfds_folder):
     with pytest.raises(DataError, match="split 'validation': Unknown split"):
         open_source(str(tfds_folder), split="validation")
     data = tiny.config(data__path=str(tfds_folder), data__split="test", data__channels=3, model__num_classes=2).data
-    batch = next(Batches(data, batch_size=4, seed=0))
+    batch = next(TrainingData(data).batches(batch_size=4, seed=0))
     assert batch["image"].shape == (4, 8, 8, 3)
 
 
@@ -155,7 +155,7 @@ def batches(tmp_path):
 def test_batch_files(batches):
     source = ArrayBatches(batches, ["one", "two", "three"], first_label=1)
     assert source.labels == [0, 1, 2, 2, 0]
-    assert source.names == ["data_batch_1[0]", "data_batch_1[1]", "data_batch_1[2]", "two.npz[0]", "three.npz[0]"]
+    assert list(source.names) == ["data_batch_1[0]", "data_batch_1[1]", "data_batch_1[2]", "two.npz[0]", "three.npz[0]"]
     for i in (4, 0, 3, 1, 2):
         image, label = source.read(i)
         np.testing.assert_array_equal(image, PLANES[i].reshape(3, 4, 4).transpose(1, 2, 0))

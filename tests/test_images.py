@@ -50,8 +50,8 @@ def test_what_cannot_be_framed_is_named():
             Framing(8, crop=crop)
     with pytest.raises(ValueError, match="filter 'nearest' is unknown; choose from bicubic"):
         Framing(8, filter="nearest")
-    with pytest.raises(ValueError, match="channels are 4; they must be 3"):
-        Framing(8, channels=4)
+    with pytest.raises(ValueError, match="channels 0 must be at least 1"):
+        Framing(8, channels=0)
 
 
 def test_what_is_no_image_of_eight_bits_is_named():
@@ -66,5 +66,12 @@ def test_what_is_no_image_of_eight_bits_is_named():
 
 
 def test_framings_are_told_apart():
-    described = [Framing(8), Framing(9), Framing(8, 1), Framing(8, crop="centre:5"), Framing(8, filter="box")]
-    assert len({str(framing.describe()) for framing in described}) == 5
+    described = [
+        Framing(8),
+        Framing(9),
+        Framing(8, 1),
+        Framing(8, 4),
+        Framing(8, crop="centre:5"),
+        Framing(8, filter="box"),
+    ]
+    assert len({str(framing.describe()) for framing in described}) == 6

@@ -17,7 +17,7 @@ from PIL import Image
 
 from maskdm_jax.data import prepare
 from maskdm_jax.data.images import Framing, decode
-from maskdm_jax.data.pipeline import Batches
+from maskdm_jax.data.pipeline import TrainingData
 from maskdm_jax.data.prepared import PreparedImages, decode_record, encode_record, read_card, shard_name
 from maskdm_jax.data.sources import open_source
 from maskdm_jax.errors import DataError
@@ -109,17 +109,15 @@ def test_the_card_says_how(prepared):
 
 
 def test_training_reads_it_like_the_folder(folder, prepared):
-    data = lambda path: (
-        tiny.config(
-            data__path=str(path), data__image_size=12, data__channels=3, model__num_classes=2, model__patch_size=2
-        ).data
-    )
-    ours, theirs = (Batches(data(path), batch_size=4, seed=0) for path in (prepared[0], folder))
+    changes = dict(data__image_size=12, data__channels=3, model__num_classes=2, model__patch_size=2)
+    settings = lambda path: tiny.config(data__path=str(path), **changes).data
+    data = [TrainingData(settings(path)) for path in (prepared[0], folder)]
+    ours, theirs = (some.batches(batch_size=4, seed=0) for some in data)
     for _ in range(5):
         a, b = next(ours), next(theirs)
         for key in b:
             np.testing.assert_array_equal(a[key], b[key])
-    pickle.loads(pickle.dumps(ours.source)).read(3)
+    pickle.loads(pickle.dumps(data[0].source)).read(3)
 
 
 def test_the_hash_is_of_the_content(folder, prepared, tmp_path):
@@ -145,7 +143,7 @@ def test_images_that_change_in_between(folder, prepared, tmp_path, caplog):
     written = []
     card = make(root, out, progress=written.append)
     assert written[0] == 1, "of the first shard"
-    assert "images-00000-of-00003.arrayrecord is made anew" in caplog.text
+    assert "images-00000-of-00003.arrayrecord is written again: its images have changed" in caplog.text
     assert "images-00001" not in caplog.text
     assert card["content_hash"] == make(root, tmp_path / "at once")["content_hash"] != prepared[1]["content_hash"]
     (root / "cat/grey.png").write_bytes(encoded("L"))
@@ -268,18 +266,14 @@ def test_a_full_disk_and_a_lying_one(folder, tmp_path, monkeypatch):
             make(folder, tmp_path / "set")
     assert [p.name for p in (tmp_path / "set").iterdir()] == ["plan.json"]
     with monkeypatch.context() as patched:
-        patched.setattr(prepare, "_png", lambda image: bytes(10))  # what is written differs from what was meant
-        note = prepare._write_shard(
-            open_source(str(folder)),
-            prepare.Plan("x", "", "", 11, {}, [], 4),
-            Framing(12),
-            tmp_path / "set",
-            0,
-            __import__("concurrent.futures").futures.ThreadPoolExecutor(1),
-            lambda _: None,
-        )
-    with pytest.raises(DataError, match="is not what was written; run the same command again"):
-        prepare._verify(tmp_path / "set" / shard_name(0, 3), note | {"hash": "0" * 64})
+        honest = prepare.ArrayRecordWriter.write
+        lying = type("Lying", (prepare.ArrayRecordWriter,), {"write": lambda self, record: honest(self, record[:-1])})
+        patched.setattr(prepare, "ArrayRecordWriter", lying)  # what is written differs from what was meant
+        with pytest.raises(
+            DataError, match=r"0-of-00003.arrayrecord is not what was written \(3 of 3 shards differ\); run the"
+        ):
+            make(folder, tmp_path / "set")
+    assert not (tmp_path / "set" / "shard-00000.json").exists()
     assert make(folder, tmp_path / "set")["count"] == 11
 
 
@@ -292,7 +286,9 @@ def test_a_shard_that_rots_while_others_are_written_is_found_and_written_anew(fo
             content[len(content) // 2] ^= 1
             shard.write_bytes(content)
 
-    with pytest.raises(DataError, match="00000-of-00003.arrayrecord is not what was written; run the same command"):
+    with pytest.raises(
+        DataError, match=r"0-of-00003.arrayrecord is not what was written \(1 of 3 shards differ\); run the"
+    ):
         make(folder, tmp_path / "set", progress=rot)
     assert not (tmp_path / "set" / "card.json").exists()
     assert make(folder, tmp_path / "set")["content_hash"] == prepared[1]["content_hash"]
@@ -327,6 +323,8 @@ def test_other_folders_are_not_touched(folder, prepared, tmp_path):
         make(folder, tmp_path / "full")
     with pytest.raises(DataError, match="holds a finished set of pets at 12 px"):
         make(folder, prepared[0], size=16)
+    with pytest.raises(DataError, match="PNG images, of 1 or 3 channels, not 4"):
+        prepare.prepare(open_source(str(folder)), tmp_path / "new", Framing(8, 4), name="x")
     with pytest.raises(RuntimeError, match="stop"):
         make(folder, tmp_path / "half", progress=lambda done: (_ for _ in ()).throw(RuntimeError("stop")))
     with pytest.raises(DataError, match="unfinished set of other settings .image: .*'size': 12.*'size': 16"):

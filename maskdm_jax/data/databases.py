@@ -1,4 +1,4 @@
-"""Images in databases: LMDB, TFDS data folders, and arrays in batch files. See `sources` for what a source is."""
+"""Images in databases: LMDB, TFDS data folders, and arrays in batch files."""
 
 import contextlib
 import functools
@@ -16,14 +16,14 @@ import zipfile
 import lmdb
 import numpy as np
 
-from maskdm_jax.data import WITHOUT_LABELS
 from maskdm_jax.data.files import file_stamp
 from maskdm_jax.data.images import is_image
-from maskdm_jax.errors import DataError
+from maskdm_jax.data.sources import WITHOUT_LABELS, LazySequence, Source
+from maskdm_jax.errors import DataError, prefixed
 
 _OPEN_DATABASES = weakref.WeakValueDictionary()  # by path
-# The library maps the file into memory and trusts it: what is damaged ends the process. So another one goes first, over
-# all pages that say where things are and the last byte of every value.
+# The library maps the file into memory and trusts it: a damaged file can crash the process. So a child process first
+# visits every page of the tree and the last byte of every value.
 _WALK = """
 import os, sys, lmdb
 with lmdb.open(sys.argv[1], readonly=True, lock=False) as database, database.begin(buffers=True) as transaction:
@@ -37,60 +37,53 @@ with lmdb.open(sys.argv[1], readonly=True, lock=False) as database, database.beg
             sys.exit(f"key {bytes(key)} leads nowhere")
         bytes(value[-1:])
 """
-_NOT_IMAGES = {b"length", b"__len__", b"__keys__", b"num-samples", b"num_samples"}
+_NOT_IMAGES = {"length", "__len__", "__keys__", "num-samples", "num_samples"}
 
 
-class LmdbImages:
-    """All values of an LMDB as images: encoded files, as LSUN has them, or bare pixels of a square colour image.
+class LmdbImages(Source):
+    """All values of an LMDB as images: encoded files, as in LSUN, or raw pixels of square RGB images.
 
-    In the order of the keys, which are the names.
+    The keys are the names and give the order.
     """
 
     def __init__(self, path, labels: bool = False):
         if labels:
             raise DataError(f"{path} is an LMDB, which has no labels; {WITHOUT_LABELS}")
-        self._path, self._database, self.classes, self.labels = os.path.realpath(path), None, [], []
+        self._path, self._database = os.path.realpath(path), None
         walk = subprocess.run([sys.executable, "-c", _WALK, self._path], stderr=subprocess.PIPE, check=False)
         if walk.returncode:
             lines = walk.stderr.decode("utf-8", "replace").strip().splitlines()
             reason = lines[-1] if lines and walk.returncode > 0 else f"reading it ends in signal {-walk.returncode}"
             raise DataError(f"{path} is not a readable LMDB, cut short or damaged ({reason}); copy it again")
-        try:
-            with self._open().begin() as transaction:
-                keys = [bytes(key) for key in transaction.cursor().iternext(values=False)]
-                self._keys = [key for key in keys if key not in _NOT_IMAGES]
-                if not self._keys:
-                    raise DataError(f"{path} is empty; copy it again")
-                first = transaction.get(self._keys[0])
-        except lmdb.Error as error:
-            raise DataError(f"{path} is not a readable LMDB ({error}); copy it again") from None
-        self._bare = len(first) == 3 * math.isqrt(len(first) // 3) ** 2 and not is_image(first)
+        broken = prefixed(DataError, f"{path} is not a readable LMDB (", lmdb.Error, "); copy it again")
+        with broken, self._open().begin() as transaction:
+            keys = [str(key, "utf-8", "surrogateescape") for key in transaction.cursor().iternext(values=False)]
+        super().__init__([key for key in keys if key not in _NOT_IMAGES])
+        if not self.names:
+            raise DataError(f"{path} is empty; copy it again")
+        first = self._value(0)
+        self._raw = len(first) == 3 * math.isqrt(len(first) // 3) ** 2 and not is_image(first)
 
-    @functools.cached_property
-    def names(self) -> list[str]:
-        """The keys as text."""
-        return [key.decode("utf-8", "backslashreplace") for key in self._keys]
+    def image(self, i: int):
+        """Encoded bytes, or uint8 [S, S, 3]."""
+        value = self._value(i)
+        if not self._raw:
+            return value
+        side = math.isqrt(len(value) // 3)
+        return np.frombuffer(value, np.uint8).reshape(side, side, 3)
 
-    def __len__(self):
-        return len(self._keys)
-
-    def read(self, i: int):
-        """Encoded bytes, or uint8 [S, S, 3], and 0."""
+    def _value(self, i: int) -> bytes:
         with self._open().begin() as transaction:
-            value = transaction.get(self._keys[i])
-        if self._bare:
-            side = math.isqrt(len(value) // 3)
-            return np.frombuffer(value, np.uint8).reshape(side, side, 3), 0
-        return value, 0
+            return transaction.get(self.names[i].encode("utf-8", "surrogateescape"))
 
     def stamp(self, i: int) -> str:
-        """Size and time of the database."""
+        """Size and modification time of the database."""
         return file_stamp(os.path.join(self._path, "data.mdb"))
 
     def _open(self):
         if self._database is None:  # a process must not open a database twice
             self._database = _OPEN_DATABASES.get(self._path)
-        if self._database is None:  # without locks, for it may lie on a read-only disk
+        if self._database is None:  # without locks: the disk may be read-only
             self._database = lmdb.open(self._path, readonly=True, lock=False, readahead=False, max_readers=1024)
             _OPEN_DATABASES[self._path] = self._database
         return self._database
@@ -99,7 +92,7 @@ class LmdbImages:
         return self.__dict__ | {"_database": None}
 
 
-class TfdsImages:
+class TfdsImages(Source):
     """A split of a TFDS data folder (.../NAME/VERSION), read without TensorFlow."""
 
     def __init__(self, path, labels: bool = False, split: str = ""):
@@ -109,38 +102,27 @@ class TfdsImages:
         import tensorflow_datasets as tfds  # seconds to import
 
         split = split or "train"
-        try:
+        with prefixed(DataError, f"{path}, split {split!r}: ", Exception):  # TFDS raises many types
             builder = tfds.builder_from_directory(os.fspath(path))
             features = builder.info.features
-            image = next(name for name in features if isinstance(features[name], tfds.features.Image))
-            skip = {image: tfds.decode.SkipDecoding()}
-            self._records = builder.as_data_source(split, decoders=skip)
-        except StopIteration:
-            raise DataError(f"{path} has no image; its features are {', '.join(features)}") from None
-        except NotImplementedError:
-            raise DataError(
-                f"{path} was not prepared for random access; prepare it again with "
-                "tfds build --file_format=array_record"
-            ) from None
-        except Exception as error:  # whatever TFDS throws
-            raise DataError(f"{path}, split {split!r}: {str(error).strip().splitlines()[0][:300]}") from None
-        self._image, self.classes, self._label = image, [], None
-        self._info = os.path.join(path, "dataset_info.json")
+            images = [name for name in features if isinstance(features[name], tfds.features.Image)]
+            if not images:
+                raise DataError(f"{path} has no image; its features are {', '.join(features)}")
+            again = "); prepare it again with tfds build --file_format=array_record"
+            with prefixed(DataError, f"{path} was not prepared for random access (", NotImplementedError, again):
+                self._records = builder.as_data_source(split, decoders={images[0]: tfds.decode.SkipDecoding()})
         kinds = [name for name in features if isinstance(features[name], tfds.features.ClassLabel)]
-        if labels:
-            if len(kinds) != 1:
-                raise DataError(f"{path} has {len(kinds)} class labels ({', '.join(kinds)}), not one; {WITHOUT_LABELS}")
-            self._label = kinds[0]
-            self.classes = list(features[self._label].names)
+        if labels and len(kinds) != 1:
+            raise DataError(f"{path} has {len(kinds)} class labels ({', '.join(kinds)}), not one; {WITHOUT_LABELS}")
+        self._image, self._label = images[0], kinds[0] if labels else None
+        self._info = os.path.join(path, "dataset_info.json")
         self.names = [f"{pathlib.Path(path).parent.name}/{split}[{i}]" for i in range(len(self._records))]
+        self.classes = list(features[self._label].names) if labels else []
 
     @functools.cached_property
     def labels(self) -> list[int]:
-        """Reads all records."""
-        return [int(self._records[i][self._label]) for i in range(len(self))] if self._label else []
-
-    def __len__(self):
-        return len(self._records)
+        """Class numbers; computing them reads all records."""
+        return [self.read(i)[1] for i in range(len(self))] if self._label else []
 
     def read(self, i: int):
         """Encoded bytes and label."""
@@ -148,66 +130,64 @@ class TfdsImages:
         return record[self._image], int(record[self._label]) if self._label else 0
 
     def stamp(self, i: int) -> str:
-        """The set's own description of its files: TFDS does not write into a finished set."""
+        """Size and modification time of the set's description: TFDS does not write into a finished set."""
         return file_stamp(self._info)
 
 
-class ArrayBatches:
+class ArrayBatches(Source):
     """Images in a few large files of arrays, as CIFAR-10 and the down-sampled ImageNet are published.
 
-    A file holds `data`, uint8 [n, 3 * S * S], colour planes one after the other, and `labels`: an .npz, a pickled
-    dict (only arrays, numbers, text, lists and dicts are read; nothing is executed), or CIFAR's binary records.
+    A file holds `data`, uint8 [n, 3 * S * S] (one colour plane after the other), and `labels`. It is an .npz, a
+    pickled dict (read without executing anything: arrays, numbers, text, lists and dicts), or CIFAR's binary records.
     """
 
     def __init__(self, files: list[tuple[str, str]], classes: list[str], *, first_label: int = 0):
-        """files: pairs of a path and "", or of an archive (zip, tar) and the name of a member of it, in order;
-        classes: names, [] for no labels; first_label: number of the first class in the files.
+        """Load every file once, for its labels; two files at a time stay in memory.
 
-        Loads every file once, for its labels. Two at a time are kept.
+        Args:
+          files: pairs of a path and "", or of an archive (zip, tar) and the name of a member, in order.
+          classes: names; [] for no labels.
+          first_label: number of the first class in the files.
 
         Raises:
           DataError: a file is damaged or of another kind.
         """
-        self._files, self.classes, self._kept, self._lock = files, classes, {}, threading.Lock()
-        self.labels, self._starts = [], [0]  # starts: number of each file's first image, and of all
+        self._files, self._kept, self._lock = files, {}, threading.Lock()
+        labels, self._starts = [], [0]  # starts: number of each file's first image, and the number of all images
         for number in range(len(files)):
-            data, labels = self._load(number)
-            if len(labels) != len(data):
-                raise DataError(f"{self._name(number)} has {len(data)} images and {len(labels)} labels; copy it again")
+            data, found = self._load(number)
             self._starts.append(self._starts[-1] + len(data))
-            self.labels += [int(label) - first_label for label in labels] if classes else []
-        if self.labels and not 0 <= min(self.labels) <= max(self.labels) < len(classes):
-            raise DataError(
-                f"{files[0][0]}: labels {min(self.labels)} to {max(self.labels)} are not {len(classes)} classes"
-            )
+            labels += [int(label) - first_label for label in found]
+            if len(labels) != self._starts[-1]:
+                raise DataError(
+                    f"{self._file_name(number)} has {len(data)} images and {len(found)} labels; copy it again"
+                )
+        if classes and labels and not 0 <= min(labels) <= max(labels) < len(classes):
+            raise DataError(f"{files[0][0]}: labels {min(labels)} to {max(labels)} are not {len(classes)} classes")
+        super().__init__(LazySequence(self._starts[-1], self._name), labels if classes else [], classes)
 
-    @functools.cached_property
-    def names(self) -> list[str]:
-        """File and number."""
-        sizes = np.diff(self._starts)
-        return [f"{self._name(number)}[{i}]" for number, size in enumerate(sizes) for i in range(size)]
+    def _name(self, i: int) -> str:
+        number = self._number(i)
+        return f"{self._file_name(number)}[{i - self._starts[number]}]"
 
-    def __len__(self):
-        return self._starts[-1]
+    def _file_name(self, number: int) -> str:
+        path, member = self._files[number]
+        return pathlib.PurePosixPath(member or path).name
 
-    def read(self, i: int):
-        """Image (uint8 [S, S, 3]) and label."""
+    def image(self, i: int):
+        """uint8 [S, S, 3]."""
         number = self._number(i)
         row = self._load(number)[0][i - self._starts[number]]
         side = math.isqrt(row.size // 3)
-        return np.ascontiguousarray(row.reshape(3, side, side).transpose(1, 2, 0)), self.labels[i] if self.labels else 0
+        return np.ascontiguousarray(row.reshape(3, side, side).transpose(1, 2, 0))
 
     def stamp(self, i: int) -> str:
-        """Size and time of the image's file."""
+        """Size and modification time of the image's file."""
         return file_stamp(self._files[self._number(i)][0])
 
     def _number(self, i: int) -> int:
-        """Of the file with image i."""
+        """Number of the file that holds image i."""
         return int(np.searchsorted(self._starts, i, side="right")) - 1
-
-    def _name(self, number: int) -> str:
-        path, member = self._files[number]
-        return pathlib.PurePosixPath(member or path).name
 
     def _load(self, number: int):
         with self._lock:

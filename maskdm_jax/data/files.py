@@ -1,4 +1,4 @@
-"""Images as files: folders, zip and tar archives, object stores. See `sources` for what a source is."""
+"""Images as files: folders, zip and tar archives, object stores."""
 
 import bz2
 import gzip
@@ -14,8 +14,8 @@ import zlib
 
 import fsspec
 
-from maskdm_jax.data import WITHOUT_LABELS
-from maskdm_jax.errors import DataError
+from maskdm_jax.data.sources import WITHOUT_LABELS, Source
+from maskdm_jax.errors import DataError, prefixed
 from maskdm_jax.storage import atomic_path
 
 _OPENERS = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ": lzma.open}
@@ -23,29 +23,27 @@ _ZSTD = b"\x28\xb5\x2f\xfd"
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"}
 
 
-class ImageFolder:
+class ImageFolder(Source):
     """All images under a folder, nested or flat."""
 
     def __init__(self, path, labels: bool = False):
         self._root = pathlib.Path(path)
-        self.names, self.labels, self.classes = index_names(path, list(_walk(str(self._root), "", ())), labels)
+        super().__init__(*index_names(path, list(_walk(str(self._root), "", ())), labels))
 
-    def __len__(self):
-        return len(self.names)
-
-    def read(self, i: int):
-        """Encoded bytes and label."""
-        return (self._root / self.names[i]).read_bytes(), self.labels[i] if self.labels else 0
+    def image(self, i: int) -> bytes:
+        """Encoded bytes."""
+        return (self._root / self.names[i]).read_bytes()
 
     def stamp(self, i: int) -> str:
-        """Size and time of the image's file."""
+        """Size and modification time of the file."""
         return file_stamp(self._root / self.names[i])
 
 
 def _walk(folder: str, prefix: str, above: tuple):
-    """Names of the files under a folder. Links are followed, but not back to a folder that they lie in.
+    """Yield the names of the files under a folder.
 
-    Links to nothing are files, which cannot be read: so they are named and not lost.
+    Links are followed, but not to a folder that contains them. Broken links are listed too, so that reading them
+    fails and they are reported.
     """
     status = os.stat(folder)
     if (status.st_dev, status.st_ino) in above:
@@ -55,12 +53,12 @@ def _walk(folder: str, prefix: str, above: tuple):
         for entry in sorted(entries, key=lambda entry: entry.name):
             if os.path.isdir(entry.path):
                 yield from _walk(entry.path, f"{prefix}{entry.name}/", above)
-            elif os.path.isfile(entry.path) or not os.path.exists(entry.path):  # a pipe would block whoever reads it
+            elif os.path.isfile(entry.path) or not os.path.exists(entry.path):  # not a pipe: reading one would block
                 yield prefix + entry.name
 
 
 def file_stamp(path) -> str:
-    """Size and time of a file, which change with its content; empty if there is none."""
+    """Size and modification time of a file; empty if there is none."""
     try:
         status = os.stat(path)
     except OSError:
@@ -68,76 +66,66 @@ def file_stamp(path) -> str:
     return f"{status.st_size} {status.st_mtime_ns}"
 
 
-class RemoteFolder:
+class RemoteFolder(Source):
     """All images under an address of an object store, such as gs://bucket/images, nested or flat."""
 
     def __init__(self, url: str, labels: bool = False):
-        self._files, self._root = connect(url)
-        found = [name.removeprefix(self._root).lstrip("/") for name in self._files.find(self._root)]
+        self._store, self._root = connect(url)
+        found = [name.removeprefix(self._root).lstrip("/") for name in self._store.find(self._root)]
         if not found:
             raise DataError(f"{url} does not exist or is empty; give a folder of images or a prepared set")
-        self.names, self.labels, self.classes = index_names(url, found, labels)
+        super().__init__(*index_names(url, found, labels))
 
-    def __len__(self):
-        return len(self.names)
-
-    def read(self, i: int):
-        """Encoded bytes and label."""
-        return self._files.cat_file(f"{self._root}/{self.names[i]}"), self.labels[i] if self.labels else 0
+    def image(self, i: int) -> bytes:
+        """Encoded bytes."""
+        return self._store.cat_file(f"{self._root}/{self.names[i]}")
 
     def stamp(self, i: int) -> str:
-        """What the store says of the image's file, which changes with its content."""
-        return self._files.ukey(f"{self._root}/{self.names[i]}")
+        """The store's key for this version of the file."""
+        return self._store.ukey(f"{self._root}/{self.names[i]}")
 
 
 def connect(url: str):
-    """File system and path of an address.
+    """The fsspec file system of an address, and the path in it.
 
     Raises:
-      DataError: the package for this kind of store is missing, or the store refused.
+      DataError: the package for this kind of store is missing, or the store cannot be reached.
     """
-    try:
-        files, root = fsspec.core.url_to_fs(url)
-        files.exists(root)
-    except ImportError as error:
-        raise DataError(f"{url} needs a package: {error}") from None
-    except Exception as error:  # whatever the store's package throws
-        raise DataError(f"{url} cannot be reached: {str(error).strip() or type(error).__name__}") from error
-    return files, root.rstrip("/")
+    with prefixed(DataError, f"{url} cannot be reached: ", Exception):  # each store's package raises its own types
+        store, root = fsspec.core.url_to_fs(url)
+        store.exists(root)
+    return store, root.rstrip("/")
 
 
-class ZipImages:
-    """All images in a zip file, nested or flat, read without unpacking it. The file may be on an object store."""
+class ZipImages(Source):
+    """All images in a zip file, nested or flat, read in place. The file may be on an object store."""
 
     def __init__(self, path, labels: bool = False):
-        self._path = str(path)
-        self._archive = None
-        try:
+        self._path, self._archive = str(path), None
+        broken = (zipfile.BadZipFile, NotImplementedError, UnicodeDecodeError)
+        with prefixed(
+            DataError, f"{path} is not a readable zip file (", broken, "); give a .zip or a folder of images"
+        ):
             entries = [info for info in self._open().infolist() if not info.is_dir()]
-        except (zipfile.BadZipFile, NotImplementedError, UnicodeDecodeError) as error:
-            raise DataError(f"{path} is not a readable zip file ({error}); give a .zip or a folder of images") from None
         locked = [info.filename for info in entries if info.flag_bits & 1]
         if locked:
             raise DataError(f"{path} is encrypted ({locked[0]!r} needs a password); unpack it and give the folder")
-        found = list(dict.fromkeys(info.filename for info in entries))  # of one name, the last entry counts
-        self.names, self.labels, self.classes = index_names(path, found, labels)
+        found = list(dict.fromkeys(info.filename for info in entries))  # of entries with one name, the last counts
+        super().__init__(*index_names(path, found, labels))
 
-    def __len__(self):
-        return len(self.names)
-
-    def read(self, i: int):
-        """Encoded bytes and label."""
-        return self._open().read(self.names[i]), self.labels[i] if self.labels else 0
+    def image(self, i: int) -> bytes:
+        """Encoded bytes."""
+        return self._open().read(self.names[i])
 
     def stamp(self, i: int) -> str:
-        """The checksum of the image's file."""
+        """Checksum of the file."""
         return f"{self._open().getinfo(self.names[i]).CRC:08x}"
 
     def _open(self):
-        if self._archive is None:  # opened once per process; ZipFile locks its own reads among threads
+        if self._archive is None:  # opened once per process; ZipFile serializes reads among threads
             if "://" in self._path:
-                files, path = connect(self._path)
-                self._archive = zipfile.ZipFile(files.open(path))
+                store, path = connect(self._path)
+                self._archive = zipfile.ZipFile(store.open(path))
             else:
                 self._archive = zipfile.ZipFile(self._path)
         return self._archive
@@ -146,49 +134,45 @@ class ZipImages:
         return self.__dict__ | {"_archive": None}
 
 
-class TarImages:
-    """All images in a tar file, nested or flat, read without unpacking it. Links among its members are followed."""
+class TarImages(Source):
+    """All images in a tar file, nested or flat, read in place. Links among its members are followed."""
 
     def __init__(self, path, labels: bool = False, scratch=None):
-        """Reads the headers.
+        """Read the headers.
 
-        scratch: path of a file to decompress a compressed archive into; it is left there, for the next time.
+        scratch: path of a file to decompress a compressed archive into; it is left there and used the next time.
 
         Raises:
-          DataError: the file is damaged; or compressed, which leaves no way to an image but through all before it, and
-            there is no scratch.
+          DataError: the file is damaged, or compressed and there is no scratch: a compressed archive can only be read
+            from its start.
         """
         self._path = str(_decompressed(path, scratch))
-        try:
-            with tarfile.open(self._path, "r:") as archive:
-                members = {member.name: member for member in archive}  # of one name, the last counts
-                archive.fileobj.seek(archive.offset)
-                if archive.fileobj.read(512) != bytes(512):  # Python takes a damaged header for the end
-                    raise DataError(f"{path} is cut short or damaged at byte {archive.offset}; copy it again")
-        except (tarfile.TarError, EOFError, UnicodeDecodeError) as error:
-            raise DataError(f"{path} is not a readable tar file ({error}); copy it again") from None
+        causes = (tarfile.TarError, EOFError, UnicodeDecodeError)
+        broken = prefixed(DataError, f"{path} is not a readable tar file (", causes, "); copy it again")
+        with broken, tarfile.open(self._path, "r:") as archive:
+            members = {member.name: member for member in archive}  # of members with one name, the last counts
+            archive.fileobj.seek(archive.offset)
+            if archive.fileobj.read(512) != bytes(512):  # tarfile takes a damaged header for the end
+                raise DataError(f"{path} is cut short or damaged at byte {archive.offset}; copy it again")
         ends = max((member.offset_data + member.size for member in members.values() if member.isreg()), default=0)
         if ends > os.path.getsize(self._path):
             raise DataError(f"{path} is cut short; copy it again")
         found = [name for name, m in members.items() if (m.isreg() and not m.issparse()) or m.issym() or m.islnk()]
-        self.names, self.labels, self.classes = index_names(path, found, labels)
+        super().__init__(*index_names(path, found, labels))
         self._places = [_place(members, members[name]) for name in self.names]
         self._stamp = file_stamp(path)
 
-    def __len__(self):
-        return len(self.names)
-
-    def read(self, i: int):
-        """Encoded bytes and label."""
+    def image(self, i: int) -> bytes:
+        """Encoded bytes."""
         if self._places[i] is None:
             raise DataError("a link to no file of the archive")
         offset, size = self._places[i]
-        with open(self._path, "rb") as file:  # opened anew each time, so that threads do not share a position
+        with open(self._path, "rb") as file:  # opened for each read, because threads would share the position
             file.seek(offset)
-            return file.read(size), self.labels[i] if self.labels else 0
+            return file.read(size)
 
     def stamp(self, i: int) -> str:
-        """Size and time of the archive, as it was opened."""
+        """Size and modification time of the archive when it was opened."""
         return self._stamp
 
 
@@ -198,7 +182,7 @@ def _place(members: dict[str, tarfile.TarInfo], member) -> tuple[int, int] | Non
         if member is None or member.isreg():
             return member and (member.offset_data, member.size)
         target = member.linkname
-        if member.issym():  # as seen from the link; of a hard link, from the archive's top
+        if member.issym():  # relative to the link; a hard link's target is relative to the root of the archive
             target = posixpath.normpath(posixpath.join(posixpath.dirname(member.name), target))
         member = members.get(target) or members.get(f"./{target}")
     return None
@@ -211,7 +195,7 @@ def is_tar(path) -> bool:
 
 
 def _decompressed(path, scratch) -> pathlib.Path:
-    """A compressed file's content in the file `scratch`, made unless it is there; any other path as it is."""
+    """`path` itself if it is not compressed; else `scratch`, a file with its content, which is written if needed."""
     path = pathlib.Path(path)
     with open(path, "rb") as file:
         start = file.read(6)
@@ -225,21 +209,22 @@ def _decompressed(path, scratch) -> pathlib.Path:
             f"{path} is compressed; prepare the images once with launch/prepare_data.py, or unpack the file"
         )
     scratch = pathlib.Path(scratch)
-    if scratch.exists() and scratch.stat().st_mtime_ns >= path.stat().st_mtime_ns:  # of this archive, not of an earlier
+    if scratch.exists() and scratch.stat().st_mtime_ns >= path.stat().st_mtime_ns:
         return scratch
-    try:
-        with atomic_path(scratch) as temporary, opener(path) as packed, open(temporary, "wb") as plain:
-            shutil.copyfileobj(packed, plain, 1 << 20)
-    except (EOFError, zlib.error, lzma.LZMAError, gzip.BadGzipFile) as error:
-        raise DataError(f"{path} is damaged ({error}); copy it again") from None
+    causes = (EOFError, zlib.error, lzma.LZMAError, gzip.BadGzipFile)
+    broken = prefixed(DataError, f"{path} is damaged (", causes, "); copy it again")
+    with broken, atomic_path(scratch) as temporary, opener(path) as packed, open(temporary, "wb") as plain:
+        shutil.copyfileobj(packed, plain, 1 << 20)
     return scratch
 
 
 def index_names(path, found: list[str], labels: bool):
-    """Sorted image names, the label of each, and the class names.
+    """Sorted image names, the label of each, and the class names; no labels and classes if `labels` is False.
+
+    The classes are the folders of the first level at which the images' folders differ.
 
     Raises:
-      DataError: there is no image, or labels are wanted and the folders do not tell them.
+      DataError: there is no image, or labels are wanted and the folders do not define them.
     """
     names = sorted(
         name
@@ -252,18 +237,17 @@ def index_names(path, found: list[str], labels: bool):
         raise DataError(f"{path} holds no images; looked through {len(found)} files for {kinds}")
     if not labels:
         return names, [], []
-    # A wrapping folder that all images share is not a class: the first level that differs is.
     folders = [pathlib.PurePosixPath(name).parts[:-1] for name in names]
     shared = sum(1 for _ in itertools.takewhile(lambda level: len(set(level)) == 1, zip(*folders, strict=False)))
     if len(set(folders)) == 1 and folders[0]:
         raise DataError(
             f"{path} has only one class folder, {'/'.join(folders[0])!r}; labels need two, or {WITHOUT_LABELS}"
         )
-    if any(len(parts) <= shared for parts in folders):
-        stray = next(name for name, parts in zip(names, folders, strict=True) if len(parts) <= shared)
+    stray = [name for name, parts in zip(names, folders, strict=True) if len(parts) <= shared]
+    if stray:
         raise DataError(
-            f"{path} has no class folder for {stray!r}; put every image into a folder per class, at least two of them, "
-            f"or {WITHOUT_LABELS}"
+            f"{path} has no class folder for {stray[0]!r}; put every image into a folder per class, at least two of "
+            f"them, or {WITHOUT_LABELS}"
         )
     classes = sorted({parts[shared] for parts in folders})
     number = {name: i for i, name in enumerate(classes)}

@@ -1,4 +1,4 @@
-"""From encoded bytes to pixels: colour, rotation, crop and resize."""
+"""Images as arrays: decoding, colour, crop and resize; PNG files and grids."""
 
 import dataclasses
 import io
@@ -11,6 +11,7 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
 
 from maskdm_jax.storage import atomic_path
 
+DECODER = f"Pillow {PIL.__version__}"
 FILTERS = {
     "bicubic": Image.Resampling.BICUBIC,
     "bilinear": Image.Resampling.BILINEAR,
@@ -19,90 +20,96 @@ FILTERS = {
 }
 
 
+class ChannelsError(ValueError):
+    """An image whose number of channels differs from the one asked for and cannot be converted."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Framing:
-    """What becomes of an image: its square `crop`, resized to `size`.
+    """How an image becomes a square of `size` pixels with `channels` channels.
 
-    crop: `centre`, all of the short side: resized first, cropped after, as torchvision's Resize and CenterCrop do.
-      `centre:N`, the centred N x N pixels, or `LEFT,TOP,SIDE` in pixels: cropped first, resized after, so that
-      nothing outside counts.
-    filter: of `FILTERS`, with antialiasing. Images of the right size pass through untouched.
+    channels: 3 (RGB) or 1 (grey) for encoded images; any number for arrays that have exactly so many.
+    crop: `centre` resizes the short side to `size`, then crops the centre, as torchvision's Resize and CenterCrop do.
+      `centre:SIDE` (the centred square) and `LEFT,TOP,SIDE`, in pixels, crop first and resize after.
+    filter: one of `FILTERS`, with antialiasing. A crop that already has the right size is not resampled.
     """
 
     size: int
-    channels: int = 3  # 3 colour, 1 grey
+    channels: int = 3
     crop: str = "centre"
     filter: str = "bicubic"
 
     def __post_init__(self):
-        if self.size < 1:
-            raise ValueError(f"size {self.size} must be at least 1")
-        if self.channels not in (1, 3):
-            raise ValueError(f"channels are {self.channels}; they must be 3 (colour) or 1 (grey)")
+        if self.size < 1 or self.channels < 1:
+            raise ValueError(f"size {self.size} and channels {self.channels} must be at least 1")
         if self.filter not in FILTERS:
             raise ValueError(f"filter {self.filter!r} is unknown; choose from {', '.join(FILTERS)}")
-        self._wanted()
+        self._parse_crop()
 
     @classmethod
     def of(cls, settings) -> "Framing":
         """The framing that a `config.Data` asks for."""
         return cls(settings.image_size, settings.channels)
 
-    def _wanted(self) -> tuple[int, int, int] | int:
-        """(left, top, side), or the side of a crop in the middle; 0 for all of the short side."""
+    def _parse_crop(self) -> tuple[int, int, int] | int:
+        """(left, top, side), or the side of a centred crop; 0 for the short side."""
         match = re.fullmatch(r"centre(?::([1-9]\d*))?|(\d+),(\d+),([1-9]\d*)", self.crop.replace(" ", ""))
         if not match:
             raise ValueError(f"crop {self.crop!r} is not understood; give centre, centre:SIDE or LEFT,TOP,SIDE")
-        middle, *corner_and_side = match.groups()
-        return int(middle or 0) if corner_and_side[0] is None else tuple(map(int, corner_and_side))
+        side, *corner_and_side = match.groups()
+        return int(side or 0) if corner_and_side[0] is None else tuple(map(int, corner_and_side))
 
     def box(self, image_size: tuple[int, int]) -> tuple[int, int, int, int]:
         """The crop of an image of (width, height), as (left, top, right, bottom).
 
         Raises:
-          ValueError: the crop reaches beyond the image.
+          ValueError: the crop exceeds the image.
         """
         width, height = image_size
-        wanted = self._wanted()
-        if isinstance(wanted, int):
-            side = wanted or min(width, height)
+        crop = self._parse_crop()
+        if isinstance(crop, int):
+            side = crop or min(width, height)
             left, top = (width - side) // 2, (height - side) // 2
         else:
-            left, top, side = wanted
+            left, top, side = crop
         if min(left, top) < 0 or left + side > width or top + side > height:
             raise ValueError(f"crop {self.crop!r} does not fit into {width} x {height} pixels")
         return left, top, left + side, top + side
 
     def describe(self) -> dict:
-        """For data cards: what must be equal for two sets to be comparable."""
+        """The `image` part of a data card: two sets are comparable if theirs are equal."""
+        kinds = {1: "grey", 3: "RGB"}
+        converted = f"EXIF rotation applied, transparency on white, converted to {kinds.get(self.channels)}"
         return dict(
             size=self.size,
             channels=self.channels,
             crop=self.crop,
             resize=f"Pillow {self.filter} with antialiasing, none if the size is right",
-            colour="EXIF rotation applied, transparency on white, converted to " + ("RGB", "grey")[self.channels == 1],
+            colour=converted if self.channels in kinds else f"{self.channels} channels as stored",
         )
 
 
-DECODER = f"Pillow {PIL.__version__}"
-
-
 def open_image(image, channels: int) -> Image.Image:
-    """Encoded bytes or uint8 [H, W, C] -> 8-bit image in colour (3 channels) or grey (1), in its own size.
+    """Open encoded bytes or uint8 [H, W, 1 or 3] as an 8-bit image, RGB (3 channels) or grey (1), in its own size.
 
-    Rotated as EXIF says, transparency laid on white.
+    EXIF rotation is applied and transparency is laid on white.
+
+    Raises:
+      ValueError: the bytes are no image, or one of floating-point or 32-bit numbers.
+      ChannelsError: the array has another number of channels than 1 or 3.
     """
     if isinstance(image, np.ndarray):
-        image = Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image)
+        _check_channels(image, channels)
+        image = to_pil(image)
     else:
         try:
             opened = Image.open(io.BytesIO(image))
-        except UnidentifiedImageError:  # Pillow would name the memory that it was read from
+        except UnidentifiedImageError:  # its message names a memory address
             raise ValueError("not an image of a known kind") from None
         image = ImageOps.exif_transpose(opened)
         if image.mode == "F" or (image.mode == "I" and opened.format not in ("PPM", "PNG")):
             raise ValueError("images of floating-point or 32-bit numbers have no agreed range")
-    if image.mode.startswith("I"):  # 16 bit grey; convert() would clip at 255
+    if image.mode.startswith("I"):  # 16-bit grey, which convert() would clip at 255
         pixels = np.asarray(image)
         clear = pixels == image.info.get("transparency", -1)
         image = Image.fromarray(np.where(clear, 255, pixels >> 8).astype(np.uint8))
@@ -113,33 +120,62 @@ def open_image(image, channels: int) -> Image.Image:
 
 
 def is_image(content: bytes) -> bool:
-    """Whether bytes begin as those of an image file do."""
+    """Whether bytes start like an image file."""
     try:
         Image.open(io.BytesIO(content)).close()
-    except Exception:  # whatever a decoder throws at something else
+    except Exception:  # decoders raise any type on other content
         return False
     return True
 
 
 def decode(image, framing: Framing) -> np.ndarray:
-    """Encoded bytes or uint8 [H, W, C] -> uint8 [size, size, channels], opened as `open_image` does."""
-    image, size = open_image(image, framing.channels), framing.size
-    box = framing.box(image.size)
+    """Encoded bytes or uint8 [H, W, C] -> uint8 [size, size, channels].
+
+    For 1 or 3 channels the image is converted as in `open_image`. For other numbers it must be an array of exactly
+    so many channels, each of which is cropped and resized.
+
+    Raises:
+      ValueError: the bytes are no image, or the crop exceeds it.
+      ChannelsError: the image has another number of channels.
+    """
+    if framing.channels in (1, 3):
+        fitted = np.asarray(_fit(open_image(image, framing.channels), framing))
+        return fitted.reshape(framing.size, framing.size, framing.channels)
+    _check_channels(image, framing.channels)
+    return np.stack([_fit(Image.fromarray(plane), framing) for plane in np.moveaxis(image, -1, 0)], axis=-1)
+
+
+def _check_channels(image, channels: int) -> None:
+    """Raise ChannelsError for an array that neither has `channels` channels nor converts, or for bytes."""
+    if isinstance(image, np.ndarray):
+        found = image.shape[-1]
+        if found == channels or {found, channels} == {1, 3}:
+            return
+        kind, works = "an array", found
+    else:
+        found = len(Image.open(io.BytesIO(image)).getbands())
+        kind, works = "an encoded image", "3 (RGB) or 1 (grey)"
+    raise ChannelsError(f"it is {kind} of {found} channels, not an array of {channels}; set data.channels to {works}")
+
+
+def _fit(image: Image.Image, framing: Framing) -> Image.Image:
+    """Crop and resize."""
+    size, box = framing.size, framing.box(image.size)
     if framing.crop != "centre" or box[2] - box[0] == size:
         image, box = image.crop(box), None
     if image.size != (size, size):
-        # With a box, only the middle is computed: all of a very long image, enlarged, would not fit into memory.
+        # With a box Pillow computes the centre alone: a very long image, enlarged whole, would not fit into memory.
         image = image.resize((size, size), FILTERS[framing.filter], box=box)
-    return np.asarray(image).reshape(size, size, framing.channels)
+    return image
 
 
 def to_pil(image: np.ndarray) -> Image.Image:
-    """uint8 [H, W, 3 or 1] -> image in colour or grey; of other numbers of channels the first is shown."""
+    """uint8 [H, W, C] -> RGB image for 3 channels, else a grey image of the first channel."""
     return Image.fromarray(image if image.shape[-1] == 3 else image[..., 0])
 
 
 def save_png(path, image: Image.Image) -> None:
-    """Write a PNG whole or not at all."""
+    """Write a PNG file whole or not at all; its folder is created."""
     path = pathlib.Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_path(path) as temporary:
@@ -147,9 +183,9 @@ def save_png(path, image: Image.Image) -> None:
 
 
 def sample_grid(images: np.ndarray, columns: int, row_names=None) -> Image.Image:
-    """Lay out uint8 images [n, S, S, C], row by row; small ones are enlarged to at least 64 pixels.
+    """Arrange uint8 images [n, S, S, C] row by row; images below 64 pixels are enlarged to at least that.
 
-    row_names: text for the left of each row, such as class names.
+    row_names: text to the left of each row, such as class names.
     """
     n, size = images.shape[:2]
     rows, scale, gap = -(-n // columns), -(-64 // size), 4
@@ -157,14 +193,14 @@ def sample_grid(images: np.ndarray, columns: int, row_names=None) -> Image.Image
     font = ImageFont.load_default(size=18)
     margin = 0
     if row_names:
-        row_names = [name.encode("utf-8", "replace").decode() for name in row_names]  # file names may be no UTF-8
+        row_names = [name.encode("utf-8", "replace").decode() for name in row_names]  # file names need not be UTF-8
         row_names = [name if len(name) <= 20 else name[:19] + "…" for name in row_names]
         margin = int(max(font.getlength(name) for name in row_names)) + 16
     page = Image.new("RGB", (margin + columns * cell + gap, rows * cell + gap), "white")
     draw = ImageDraw.Draw(page)
     for i, image in enumerate(images):
         row, column = divmod(i, columns)
-        # Smooth enlargement: large square pixels hide the shapes of an 8 x 8 image.
+        # Bicubic enlargement: large square pixels hide the shapes of an 8 x 8 image.
         tile = to_pil(image).resize((size * scale, size * scale), Image.Resampling.BICUBIC)
         page.paste(tile, (margin + gap + column * cell, gap + row * cell))
     for row, name in enumerate((row_names or [])[:rows]):

@@ -1,8 +1,8 @@
-"""From a source to batches: decode, resize, shuffle, batch, in an order that survives any restart.
+"""From a source to batches: decode, resize, shuffle, batch, in an order that does not depend on restarts.
 
-Epoch after epoch the images form one endless stream, shuffled anew each epoch by the seed. Batch k of a
-stage is elements k*B .. k*B + B - 1 of the stream, whatever the number of hosts, worker processes or
-threads; host h of H holds the h-th B / H of them.
+The epochs form one endless stream; the seed and the epoch's number determine its order. Batch k of a stage is elements
+k * B .. k * B + B - 1 of the stream for any number of hosts, worker processes and threads; host h of H holds the h-th
+B / H of them.
 """
 
 import dataclasses
@@ -14,23 +14,22 @@ import jax
 import numpy as np
 from absl import flags
 
-from maskdm_jax.data.images import Framing, decode
+from maskdm_jax.data.images import ChannelsError, Framing, decode
 from maskdm_jax.data.sources import card_of, open_source, read_patiently, select
 from maskdm_jax.errors import DataError
 
-UNREADABLE_LIMIT = 0.01  # share of the images; more than that is a broken data set, not bad luck
-_STREAM_LENGTH = 2**40  # examples: more than any run takes
-_MAX_NEIGHBOURS = 100  # tried in place of an unreadable image before giving up
+UNREADABLE_LIMIT = 0.01  # fraction of the images; more means that the data set is broken
+_STREAM_LENGTH = 2**40  # examples, more than any run takes
+_MAX_NEIGHBOURS = 100  # tried in place of an unreadable image
 
 log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
 class _ReadBatch:
-    """Number of a host's batch -> its examples; a picklable function for worker processes.
+    """Number of a host's batch -> its examples; picklable for worker processes.
 
-    A batch is read by one call into arrays of its own: for small images, what is done once per image in Python costs
-    as much as decoding it.
+    One call reads a batch into arrays of its own: for small images, Python's cost per image is as high as decoding.
     """
 
     source: object
@@ -40,7 +39,7 @@ class _ReadBatch:
     size: int
 
     def __call__(self, batch: int) -> dict:
-        """Decode a batch; `unreadable` holds the number of each record that a neighbour stands in for, else -1."""
+        """Decode a batch; `unreadable` holds the record that a neighbour replaces, else -1."""
         start = self.first + int(batch) * self.size
         side, channels = self.framing.size, self.framing.channels
         out = dict(
@@ -64,13 +63,16 @@ class _ReadBatch:
         return records
 
     def _readable(self, record: int):
-        """Pixels and label of a record, or of its next readable neighbour, and whether it is that."""
+        """Pixels and label of a record or of its next readable neighbour, and whether it is a neighbour."""
         n = len(self.source)
         for step in range(min(n, _MAX_NEIGHBOURS)):
+            number = (record + step) % n
             try:
-                image, label = read_patiently(self.source, (record + step) % n)
+                image, label = read_patiently(self.source, number)
                 return decode(image, self.framing), label, step > 0
-            except Exception as error:  # whatever a decoder throws at a damaged file
+            except ChannelsError as error:
+                raise DataError(f"{self.source.names[number]} does not fit: {error}") from None
+            except Exception as error:  # decoders raise any type on a damaged file
                 cause = error
         raise DataError(f"{self.source.names[record]} and its {step} neighbours are all unreadable; the last: {cause}")
 
@@ -82,7 +84,7 @@ def _epoch_order(n: int, seed: int, epoch: int) -> np.ndarray:
 
 
 class TrainingData:
-    """The images of a run: their number, classes and card, and batches of them for each stage."""
+    """The images of a run: the opened `source`, its `classes` and data `card`, and batches for each stage."""
 
     def __init__(self, settings):
         """Open the images. settings: `config.Data`.
@@ -92,54 +94,31 @@ class TrainingData:
         """
         source = open_source(settings.path, settings.labels or bool(settings.classes), settings.split)
         chosen = settings.classes, settings.fraction, settings.fraction_seed, settings.labels
-        self.source = select(source, *chosen)
-        self.classes = self.source.classes
-        self.card = card_of(self.source, Framing.of(settings))
-        self._settings, self._unreadable = settings, set()  # records found unreadable so far, over all stages
+        self.settings, self.source = settings, select(source, *chosen)
+        self.classes, self.card = self.source.classes, card_of(self.source, Framing.of(settings))
+        self.unreadable = set()  # records found unreadable so far, over all stages
 
     def __len__(self):
         return len(self.source)
 
-    def batches(self, *, batch_size: int, seed: int) -> "Batches":
-        """This process's part of global batches of `batch_size`, shuffled by `seed`."""
-        shared = dict(source=self.source, unreadable=self._unreadable)
-        place = dict(host=jax.process_index(), hosts=jax.process_count())
-        return Batches(self._settings, batch_size=batch_size, seed=seed, **shared, **place)
+    def batches(self, *, batch_size: int, seed: int, host: int | None = None, hosts: int | None = None) -> "Batches":
+        """A host's part of global batches of `batch_size`, shuffled by `seed`; of this process and all by default."""
+        host, hosts = jax.process_index() if host is None else host, hosts or jax.process_count()
+        return Batches(self, batch_size, seed, host, hosts)
 
 
 class Batches:
-    """Endless iterator of a host's batches: dicts of NumPy arrays.
+    """Endless iterator over a host's batches: dicts of NumPy arrays.
 
     `image` uint8 [B/H, S, S, C], `label` int32 [B/H], `index` uint32 [B/H], the element's number in the stream.
     `state()` and `seek(state)` save and restore the position; a state fits any number of hosts and workers.
     """
 
-    def __init__(
-        self,
-        data,
-        *,
-        batch_size: int,
-        seed: int,
-        source=None,
-        unreadable: set | None = None,
-        host: int = 0,
-        hosts: int = 1,
-    ):
-        """Args:
-        data: `config.Data`.
-        batch_size: global.
-        seed: of the shuffling.
-        source: an opened source, to be shared by the stages of a run; opened from data.path when None.
-        unreadable: numbers of the records found unreadable so far, shared likewise.
-        host, hosts: this process and how many there are.
-        """
+    def __init__(self, data: TrainingData, batch_size: int, seed: int, host: int, hosts: int):
         if batch_size % hosts:
             raise DataError(f"batch_size {batch_size} does not divide among {hosts} hosts")
-        self.source = TrainingData(data).source if source is None else source
-        self._data, self._seed, self._batch_size, self._host, self._hosts = data, seed, batch_size, host, hosts
-        self._next = 0
-        self._iterator = None
-        self.unreadable = set() if unreadable is None else unreadable
+        self._data, self._batch_size, self._seed, self._host, self._hosts = data, batch_size, seed, host, hosts
+        self._next, self._iterator = 0, None
 
     def __iter__(self):
         return self
@@ -168,30 +147,28 @@ class Batches:
             self._iterator = None
 
     def _start(self):
-        # Batched before it is split among hosts and workers, so neither changes what is in a batch. (grain's
-        # ElasticIterator splits first: with worker processes it cannot resume between two of their rounds.)
-        local = self._batch_size // self._hosts
-        read = _ReadBatch(self.source, Framing.of(self._data), self._seed, self._next, local)
+        # Batches are formed before hosts and workers share them, so their number does not change what is in a batch.
+        # (grain's ElasticIterator shares first: with worker processes it cannot resume between two of their rounds.)
+        settings, local = self._data.settings, self._batch_size // self._hosts
+        read = _ReadBatch(self._data.source, Framing.of(settings), self._seed, self._next, local)
         batches = grain.MapDataset.range(self._host, _STREAM_LENGTH // local, self._hosts).map(read)
-        ahead = grain.ReadOptions(num_threads=self._data.threads, prefetch_buffer_size=2 * self._data.threads)
+        ahead = grain.ReadOptions(num_threads=settings.threads, prefetch_buffer_size=2 * settings.threads)
         stream = batches.to_iter_dataset(ahead)
-        if self._data.workers:
+        if settings.workers:
             if not flags.FLAGS.is_parsed():  # grain's workers read absl flags, which only absl.app parses
                 flags.FLAGS.mark_as_parsed()
-            stream = stream.mp_prefetch(grain.MultiprocessingOptions(num_workers=self._data.workers))
+            stream = stream.mp_prefetch(grain.MultiprocessingOptions(num_workers=settings.workers))
         return iter(stream)
 
     def _report(self, records) -> None:
-        for record in sorted(set(records[records >= 0].tolist()) - self.unreadable):
-            self.unreadable.add(record)
-            log.warning(
-                "unreadable image %s: replaced by its neighbour (%d so far)",
-                self.source.names[record],
-                len(self.unreadable),
-            )
-        if len(self.unreadable) > UNREADABLE_LIMIT * len(self.source):
-            names = ", ".join(self.source.names[record] for record in sorted(self.unreadable)[:5])
+        """Log records that were found unreadable for the first time; stop if there are too many."""
+        source, known = self._data.source, self._data.unreadable
+        for record in sorted(set(records[records >= 0].tolist()) - known):
+            known.add(record)
+            log.warning("unreadable image %s: replaced by its neighbour (%d so far)", source.names[record], len(known))
+        if len(known) > UNREADABLE_LIMIT * len(source):
+            names = ", ".join(source.names[record] for record in sorted(known)[:5])
             raise DataError(
-                f"{len(self.unreadable)} of {len(self.source)} images are unreadable, more than {UNREADABLE_LIMIT:.0%} "
+                f"{len(known)} of {len(source)} images are unreadable, more than {UNREADABLE_LIMIT:.0%} "
                 f"({names}, ...); repair or remove them"
             )

@@ -3,7 +3,6 @@
 import collections
 import concurrent.futures
 import contextlib
-import dataclasses
 import datetime
 import hashlib
 import io
@@ -14,254 +13,223 @@ import pathlib
 
 import numpy as np
 from array_record.python.array_record_module import ArrayRecordWriter
-from PIL import Image
 
-from maskdm_jax.data.images import DECODER, Framing, decode
+from maskdm_jax.data.images import DECODER, Framing, decode, to_pil
 from maskdm_jax.data.pipeline import UNREADABLE_LIMIT
-from maskdm_jax.data.prepared import CARD, LABELS, encode_record, image_digest, read_card, shard_hash, shard_name
-from maskdm_jax.data.sources import read_patiently
-from maskdm_jax.errors import DataError
+from maskdm_jax.data.prepared import LABELS, encode_record, image_digest, read_card, shard_hash, shard_name
+from maskdm_jax.data.sources import CARD, read_patiently
+from maskdm_jax.errors import DataError, prefixed
 from maskdm_jax.storage import atomic_path, lock_dir, write_atomically
 
-PER_SHARD = 2048  # images of the source; a stop loses the work on one shard at most
-_PLAN = "plan.json"
-_NOTE = dict(labels=list, left_out=list, hash=str, digests=str, stamps=str)
+PER_SHARD = 2048  # images of the source; an interruption loses the work on at most one shard
+_PLAN = "plan.json"  # what an unfinished set will hold
+_NOTE = dict(labels=list, left_out=list, hash=str, digests=str, stamps=str)  # what is noted of a finished shard
 
 log = logging.getLogger(__name__)
 
 
-@dataclasses.dataclass(frozen=True)
-class Plan:
-    """What is to be prepared. A folder that holds an unfinished set of another plan is not touched."""
-
-    source: str
-    names_hash: str  # of the source's names in order
-    split: str
-    images: int
-    image: dict  # the framing, described
-    classes: list[str]
-    per_shard: int
-
-    @property
-    def shards(self) -> int:
-        """Number of shards."""
-        return -(-self.images // self.per_shard)
-
-    def numbers(self, i: int) -> range:
-        """Of the source's images that shard i holds."""
-        return range(i * self.per_shard, min((i + 1) * self.per_shard, self.images))
-
-
 def prepare(
     source, out, framing: Framing, *, name: str, split: str = "", threads: int = 0, per_shard=PER_SHARD, progress=None
-):
-    """Write a prepared set of a source's images; see `data.prepared`. Call it again to go on after a stop.
+) -> dict:
+    """Write a prepared set of a source's images; see `data.prepared`. Call it again to resume after an interruption.
 
     Args:
-      source: a source; see `data.sources`. Its classes, if it was opened with labels, become the set's.
-      out: folder, new, empty or with an unfinished set of the same images and settings.
+      source: a `data.sources.Source`. Its classes, if it was opened with labels, become the set's.
+      out: folder; new, empty, or with an unfinished set of the same images and settings.
       framing: crop, size and filter. Images are stored losslessly, as PNG.
       name: of the source, for the card.
       split: of the source, for the card.
-      threads: that decode and encode; 0 takes two per core.
+      threads: number of threads that decode and encode; 0 uses two per core.
+      per_shard: images of the source per shard.
       progress: called with the number of source images done, after each.
 
     Returns:
-      the data card, a dict.
+      the data card.
 
     Raises:
       DataError: `out` holds something else, more than 1% of the images are unreadable, or verification failed.
-      OSError: the disk refused.
+      OSError: the disk refuses, or another process is writing to `out`.
     """
+    if framing.channels not in (1, 3):
+        raise DataError(f"a prepared set holds PNG images, of 1 or 3 channels, not {framing.channels}")
     out = pathlib.Path(out).expanduser().absolute()
-    plan = Plan(
-        source=name,
-        names_hash=_sha256("\0".join(source.names)),
-        split=split,
-        images=len(source),
-        image=framing.describe(),
-        classes=list(source.classes),
-        per_shard=per_shard,
-    )
     out.mkdir(parents=True, exist_ok=True)
+    plan = dict(source=name, names_hash=_sha256("\0".join(source.names)), split=split, image=framing.describe())
+    plan |= dict(classes=source.classes, images=len(source), per_shard=per_shard)
     with lock_dir(out), concurrent.futures.ThreadPoolExecutor(threads or 2 * (os.cpu_count() or 1)) as pool:
-        stamps = lambda: "".join(_stamps(source, plan.numbers(i), pool) for i in range(plan.shards))
-        finished = _claim(out, plan, stamps)
-        if finished is not None:
-            return finished
-        return _prepare(source, plan, framing, out, pool, progress or (lambda done: None))
+        return _Preparation(source, out, framing, plan, pool, progress or (lambda done: None)).run()
 
 
-def _prepare(source, plan: Plan, framing: Framing, out: pathlib.Path, pool, progress) -> dict:
-    notes = []
-    for i in range(plan.shards):
-        note = _note_of(out, i)
-        if note is not None and note["stamps"] != _stamps(source, plan.numbers(i), pool):
-            log.warning("%s is made anew: its images changed in the meantime", shard_name(i, plan.shards))
-            note = None
-        if note is None:
-            note = _write_shard(source, plan, framing, out, i, pool, progress)
-        notes.append(note)
-        progress(plan.numbers(i).stop)
-        _check_unreadable(plan, notes)
-    for i, note in enumerate(notes):
-        _verify(out / shard_name(i, plan.shards), note)
-    labels = np.asarray([label for note in notes for label in note["labels"]], np.int32)
-    counts = collections.Counter(labels.tolist())
-    if plan.classes:
-        buffer = io.BytesIO()
-        np.save(buffer, labels)
-        write_atomically(out / LABELS, buffer.getvalue())
-    card = dict(
-        format="maskdm-jax prepared images, version 1",
-        source=plan.source,
-        names_hash=plan.names_hash,
-        source_stamp=_sha256("".join(note["stamps"] for note in notes)),
-        split=plan.split,
-        image=plan.image,
-        decoder=DECODER,
-        encoding="PNG",
-        count=len(labels),
-        classes=plan.classes,
-        count_by_class={name: counts[label] for label, name in enumerate(plan.classes)},
-        left_out=[entry for note in notes for entry in note["left_out"]],
-        content_hash=hashlib.sha256(bytes.fromhex("".join(note["digests"] for note in notes))).hexdigest(),
-        shards=plan.shards,
-        shard_hashes=[note["hash"] for note in notes],
-        prepared=datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"),
-    )
-    try:
-        text = json.dumps(card, indent=2, ensure_ascii=False).encode()
-    except UnicodeEncodeError:  # file names that are no UTF-8; escaped, they come back as they are
-        text = json.dumps(card, indent=2).encode()
-    write_atomically(out / CARD, text)
-    for path in (*(_note_path(out, i) for i in range(plan.shards)), out / _PLAN, *out.glob(".*.tmp")):
-        path.unlink(missing_ok=True)  # the last of them: of killed processes
-    return card
+class _Preparation:
+    """The preparation of one set in a locked folder."""
+
+    def __init__(self, source, out: pathlib.Path, framing: Framing, plan: dict, pool, progress):
+        self._source, self._out, self._framing, self._plan = source, out, framing, plan
+        self._pool, self._progress = pool, progress
+        self._shards = -(-plan["images"] // plan["per_shard"])
+
+    def run(self) -> dict:
+        """Write the shards that are missing, verify all, write the card."""
+        card = self._claim()
+        if card is not None:
+            return card
+        notes = []
+        for i in range(self._shards):
+            notes.append(self._valid_note(i) or self._write_shard(i))
+            self._progress(self._numbers(i).stop)
+            self._check_unreadable(notes)
+        self._verify(notes)
+        return self._finish(notes)
+
+    def _claim(self) -> dict | None:
+        """Write the plan, or check that the folder holds an unfinished set of it; the card if the set is finished."""
+        out, plan = self._out, self._plan
+        if (out / CARD).exists():
+            card = read_card(out)
+            keys = ("source", "names_hash", "split", "image", "classes")
+            changed = [key for key in keys if card[key] != plan[key]]
+            if not changed and card["source_stamp"] == _sha256("".join(map(self._stamps, range(self._shards)))):
+                return card
+            raise DataError(
+                f"{out} holds a finished set of {card['source']} at {card['image']['size']} px, which differs in "
+                f"{', '.join(changed) or 'size or time of its files'}; give another folder or remove it"
+            )
+        if (out / _PLAN).exists():
+            causes = (ValueError, TypeError, RecursionError)
+            with prefixed(DataError, f"{out / _PLAN} is damaged (", causes, f"); remove {out} and start again"):
+                found = dict(json.loads((out / _PLAN).read_text()))
+            changed = [f"{key}: {found.get(key)} -> {value}" for key, value in plan.items() if found.get(key) != value]
+            if changed:
+                raise DataError(
+                    f"{out} holds an unfinished set of other settings ({'; '.join(changed)[:300]}); give another folder"
+                )
+        elif any(out.iterdir()):
+            raise DataError(f"{out} is not empty and holds no prepared set; give a new or empty folder")
+        else:
+            write_atomically(out / _PLAN, json.dumps(plan, indent=2).encode())
+        return None
+
+    def _numbers(self, i: int) -> range:
+        """Numbers of the source's images that shard i holds."""
+        size = self._plan["per_shard"]
+        return range(i * size, min((i + 1) * size, self._plan["images"]))
+
+    def _stamps(self, i: int) -> str:
+        """Short hashes of the stamps of a shard's images, joined."""
+        return "".join(self._pool.map(lambda number: _sha256(self._source.stamp(number))[:16], self._numbers(i)))
+
+    def _path(self, i: int) -> pathlib.Path:
+        return self._out / shard_name(i, self._shards)
+
+    def _note_path(self, i: int) -> pathlib.Path:
+        return self._out / f"shard-{i:05d}.json"
+
+    def _valid_note(self, i: int) -> dict | None:
+        """The note of an earlier call that finished shard i, if its images have not changed since."""
+        with contextlib.suppress(OSError, ValueError, RecursionError):
+            note = json.loads(self._note_path(i).read_text())
+            if not isinstance(note, dict) or {key: type(value) for key, value in note.items()} != _NOTE:
+                return None
+            if note["stamps"] == self._stamps(i):
+                return note
+            log.warning("%s is written again: its images have changed", shard_name(i, self._shards))
+        return None
+
+    def _write_shard(self, i: int) -> dict:
+        """Write shard i and a note of its contents."""
+        path, numbers = self._path(i), self._numbers(i)
+        stamps = self._stamps(i)  # taken before the images are read, so that a later change shows
+        written, labels, digests, left_out = hashlib.sha256(), [], [], []
+        failed = lambda: prefixed(OSError, f"{path} cannot be written: ", RuntimeError)  # mostly a full disk
+        with atomic_path(path) as temporary:
+            with failed():
+                writer = ArrayRecordWriter(str(temporary), "group_size:1")
+            try:
+                for number, (image, label, digest) in zip(numbers, self._pool.map(self._encode, numbers), strict=True):
+                    if isinstance(image, Exception):
+                        reason = str(image).strip().splitlines() or [type(image).__name__]
+                        left_out.append(f"{self._source.names[number]}: {reason[0][:200]}")
+                    else:
+                        record = encode_record(self._source.names[number], label, image)
+                        with failed():
+                            writer.write(record)
+                        written.update(record)
+                        labels.append(label)
+                        digests.append(digest.hex())
+                    self._progress(number + 1)
+            finally:
+                with failed():
+                    writer.close()
+        note = dict(labels=labels, left_out=left_out, hash=written.hexdigest(), digests="".join(digests), stamps=stamps)
+        write_atomically(self._note_path(i), json.dumps(note).encode())
+        return note
+
+    def _encode(self, number: int):
+        """(PNG or the exception of reading it, label, digest) of an image of the source."""
+        try:
+            image, label = read_patiently(self._source, number)
+            pixels, label = decode(image, self._framing), label if self._plan["classes"] else -1
+            return _png(pixels), label, image_digest(label, pixels)
+        except Exception as error:  # decoders raise any type on a damaged file
+            return error, -1, b""
+
+    def _check_unreadable(self, notes: list[dict]) -> None:
+        left_out, images = [entry for note in notes for entry in note["left_out"]], self._plan["images"]
+        if len(left_out) > UNREADABLE_LIMIT * images:
+            raise DataError(
+                f"{len(left_out)} of {images} images are unreadable, more than {UNREADABLE_LIMIT:.0%} "
+                f"({'; '.join(left_out[:3])}); repair or remove them"
+            )
+
+    def _verify(self, notes: list[dict]) -> None:
+        """Read all shards back. Drop the notes of those that differ, so that the next call rewrites them."""
+        damaged = [i for i, note in enumerate(notes) if shard_hash(self._path(i)) != note["hash"]]
+        for i in damaged:
+            self._note_path(i).unlink(missing_ok=True)
+        if damaged:
+            raise DataError(
+                f"{self._path(damaged[0])} is not what was written ({len(damaged)} of {len(notes)} shards differ); run "
+                "the same command again to write it anew"
+            )
+
+    def _finish(self, notes: list[dict]) -> dict:
+        """Write labels and card, then remove what only an unfinished set needs."""
+        out, classes = self._out, self._plan["classes"]
+        labels = np.asarray([label for note in notes for label in note["labels"]], np.int32)
+        if classes:
+            buffer = io.BytesIO()
+            np.save(buffer, labels)
+            write_atomically(out / LABELS, buffer.getvalue())
+        counts = collections.Counter(labels.tolist())
+        card = dict(format="maskdm-jax prepared images, version 1")
+        card |= {key: self._plan[key] for key in ("source", "names_hash", "split", "image", "classes")}
+        card |= dict(
+            source_stamp=_sha256("".join(note["stamps"] for note in notes)),
+            decoder=DECODER,
+            encoding="PNG",
+            count=len(labels),
+            count_by_class={name: counts[label] for label, name in enumerate(classes)},
+            left_out=[entry for note in notes for entry in note["left_out"]],
+            content_hash=hashlib.sha256(bytes.fromhex("".join(note["digests"] for note in notes))).hexdigest(),
+            shards=self._shards,
+            shard_hashes=[note["hash"] for note in notes],
+            prepared=datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"),
+        )
+        try:
+            text = json.dumps(card, indent=2, ensure_ascii=False).encode()
+        except UnicodeEncodeError:  # names that are not valid UTF-8 are kept as escapes
+            text = json.dumps(card, indent=2).encode()
+        write_atomically(out / CARD, text)
+        for path in (*map(self._note_path, range(self._shards)), out / _PLAN, *out.glob(".*.tmp")):
+            path.unlink(missing_ok=True)  # the .tmp files are of killed processes
+        return card
 
 
 def _sha256(text: str) -> str:
     return hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()
 
 
-def _stamps(source, numbers, pool) -> str:
-    """Short hashes of images' stamps, one after the other."""
-    return "".join(pool.map(lambda number: _sha256(source.stamp(number))[:16], numbers))
-
-
-def _claim(out: pathlib.Path, plan: Plan, stamps) -> dict | None:
-    """Make the folder this plan's, or find that it is; the card if all is done already."""
-    wanted = json.loads(json.dumps(dataclasses.asdict(plan)))
-    if (out / CARD).exists():
-        card = read_card(out)
-        changed = [key for key in ("source", "names_hash", "split", "image", "classes") if card.get(key) != wanted[key]]
-        if not changed and card["source_stamp"] == _sha256(stamps()):
-            return card
-        raise DataError(
-            f"{out} holds a finished set of {card['source']} at {card['image']['size']} px, which differs in "
-            f"{', '.join(changed) or 'size or time of its files'}; give another folder or remove it"
-        )
-    if (out / _PLAN).exists():
-        try:
-            there = dict(json.loads((out / _PLAN).read_text()))
-        except (ValueError, TypeError, RecursionError) as error:
-            raise DataError(f"{out / _PLAN} is damaged ({error}); remove {out} and start again") from None
-        changed = [f"{key}: {there.get(key)} -> {value}" for key, value in wanted.items() if there.get(key) != value]
-        if changed:
-            raise DataError(
-                f"{out} holds an unfinished set of other settings ({'; '.join(changed)[:300]}); give another folder"
-            )
-        return None
-    if any(out.iterdir()):
-        raise DataError(f"{out} is not empty and holds no prepared set; give a new or empty folder")
-    write_atomically(out / _PLAN, json.dumps(wanted, indent=2).encode())
-    return None
-
-
-def _note_path(out: pathlib.Path, i: int) -> pathlib.Path:
-    return out / f"shard-{i:05d}.json"
-
-
-def _note_of(out: pathlib.Path, i: int) -> dict | None:
-    """What an earlier call noted of a shard that it finished."""
-    with contextlib.suppress(OSError, ValueError, RecursionError):
-        note = json.loads(_note_path(out, i).read_text())
-        if isinstance(note, dict) and {key: type(value) for key, value in note.items()} == _NOTE:
-            return note
-    return None
-
-
-def _write_shard(source, plan: Plan, framing: Framing, out: pathlib.Path, i: int, pool, progress) -> dict:
-    """Write shard i and note what is in it."""
-    path, numbers = out / shard_name(i, plan.shards), plan.numbers(i)
-    stamps = _stamps(source, numbers, pool)  # taken before the images are read: a change in between will be seen
-
-    def one(number):
-        try:
-            image, label = read_patiently(source, number)
-            pixels, label = decode(image, framing), label if plan.classes else -1
-            return _png(pixels), label, image_digest(label, pixels)
-        except Exception as error:  # whatever a decoder throws at a damaged file
-            return error, -1, b""
-
-    written, labels, digests, left_out = hashlib.sha256(), [], [], []
-    with atomic_path(path) as temporary:
-        with _writing(path):
-            writer = ArrayRecordWriter(str(temporary), "group_size:1")
-        try:
-            for number, (image, label, digest) in zip(numbers, pool.map(one, numbers), strict=True):
-                if isinstance(image, Exception):
-                    reason = str(image).strip().splitlines() or [type(image).__name__]
-                    left_out.append(f"{source.names[number]}: {reason[0][:200]}")
-                else:
-                    record = encode_record(source.names[number], label, image)
-                    with _writing(path):
-                        writer.write(record)
-                    written.update(record)
-                    labels.append(label)
-                    digests.append(digest.hex())
-                progress(number + 1)
-        finally:
-            with _writing(path):
-                writer.close()
-    note = dict(labels=labels, left_out=left_out, hash=written.hexdigest(), digests="".join(digests), stamps=stamps)
-    write_atomically(_note_path(out, i), json.dumps(note).encode())
-    return note
-
-
-@contextlib.contextmanager
-def _writing(path: pathlib.Path):
-    """What the writer throws, as what it mostly is: a disk that is full."""
-    try:
-        yield
-    except RuntimeError as error:
-        raise OSError(f"{path} cannot be written: {str(error).splitlines()[0][:200]}") from error
-
-
 def _png(image: np.ndarray) -> bytes:
     buffer = io.BytesIO()
-    Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image).save(buffer, "PNG")
+    to_pil(image).save(buffer, "PNG")
     return buffer.getvalue()
-
-
-def _check_unreadable(plan: Plan, notes: list[dict]) -> None:
-    left_out = [entry for note in notes for entry in note["left_out"]]
-    if len(left_out) > UNREADABLE_LIMIT * plan.images:
-        raise DataError(
-            f"{len(left_out)} of {plan.images} images are unreadable, more than {UNREADABLE_LIMIT:.0%} "
-            f"({'; '.join(left_out[:3])}); repair or remove them"
-        )
-
-
-def _verify(path: pathlib.Path, note: dict) -> None:
-    """Read a shard back and compare its hash with what was written.
-
-    Raises:
-      DataError: they differ; the shard's note is removed, so that the next call writes it again.
-    """
-    found = None
-    with contextlib.suppress(RuntimeError, OSError):
-        found = shard_hash(path)
-    if found != note["hash"]:
-        _note_path(path.parent, int(path.name.split("-")[1])).unlink(missing_ok=True)
-        raise DataError(f"{path} is not what was written; run the same command again to write it anew")

@@ -1,145 +1,184 @@
-"""Where images are: prepared sets, folders, archives, databases, object stores. Random access, safe to pickle.
-
-A source has `names` (one per image), `classes` (names, or [] without labels), `labels` (numbers of classes, one per
-image, or [] without), `len()`, `read(i)` -> (image, label): the image as it is stored, encoded bytes or a uint8 array
-[H, W, C], and 0 for the label without labels; and `stamp(i)`: text that changes if the image does, cheaply had.
-"""
+"""Where images are: prepared sets, folders, archives, databases, object stores."""
 
 import collections.abc
 import importlib.resources
 import io
-import os
 import pathlib
 import time
 
 import numpy as np
 
-from maskdm_jax.data.databases import LmdbImages, TfdsImages
-from maskdm_jax.data.files import ImageFolder, RemoteFolder, TarImages, ZipImages, connect, is_tar
 from maskdm_jax.data.images import Framing
-from maskdm_jax.data.prepared import CARD, PreparedImages, fetch
 from maskdm_jax.errors import DataError
 
+CARD = "card.json"  # the data card, which a prepared set has; see `data.prepared`
+WITHOUT_LABELS = (
+    "do without labels (training: --config.data.labels=False --config.model.num_classes=0; preparing: no --labels)"
+)
 _PAUSES = (0.1, 1.0, 5.0)  # seconds before a failed read is tried again
 
 
-class Digits:
-    """The embedded set: 1,797 handwritten digits, 8 x 8 grey, ten classes (UCI, CC BY 4.0)."""
+class Source:
+    """Images by number: random access, thread-safe, picklable for worker processes.
 
-    def __init__(self, labels: bool = False):
-        with importlib.resources.files("maskdm_jax.data").joinpath("digits.npz").open("rb") as file:
-            stored = np.load(io.BytesIO(file.read()))
-        self._images, self._labels = stored["images"], stored["labels"].tolist()
-        self.names = [f"digits[{i}]" for i in range(len(self._images))]
-        self.classes = [str(digit) for digit in range(10)] if labels else []
-        self.labels = self._labels if labels else []
+    Attributes:
+      names: one per image.
+      labels: class numbers, one per image; empty without labels.
+      classes: class names; empty without labels.
+    """
+
+    def __init__(self, names, labels=(), classes=()):
+        self.names, self.labels, self.classes = names, labels, list(classes)
 
     def __len__(self):
         return len(self.names)
 
     def read(self, i: int):
-        """Image (uint8 [8, 8, 1]) and label."""
-        return self._images[i], self._labels[i]
+        """Image i as it is stored, encoded bytes or uint8 [H, W, C], and its label, 0 without labels."""
+        return self.image(i), int(self.labels[i]) if len(self.labels) else 0
+
+    def image(self, i: int):
+        """Image i as it is stored."""
+        raise NotImplementedError
 
     def stamp(self, i: int) -> str:
-        """Nothing: they never change."""
+        """Text that changes when image i changes, from metadata alone; empty for images that never change."""
         return ""
 
 
-class Selection:
-    """Some images of a source, by number; labels count along `classes`, a part of the source's."""
+class LazySequence(collections.abc.Sequence):
+    """A sequence whose elements are computed when they are asked for, such as names that would fill memory."""
 
-    def __init__(self, source, numbers, classes: list[str]):
-        self._source, self._numbers, self.classes = source, np.asarray(numbers), list(classes)
-        new = {source.classes.index(name): i for i, name in enumerate(self.classes)}
-        self.labels = [new[source.labels[i]] for i in self._numbers] if self.classes else []
-        self.names = _Picked(source.names, self._numbers)
-        if hasattr(source, "card"):  # of the images chosen, all but their identity holds
-            self.card = source.card | dict(source=f"part of {source.card['source']}", count=len(self), content_hash="")
+    def __init__(self, length: int, element):
+        self._length, self._element = length, element
 
     def __len__(self):
-        return len(self._numbers)
+        return self._length
 
-    def read(self, i: int):
-        """Image and label."""
-        return self._source.read(int(self._numbers[i]))[0], self.labels[i] if self.labels else 0
+    def __getitem__(self, i):
+        if not 0 <= i < self._length:
+            raise IndexError(i)
+        return self._element(i)
+
+
+class Digits(Source):
+    """The embedded set: 1,797 handwritten digits, 8 x 8 grey, ten classes (UCI, CC BY 4.0)."""
+
+    def __init__(self, labels: bool = False):
+        with importlib.resources.files("maskdm_jax.data").joinpath("digits.npz").open("rb") as file:
+            stored = np.load(io.BytesIO(file.read()))
+        self._images = stored["images"]
+        names = [f"digits[{i}]" for i in range(len(self._images))]
+        if labels:
+            super().__init__(names, stored["labels"].tolist(), map(str, range(10)))
+        else:
+            super().__init__(names)
+
+    def image(self, i: int):
+        """uint8 [8, 8, 1]."""
+        return self._images[i]
+
+
+class Selection(Source):
+    """Some images of a source, by number, with the labels renumbered along `classes`."""
+
+    def __init__(self, source, numbers, classes=()):
+        self._source, self._numbers = source, np.asarray(numbers)
+        new = {source.classes.index(name): i for i, name in enumerate(classes)}
+        labels = [new[source.labels[i]] for i in self._numbers] if new else []
+        super().__init__(LazySequence(len(self._numbers), self._name), labels, classes)
+        if hasattr(source, "card"):  # it holds for the selected images too, except for the content hash
+            self.card = source.card | dict(source=f"part of {source.card['source']}", count=len(self), content_hash="")
+
+    def _name(self, i: int) -> str:
+        return self._source.names[int(self._numbers[i])]
+
+    def image(self, i: int):
+        """Image i as the source stores it."""
+        return self._source.read(int(self._numbers[i]))[0]
 
     def stamp(self, i: int) -> str:
-        """That of the image in the source."""
+        """The image's stamp in the source."""
         return self._source.stamp(int(self._numbers[i]))
 
 
-class _Picked(collections.abc.Sequence):
-    """Elements of a sequence by number, looked up when they are asked for."""
-
-    def __init__(self, sequence, numbers):
-        self._sequence, self._numbers = sequence, numbers
-
-    def __len__(self):
-        return len(self._numbers)
-
-    def __getitem__(self, i):
-        return self._sequence[int(self._numbers[i])]
-
-
-def open_source(path: str, labels: bool = False, split: str = "", scratch=None):
+def open_source(path: str, labels: bool = False, split: str = "", scratch=None) -> Source:
     """Open what a path names: `digits`, a prepared set, a TFDS data folder, a folder, .zip or .tar of images, an LMDB.
 
     Paths with a scheme (gs://, s3://, ...) are read through fsspec; a prepared set there is copied to a local cache.
 
     Args:
       path: as above; `~` is the home folder.
-      labels: whether classes are wanted.
+      labels: whether to read class labels.
       split: of a TFDS data folder, `train` when empty; other sources have none.
-      scratch: path of a file to decompress a compressed tar into; without, such a file is an error.
+      scratch: path of a file to decompress a compressed tar into; without it, a compressed tar is an error.
 
     Raises:
-      DataError: nothing is there, it is of another kind, it holds no image, or labels are asked of a flat set.
+      DataError: nothing is there, it is of another kind, it holds no image, or it has no labels.
     """
-
-    def without_split(source):
-        if split:
-            raise DataError(f"{path!r} has no splits; leave split empty, it is {split!r}")
-        return source
-
+    place = pathlib.Path(path).expanduser()
     if path == "digits":
-        return without_split(Digits(labels))
-    if "://" in path:
-        if path.lower().endswith(".zip"):
-            return without_split(ZipImages(path, labels))
-        files, root = connect(path)
-        if files.exists(f"{root}/{CARD}"):
-            return without_split(PreparedImages(fetch(files, root), labels))
-        return without_split(RemoteFolder(path, labels))
-    place = pathlib.Path(os.path.expanduser(path))
-    if (place / CARD).exists():
-        return without_split(PreparedImages(place, labels))
-    if (place / "dataset_info.json").exists():
+        source = Digits(labels)
+    elif "://" in path:
+        source = _open_remote(path, labels)
+    elif (place / "dataset_info.json").exists() and not (place / CARD).exists():
+        from maskdm_jax.data.databases import TfdsImages
+
         return TfdsImages(place, labels, split)
-    if (place / "data.mdb").exists():
-        return without_split(LmdbImages(place, labels))
-    if place.is_dir():
-        return without_split(ImageFolder(place, labels))
-    if place.is_file() and place.suffix.lower() == ".zip":
-        return without_split(ZipImages(place, labels))
-    if place.is_file() and is_tar(place):
-        return without_split(TarImages(place, labels, scratch))
-    if place.exists():
-        raise DataError(f"{path!r} is neither a folder nor a .zip or .tar of images")
-    raise DataError(f"{path!r} does not exist; give a folder or .zip of images, a prepared set, or 'digits'")
+    else:
+        source = _open_local(place, labels, scratch)
+    if split:
+        raise DataError(f"{path!r} has no splits; leave split empty, it is {split!r}")
+    return source
+
+
+def _open_remote(url: str, labels: bool) -> Source:
+    from maskdm_jax.data import files
+
+    if url.lower().endswith(".zip"):
+        return files.ZipImages(url, labels)
+    store, root = files.connect(url)
+    if store.exists(f"{root}/{CARD}"):
+        from maskdm_jax.data.prepared import PreparedImages, fetch
+
+        return PreparedImages(fetch(store, root), labels)
+    return files.RemoteFolder(url, labels)
+
+
+def _open_local(path: pathlib.Path, labels: bool, scratch) -> Source:
+    from maskdm_jax.data import files
+
+    if (path / CARD).exists():
+        from maskdm_jax.data.prepared import PreparedImages
+
+        return PreparedImages(path, labels)
+    if (path / "data.mdb").exists():
+        from maskdm_jax.data.databases import LmdbImages
+
+        return LmdbImages(path, labels)
+    if path.is_dir():
+        return files.ImageFolder(path, labels)
+    if path.is_file() and path.suffix.lower() == ".zip":
+        return files.ZipImages(path, labels)
+    if path.is_file() and files.is_tar(path):
+        return files.TarImages(path, labels, scratch)
+    if path.exists():
+        raise DataError(f"'{path}' is neither a folder nor a .zip or .tar of images")
+    raise DataError(f"'{path}' does not exist; give a folder or .zip of images, a prepared set, or 'digits'")
 
 
 def select(source, classes=(), fraction: float = 1.0, seed: int = 0, labels: bool = True, rest: bool = False):
-    """The images of some classes, or a fixed random share of the images, or both.
+    """Select the images of some classes, or a fixed random fraction of the images, or both.
 
-    classes: names; all when empty. They are numbered in this order.
-    fraction: in (0, 1], of the images of those classes, at least one. The same seed always gives the same images,
-      and those of a smaller fraction are among those of a larger one.
-    labels: whether the result has any; False leaves them out after choosing by them.
-    rest: give the images of those classes that this leaves out instead, in a random order that the seed fixes.
+    Args:
+      classes: names, which are numbered in this order; () for all.
+      fraction: in (0, 1], of the images of those classes; at least one image remains. A seed always selects the same
+        images, and those of a smaller fraction are among those of a larger one.
+      labels: whether the result has labels; False drops them after the classes were selected.
+      rest: return the images of those classes that are left out instead, in a random order that the seed fixes.
 
     Raises:
-      DataError: a class is unknown, the source was opened without labels, or there is no rest.
+      DataError: a class is unknown, the source was opened without labels, or `rest` is empty.
     """
     numbers = np.arange(len(source))
     if classes:
@@ -161,23 +200,23 @@ def select(source, classes=(), fraction: float = 1.0, seed: int = 0, labels: boo
 
 
 def card_of(source, framing: Framing) -> dict:
-    """What is known of images of a source as they come out of a framing, for runs and comparisons.
+    """What is known of a source's images after a framing; runs and samples carry it, and evaluation compares it.
 
-    `image` says how they were made (see `Framing.describe`); of a whole prepared set also `source`, `split`, `count`
-    and, if the framing changes nothing, `content_hash`.
+    Returns:
+      `image`, how the images were made (see `Framing.describe`); for a prepared set also `source`, `split`, `count`
+      and, if the framing does not change its images, `content_hash`.
     """
     prepared, image = getattr(source, "card", None), framing.describe()
     if prepared is None:
         return dict(image=image)
-    known = {key: prepared[key] for key in ("source", "split", "count")}
-    if (prepared["image"]["size"], prepared["image"]["channels"]) == (framing.size, framing.channels):
-        return known | dict(image=prepared["image"], content_hash=prepared["content_hash"])
-    before = prepared["image"]
+    known, before = {key: prepared[key] for key in ("source", "split", "count")}, prepared["image"]
+    if (before["size"], before["channels"]) == (framing.size, framing.channels):
+        return known | dict(image=before, content_hash=prepared["content_hash"])
     return known | dict(image=image | dict(crop=f"{before['crop']} at {before['size']}, then {image['crop']}"))
 
 
 def read_patiently(source, i: int):
-    """`source.read(i)`, tried again a few times after an error of the disk or network, which are often busy."""
+    """`source.read(i)`, repeated a few times after errors of the disk or network, which are often temporary."""
     for pause in _PAUSES:
         try:
             return source.read(i)
