@@ -90,6 +90,7 @@ def test_celeba_without_its_split_file(tmp_path):
         open_published("celeba", str(tmp_path), tmp_path / "s")
 
 
+@pytest.mark.parametrize("celeba", ["official"], indirect=True)
 def test_celeba_is_cropped_as_in_the_literature(root, celeba, tmp_path, child_env):
     """128 x 128 from (25, 57), bilinear to 64: from the command line to the pixels."""
     command = [sys.executable, "launch/prepare_data.py", "--dataset=celeba", f"--src={celeba}", "--any_count"]

@@ -1,4 +1,4 @@
-"""The sets of the literature, from the files in which their authors publish them."""
+"""The data sets of the literature, read from the files that their authors publish."""
 
 import dataclasses
 import pathlib
@@ -10,7 +10,7 @@ from maskdm_jax.data.databases import ArrayBatches, TfdsImages
 from maskdm_jax.data.files import is_tar
 from maskdm_jax.data.images import Framing
 from maskdm_jax.data.sources import Selection, open_source
-from maskdm_jax.errors import DataError
+from maskdm_jax.errors import DataError, prefixed
 
 CIFAR10 = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
 
@@ -20,7 +20,7 @@ class Published:
     """How a set is used in the literature, and what it must hold."""
 
     framing: Framing
-    counts: dict[str, int]  # images of each split; the first split is the default
+    counts: dict[str, int]  # number of images per split; the first split is the default
     classes: int = 0  # 0: without labels
 
 
@@ -36,7 +36,7 @@ SETS = {
     "cifar10": Published(Framing(32), {"train": 50_000, "test": 10_000}, classes=10),
     "imagenet64": Published(Framing(64), {"train": 1_281_167, "valid": 50_000}, classes=1_000),
 }
-_TFDS_SPLITS = {"valid": "validation", "all": "all"}
+_OTHER_NAMES = {"valid": "validation"}  # of splits, in TFDS and in CelebA-HQ's databases
 
 
 def open_published(
@@ -45,11 +45,11 @@ def open_published(
     """Open a set of `SETS` from its files.
 
     Args:
-      src: a folder with the files as they are published, one of them, the unpacked images, or `tfds:NAME`.
-      scratch: path of a file for an archive that must be decompressed; it is made only if needed.
-      split: one of the set's; its first when empty.
-      labels: whether classes are wanted; as the set has them when None.
-      any_count: accept another number of images than the set has.
+      src: a folder with the published files, one of these files, a folder of the unpacked images, or `tfds:NAME`.
+      scratch: path of a file to decompress an archive into; it is written only if needed.
+      split: a split of the set; "" for its first.
+      labels: whether to read class labels; None reads them if the set has classes.
+      any_count: accept a number of images other than the set's.
 
     Returns:
       (source, split).
@@ -63,7 +63,7 @@ def open_published(
         raise DataError(f"{dataset} has no split {split!r}; choose from {', '.join(known.counts)}")
     labels = known.classes > 0 if labels is None else labels
     if src.startswith("tfds:"):
-        source = open_tfds(src, labels, _TFDS_SPLITS.get(split, split))
+        source = open_tfds(src, labels, _OTHER_NAMES.get(split, split))
     else:
         place = pathlib.Path(src).expanduser()
         if not place.exists():
@@ -78,13 +78,13 @@ def open_published(
 
 
 def open_tfds(src: str, labels: bool, split: str = ""):
-    """`tfds:NAME`, fetched and prepared by TFDS unless it is there already."""
+    """Open `tfds:NAME`; TFDS downloads and prepares it first unless that was done before."""
     import tensorflow_datasets as tfds  # seconds to import
 
     try:
         builder = tfds.builder(src.removeprefix("tfds:"), file_format="array_record")
         builder.download_and_prepare()
-    except Exception as error:  # whatever TFDS throws
+    except Exception as error:  # TFDS raises many types
         lacking = isinstance(error, ImportError) and "tensorflow" in str(error)
         hint = "; pip install tensorflow, which this set needs" if lacking else ""
         raise DataError(f"{src} cannot be prepared by TFDS: {str(error).strip().splitlines()[0][:300]}{hint}") from None
@@ -98,14 +98,14 @@ def _celeba(place, split, labels, scratch):
     source = open_source(str(archive or place), scratch=scratch)
     if split == "all":
         return source
-    names = {"train": "0", "valid": "1", "test": "2"}
-    wanted = {name for name, part in _celeba_partition(place).items() if part == names[split]}
+    number = {"train": "0", "valid": "1", "test": "2"}[split]
+    wanted = {name for name, part in _celeba_partition(place).items() if part == number}
     if not wanted:
-        raise DataError(f"the split file of {place} names no image as {split}; get list_eval_partition.txt anew")
+        raise DataError(f"the split file of {place} lists no image of {split}; download list_eval_partition.txt again")
     numbers = [i for i, name in enumerate(source.names) if pathlib.PurePosixPath(name).name in wanted]
     if not numbers:
-        raise DataError(f"{place} holds no image that its split file names as {split}, such as {min(wanted)}")
-    return Selection(source, numbers, ())
+        raise DataError(f"{place} holds no image that its split file lists for {split}, such as {min(wanted)}")
+    return Selection(source, numbers)
 
 
 def _celeba_partition(place: pathlib.Path) -> dict[str, str]:
@@ -127,11 +127,11 @@ def _celeba_partition(place: pathlib.Path) -> dict[str, str]:
 def _celebahq(place, split, labels, scratch):
     if labels:
         raise DataError("celebahq has no classes; leave --labels out")
-    database = _first(place, f"{ {'valid': 'validation'}.get(split, split) }.lmdb") if place.is_dir() else None
+    database = _first(place, f"{_OTHER_NAMES.get(split, split)}.lmdb") if place.is_dir() else None
     source = open_source(str(database or place), scratch=scratch)
-    # CelebAMask-HQ has face masks beside the images, as many times over.
+    # CelebAMask-HQ.zip holds many face masks per image too.
     inside = [i for i, name in enumerate(source.names) if "CelebA-HQ-img/" in f"/{name}"]
-    return Selection(source, inside, ()) if inside else source
+    return Selection(source, inside) if inside else source
 
 
 def _vggface2(place, split, labels, scratch):
@@ -165,7 +165,7 @@ def _imagenet64(place, split, labels, scratch):
 
 
 def _batches(place, archives: str, pattern: str, classes, first_label: int):
-    """All files or members of archives whose names match, ordered by the numbers in them."""
+    """All files, or members of archives, whose names match the pattern, ordered by the numbers in their names."""
     places = [place] if place.is_file() else sorted(place.glob(archives))
     found = [(str(path), name) for path in places for name in _members(path, pattern)]
     if place.is_dir():
@@ -175,28 +175,29 @@ def _batches(place, archives: str, pattern: str, classes, first_label: int):
     if not found:
         raise DataError(f"{place} holds no file that matches {pattern!r}, nor {archives} with such files")
     number = lambda pair: int("".join(re.findall(r"\d+", re.search(pattern, pair[1] or pair[0]).group())) or 0)
-    once = {pathlib.PurePosixPath(pair[1] or pair[0]).stem: pair for pair in found}  # .bin and pickles say the same
+    once = {
+        pathlib.PurePosixPath(pair[1] or pair[0]).stem: pair for pair in found
+    }  # .bin files and pickles hold the same images
     return ArrayBatches(sorted(once.values(), key=number), classes, first_label=first_label)
 
 
 def _members(path: pathlib.Path, pattern: str) -> list[str]:
-    """Members of a zip or tar whose names match."""
+    """Members of a zip or tar whose names match the pattern."""
     if zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as archive:
             names = archive.namelist()
     elif is_tar(path):
-        try:
-            with tarfile.open(path) as archive:
-                names = [member.name for member in archive if member.isfile()]
-        except (tarfile.TarError, EOFError, OSError) as error:
-            raise DataError(f"{path} is not a readable archive ({error}); copy it again") from None
+        causes = (tarfile.TarError, EOFError, OSError)
+        broken = prefixed(DataError, f"{path} is not a readable archive (", causes, "); copy it again")
+        with broken, tarfile.open(path) as archive:
+            names = [member.name for member in archive if member.isfile()]
     else:
         return []
     return [name for name in names if re.search(pattern, name)]
 
 
 def _first(folder: pathlib.Path, name: str) -> pathlib.Path | None:
-    """The entry of that name in a folder or in one of its folders."""
+    """The entry of that name in a folder or in one of its subfolders."""
     return next(iter([*folder.glob(name), *sorted(folder.glob(f"*/{name}"))]), None)
 
 
