@@ -182,6 +182,9 @@ def test_batch_files_are_not_executed(tmp_path):
         return [(str(tmp_path / "data_batch_1"), "")]
 
     good = pickle.dumps({"data": PLANES, "labels": [0] * 5})
+    unfolding = [0]
+    for _ in range(60):
+        unfolding = [unfolding] * 10
     assert len(ArrayBatches(write(good), ["x"])) == 5
     for content, message in [
         (pickle.dumps(Evil(tmp_path / "mark")), "it names posix.system, which is not an array"),
@@ -191,6 +194,7 @@ def test_batch_files_are_not_executed(tmp_path):
         (pickle.dumps({"data": PLANES.astype(float), "labels": []}), "data is f8, not rows of whole numbers"),
         (pickle.dumps({"data": np.array([[1, "x"]], object), "labels": [0]}), "damaged or of another kind"),
         (pickle.dumps({"data": PLANES, "labels": [0]}), "5 images and 1 labels"),
+        (pickle.dumps({"data": PLANES, "labels": unfolding}), "damaged or of another kind"),
     ]:
         with pytest.raises(DataError, match=message):
             ArrayBatches(write(content), ["x"])

@@ -152,7 +152,7 @@ def tensor_pickle(shape=(2,), stride=(1,), offset=0, size=2, key="0", storage="F
         (dict(shape=(2, 1)), "description is damaged"),
         (dict(size=10**15), "has 8 bytes, not 1000000000000000 numbers"),
         (dict(key="../x"), "is missing"),
-        (dict(storage="QInt8Storage"), "holds 'torch.QInt8Storage'"),
+        (dict(storage="QInt8Storage"), "names torch.QInt8Storage"),
     ],
 )
 def test_impossible_tensors_are_refused(tmp_path, pickled, message):

@@ -5,7 +5,6 @@ import functools
 import math
 import os
 import pathlib
-import pickle
 import subprocess
 import sys
 import tarfile
@@ -20,6 +19,7 @@ from maskdm_jax.data.files import file_stamp
 from maskdm_jax.data.images import is_image
 from maskdm_jax.data.sources import WITHOUT_LABELS, LazySequence, Source
 from maskdm_jax.errors import DataError, prefixed
+from maskdm_jax.interop import pickles
 
 _OPEN_DATABASES = weakref.WeakValueDictionary()  # by path
 # The library maps the file into memory and trusts it: a damaged file can crash the process. So a child process first
@@ -216,10 +216,9 @@ def _read_arrays(path: str, member: str):
                 records = np.frombuffer(file.read(), np.uint8).reshape(-1, 1 + 3 * 32 * 32)
                 found = {"data": records[:, 1:], "labels": records[:, 0]}
             else:
-                found = {str(k, "ascii") if isinstance(k, bytes) else k: v for k, v in _Arrays(file).load().items()}
-        data, labels = (
-            part.array() if isinstance(part, _Array) else np.asarray(part) for part in (found["data"], found["labels"])
-        )
+                found = pickles.load(file.read(), _STAND_INS, encoding="bytes")
+                found = {str(k, "ascii") if isinstance(k, bytes) else k: v for k, v in found.items()}
+        data, labels = (_numbers(found[name]) for name in ("data", "labels"))
         side = math.isqrt(data.shape[1] // 3)
         if data.dtype != np.uint8 or data.ndim != 2 or side * side * 3 != data.shape[1]:
             raise ValueError(f"data is {data.dtype} {data.shape}, not uint8 [n, 3 * S * S]")
@@ -230,54 +229,55 @@ def _read_arrays(path: str, member: str):
     return data, labels
 
 
-class _Arrays(pickle.Unpickler):
-    """Reads pickles of plain containers and NumPy arrays; any other name in the file is refused.
-
-    NumPy's own constructors would trust a pickle with memory, so that stand-ins take their place here.
-    """
-
-    def __init__(self, file):
-        super().__init__(file, encoding="bytes")
-
-    def find_class(self, module, name):
-        if (module, name) in (("numpy.core.multiarray", "_reconstruct"), ("numpy._core.multiarray", "_reconstruct")):
-            return _Array
-        if (module, name) in (("numpy", "ndarray"), ("numpy", "dtype")):
-            return _Dtype
-        if (module, name) == ("_codecs", "encode"):
-            return _encode
-        raise pickle.UnpicklingError(f"it names {module}.{name}, which is not an array")
-
-
-class _Dtype:
-    """A dtype as a pickle describes it; only its code counts. Stands in for the class ndarray too."""
-
-    def __init__(self, code=b"", *_):
-        self.code = code.decode("ascii") if isinstance(code, bytes) else code
-
-    def __setstate__(self, state):
-        if len(state) > 1 and state[1] not in ("<", "|", b"<", b"|", "=", b"="):
-            raise pickle.UnpicklingError("it holds numbers of another byte order")
+def _numbers(part) -> np.ndarray:
+    if isinstance(part, _Array):
+        return part.array()
+    return part if isinstance(part, np.ndarray) else np.fromiter(part, np.int64)
 
 
 class _Array:
-    """An array as a pickle describes it, made of its bytes by `array`."""
+    """Stands in for an array. NumPy's own constructor would allocate what a pickle claims."""
 
     def __init__(self, *_):
         self._state = None
 
-    def __setstate__(self, state):
+    def set_state(self, state) -> None:
+        """Keep what a pickle says of the array."""
         self._state = state
 
     def array(self) -> np.ndarray:
+        """The array, made of its bytes."""
         _, shape, dtype, fortran, content = self._state
         if dtype.code not in ("u1", "i1", "i2", "u2", "i4", "u4", "i8", "u8") or fortran:
-            raise pickle.UnpicklingError(f"data is {dtype.code}, not rows of whole numbers")
+            raise ValueError(f"data is {dtype.code}, not rows of whole numbers")
         return np.frombuffer(content, dtype.code).reshape(shape)
 
 
-def _encode(text, coding):
-    """How Python 2's bytes are pickled for Python 3."""
+class _Dtype:
+    """Stands in for a dtype; only its code and byte order count."""
+
+    def __init__(self, code, *_):
+        self.code = str(code, "ascii") if isinstance(code, bytes) else code
+        if not isinstance(self.code, str):
+            raise TypeError("a dtype's code is not a string")
+
+    def set_state(self, state) -> None:
+        """Check the byte order."""
+        if len(state) > 1 and state[1] not in ("<", "|", b"<", b"|", "=", b"="):
+            raise ValueError("it holds numbers of another byte order")
+
+
+def _encode(text, coding) -> bytes:
+    """Stands in for the function by which Python 3 writes bytes for Python 2."""
     if not isinstance(text, str) or coding not in ("latin1", b"latin1"):
-        raise pickle.UnpicklingError(f"it names the coding {coding!r}")
+        raise ValueError("it holds text of another coding than latin1")
     return text.encode("latin1")
+
+
+_STAND_INS = {
+    "numpy.core.multiarray._reconstruct": _Array,
+    "numpy._core.multiarray._reconstruct": _Array,
+    "numpy.ndarray": None,  # an argument of _reconstruct
+    "numpy.dtype": _Dtype,
+    "_codecs.encode": _encode,
+}
