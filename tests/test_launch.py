@@ -14,7 +14,7 @@ import pytest
 from maskdm_jax.training import logs
 
 TINY = [
-    *("--config.model.width=16", "--config.model.depth=3", "--config.model.heads=2"),
+    *("--config.model.width=16", "--config.model.depth=1", "--config.model.heads=2"),
     *("--config.pretrain.batch_size=8", "--config.finetune.batch_size=8"),
     *(
         "--config.pretrain.steps=24",

@@ -2,6 +2,7 @@
 
 import glob
 import importlib.util
+import itertools
 import os
 import socket
 import sys
@@ -127,14 +128,19 @@ def compile_together(jitted, mesh, *args):
     return compiled
 
 
-def stop_requested(step: int) -> bool:
-    """Whether some process received SIGTERM, so that the run must save and stop after this step.
+_asked = itertools.count(1)  # calls of `stop_requested`
+
+
+def stop_requested() -> bool:
+    """Whether some process received SIGTERM, so that the run must save and stop now.
 
     All processes must ask at every step; all get the same answer.
     """
     if not jax.distributed.is_initialized() or not jax.config.jax_enable_preemption_service:
         return False
-    return multihost_utils.reached_preemption_sync_point(step)
+    # JAX chooses the step after the last one asked about, 0 before the first. A resumed run that asked about its own
+    # step numbers would jump over step 1, and never stop after a SIGTERM that came before its first step.
+    return multihost_utils.reached_preemption_sync_point(next(_asked))
 
 
 def exit_all(message: str, status: int = 1) -> typing.NoReturn:

@@ -142,7 +142,7 @@ def run_stage(run: Run, index: int, state: TrainState, meta: dict, hooks) -> Tra
                 state, values = step_fn(state, batch)
             run.profile.after(offset + step, values)
             report.started(step, values)
-            last, stop = step == stage.steps, processes.stop_requested(offset + step)
+            last, stop = step == stage.steps, processes.stop_requested()
             due = [hook for hook in hooks if last or (hook.every and step % hook.every == 0)]
             if not due and not stop:
                 continue
