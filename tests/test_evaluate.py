@@ -16,10 +16,9 @@ from PIL import Image
 
 from maskdm_jax import sampling
 from maskdm_jax.data import prepare
-from maskdm_jax.data.images import Framing, open_image
-from maskdm_jax.data.pipeline import TrainingData
+from maskdm_jax.data.images import Framing, open_image, save_png, to_pil
 from maskdm_jax.data.prepared import read_card
-from maskdm_jax.data.sources import open_source
+from maskdm_jax.data.sources import Digits, open_source, select
 from maskdm_jax.errors import DataError, EvaluationError
 from maskdm_jax.evaluation import features, inception
 from maskdm_jax.evaluation.evaluate import Evaluator, check_comparable, compare, evaluate
@@ -29,6 +28,13 @@ from maskdm_jax.parallel.sharding import make_mesh
 from maskdm_jax.run import train
 from maskdm_jax.training import step
 from maskdm_jax.training.logs import read_metrics
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cache(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MASKDM_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -97,13 +103,28 @@ def test_images_may_differ_in_size_and_kind(folders, extractor, tmp_path):
     np.testing.assert_allclose(found, alone, atol=2e-4 * np.std(alone))
 
 
+def prepared(source, out, **framing):
+    prepare.prepare(source, out, Framing(**framing), name="digits")
+    return out
+
+
 @pytest.fixture(scope="module")
-def run(tmp_path_factory, weights):
-    """A run on the digits that evaluated itself."""
+def digits(tmp_path_factory):
+    """Eleven digits as a folder and as a prepared set."""
+    folder, out = tmp_path_factory.mktemp("digits"), tmp_path_factory.mktemp("prepared") / "set"
+    source = select(Digits(labels=True), fraction=0.006)
+    for i in range(len(source)):
+        save_png(folder / f"{i:02d}.png", to_pil(source.read(i)[0]))
+    return folder, prepared(source, out, size=8, channels=1)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory, weights, digits):
+    """A run on the prepared set that evaluated itself."""
     workdir = tmp_path_factory.mktemp("run") / "digits"
     config = tiny.config(
         stages=("finetune",),
-        data__fraction=0.006,  # 11 images
+        data__path=str(digits[1]),
         evaluation__every=1,
         evaluation__metrics=("fid", "kid"),
         evaluation__inception_weights=str(weights),
@@ -114,34 +135,24 @@ def run(tmp_path_factory, weights):
     return workdir
 
 
-@pytest.fixture(scope="module")
-def digits(tmp_path_factory):
-    """Those eleven digits as a folder."""
-    folder = tmp_path_factory.mktemp("digits")
-    source = TrainingData(tiny.config(data__fraction=0.006).data).source
-    for i in range(len(source)):
-        Image.fromarray(source.read(i)[0][..., 0]).save(folder / f"{i:02d}.png")
-    return folder
-
-
 def test_samples_of_a_checkpoint_and_several_seeds(digits, run, weights):
     options = dict(wanted=("kid", "pr"), n=6, batch_size=8)
-    one, _, _ = evaluate(digits, run, weights, seeds=[1], **options)
-    two, _, _ = evaluate(digits, run, weights, seeds=[1, 2], **options)
+    one, _, _ = evaluate(digits[0], run, weights, seeds=[1], **options)
+    two, _, _ = evaluate(digits[0], run, weights, seeds=[1, 2], **options)
     assert one["n"] == two["n"] == 6
     assert one["made_by"]["checkpoint"] == str(run / "checkpoints" / "2")
     assert one["kid"] in [pytest.approx(value, rel=1e-6) for value in two["range"]["kid"]]
     assert two["kid"] == pytest.approx(np.mean(two["range"]["kid"]))
     assert two["range"]["kid"][0] < two["range"]["kid"][1]
     with pytest.raises(EvaluationError, match=r"say how many images to make of it \(--n\)"):
-        evaluate(digits, run, weights, batch_size=8)
+        evaluate(digits[0], run, weights, batch_size=8)
 
 
 def test_training_evaluates_itself(digits, run, weights):
     """At every step asked for, and equal to the same evaluation from outside."""
     lines = [line for line in read_metrics(run / "metrics.jsonl") if "eval/fid" in line]
     assert [line["step"] for line in lines] == [1, 2]
-    outside, _, _ = evaluate(digits, run, weights, wanted=("fid", "kid"), n=8, seeds=[3], batch_size=8)
+    outside, _, _ = evaluate(digits[0], run, weights, wanted=("fid", "kid"), n=8, seeds=[3], batch_size=8)
     assert lines[-1]["eval/fid"] == pytest.approx(outside["fid"], rel=1e-4)
     assert lines[-1]["eval/kid"] == pytest.approx(outside["kid"], rel=1e-3)
     assert "evaluation of 8 samples of the EMA at step 2: fid " in (run / "log.txt").read_text()
@@ -149,7 +160,7 @@ def test_training_evaluates_itself(digits, run, weights):
 
 def test_a_run_that_cannot_be_evaluated_does_not_begin(folders, weights, tmp_path):
     for changes, message in [
-        (dict(evaluation__reference=str(folders[0])), "were not made alike .size: 24 and 8"),
+        (dict(evaluation__reference=str(folders[0])), "were made differently .size: 24 and 8"),
         (dict(evaluation__reference=str(tmp_path / "none")), "does not exist"),
         (dict(evaluation__inception_weights=str(tmp_path / "none")), "No such file"),
     ]:
@@ -158,25 +169,18 @@ def test_a_run_that_cannot_be_evaluated_does_not_begin(folders, weights, tmp_pat
             train(tiny.config(**settings), tmp_path / "run", devices=jax.devices()[:1])
 
 
-def prepared(folder, out, **framing):
-    prepare.prepare(open_source(str(folder)), out, Framing(**framing), name="faces")
-    return out
-
-
 def test_what_was_not_made_alike_is_refused(folders, weights, tmp_path, run):
-    fine, cut = (
-        prepared(folders[0], tmp_path / "a", size=8),
-        prepared(folders[0], tmp_path / "b", size=8, crop="0,0,16"),
-    )
-    with pytest.raises(EvaluationError, match=r"not made alike \(crop: centre and 0,0,16\)"):
+    source = open_source(str(folders[0]))
+    fine, cut = prepared(source, tmp_path / "a", size=8), prepared(source, tmp_path / "b", size=8, crop="0,0,16")
+    with pytest.raises(EvaluationError, match=r"made differently \(crop: centre and 0,0,16\)"):
         evaluate(fine, cut, weights, batch_size=8)
     with pytest.raises(
-        EvaluationError, match="size: 24 and 8.*prepare the reference as the training data was, or --ins"
+        EvaluationError, match="size: 24 and 8.*prepare the reference as the training data was, or give --allow_mis"
     ):
         evaluate(folders[0], fine, weights, batch_size=8)
     with pytest.raises(EvaluationError, match="channels: 3 and 1; .*colour: .*RGB and .*grey"):
         evaluate(fine, run, weights, n=6)
-    result, real, made = evaluate(folders[0], fine, weights, batch_size=8, insist=True, keep=True)
+    result, real, made = evaluate(folders[0], fine, weights, batch_size=8, allow_mismatch=True, keep=True)
     assert result["fid"] > 0
     few = dataclasses.replace(made, features=made.features[:3], logits=made.logits[:3])
     for metric, message in [("is", "3 images do not fill 10 splits"), ("pr", "need more than 3 images")]:
@@ -184,28 +188,26 @@ def test_what_was_not_made_alike_is_refused(folders, weights, tmp_path, run):
             compare(real, few, (metric,))
 
 
-def test_samples_carry_the_card_of_their_training(folders, tmp_path):
+def test_samples_carry_the_card_of_their_training(digits, run, tmp_path):
     """From the prepared set through the checkpoint to the samples' folder."""
-    data = prepared(folders[0], tmp_path / "data", size=8)
-    changes = dict(data__path=str(data), data__channels=3, data__labels=False, model__num_classes=0)
-    train(tiny.config(stages=("finetune",), **changes), tmp_path / "run", devices=jax.devices()[:1])
-    loaded = sampling.load(tmp_path / "run")
-    assert loaded.card["content_hash"] == read_card(data)["content_hash"]
+    loaded = sampling.load(run)
+    assert loaded.card["content_hash"] == read_card(digits[1])["content_hash"]
     out = sampling.generate_to_folder(loaded, tmp_path / "out", 4, batch_size=4)
     packed = sampling.generate_to_folder(loaded, tmp_path / "npz", 4, batch_size=4, file_format="npz")
+    other = prepared(open_source(str(digits[0])), tmp_path / "other", size=8, channels=1, filter="box")
     for path in (out, packed, packed / "samples.npz"):
         images = open_images(path)
         assert images.card == loaded.card
         assert images.made_by["seed"] == 0
-        check_comparable(open_images(data), images, ("fid",))
-        other = prepared(folders[0], tmp_path / f"other-{path.stem}", size=8, filter="box")
+        check_comparable(open_images(digits[1]), images, ("fid",))
         with pytest.raises(EvaluationError, match="resize: Pillow box with antialiasing.* and Pillow bicubic"):
             check_comparable(open_images(other), images, ("fid",))
 
 
 def test_statistics_of_a_prepared_set_are_kept(folders, weights, tmp_path, monkeypatch):
     monkeypatch.setenv("MASKDM_CACHE", str(tmp_path / "cache"))
-    data, other = prepared(folders[0], tmp_path / "a", size=12), prepared(folders[1], tmp_path / "b", size=12)
+    sources = [open_source(str(folder)) for folder in folders]
+    data, other = prepared(sources[0], tmp_path / "a", size=12), prepared(sources[1], tmp_path / "b", size=12)
     first, _, _ = evaluate(data, other, weights, batch_size=8)
     (kept,) = (tmp_path / "cache" / "statistics").iterdir()
     assert kept.name.startswith(read_card(data)["content_hash"])
@@ -238,15 +240,15 @@ def test_weights_are_fetched_once_and_checked(weights, tmp_path, monkeypatch):
 
 
 def test_what_cannot_be_evaluated_is_named(folders, extractor, weights, tmp_path):
-    np.savez(tmp_path / "odd.npz", mu=np.zeros(3), sigma=np.zeros((3, 3)))
+    np.savez(tmp_path / "odd.npz", mu=np.zeros(3), sigma=np.zeros((3, 4)))
     np.savez(tmp_path / "other.npz", x=np.zeros(3))
     np.savez(tmp_path / "float.npz", images=np.zeros((3, 8, 8, 3)))
-    np.savez(tmp_path / "nan.npz", mu=np.full(2048, np.nan), sigma=np.eye(2048))
+    np.savez(tmp_path / "nan.npz", mu=np.full(8, np.nan), sigma=np.eye(8))
     odd = [np.zeros(2), "abc", np.nan, np.inf, 1j, -7, 2.5]
     for i, n in enumerate(odd):
-        np.savez(tmp_path / f"n{i}.npz", mu=np.zeros(2048), sigma=np.eye(2048), n=n)
-    np.savez(tmp_path / "text_mu.npz", mu=np.full(2048, "x"), sigma=np.eye(2048))
-    np.savez(tmp_path / "oblique.npz", mu=np.zeros(2048), sigma=np.triu(np.ones((2048, 2048))))
+        np.savez(tmp_path / f"n{i}.npz", mu=np.zeros(8), sigma=np.eye(8), n=n)
+    np.savez(tmp_path / "text_mu.npz", mu=np.full(8, "x"), sigma=np.eye(8))
+    np.savez(tmp_path / "oblique.npz", mu=np.zeros(8), sigma=np.triu(np.ones((8, 8))))
     np.save(tmp_path / "array.npy", np.zeros(3))
     (tmp_path / "array.npy").rename(tmp_path / "array.npz")
     content = bytearray((tmp_path / "other.npz").read_bytes())
@@ -264,7 +266,7 @@ def test_what_cannot_be_evaluated_is_named(folders, extractor, weights, tmp_path
     for path, options, error, message in [
         ("none.npz", {}, EvaluationError, "none.npz does not exist"),
         ("text.npz", {}, EvaluationError, "text.npz is damaged or not an .npz file"),
-        ("odd.npz", {}, EvaluationError, r"odd.npz: mu \(3,\) and sigma \(3, 3\) are not of 2048 features"),
+        ("odd.npz", {}, EvaluationError, r"odd.npz: mu \(3,\) and sigma \(3, 4\) must be a vector and a square"),
         ("other.npz", {}, EvaluationError, "holds neither images nor statistics"),
         ("float.npz", {}, EvaluationError, "images are float64 .*; uint8"),
         ("nan.npz", {}, EvaluationError, "mu and sigma must be finite"),
@@ -285,6 +287,14 @@ def test_what_cannot_be_evaluated_is_named(folders, extractor, weights, tmp_path
             extractor(open_images(tmp_path / path, **options))
     with pytest.raises(EvaluationError, match="several seeds need a checkpoint"):
         evaluate(folders[0], folders[1], weights, seeds=[0, 1])
+    np.savez(tmp_path / "narrow.npz", mu=np.zeros(3), sigma=np.eye(3))
+    for pair in [(tmp_path / "narrow.npz", folders[0]), (folders[0], tmp_path / "narrow.npz")]:
+        with pytest.raises(EvaluationError, match=r"narrow.npz: mu \(3,\) and sigma \(3, 3\) are not of 128 features"):
+            evaluate(*pair, weights, batch_size=8)
+    with pytest.raises(EvaluationError, match=r"metrics \['fdi'\] are unknown; choose from fid, kid, is, pr"):
+        evaluate(*folders, weights, wanted=("fdi",))
+    with pytest.raises(EvaluationError, match="latents: the Inception network sees images of 1 or 3 channels, not 4"):
+        features.transform("latents", open_source("digits"), Framing(8, 4))
 
 
 def test_damaged_notes_of_samples_are_named(folders, tmp_path):

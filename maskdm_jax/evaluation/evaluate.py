@@ -1,4 +1,4 @@
-"""A reference and samples in, numbers out."""
+"""Compare samples with a reference: paths in, numbers out."""
 
 import logging
 import pathlib
@@ -7,14 +7,13 @@ import sys
 import numpy as np
 from tqdm import tqdm
 
-from maskdm_jax.errors import EvaluationError
+from maskdm_jax.errors import EvaluationError, prefixed
 from maskdm_jax.evaluation import inception, metrics
 from maskdm_jax.evaluation.features import (
     Extractor,
     Images,
     ImageSet,
     is_checkpoint,
-    load_statistics,
     open_images,
     save_statistics,
 )
@@ -25,13 +24,13 @@ log = logging.getLogger(__name__)
 
 
 class Evaluator:
-    """The Inception network and what it has seen of references."""
+    """Computes the features of references and samples, and caches the statistics of references."""
 
     def __init__(self, weights="", *, batch_size: int = 64):
-        """weights: path of FID's Inception weights; fetched once when empty. batch_size: images per device and call.
+        """weights: path of FID's Inception weights; "" downloads them once. batch_size: images per device and call.
 
         Raises:
-          TorchFileError, OSError: the weights cannot be read or fetched.
+          TorchFileError, OSError: the weights cannot be read or downloaded.
         """
         path = pathlib.Path(weights).expanduser() if weights else inception.fetch_weights()
         self._digest = inception.file_hash(path)
@@ -39,32 +38,37 @@ class Evaluator:
         self._extractor = Extractor(inception.load_weights(path), batch_size=batch_size)
 
     def reference(self, images: Images | ImageSet, wanted=("fid",), keep: bool = False) -> ImageSet:
-        """A reference with what the metrics wanted of it need; statistics of a prepared set are kept in the cache.
+        """Compute what the metrics `wanted` need of a reference. Statistics of a prepared set are cached on disk.
 
-        keep: whether its features are wanted besides.
+        keep: return its features even if no metric needs them.
+
+        Raises:
+          EvaluationError: statistics from a file are of another network's features.
         """
         if isinstance(images, ImageSet):
+            self._extractor.check_statistics(images)
             return images
         keep = keep or bool(set(wanted) & {"kid", "pr"})
         path = self._cached(images)
         if path is not None and path.exists() and not keep:
-            return ImageSet(images, load_statistics(path))
+            return ImageSet(images, open_images(path).moments)
         found = self._extract(images, "reference", keep)
         if path is not None and not path.exists():
             try:
                 save_statistics(path, found.moments)
-            except OSError as error:  # no reason to lose the evaluation
-                log.warning("statistics of %s are not kept: %s", images.name, error)
+            except OSError as error:
+                log.warning("statistics of %s are not cached: %s", images.name, error)
         return found
 
     def samples(self, images: Images | ImageSet, wanted=("fid",), keep: bool = False) -> ImageSet:
-        """Samples with what the metrics wanted of them need."""
+        """Compute what the metrics `wanted` need of samples; otherwise as `reference`, without a cache."""
         if isinstance(images, ImageSet):
+            self._extractor.check_statistics(images)
             return images
         return self._extract(images, "samples", keep or bool(set(wanted) - {"fid"}))
 
     def _cached(self, images: Images) -> pathlib.Path | None:
-        """File of a set's statistics, by the content of the set and of the weights; None where it has no card."""
+        """Path of a set's cached statistics, from the hashes of its content and of the weights; None without a card."""
         content = images.card.get("content_hash")
         return cache_dir("statistics") / f"{content}-{self._digest[:16]}.npz" if content else None
 
@@ -90,21 +94,22 @@ def evaluate(
     """Compare samples with a reference; both are paths as `features.open_images` takes them.
 
     Args:
-      weights: path of FID's Inception weights; fetched once when empty.
-      wanted: of `fid`, `kid`, `is` (Inception Score) and `pr` (precision and recall).
-      n: number of samples; all of a folder when None.
-      seeds: of a checkpoint's samples. With several, each number is their mean, and `range` holds lowest and highest.
+      weights: path of FID's Inception weights; "" downloads them once.
+      wanted: names of `metrics.METRICS`: `fid`, `kid`, `is` (Inception Score), `pr` (precision and recall).
+      n: number of samples; None for all of a folder.
+      seeds: of a checkpoint's samples. With several, each number is their mean and `range` has the lowest and highest.
       batch_size: images per device and call.
       sampling: replaces fields of a checkpoint's `sampling`.
-      statistics: path of an .npz to write, for the reference's `mu`, `sigma` and `n`.
-      allow_mismatch: compare also what was cropped, resized or coloured in different ways.
-      keep: whether features are wanted in the sets returned, beyond what the metrics need.
+      statistics: path of an .npz to write the reference's `mu`, `sigma` and `n` to.
+      allow_mismatch: compare images even if their sizes, crops, filters or colours differ.
+      keep: return the features in the sets even if no metric needs them.
 
     Returns:
-      what was compared and the numbers, ready for JSON; the reference and the (last seed's) samples as `ImageSet`s.
+      a dict for JSON with the numbers and what was compared; the reference; the samples (of the last seed). The sets
+      are `ImageSet`s.
 
     Raises:
-      EvaluationError, DataError, CheckpointError, TorchFileError, OSError: it cannot be done; the message says why.
+      EvaluationError, DataError, CheckpointError, TorchFileError, OSError: with a message that says what is wrong.
     """
     if len(seeds) > 1 and not is_checkpoint(samples):
         raise EvaluationError(f"several seeds need a checkpoint to sample from; {samples} holds images")
@@ -132,11 +137,11 @@ def evaluate(
 
 
 def check_comparable(reference, samples, wanted, allow_mismatch: bool = False) -> None:
-    """Compare what can be known before anything is computed.
+    """Check, before anything is computed, that two sets can be compared by the metrics `wanted`.
 
     Raises:
-      EvaluationError: a metric needs images where there are statistics; the images are of different sizes, or were
-        cropped, resized or coloured in different ways, and `allow_mismatch` is False.
+      EvaluationError: a metric is unknown or needs images where there are only statistics; there are fewer than two
+        images; or sizes, crops, filters or colours differ and `allow_mismatch` is False.
     """
     unknown = [name for name in wanted if name not in METRICS]
     if unknown or not wanted:
@@ -154,13 +159,13 @@ def check_comparable(reference, samples, wanted, allow_mismatch: bool = False) -
     different = [f"{key}: {a[key]} and {b[key]}" for key in sorted(a.keys() & b.keys()) if a[key] != b[key]]
     if different:
         raise EvaluationError(
-            f"{reference.name} and {samples.name} were not made alike ({'; '.join(different)}), so the numbers would "
-            "say little; prepare the reference as the training data was, or --allow_mismatch"
+            f"{reference.name} and {samples.name} were made differently ({'; '.join(different)}), so the numbers would "
+            "mean little; prepare the reference as the training data was, or give --allow_mismatch"
         )
 
 
 def known(side: Images | ImageSet) -> dict:
-    """What is known of how images were made: their card's `image`, and their size."""
+    """How images were made, as far as it is known: the `image` of their card, and their size."""
     if isinstance(side, ImageSet):
         return {}
     image = dict(side.card.get("image", {}))
@@ -171,13 +176,13 @@ def known(side: Images | ImageSet) -> dict:
 
 
 def compare(reference: ImageSet, samples: ImageSet, wanted: tuple[str, ...]) -> dict[str, float]:
-    """The numbers wanted; see `evaluate`.
+    """Compute the metrics `wanted`; see `evaluate`.
 
     Raises:
-      EvaluationError: there are too few images for one.
+      EvaluationError: there are too few images for a metric.
     """
     result = {}
-    try:
+    with prefixed(EvaluationError, f"{samples.name} and {reference.name}: "):
         if "fid" in wanted:
             result["fid"] = metrics.frechet_distance(reference.moments, samples.moments)
         if "kid" in wanted:
@@ -186,6 +191,4 @@ def compare(reference: ImageSet, samples: ImageSet, wanted: tuple[str, ...]) -> 
             result["is"], result["is_std"] = metrics.inception_score(samples.logits)
         if "pr" in wanted:
             result["precision"], result["recall"] = metrics.precision_recall(reference.features, samples.features)
-    except ValueError as error:
-        raise EvaluationError(f"{samples.name} and {reference.name}: {error}") from None
     return result

@@ -11,33 +11,40 @@ import typing
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
-from jax.sharding import NamedSharding, PartitionSpec
 
 from maskdm_jax.data.images import Framing, decode, open_image
 from maskdm_jax.data.sources import card_of, open_source, read_patiently
-from maskdm_jax.errors import CheckpointError, DataError, EvaluationError
+from maskdm_jax.errors import CheckpointError, DataError, EvaluationError, prefixed
 from maskdm_jax.evaluation import inception
 from maskdm_jax.evaluation.metrics import Moments, MomentSums, combine
-from maskdm_jax.parallel import sharding
+from maskdm_jax.parallel import processes, sharding
 from maskdm_jax.sampling import Loaded, generate_batches, label_cycle, load
 from maskdm_jax.storage import write_atomically
 from maskdm_jax.training import checkpoint
 
-PICTURES = 64  # images of a set that are kept, to be looked at
+PICTURES = 64  # images of a set that are kept for the report
 _AHEAD = 256 << 20  # bytes of pixels that are decoded ahead
 
 
 @dataclasses.dataclass(frozen=True)
 class Images:
-    """A set of images that can be gone through in order: uint8 [H, W, 3 or 1], which may differ in size."""
+    """A set of images in order, read or generated when needed: uint8 [H, W, 3 or 1]; sizes may differ.
+
+    Raises:
+      EvaluationError: the card says that they have another number of channels.
+    """
 
     name: str
     n: int
-    iterate: typing.Callable  # (start, stop) -> iterator of those images
+    iterate: typing.Callable  # (start, stop) -> iterator over those images
     get: typing.Callable | None = None  # number -> image, where that is cheap
-    card: dict = dataclasses.field(default_factory=dict)  # see `data.sources.card_of`; {} where nothing is known
+    card: dict = dataclasses.field(default_factory=dict)  # see `data.sources.card_of`; {} if nothing is known
     made_by: dict = dataclasses.field(default_factory=dict)  # checkpoint, weights, sampling and seed of samples
+
+    def __post_init__(self):
+        channels = self.card.get("image", {}).get("channels", 3)
+        if channels not in (1, 3):
+            raise EvaluationError(f"{self.name}: the Inception network sees images of 1 or 3 channels, not {channels}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,90 +64,79 @@ class ImageSet:
 
     @property
     def n(self) -> int:
-        """Number of images; 0 where a file of statistics does not say."""
+        """Number of images; 0 if a file of statistics does not contain it."""
         return self.moments.n
 
 
 class Extractor:
-    """The Inception network on all devices: batches of uint8 images to features and logits."""
+    """The Inception network on all devices of a process: uint8 images to features and logits."""
 
     def __init__(self, params: dict, *, batch_size: int = 64, mesh=None):
         """params: from `inception.load_weights`; batch_size: images per call, rounded up to fill the devices."""
         mesh = sharding.make_mesh(devices=jax.local_devices()) if mesh is None else mesh
-        self._place = sharding.batch_sharding(mesh)
-        self._params = jax.device_put(params, NamedSharding(mesh, PartitionSpec()))
-        self.batch_size = -(-batch_size // mesh.size) * mesh.size
+        self._widths = params["fc"].shape  # of features and logits
+        self._place, everywhere = sharding.batch_sharding(mesh), sharding.replicated(mesh)
+        self._params = jax.device_put(params, everywhere)
+        self._batch_size = -(-batch_size // mesh.size) * mesh.size
         self._resize = jax.jit(inception.resize, out_shardings=self._place)
-        self._apply = jax.jit(inception.apply_to_resized, out_shardings=NamedSharding(mesh, PartitionSpec()))
+        self._apply = jax.jit(inception.apply, out_shardings=everywhere)
 
     def __call__(self, images: Images, *, keep: bool = True, progress=None) -> ImageSet:
-        """Features of all images, moments accumulated in float64. Several hosts take a share each.
+        """Compute the features of all images and their moments in float64. Each process takes a share.
 
-        keep: whether features and logits are wanted besides the moments (12 KB per image).
-        progress: called with the number of images done (by this host), after each batch.
+        keep: return features and logits besides the moments (12 KB per image).
+        progress: called after each batch with the number of images that this process has done.
 
         Raises:
           EvaluationError: there are fewer than two images.
         """
         if images.n < 2:
             raise EvaluationError(f"{images.name} has {images.n} images; at least 2 are needed")
-        hosts = jax.process_count()
-        share = -(-images.n // (hosts * self.batch_size)) * self.batch_size
+        share = -(-images.n // (jax.process_count() * self._batch_size)) * self._batch_size
         start = min(jax.process_index() * share, images.n)
-        sums, done = MomentSums(inception.DIM), 0
-        features, logits = [np.zeros((0, inception.DIM), np.float32)], [np.zeros((0, inception.CLASSES), np.float32)]
-        pictures = []
+        sums, pictures, done = MomentSums(self._widths[0]), [], 0
+        kept = [np.zeros((share, width), np.float32) for width in self._widths] if keep else []
         for batch in self._batches(images.iterate(start, min(start + share, images.n))):
-            pooled, scores = (np.asarray(out)[: len(batch)] for out in self._apply(self._params, self._ready(batch)))
-            sums.add(pooled)
-            if keep:
-                features.append(pooled)
-                logits.append(scores)
+            out = [np.asarray(part)[: len(batch)] for part in self._apply(self._params, self._ready(batch))]
+            sums.add(out[0])
+            for part, rows in zip(kept, out, strict=False):
+                part[done : done + len(batch)] = rows
             pictures += [np.array(image) for image in batch[: PICTURES - len(pictures)]]
             done += len(batch)
             if progress:
                 progress(done)
-        n, mean, products = sums.parts()
-        counts, means, products = _from_all_hosts(np.asarray(n), mean, products)
-        moments = combine(zip(counts, means, products, strict=True))
-        if not keep:
-            return ImageSet(images, moments, pictures=tuple(pictures))
-        fill = lambda parts: np.concatenate([*parts, np.zeros((share - done, parts[0].shape[1]), np.float32)])
-        features, logits = (np.concatenate(part)[: images.n] for part in _from_all_hosts(fill(features), fill(logits)))
-        return ImageSet(images, moments, features, logits, tuple(pictures))
+        moments = combine(zip(*map(processes.gather, sums.parts()), strict=True))
+        kept = [processes.gather(part).reshape(-1, part.shape[1])[: images.n] for part in kept]
+        return ImageSet(images, moments, *(kept or (None, None)), tuple(pictures))
+
+    def check_statistics(self, statistics: ImageSet) -> None:
+        """Raise an EvaluationError if statistics are of other features than this network's."""
+        moments, width = statistics.moments, self._widths[0]
+        if moments.mu.shape != (width,):
+            raise EvaluationError(
+                f"{statistics.name}: mu {moments.mu.shape} and sigma {moments.sigma.shape} are not of {width} features"
+            )
 
     def _batches(self, images):
         """Up to `batch_size` images of one size at a time, in order."""
         for _, same in itertools.groupby(images, key=lambda image: image.shape):
-            while batch := list(itertools.islice(same, self.batch_size)):
+            while batch := list(itertools.islice(same, self._batch_size)):
                 yield batch
 
     def _ready(self, batch):
-        """Resized on the devices; filled up, so that few programs are compiled."""
+        """Resized on the devices, and padded to `batch_size` by repetition so that one program serves all batches."""
         rows = np.stack(batch)
-        full = rows[np.arange(self.batch_size) % len(rows)]
+        full = rows[np.arange(self._batch_size) % len(rows)]
         return self._resize(jax.device_put(full, self._place))
 
 
-def _from_all_hosts(*arrays: np.ndarray) -> list[np.ndarray]:
-    """Each array of all hosts, stacked, bit for bit: the gathering itself knows no float64."""
-    if jax.process_count() == 1:
-        return [array[None] for array in arrays]
-    as_bytes = [np.frombuffer(np.ascontiguousarray(array).tobytes(), np.uint8) for array in arrays]
-    gathered = [np.asarray(multihost_utils.process_allgather(part)) for part in as_bytes]
-    return [
-        np.frombuffer(part.tobytes(), array.dtype).reshape(-1, *array.shape)
-        for part, array in zip(gathered, arrays, strict=True)
-    ]
-
-
 def open_images(path, *, n: int | None = None, seed: int = 0, sampling=None, batch_size: int = 64):
-    """A set of images, or statistics of one, from a path. Cheap: images are read, or made, when they are asked for.
+    """Open a set of images, or statistics of one. Cheap: images are read or generated when they are needed.
 
     Args:
       path: anything that `data.sources.open_source` takes; a run folder or checkpoint, from which `n` images are
-        made; an .npz with `images` (as launch/sample.py packs them) or with `mu` and `sigma`.
-      n: the first n images; all when None. A checkpoint needs it.
+        generated; an .npz with `images` (as launch/sample.py packs them) or with `mu` and `sigma`.
+      n: the first n images; None for all. A checkpoint needs it.
       seed: of the noise, for a checkpoint.
       sampling: replaces fields of a checkpoint's `sampling`.
       batch_size: images per device and call, for a checkpoint.
@@ -151,18 +147,16 @@ def open_images(path, *, n: int | None = None, seed: int = 0, sampling=None, bat
     Raises:
       EvaluationError, DataError, CheckpointError: there is no such set, or it is damaged or too small.
     """
-    if "://" not in str(path):
-        place = pathlib.Path(path).expanduser().absolute()
-        if (place / "samples.npz").is_file():  # as launch/sample.py --format=npz leaves a folder
-            place = place / "samples.npz"
-        if place.suffix == ".npz":
-            return _from_npz(place, n)
-        if is_checkpoint(place):
+    if "://" not in str(path) and str(path) != "digits":
+        path = pathlib.Path(path).expanduser().absolute()
+        if (path / "samples.npz").is_file():  # a folder written by launch/sample.py --format=npz
+            path = path / "samples.npz"
+        if path.suffix == ".npz":
+            return _from_npz(path, n)
+        if is_checkpoint(path):
             if n is None:
-                raise EvaluationError(f"{place} is a checkpoint: say how many images to make of it (--n)")
-            loaded = load(place, sampling=sampling)
-            return sampled(loaded, n, seed=seed, batch_size=batch_size)
-        path = place if str(path) != "digits" else path
+                raise EvaluationError(f"{path} is a checkpoint: say how many images to make of it (--n)")
+            return sampled(load(path, sampling=sampling), n, seed=seed, batch_size=batch_size)
     source = open_source(str(path))
     count = _enough(path, len(source), n)
     made_by, card = _samples_settings(path)
@@ -170,12 +164,12 @@ def open_images(path, *, n: int | None = None, seed: int = 0, sampling=None, bat
         image = source.card["image"]
         card = card_of(source, Framing(image["size"], image["channels"]))
         if count < len(source):
-            card.pop("content_hash", None)  # of another number of images
+            card.pop("content_hash", None)  # it is of all images
     return _of_source(str(path), source, count, lambda image: np.asarray(open_image(image, 3)), card, made_by)
 
 
 def sampled(loaded: Loaded, n: int, *, seed: int, batch_size: int) -> Images:
-    """Images 0..n-1 of a network and seed, the classes of a conditional one in turn."""
+    """Samples 0..n-1 of a network and seed; a conditional network cycles through its classes."""
     labels = label_cycle(loaded, None)
     labels = None if labels is None else np.resize(np.asarray(labels, np.int32), n)
 
@@ -187,7 +181,7 @@ def sampled(loaded: Loaded, n: int, *, seed: int, batch_size: int) -> Images:
     sampling = dataclasses.asdict(loaded.config.sampling)
     made_by = dict(checkpoint=str(loaded.checkpoint), weights=loaded.weights, seed=seed, sampling=sampling)
     size, channels = loaded.config.data.image_size, loaded.config.data.channels
-    card = loaded.card or dict(image=dict(size=size, channels=channels))  # of a converted file, all that is known
+    card = loaded.card or dict(image=dict(size=size, channels=channels))  # converted files have no card
     return Images(f"{loaded.checkpoint}, seed {seed}", n, iterate, card=card, made_by=made_by)
 
 
@@ -206,15 +200,6 @@ def is_checkpoint(path) -> bool:
     return True
 
 
-def load_statistics(path) -> Moments:
-    """Moments from an .npz with `mu`, `sigma` and perhaps `n` (0 without).
-
-    Raises:
-      EvaluationError: it is damaged or holds something else.
-    """
-    return _moments(path, _read_npz(path))
-
-
 def _moments(path, arrays: dict) -> Moments:
     if not arrays.keys() >= {"mu", "sigma"}:
         raise EvaluationError(f"{path} holds neither images nor statistics (mu and sigma)")
@@ -222,8 +207,8 @@ def _moments(path, arrays: dict) -> Moments:
     if not all(array.dtype.kind in "fiu" for array in (mu, sigma, n)):
         raise EvaluationError(f"{path}: mu, sigma and n must be numbers, not {mu.dtype}, {sigma.dtype} and {n.dtype}")
     mu, sigma = mu.astype(np.float64), sigma.astype(np.float64)
-    if mu.shape != (inception.DIM,) or sigma.shape != (inception.DIM, inception.DIM):
-        raise EvaluationError(f"{path}: mu {mu.shape} and sigma {sigma.shape} are not of {inception.DIM} features")
+    if mu.ndim != 1 or sigma.shape != (mu.size, mu.size):
+        raise EvaluationError(f"{path}: mu {mu.shape} and sigma {sigma.shape} must be a vector and a square matrix")
     if not (np.isfinite(mu).all() and np.isfinite(sigma).all()):
         raise EvaluationError(f"{path}: mu and sigma must be finite")
     if n.shape != () or not 0 <= n < 2**53 or n != int(n):
@@ -248,34 +233,32 @@ def _enough(path, there: int, n: int | None) -> int:
 
 
 def _samples_settings(path) -> tuple[dict, dict]:
-    """What launch/sample.py noted beside its images, and the card among it; {} without.
+    """The settings that launch/sample.py wrote beside its images, and the card among them; {} without.
 
     Raises:
-      EvaluationError: it is damaged.
+      EvaluationError: the file is damaged.
     """
     file = pathlib.Path(path) / "samples.json"
+    advice = "restore it, or remove it and lose the check"
     try:
-        noted = json.loads(file.read_bytes())
+        text = file.read_bytes()
     except OSError:
         return {}, {}
-    except (ValueError, RecursionError) as error:
-        raise EvaluationError(f"{file} is damaged ({error}); restore it, or remove it and lose the check") from None
+    with prefixed(EvaluationError, f"{file} is damaged (", (ValueError, RecursionError), f"); {advice}"):
+        noted = json.loads(text)
     kinds = dict(checkpoint=str, weights=str, sampling=dict, card=dict)
     wrong = [key for key, kind in kinds.items() if not isinstance(noted, dict) or type(noted.get(key)) is not kind]
     if wrong or not isinstance(noted["card"].get("image", {}), dict):
-        lacking = ", ".join(wrong) or "image"
-        raise EvaluationError(f"{file} lacks or garbles {lacking}; restore it, or remove it and lose the check")
+        raise EvaluationError(f"{file} lacks or garbles {', '.join(wrong) or 'image'}; {advice}")
     return noted, noted.pop("card")
 
 
 def _read_npz(path) -> dict:
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            return {name: file[name] for name in file.files if name in ("mu", "sigma", "n", "images")}
-    except FileNotFoundError:
-        raise EvaluationError(f"{path} does not exist") from None
-    except Exception as error:  # whatever a damaged file makes of its reader
-        raise EvaluationError(f"{path} is damaged or not an .npz file ({error})") from None
+    if not pathlib.Path(path).exists():
+        raise EvaluationError(f"{path} does not exist")
+    broken = prefixed(EvaluationError, f"{path} is damaged or not an .npz file (", Exception, ")")
+    with broken, np.load(path, allow_pickle=False) as file:  # np.load raises many types
+        return {name: file[name] for name in file.files if name in ("mu", "sigma", "n", "images")}
 
 
 def _from_npz(path: pathlib.Path, n: int | None) -> Images | ImageSet:
@@ -293,25 +276,25 @@ def _from_npz(path: pathlib.Path, n: int | None) -> Images | ImageSet:
 
 
 def _of_source(name: str, source, n: int, see, card: dict, made_by: dict) -> Images:
-    """Images 0..n-1 of a source, decoded by `see` a few ahead by threads.
+    """Images 0..n-1 of a source, decoded by `see`; threads decode a few ahead.
 
     Raises (while iterating):
-      DataError: an image cannot be read. Leaving it out would change the number.
+      DataError: an image cannot be read. Skipping it would change the number of images.
     """
 
     def get(i):
         try:
             return see(read_patiently(source, i)[0])
-        except Exception as error:  # whatever a decoder throws at a damaged file
+        except Exception as error:  # decoders raise any type on a damaged file
             raise DataError(f"{source.names[i]} cannot be read ({error}); repair or remove it") from error
 
     def iterate(start, stop):
         with concurrent.futures.ThreadPoolExecutor() as pool:
-            ahead, room = collections.deque(), 8
+            ahead, limit = collections.deque(), 8
             for i in range(start, stop):
-                ahead.extend(pool.submit(get, later) for later in range(i + len(ahead), min(stop, i + room)))
+                ahead.extend(pool.submit(get, later) for later in range(i + len(ahead), min(stop, i + limit)))
                 image = ahead.popleft().result()
-                room = max(8, min(256, _AHEAD // image.nbytes))
+                limit = max(8, min(256, _AHEAD // image.nbytes))
                 yield image
 
     return Images(name, n, iterate, get, card, made_by)

@@ -1,4 +1,4 @@
-"""The hook that evaluates a run while it trains."""
+"""The hook that evaluates a run during training."""
 
 import logging
 
@@ -11,10 +11,10 @@ log = logging.getLogger(__name__)
 
 
 class Evaluation:
-    """Metrics of the EMA's samples against the run's reference, whose features are computed once."""
+    """Compares samples of the EMA with the run's reference, whose features are computed once."""
 
     def __init__(self, run):
-        """Read weights and reference, so that an error comes before training. run: `training.loop.Run`."""
+        """Read weights and reference, so that errors occur before training. run: `training.loop.Run`."""
         self.every, self._run, settings = run.config.evaluation.every, run, run.config.evaluation
         self._evaluator = Evaluator(settings.inception_weights, batch_size=min(64, settings.n))
         if settings.reference:
@@ -24,7 +24,7 @@ class Evaluation:
         else:
             reference = transform(run.config.data.path, run.data.source, Framing.of(run.config.data))
         if isinstance(reference, Images):
-            log.info("features of the %d images of the reference, computed once", reference.n)
+            log.info("computing the features of the %d reference images, once", reference.n)
         self._reference = self._evaluator.reference(reference, settings.metrics)
 
     def __call__(self, at) -> None:

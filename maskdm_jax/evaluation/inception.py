@@ -1,7 +1,7 @@
 """The Inception network of FID (the graph of 2015-12-05) with the weights that `pytorch-fid` distributes.
 
-Not the classifier of today's libraries: average pooling leaves the padding out, the last block max-pools, and there
-are 1,008 classes. Everything is float32, on TPU too, where convolutions would be bfloat16 by default.
+It differs from the classifier of current libraries: average pooling excludes the padding, the last block max-pools, and
+there are 1,008 classes. Everything is float32, on TPU too, where convolutions would be bfloat16 by default.
 """
 
 import functools
@@ -14,39 +14,37 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from maskdm_jax.errors import TorchFileError
+from maskdm_jax.errors import TorchFileError, prefixed
 from maskdm_jax.interop import torch_file
 from maskdm_jax.storage import atomic_path, cache_dir
 
 SIZE = 299  # side of the images that the network sees
-DIM = 2048  # of the features
-CLASSES = 1008
 FILE = "pt_inception-2015-12-05-6726825d.pth"
 URL = f"https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/{FILE}"
 SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
-TAPS = (64, 192, 768, 2048)  # widths of the places where features can be taken; FID takes the last
+_BATCH_NORM = ("weight", "bias", "running_mean", "running_var")
 _BATCH_NORM_EPS = 1e-3
 
 
 def fetch_weights() -> pathlib.Path:
-    """The file of the weights in the cache, fetched once from where `pytorch-fid` has it and checked by its hash.
+    """The weights' file in the cache, downloaded once from the release of `pytorch-fid` and checked by its hash.
 
     Raises:
-      OSError: it cannot be fetched, or arrived as something else.
+      OSError: the download fails or has another hash.
     """
     path = cache_dir("weights") / FILE
     if path.exists():
         return path
     path.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        with atomic_path(path) as temporary:
-            with urllib.request.urlopen(URL, timeout=60) as source, open(temporary, "wb") as file:
-                shutil.copyfileobj(source, file)
-            found = file_hash(temporary)
-            if found != SHA256:
-                raise OSError(f"it arrived with hash {found[:12]}..., not {SHA256[:12]}...")
-    except OSError as error:
-        raise OSError(f"{URL} cannot be fetched ({error}); get the file and give it by --inception_weights") from None
+    failed = prefixed(
+        OSError, f"{URL} cannot be fetched (", OSError, "); get the file and give it by --inception_weights"
+    )
+    with failed, atomic_path(path) as temporary:
+        with urllib.request.urlopen(URL, timeout=60) as source, open(temporary, "wb") as file:
+            shutil.copyfileobj(source, file)
+        found = file_hash(temporary)
+        if found != SHA256:
+            raise OSError(f"it arrived with hash {found[:12]}..., not {SHA256[:12]}...")
     return path
 
 
@@ -65,16 +63,18 @@ def load_weights(path) -> dict:
     content = torch_file.read(path)
     if not isinstance(content, dict):
         raise TorchFileError(f"{path} holds a {type(content).__name__}, not the weights of FID's Inception network")
-    try:
+    causes = (KeyError, ValueError, TypeError, AttributeError)
+    with prefixed(TorchFileError, f"{path} does not hold the weights of FID's Inception network (", causes, ")"):
         return prepare(content)
-    except (KeyError, ValueError, TypeError, AttributeError) as error:
-        raise TorchFileError(f"{path} does not hold the weights of FID's Inception network ({error})") from None
 
 
 def prepare(state_dict: dict) -> dict:
     """PyTorch's tensors by name -> {layer: (kernel [h, w, in, out], offset [out])}, batch norm folded in; and `fc`.
 
     The fold is computed in float64 and rounded once.
+
+    Raises:
+      KeyError, ValueError, TypeError, AttributeError: the tensors are of another network.
     """
     params = {}
     for name in state_dict:
@@ -82,59 +82,48 @@ def prepare(state_dict: dict) -> dict:
         if not found:
             continue
         weight = np.asarray(state_dict[name], np.float64)
-        norm = {part: np.asarray(state_dict[f"{layer}.bn.{part}"], np.float64) for part in _NORM}
+        norm = {part: np.asarray(state_dict[f"{layer}.bn.{part}"], np.float64) for part in _BATCH_NORM}
         scale = norm["weight"] / np.sqrt(norm["running_var"] + _BATCH_NORM_EPS)
         kernel = (weight * scale[:, None, None, None]).transpose(2, 3, 1, 0)
         params[layer] = (kernel.astype(np.float32), (norm["bias"] - scale * norm["running_mean"]).astype(np.float32))
     params["fc"] = np.asarray(state_dict["fc.weight"], np.float32).T
-    abstract = jax.ShapeDtypeStruct((1, 8, 8, 3), np.uint8)
-    pooled, _ = jax.eval_shape(apply, params, abstract)
-    if pooled.shape != (1, DIM):
-        raise ValueError(f"its features have {pooled.shape[-1]} numbers, not {DIM}")
+    jax.eval_shape(apply, params, jax.ShapeDtypeStruct((1, SIZE, SIZE, 3), np.float32))
     return params
 
 
-_NORM = ("weight", "bias", "running_mean", "running_var")
-
-
-def apply(params: dict, images) -> tuple[jax.Array, jax.Array]:
-    """Features and class scores of uint8 images [B, H, W, 3] or grey [B, H, W, 1]: float32 [B, 2048], [B, 1008].
+def apply(params: dict, x) -> tuple[jax.Array, jax.Array]:
+    """Features and class scores of images from `resize`: float32 [B, 2048], [B, 1008].
 
     The scores are logits without the layer's bias, as the Inception Score has always used them.
     """
-    return apply_to_resized(params, resize(images))
+    features = taps(params, x)[-1]
+    return features, jnp.dot(features, params["fc"], precision=jax.lax.Precision.HIGHEST)
 
 
-def apply_to_resized(params: dict, x) -> tuple[jax.Array, jax.Array]:
-    """The same of what `resize` gave."""
-    pooled = taps(params, x)[DIM]
-    return pooled, jnp.dot(pooled, params["fc"], precision=jax.lax.Precision.HIGHEST)
-
-
-def taps(params: dict, x) -> dict[int, jax.Array]:
-    """Features of resized images by width (`TAPS`), averaged over the image: {64: [B, 64], ..., 2048: [B, 2048]}."""
+def taps(params: dict, x) -> list[jax.Array]:
+    """Features of resized images at four depths, averaged over the image: [B, 64], [B, 192], [B, 768], [B, 2048]."""
     conv = functools.partial(_conv, params)
-    out = {}
+    out = []
     x = conv(x, "Conv2d_1a_3x3", stride=2)
     x = conv(x, "Conv2d_2a_3x3")
     x = conv(x, "Conv2d_2b_3x3", padding=1)
     x = _max_pool(x)
-    out[64] = x
+    out.append(x)
     x = conv(x, "Conv2d_3b_1x1")
     x = conv(x, "Conv2d_4a_3x3")
     x = _max_pool(x)
-    out[192] = x
+    out.append(x)
     for name in ("Mixed_5b", "Mixed_5c", "Mixed_5d"):
         x = _block_a(conv, x, name)
     x = _block_b(conv, x, "Mixed_6a")
     for name in ("Mixed_6b", "Mixed_6c", "Mixed_6d", "Mixed_6e"):
         x = _block_c(conv, x, name)
-    out[768] = x
+    out.append(x)
     x = _block_d(conv, x, "Mixed_7a")
     x = _block_e(conv, x, "Mixed_7b", _average_pool)
     x = _block_e(conv, x, "Mixed_7c", functools.partial(_max_pool, stride=1, padding=1))
-    out[2048] = x
-    return {width: x.mean(axis=(1, 2)) for width, x in out.items()}
+    out.append(x)
+    return [x.mean(axis=(1, 2)) for x in out]
 
 
 def resize(images):
@@ -167,28 +156,26 @@ def _max_pool(x, stride=2, padding=0):
 
 
 def _average_pool(x):
-    """3 x 3 means of the pixels that exist: the padding does not count."""
+    """3 x 3 means that exclude the padding."""
     add = lambda x: jax.lax.reduce_window(x, 0.0, jax.lax.add, (1, 3, 3, 1), (1, 1, 1, 1), "SAME")
     return add(x) / add(jnp.ones((1, *x.shape[1:3], 1), x.dtype))
 
 
 def _chain(conv, x, name, *layers):
-    """Layers `name`_1, `name`_2, ... with the paddings given."""
+    """Layers `name`_1, `name`_2, ... with these paddings."""
     for i, padding in enumerate(layers, 1):
         x = conv(x, f"{name}_{i}", padding=padding)
     return x
 
 
 def _block_a(conv, x, name):
-    return jnp.concatenate(
-        [
-            conv(x, f"{name}.branch1x1"),
-            _chain(conv, x, f"{name}.branch5x5", 0, 2),
-            _chain(conv, x, f"{name}.branch3x3dbl", 0, 1, 1),
-            conv(_average_pool(x), f"{name}.branch_pool"),
-        ],
-        axis=-1,
-    )
+    parts = [
+        conv(x, f"{name}.branch1x1"),
+        _chain(conv, x, f"{name}.branch5x5", 0, 2),
+        _chain(conv, x, f"{name}.branch3x3dbl", 0, 1, 1),
+        conv(_average_pool(x), f"{name}.branch_pool"),
+    ]
+    return jnp.concatenate(parts, axis=-1)
 
 
 def _block_b(conv, x, name):
@@ -199,15 +186,13 @@ def _block_b(conv, x, name):
 
 def _block_c(conv, x, name):
     row, column = (0, 3), (3, 0)  # 1 x 7 and 7 x 1
-    return jnp.concatenate(
-        [
-            conv(x, f"{name}.branch1x1"),
-            _chain(conv, x, f"{name}.branch7x7", 0, row, column),
-            _chain(conv, x, f"{name}.branch7x7dbl", 0, column, row, column, row),
-            conv(_average_pool(x), f"{name}.branch_pool"),
-        ],
-        axis=-1,
-    )
+    parts = [
+        conv(x, f"{name}.branch1x1"),
+        _chain(conv, x, f"{name}.branch7x7", 0, row, column),
+        _chain(conv, x, f"{name}.branch7x7dbl", 0, column, row, column, row),
+        conv(_average_pool(x), f"{name}.branch_pool"),
+    ]
+    return jnp.concatenate(parts, axis=-1)
 
 
 def _block_d(conv, x, name):
@@ -222,7 +207,7 @@ def _block_d(conv, x, name):
 
 def _block_e(conv, x, name, pool):
     def fork(x, layer):
-        """A 1 x 3 and a 3 x 1 convolution side by side."""
+        """A 1 x 3 and a 3 x 1 convolution of the same input."""
         return [conv(x, f"{name}.{layer}a", padding=(0, 1)), conv(x, f"{name}.{layer}b", padding=(1, 0))]
 
     single = conv(x, f"{name}.branch3x3_1")

@@ -1,4 +1,4 @@
-"""Numbers that compare two sets of images by their features. NumPy in float64 throughout.
+"""Metrics that compare two sets of images by their features, in NumPy and float64.
 
 Features are [n, d] arrays, one row per image.
 """
@@ -11,7 +11,7 @@ import scipy.special
 
 from maskdm_jax.errors import ConfigError
 
-METRICS = {"fid": 2, "kid": 2, "is": 10, "pr": 4}  # name -> least number of images
+METRICS = {"fid": 2, "kid": 2, "is": 10, "pr": 4}  # name -> minimum number of images
 
 
 def check_settings(settings) -> None:
@@ -29,7 +29,7 @@ def check_settings(settings) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Moments:
-    """Mean [d] and covariance [d, d] (divided by n - 1) of n features, as `.npz` statistics hold them."""
+    """Mean [d] and covariance [d, d] (normalized by n - 1) of n features, as in `.npz` statistics."""
 
     n: int
     mu: np.ndarray
@@ -37,24 +37,24 @@ class Moments:
 
 
 class MomentSums:
-    """Running sums from which `Moments` are made; what was added is not kept."""
+    """Running sums for `Moments`, so that features need not be kept."""
 
     def __init__(self, dim: int):
         self._n, self._sum, self._products = 0, np.zeros(dim), np.zeros((dim, dim))
         self._origin = None
 
     def add(self, features) -> None:
-        """Take in [n, d]."""
+        """Add features [n, d]."""
         x = np.asarray(features, np.float64)
         if self._origin is None:
-            self._origin = x.mean(axis=0)  # near the mean, so that the difference of sums below keeps its digits
+            self._origin = x.mean(axis=0)  # near the mean, so that the subtraction in `parts` loses no digits
         x = x - self._origin
         self._n += len(x)
         self._sum += x.sum(axis=0)
         self._products += x.T @ x
 
     def parts(self) -> tuple[int, np.ndarray, np.ndarray]:
-        """(n, mean, sum of products about the mean), which `combine` takes."""
+        """(n, mean, sum of products about the mean), the input of `combine`."""
         if not self._n:
             return 0, self._sum, self._products
         mean = self._sum / self._n
@@ -62,10 +62,10 @@ class MomentSums:
 
 
 def combine(parts) -> Moments:
-    """Moments of several sets together, such as those of several hosts (Chan et al. 1979).
+    """Moments of the union of several sets, such as those of several hosts (Chan et al. 1979).
 
     Raises:
-      ValueError: they have fewer than two features.
+      ValueError: it has fewer than two images.
     """
     parts = [part for part in parts if part[0]]
     total = int(sum(n for n, _, _ in parts))
@@ -79,11 +79,11 @@ def combine(parts) -> Moments:
 def frechet_distance(a: Moments, b: Moments) -> float:
     """Squared Frechet distance of two Gaussians, the "FID" of Inception features (Heusel et al. 2017, eq. 6).
 
-    tr (Sa Sb)^(1/2) is the sum of the roots of the eigenvalues of Sa^(1/2) Sb Sa^(1/2), which is symmetric: no
-    complex roots, and singular covariances (fewer images than features) need no special care.
+    tr (Sa Sb)^(1/2) is the sum of the square roots of the eigenvalues of Sa^(1/2) Sb Sa^(1/2). That matrix is
+    symmetric, so the roots are real and singular covariances (fewer images than features) need no special case.
 
     Raises:
-      ValueError: features of different widths, or covariances with negative eigenvalues, which are none.
+      ValueError: the features have different widths, or a covariance has a negative eigenvalue.
     """
     if a.mu.shape != b.mu.shape:
         raise ValueError(f"features of {a.mu.size} and of {b.mu.size} numbers cannot be compared")
@@ -99,7 +99,7 @@ def frechet_distance(a: Moments, b: Moments) -> float:
 
 
 def _roots(values: np.ndarray) -> np.ndarray:
-    """Square roots of a covariance's eigenvalues, of which rounding may have left some below 0."""
+    """Square roots of a covariance's eigenvalues; those that rounding made slightly negative count as 0."""
     if values.min() < -1e-3 * np.abs(values).max():
         raise ValueError(f"a matrix with the eigenvalue {values.min():.3g} is no covariance")
     return np.sqrt(np.maximum(values, 0))
@@ -108,7 +108,7 @@ def _roots(values: np.ndarray) -> np.ndarray:
 def kernel_distance(a, b, *, subsets: int = 100, size: int = 1000, seed: int = 0) -> tuple[float, float]:
     """KID (Binkowski et al. 2018): mean and standard deviation over `subsets` of the unbiased squared MMD.
 
-    The kernel is (x.y / d + 1)^3; each subset draws `size` features (or all, if there are fewer) of either set.
+    The kernel is (x.y / d + 1)^3. Each subset draws `size` features of either set, or as many as the smaller has.
     """
     a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
     size = min(size, len(a), len(b))
@@ -127,7 +127,10 @@ def kernel_distance(a, b, *, subsets: int = 100, size: int = 1000, seed: int = 0
 def inception_score(logits, *, splits: int = 10, seed: int = 0) -> tuple[float, float]:
     """Inception Score (Salimans et al. 2016): mean and standard deviation over `splits` of exp(E KL(p(y|x) || p(y))).
 
-    logits: [n, classes]. They are shuffled first: samples of a conditional model come in the order of their classes.
+    logits: [n, classes]. They are shuffled first, because samples of a conditional model cycle through its classes.
+
+    Raises:
+      ValueError: there are fewer images than splits.
     """
     logits = np.asarray(logits, np.float64)[np.random.RandomState(seed).permutation(len(logits))]
     if len(logits) < splits:
