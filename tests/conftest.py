@@ -77,14 +77,17 @@ def child_env():
 
 @pytest.fixture(scope="session")
 def inception_weights(tmp_path_factory):
-    """A file like that of FID's Inception weights, with the golden file's random numbers."""
+    """A file like that of FID's Inception weights, with random numbers and a sixteenth of the channels."""
     import golden
     import numpy as np
 
     from maskdm_jax.interop import torch_file
 
     _, meta = golden.load(ROOT / "tests" / "golden" / "fid_inception.npz")
-    state_dict = {name: golden.inception_weight(name, shape) for name, shape in meta["state_dict"].items()}
+    state_dict = {}
+    for name, shape in meta["state_dict"].items():
+        channels = [size // 16 if size >= 16 else size for size in shape[:2]]
+        state_dict[name] = np.asarray(golden.inception_weight(name, (*channels, *shape[2:])))
     path = tmp_path_factory.mktemp("weights") / "inception.pth"
-    torch_file.write(path, {name: np.asarray(value) for name, value in state_dict.items()})
+    torch_file.write(path, state_dict)
     return path
