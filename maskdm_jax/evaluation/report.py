@@ -167,13 +167,18 @@ def draw_curves(lines: list[dict]) -> Figure | None:
     if not curves:
         return None
     rows = -(-len(curves) // 2)
-    figure = Figure(figsize=(10.4, 2.7 * rows), layout="constrained")
+    figure = Figure(figsize=(10.4, 2.9 * rows), layout="constrained")
+    figure.get_layout_engine().set(hspace=0.1)
     for i, (key, points) in enumerate(curves.items(), 1):
         title, scale = _CURVES[key]
         axis = figure.add_subplot(rows, 2, i)
         axis.plot(*points.T, color="#3b82c4", linewidth=1.4, marker="o" if len(points) < 30 else "", markersize=4)
         axis.set_title(title, loc="left", fontsize=11, color=_GREY)
-        axis.set_yscale(scale if points[:, 1].min() > 0 else "linear")
+        if scale == "log" and points[:, 1].min() > 0:
+            axis.set_yscale("log")
+            label = lambda y, _: f"{y:g}" if f"{y:e}"[0] in "125" else ""
+            axis.yaxis.set_major_formatter(label)
+            axis.yaxis.set_minor_formatter(label)
         axis.grid(axis="y", color=_GREY, alpha=0.25)
         axis.tick_params(which="both", colors=_GREY, labelsize=9)
         axis.xaxis.set_major_formatter(lambda step, _: f"{step:,.0f}")
