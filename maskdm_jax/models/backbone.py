@@ -1,4 +1,4 @@
-"""What the U-ViT and its wavelet sibling share: label and time tokens, and transformer blocks with long skips."""
+"""The transformer that both networks share: label and time tokens, blocks with long skips, final norm."""
 
 import jax
 import jax.numpy as jnp
@@ -8,19 +8,26 @@ from maskdm_jax.models.layers import Block, LayerNorm, Mlp, normal_002, timestep
 
 
 class Backbone(nnx.Module):
-    """Transformer over `[label?, time, patches]`: `depth // 2` blocks, one in the middle, `depth // 2` with long skips.
+    """Transformer over the tokens `[label?, time, patches]` (U-ViT, Bao et al. 2023, as the reference has it).
+
+    It has `depth // 2` blocks, one in the middle, and `depth // 2` that each take a long skip from their twin in the
+    first half; depths 2k and 2k + 1 are the same network.
 
     Args:
-      width, depth, heads: of the transformer; depths 2k and 2k + 1 are the same network.
-      mlp_ratio: hidden width of an MLP over `width`.
-      qv_bias: give q and v a bias.
+      width: D, of a token; even.
+      depth, heads: blocks, and attention heads of each; `heads` divides `width`.
+      mlp_ratio: hidden width of an MLP, over `width`.
+      qv_bias: give queries and values a bias.
       num_classes: 0 for an unconditional model.
       unconditional_token: give a conditional model a learned token that stands for "no label".
-      time_mlp: send the time embedding through a two-layer MLP before it becomes a token.
-      dtype: of the computation.
-      attention: kernel, see `attention.attention`.
-      remat: recompute each block in the backward pass rather than keep its activations.
-      rngs: parameter initialisation.
+      time_mlp: pass the time embedding through a two-layer MLP before it becomes a token.
+      dtype: of the computation; parameters are float32.
+      attention: a kernel, see `ops.attention.attention`.
+      remat: recompute each block in the backward pass instead of keeping its activations.
+      rngs: for the initial parameters.
+
+    Raises:
+      ValueError: `width` is odd or `heads` does not divide it.
     """
 
     def __init__(
@@ -29,14 +36,14 @@ class Backbone(nnx.Module):
         width: int,
         depth: int,
         heads: int,
-        mlp_ratio: float,
-        qv_bias: bool,
-        num_classes: int,
-        unconditional_token: bool,
-        time_mlp: bool,
-        dtype,
-        attention: str,
-        remat: bool,
+        mlp_ratio: float = 4,
+        qv_bias: bool = False,
+        num_classes: int = 0,
+        unconditional_token: bool = True,
+        time_mlp: bool = False,
+        dtype=jnp.float32,
+        attention: str = "auto",
+        remat: bool = False,
         rngs: nnx.Rngs,
     ):
         if width % 2:
@@ -55,10 +62,10 @@ class Backbone(nnx.Module):
         self.in_blocks = nnx.List([block(skip=False) for _ in range(depth // 2)])
         self.mid_block = block(skip=False)
         self.out_blocks = nnx.List([block(skip=True) for _ in range(depth // 2)])
-        self.norm = LayerNorm(width, out_dtype=dtype, rngs=rngs)
+        self.norm = LayerNorm(width, rngs=rngs)
 
     def __call__(self, patch_tokens, pos_extras, t, labels=None):
-        """Transform patch tokens [B, V, D] (position embeddings added), to [B, V, D] after the final norm.
+        """Transform patch tokens [B, V, D], position embeddings included; returns [B, V, D] of the compute dtype.
 
         Args:
           pos_extras: [extras, D], position embeddings of the label (if any) and time tokens.
@@ -84,7 +91,7 @@ class Backbone(nnx.Module):
         return self.norm(h[:, self.extras :])
 
     def _extra_tokens(self, t, labels):
-        """The label token (of a conditional model) and the time token, each [B, D]."""
+        """The label token (of a conditional model) and the time token, each [B, D] float32."""
         if labels is not None and not self.num_classes:
             raise ValueError("labels were given to an unconditional model (num_classes = 0)")
         time = timestep_embedding(t, self.width)
@@ -103,5 +110,5 @@ class Backbone(nnx.Module):
 
 
 def extra_tokens(num_classes: int) -> int:
-    """Tokens before the patches, never hidden: time, and the label of a conditional model."""
+    """Number of tokens before the patches, never hidden: time, and the label of a conditional model."""
     return 2 if num_classes else 1

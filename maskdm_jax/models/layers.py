@@ -1,24 +1,27 @@
-"""The parts of a U-ViT: patches and their embedding, attention, MLP, block, time embedding.
+"""The layers of a U-ViT: patch embedding, time embedding, Linear, LayerNorm, attention, MLP, transformer block.
 
-Shapes use B images, T tokens, N patches, D width, H heads, p patch size, C channels.
-Every module keeps float32 parameters and computes in `dtype`; LayerNorm, attention
-logits and softmax stay in float32 whatever `dtype` is.
+Shapes use B images, T tokens, V visible of N patches, D width, p patch size, C channels. Parameters are float32; layers
+compute and return `dtype`. LayerNorm, attention logits and softmax are computed in float32 whatever `dtype` is.
 """
 
 import math
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from maskdm_jax.models.ops.attention import attention
+from maskdm_jax.models.ops.dense import gelu, layer_norm, matmul
 
-LAYER_NORM_EPS = 1e-5
 normal_002 = nnx.initializers.normal(0.02)
+zeros, ones = nnx.initializers.zeros, nnx.initializers.ones
 
 
 def patchify(images, patch_size: int):
-    """Cut images [B, H, W, C] into patches [B, N, p*p*C], row-major, each flattened as (row, column, channel)."""
+    """Cut images [B, H, W, C] into patches [B, N, p*p*C], in row-major order, each flattened as (row, column, channel).
+
+    Raises:
+      ValueError: the patch size does not divide both sides.
+    """
     b, h, w, c = images.shape
     p = patch_size
     if h % p or w % p:
@@ -28,7 +31,11 @@ def patchify(images, patch_size: int):
 
 
 def unpatchify(patches, patch_size: int, grid: tuple[int, int]):
-    """Inverse of `patchify`: [B, rows*cols, p*p*C] and grid (rows, cols) give [B, rows*p, cols*p, C]."""
+    """Invert `patchify`: patches [B, rows*cols, p*p*C] of a grid (rows, cols) to images [B, rows*p, cols*p, C].
+
+    Raises:
+      ValueError: the patches do not form such a grid.
+    """
     b, n, d = patches.shape
     p, (rows, cols) = patch_size, grid
     if n != rows * cols or d % (p * p):
@@ -38,130 +45,77 @@ def unpatchify(patches, patch_size: int, grid: tuple[int, int]):
 
 
 def timestep_embedding(t, dim: int):
-    """Sinusoid of the raw time step: t [B] (0..999, may be fractional) gives [B, dim] float32, cosines first."""
+    """Sinusoidal embedding of time steps t [B] (0..999, may be fractional): [B, dim] float32, cosines first.
+
+    The frequencies are those of Vaswani et al. 2017, 10000^(-i / (dim / 2)).
+    """
     half = dim // 2
     frequencies = jnp.exp(-math.log(10_000) * jnp.arange(half, dtype=jnp.float32) / half)
     angles = t.astype(jnp.float32)[:, None] * frequencies[None]
     return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
 
 
-@jax.custom_vjp
-def matmul(x, w):
-    """The product of x [..., D] and w [D, E]: [..., E]."""
-    return _product(x, w)
+class Linear(nnx.Module):
+    """x W + b: [..., dim] -> [..., out_dim]."""
 
+    def __init__(
+        self, dim: int, out_dim: int, *, use_bias=True, kernel_init=normal_002, bias_init=zeros, dtype, rngs: nnx.Rngs
+    ):
+        self.dtype = dtype
+        self.kernel = nnx.Param(kernel_init(rngs.params(), (dim, out_dim)))
+        self.bias = nnx.Param(bias_init(rngs.params(), (out_dim,))) if use_bias else None
 
-def _product(a, b):
-    if a.dtype == jnp.float32:
-        return a @ b
-    # CPUs that multiply bfloat16 in hardware are asked to only for results in float32.
-    wide = lambda a, b: jnp.matmul(a, b, preferred_element_type=jnp.float32).astype(a.dtype)
-    return jax.lax.platform_dependent(a, b, cpu=wide, default=jnp.matmul)
-
-
-def _turned(a):
-    """a.T; for bfloat16 on CPU in a way that XLA does not take into the product, where the hardware could not do it."""
-    if a.dtype == jnp.float32 or a.shape[1] % 2:
-        return a.T
-    halves = lambda a: jax.lax.optimization_barrier(a).reshape(len(a), 2, -1).transpose(1, 2, 0).reshape(-1, len(a))
-    return jax.lax.platform_dependent(a, cpu=halves, default=jnp.transpose)
-
-
-def _matmul_backward(saved, g):
-    x, w = saved
-    # On CPU, XLA would turn an x of more than two axes round in a loop that computes the sums that x is made of anew.
-    # Elsewhere it is the matrix that costs: T tokens are padded to whole tiles, B x T rows to others.
-    flat = lambda a: a.reshape(-1, a.shape[-1])
-    as_matrices = lambda x, g: _product(_turned(flat(x)), flat(g))
-    rows = tuple(range(x.ndim - 1))
-    as_they_are = lambda x, g: jax.lax.dot_general(x, g, ((rows, rows), ((), ())))
-    return _product(g, _turned(w)), jax.lax.platform_dependent(x, g, cpu=as_matrices, default=as_they_are)
-
-
-matmul.defvjp(lambda x, w: (matmul(x, w), (x, w)), _matmul_backward)
-
-
-class Linear(nnx.Linear):
-    """nnx.Linear by `matmul`."""
-
-    def __init__(self, dim: int, out_dim: int, **options):
-        super().__init__(dim, out_dim, dot_general=lambda x, w, *_, **__: matmul(x, w), **options)
+    def __call__(self, x):
+        y = matmul(x.astype(self.dtype), self.kernel[...].astype(self.dtype))
+        return y if self.bias is None else y + jnp.broadcast_to(self.bias[...].astype(self.dtype), y.shape)
 
 
 class PatchEmbed(Linear):
-    """Flattened patches [B, V, d] to tokens [B, V, D] with their position embeddings added.
+    """Embed flattened patches [B, V, patch_dim] as tokens [B, V, D] and add their position embeddings.
 
-    The reference's convolution with stride p is a Linear on flattened patches. It keeps its framework's default
-    start: uniform in +-1/sqrt(fan_in), bias too.
+    This is the reference's convolution with stride p, with PyTorch's default initialisation of kernel and bias: uniform
+    in +-1/sqrt(patch_dim).
     """
 
     def __init__(self, patch_dim: int, width: int, *, dtype, rngs: nnx.Rngs):
         bound = patch_dim**-0.5
         uniform = nnx.initializers.uniform(2 * bound)
-        centred = lambda key, shape, dtype: uniform(key, shape, dtype) - bound
+        centred = lambda *args: uniform(*args) - bound
         super().__init__(patch_dim, width, kernel_init=centred, bias_init=centred, dtype=dtype, rngs=rngs)
 
     def __call__(self, patches, pos_grid, positions=None):
-        """pos_grid: [N, D] of the whole grid; positions: [B, V] of the visible patches, None for all in order."""
+        """pos_grid: [N, D] float32, of the whole grid; positions: [B, V] of the patches, None for all N in order."""
         pos = pos_grid[None] if positions is None else pos_grid[positions]
         # The sum is taken in float32 and rounded once, to the compute dtype.
         return (super().__call__(patches) + pos).astype(self.dtype)
 
 
-class LayerNorm(nnx.LayerNorm):
-    """LayerNorm with the reference's epsilon, computed in float32 and returned in `out_dtype`."""
+class LayerNorm(nnx.Module):
+    """LayerNorm with the reference's epsilon, computed in float32: [..., dim] -> [..., dim] of x's dtype."""
 
-    def __init__(self, dim: int, *, out_dtype=jnp.float32, rngs: nnx.Rngs):
-        super().__init__(dim, epsilon=LAYER_NORM_EPS, rngs=rngs)
-        self.out_dtype = out_dtype
+    def __init__(self, dim: int, *, rngs: nnx.Rngs):
+        self.scale = nnx.Param(ones(rngs.params(), (dim,)))
+        self.bias = nnx.Param(zeros(rngs.params(), (dim,)))
 
     def __call__(self, x):
-        return layer_norm(x.astype(jnp.float32), self.scale[...], self.bias[...]).astype(self.out_dtype)
-
-
-@jax.custom_vjp
-def layer_norm(x, scale, bias):
-    """Bring x [..., D] to mean 0 and variance 1 over its last axis, times scale [D], plus bias [D]; float32."""
-    return _standardised(x)[0] * jnp.broadcast_to(scale, x.shape) + jnp.broadcast_to(bias, x.shape)
-
-
-def _standardised(x):
-    """(x - mean) / deviation, 1 / deviation."""
-    # Two passes: the variance as E[x^2] - E[x]^2 cancels and misses the golden tolerance.
-    x = x - x.mean(-1, keepdims=True)
-    inverse = jax.lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + LAYER_NORM_EPS)
-    return x * inverse, inverse
-
-
-def _layer_norm_backward(saved, g):
-    # From x alone: derived step by step, it would keep and pass over several arrays of x's size.
-    x, scale = saved
-    normal, inverse = _standardised(x)
-    to_normal = g * jnp.broadcast_to(scale, x.shape)
-    mean = lambda a: a.mean(-1, keepdims=True)
-    rows = tuple(range(x.ndim - 1))
-    to_x = inverse * (to_normal - mean(to_normal) - normal * mean(to_normal * normal))
-    return to_x, (g * normal).sum(rows), g.sum(rows)
-
-
-layer_norm.defvjp(lambda x, scale, bias: (layer_norm(x, scale, bias), (x, scale)), _layer_norm_backward)
+        return layer_norm(x, self.scale[...], self.bias[...], epsilon=1e-5)
 
 
 class Attention(nnx.Module):
-    """Multi-head self-attention, [B, T, D] -> [B, T, D].
+    """Multi-head self-attention (Vaswani et al. 2017): [B, T, D] -> [B, T, D].
 
-    One projection gives q, k and v, its columns ordered (3, heads, head_dim). With `qv_bias`,
-    q and v have a bias each and k has none: softmax cancels a bias on k anyway.
+    One projection gives q, k and v, its columns ordered (3, heads, head_dim). With `qv_bias`, q and v have a bias each;
+    a bias on k would cancel in the softmax.
     """
 
     def __init__(self, dim: int, heads: int, *, qv_bias: bool, kernel: str, dtype, rngs: nnx.Rngs):
         if dim % heads:
             raise ValueError(f"width {dim} does not divide into {heads} heads")
         self.heads, self.kernel = heads, kernel
-        self.qkv = Linear(dim, 3 * dim, use_bias=False, kernel_init=normal_002, dtype=dtype, rngs=rngs)
+        self.qkv = Linear(dim, 3 * dim, use_bias=False, dtype=dtype, rngs=rngs)
         self.q_bias = nnx.Param(jnp.zeros((dim,), jnp.float32)) if qv_bias else None
         self.v_bias = nnx.Param(jnp.zeros((dim,), jnp.float32)) if qv_bias else None
-        self.proj = Linear(dim, dim, kernel_init=normal_002, dtype=dtype, rngs=rngs)
+        self.proj = Linear(dim, dim, dtype=dtype, rngs=rngs)
 
     def __call__(self, x):
         b, t, d = x.shape
@@ -174,52 +128,32 @@ class Attention(nnx.Module):
 
 
 class Mlp(nnx.Module):
-    """Two linear layers around an activation, [..., D] -> [..., out_dim or D]."""
+    """Two linear layers with an activation between them: [..., D] -> [..., D]."""
 
-    def __init__(self, dim: int, hidden: int, *, activation, dtype, rngs: nnx.Rngs):
+    def __init__(self, dim: int, hidden: int, *, activation=gelu, dtype, rngs: nnx.Rngs):
         self.activation = activation
-        self.fc1 = Linear(dim, hidden, kernel_init=normal_002, dtype=dtype, rngs=rngs)
-        self.fc2 = Linear(hidden, dim, kernel_init=normal_002, dtype=dtype, rngs=rngs)
+        self.fc1 = Linear(dim, hidden, dtype=dtype, rngs=rngs)
+        self.fc2 = Linear(hidden, dim, dtype=dtype, rngs=rngs)
 
     def __call__(self, x):
         return self.fc2(self.activation(self.fc1(x)))
 
 
-@jax.custom_vjp
-def exact_gelu(x):
-    """GELU by the error function, as the reference has it (`jax.nn.gelu` goes by tanh or, exactly, by slower erfc)."""
-    return x * _normal_cdf(x)
-
-
-def _normal_cdf(x):
-    return 0.5 * (1 + jax.lax.erf(x * math.sqrt(0.5)))
-
-
-def _gelu_backward(x, g):
-    # By hand, to be one pass over x and g; the barrier keeps the forward pass from saving parts of it.
-    x = jax.lax.optimization_barrier(x)
-    density = jnp.exp(-0.5 * x * x) * (1 / math.sqrt(2 * math.pi))
-    return (g * (_normal_cdf(x) + x * density),)
-
-
-exact_gelu.defvjp(lambda x: (exact_gelu(x), x), _gelu_backward)
-
-
 class Block(nnx.Module):
     """Pre-norm transformer block, [B, T, D] -> [B, T, D].
 
-    A block made with `skip=True` takes the long skip of its twin in the first half as second
-    argument and merges it first thing: Linear(2D -> D) of the two side by side.
+    With `skip`, the block takes a long skip [B, T, D] as second argument and starts with Linear(2D -> D) of x and skip,
+    concatenated (U-ViT, Bao et al. 2023).
     """
 
     def __init__(
         self, dim: int, heads: int, mlp_hidden: int, *, qv_bias: bool, skip: bool, kernel: str, dtype, rngs: nnx.Rngs
     ):
-        self.skip_linear = Linear(2 * dim, dim, kernel_init=normal_002, dtype=dtype, rngs=rngs) if skip else None
-        self.norm1 = LayerNorm(dim, out_dtype=dtype, rngs=rngs)
+        self.skip_linear = Linear(2 * dim, dim, dtype=dtype, rngs=rngs) if skip else None
+        self.norm1 = LayerNorm(dim, rngs=rngs)
         self.attn = Attention(dim, heads, qv_bias=qv_bias, kernel=kernel, dtype=dtype, rngs=rngs)
-        self.norm2 = LayerNorm(dim, out_dtype=dtype, rngs=rngs)
-        self.mlp = Mlp(dim, mlp_hidden, activation=exact_gelu, dtype=dtype, rngs=rngs)
+        self.norm2 = LayerNorm(dim, rngs=rngs)
+        self.mlp = Mlp(dim, mlp_hidden, dtype=dtype, rngs=rngs)
 
     def __call__(self, x, skip=None):
         if self.skip_linear is not None:

@@ -8,18 +8,18 @@ from maskdm_jax.models.layers import Linear, PatchEmbed, normal_002, patchify, u
 
 
 class UViT(nnx.Module):
-    """U-ViT noise predictor (MaskDM, section 3.2; reference `MaskedUViT`).
+    """Denoising network on pixels (MaskDM, section 3.2; reference `MaskedUViT`).
 
-    Tokens are `[label?, time, patches]`. A learned position embedding is added to all of them; hidden
-    patches are never embedded. The rest is `Backbone`.
+    Tokens are `[label?, time, patches]`, each with a learned position embedding; hidden patches are never embedded.
 
     Args:
       image_size: side of the square images, in pixels.
       patch_size: side p of a patch; must divide `image_size`.
       channels: C, channels of the images.
-      width, depth, heads, mlp_ratio, qv_bias, num_classes, time_mlp, attention, remat: see `Backbone`.
-      dtype: of the computation; parameters and the returned prediction are float32.
-      rngs: parameter initialisation.
+      width, num_classes, dtype, rngs, **options: see `Backbone`.
+
+    Raises:
+      ValueError: `patch_size` does not divide `image_size`; see also `Backbone`.
     """
 
     def __init__(
@@ -29,40 +29,21 @@ class UViT(nnx.Module):
         patch_size: int,
         channels: int = 3,
         width: int,
-        depth: int,
-        heads: int,
-        mlp_ratio: float = 4,
-        qv_bias: bool = False,
         num_classes: int = 0,
-        time_mlp: bool = False,
         dtype=jnp.float32,
-        attention: str = "auto",
-        remat: bool = False,
         rngs: nnx.Rngs,
+        **options,
     ):
         if image_size % patch_size:
             raise ValueError(f"patch_size {patch_size} does not divide image_size {image_size}")
-        self.patch_size, self.dtype = patch_size, dtype
+        self.patch_size = patch_size
         self.grid = (image_size // patch_size, image_size // patch_size)
         self.extras = extra_tokens(num_classes)
-        patch_dim = patch_size * patch_size * channels
+        tokens, patch_dim = self.extras + self.grid[0] * self.grid[1], patch_size**2 * channels
         self.patch_embed = PatchEmbed(patch_dim, width, dtype=dtype, rngs=rngs)
-        self.pos_embed = nnx.Param(normal_002(rngs.params(), (self.extras + self.grid[0] * self.grid[1], width)))
-        self.backbone = Backbone(
-            width=width,
-            depth=depth,
-            heads=heads,
-            mlp_ratio=mlp_ratio,
-            qv_bias=qv_bias,
-            num_classes=num_classes,
-            unconditional_token=True,
-            time_mlp=time_mlp,
-            dtype=dtype,
-            attention=attention,
-            remat=remat,
-            rngs=rngs,
-        )
-        self.head = Linear(width, patch_dim, kernel_init=normal_002, dtype=dtype, rngs=rngs)
+        self.pos_embed = nnx.Param(normal_002(rngs.params(), (tokens, width)))
+        self.backbone = Backbone(width=width, num_classes=num_classes, dtype=dtype, rngs=rngs, **options)
+        self.head = Linear(width, patch_dim, dtype=dtype, rngs=rngs)
 
     def __call__(self, x, t, labels=None, positions=None):
         """Predict the objective (noise, x0 or v) for a whole image or for its visible patches.
@@ -71,15 +52,15 @@ class UViT(nnx.Module):
           x: noisy image [B, H, W, C], or noisy visible patches [B, V, p*p*C].
           t: time step of each image, [B], 0..999, integer or fractional.
           labels: [B] int32 in 0..num_classes-1, -1 for "no label"; None is no label for all.
-          positions: [B, V] int32, row-major index of each visible patch in the grid; only with patches,
-            where None stands for the whole grid in order.
+          positions: [B, V] int32, row-major index of each visible patch in the grid; only with patches. None with
+            patches means that they are the whole grid in order.
 
         Returns:
-          float32 of x's shape.
+          The prediction, float32 of x's shape.
 
         Raises:
-          ValueError: labels for an unconditional model, positions for a whole image, patches without
-            positions that are not the whole grid.
+          ValueError: labels are given to an unconditional model, positions are given for a whole image, or patches
+            without positions are not the whole grid.
         """
         whole = x.ndim == 4
         if whole and positions is not None:

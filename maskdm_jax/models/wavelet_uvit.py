@@ -11,25 +11,29 @@ def cut_bands(x, channels: int, patch_size: int, scale: int):
     """Cut Haar coefficients [B, h, w, 4C] into patches: (approximation [B, N, p*p*C], details [B, M, ps*ps*3C]).
 
     p is `patch_size`, ps = p * scale; N = (h / p) * (w / p) and M = N / scale^2.
+
+    Raises:
+      ValueError: ps does not divide both sides.
     """
     return patchify(x[..., :channels], patch_size), patchify(x[..., channels:], patch_size * scale)
 
 
 class WaveletUViT(nnx.Module):
-    """Noise predictor on Haar coefficients (reference `MaskedDWTUViT`, 2023-06).
+    """Denoising network on Haar coefficients (reference `MaskedDWTUViT`, 2023-06).
 
-    Tokens are `[label?, time, approximation patches, detail patches]`, with one position embedding for all
-    and a patch embedding and a head for each band. The rest is `Backbone`. As in the reference, a conditional
-    model has no token for "no label", so it can be neither trained with label dropout nor guided.
+    Tokens are `[label?, time, approximation patches, detail patches]`, each with a learned position embedding. Each
+    band has its own patch embedding and head. As in the reference, a conditional model has no token for "no label", so
+    it can be neither trained with label dropout nor guided.
 
     Args:
       image_size: side of the square images, in pixels; the coefficients' side is half of it.
       patch_size: side p of an approximation patch, in coefficients.
       channels: C, channels of the images.
       scale: s, detail patches have side p * s; p * s must divide image_size / 2.
-      width, depth, heads, mlp_ratio, qv_bias, num_classes, time_mlp, attention, remat: see `Backbone`.
-      dtype: of the computation; parameters and the returned prediction are float32.
-      rngs: parameter initialisation.
+      width, num_classes, dtype, rngs, **options: see `Backbone`.
+
+    Raises:
+      ValueError: the patches do not fit the coefficients; see also `Backbone`.
     """
 
     def __init__(
@@ -40,64 +44,46 @@ class WaveletUViT(nnx.Module):
         channels: int = 3,
         scale: int = 1,
         width: int,
-        depth: int,
-        heads: int,
-        mlp_ratio: float = 4,
-        qv_bias: bool = False,
         num_classes: int = 0,
-        time_mlp: bool = False,
         dtype=jnp.float32,
-        attention: str = "auto",
-        remat: bool = False,
         rngs: nnx.Rngs,
+        **options,
     ):
         if image_size % (2 * patch_size * scale):
             raise ValueError(
                 f"2 * patch_size * scale = {2 * patch_size * scale} does not divide image_size {image_size}"
             )
-        self.patch_size, self.channels, self.scale, self.dtype = patch_size, channels, scale, dtype
+        self.patch_size, self.channels, self.scale = patch_size, channels, scale
         side = image_size // 2 // patch_size
         self.grids = ((side, side), (side // scale, side // scale))
         self.extras = extra_tokens(num_classes)
-        approx_dim, detail_dim = patch_size**2 * channels, (patch_size * scale) ** 2 * 3 * channels
         tokens = self.extras + sum(rows * cols for rows, cols in self.grids)
+        approx_dim, detail_dim = patch_size**2 * channels, (patch_size * scale) ** 2 * 3 * channels
         self.approx_patch_embed = PatchEmbed(approx_dim, width, dtype=dtype, rngs=rngs)
         self.detail_patch_embed = PatchEmbed(detail_dim, width, dtype=dtype, rngs=rngs)
         self.pos_embed = nnx.Param(normal_002(rngs.params(), (tokens, width)))
-        self.backbone = Backbone(
-            width=width,
-            depth=depth,
-            heads=heads,
-            mlp_ratio=mlp_ratio,
-            qv_bias=qv_bias,
-            num_classes=num_classes,
-            unconditional_token=False,
-            time_mlp=time_mlp,
-            dtype=dtype,
-            attention=attention,
-            remat=remat,
-            rngs=rngs,
-        )
-        self.approx_head = Linear(width, approx_dim, kernel_init=normal_002, dtype=dtype, rngs=rngs)
-        self.detail_head = Linear(width, detail_dim, kernel_init=normal_002, dtype=dtype, rngs=rngs)
+        options |= dict(width=width, num_classes=num_classes, dtype=dtype, rngs=rngs)
+        self.backbone = Backbone(unconditional_token=False, **options)
+        self.approx_head = Linear(width, approx_dim, dtype=dtype, rngs=rngs)
+        self.detail_head = Linear(width, detail_dim, dtype=dtype, rngs=rngs)
 
     def __call__(self, x, t, labels=None, positions=None):
         """Predict the objective for all coefficients of an image or for the visible patches of both bands.
 
         Args:
-          x: noisy coefficients [B, h, w, 4C] as `wavelet.haar` orders them, or the visible patches of both
+          x: noisy coefficients [B, h, w, 4C] in the order of `representation.haar`, or the visible patches of both
             bands, (approximation [B, V, p*p*C], details [B, W, ps*ps*3C]).
           t: time step of each image, [B], 0..999, integer or fractional.
-          labels: [B] int32 in 0..num_classes-1, needed by a conditional model.
+          labels: [B] int32 in 0..num_classes-1, required by a conditional model.
           positions: ([B, V], [B, W]) int32, row-major index of each visible patch in its band's grid; only with
-            patches, where None stands for both whole grids in order.
+            patches. None with patches means that they are both whole grids in order.
 
         Returns:
-          float32, like x.
+          The prediction, float32 of x's shape or shapes.
 
         Raises:
-          ValueError: labels are missing or out of place, positions for whole coefficients, patches without
-            positions that are not the whole grids.
+          ValueError: labels are missing or given to an unconditional model, positions are given for whole coefficients,
+            or patches without positions are not the whole grids.
         """
         whole = not isinstance(x, tuple)
         if whole and positions is not None:
@@ -110,14 +96,10 @@ class WaveletUViT(nnx.Module):
                 f"got {approx.shape[1]} and {detail.shape[1]} patches without positions, but the model's grids have "
                 f"{sizes[0]} and {sizes[1]}"
             )
-        pos_extras = self.pos_embed[: self.extras]
-        pos_approx = self.pos_embed[self.extras : self.extras + sizes[0]]
-        pos_detail = self.pos_embed[self.extras + sizes[0] :]
-        tokens = [
-            self.approx_patch_embed(approx, pos_approx, at_approx),
-            self.detail_patch_embed(detail, pos_detail, at_detail),
-        ]
-        h = self.backbone(jnp.concatenate(tokens, axis=1), pos_extras, t, labels)
+        pos_extras, pos_approx, pos_detail = jnp.split(self.pos_embed[...], [self.extras, self.extras + sizes[0]])
+        approx_tokens = self.approx_patch_embed(approx, pos_approx, at_approx)
+        detail_tokens = self.detail_patch_embed(detail, pos_detail, at_detail)
+        h = self.backbone(jnp.concatenate([approx_tokens, detail_tokens], axis=1), pos_extras, t, labels)
         visible = approx.shape[1]
         approx = self.approx_head(h[:, :visible]).astype(jnp.float32)
         detail = self.detail_head(h[:, visible:]).astype(jnp.float32)

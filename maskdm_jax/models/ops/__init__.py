@@ -1,1 +1,1 @@
-"""Platform code and hand-written derivatives, each beside its plain twin."""
+"""Platform code and hand-written derivatives behind plain names; each function stands beside its `plain_` twin."""

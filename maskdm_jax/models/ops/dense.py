@@ -1,0 +1,131 @@
+"""Matrix product, LayerNorm and GELU with hand-written derivatives, each beside its plain twin.
+
+The plain twins are the definitions. `matmul`, `layer_norm` and `gelu` have the same values and gradients up to rounding
+and compile to faster programs, on CPU above all.
+"""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+
+# --- Matrix product -------------------------------------------------------------------------------
+
+
+def plain_matmul(x, w):
+    """The product of x [..., D] and w [D, E], of equal dtype: [..., E]."""
+    return x @ w
+
+
+@jax.custom_vjp
+def matmul(x, w):
+    """`plain_matmul`; on CPU, the gradient of w is one product of two matrices."""
+    return _product(x, w)
+
+
+def _product(a, b):
+    if a.dtype == jnp.float32:
+        return a @ b
+    # XLA:CPU uses the bfloat16 instructions of the hardware only for products with float32 results.
+    wide = lambda a, b: jnp.matmul(a, b, preferred_element_type=jnp.float32).astype(a.dtype)
+    return jax.lax.platform_dependent(a, b, cpu=wide, default=jnp.matmul)
+
+
+def _transposed(a):
+    """a.T, of a matrix."""
+    if a.dtype == jnp.float32 or a.shape[1] % 2:
+        return a.T
+    # XLA:CPU would fuse a plain transpose into the bfloat16 product, which then cannot use the hardware's instructions.
+    halves = lambda a: jax.lax.optimization_barrier(a).reshape(len(a), 2, -1).transpose(1, 2, 0).reshape(-1, len(a))
+    return jax.lax.platform_dependent(a, cpu=halves, default=jnp.transpose)
+
+
+def _matmul_backward(saved, g):
+    x, w = saved
+    # With an x of three axes, XLA:CPU would fuse the transpose and recompute x's producers. On other platforms,
+    # flattening costs more: the T tokens of an image are padded to whole tiles, which differ from those of B x T rows.
+    flat = lambda a: a.reshape(-1, a.shape[-1])
+    as_matrices = lambda x, g: _product(_transposed(flat(x)), flat(g))
+    rows = tuple(range(x.ndim - 1))
+    as_given = lambda x, g: jax.lax.dot_general(x, g, ((rows, rows), ((), ())))
+    return _product(g, _transposed(w)), jax.lax.platform_dependent(x, g, cpu=as_matrices, default=as_given)
+
+
+matmul.defvjp(lambda x, w: (matmul(x, w), (x, w)), _matmul_backward)
+
+
+# --- LayerNorm ------------------------------------------------------------------------------------
+
+
+def plain_layer_norm(x, scale, bias, epsilon: float):
+    """(x - mean) / sqrt(variance + epsilon) * scale + bias, over the last axis of x [..., D] (Ba et al. 2016).
+
+    Computed in float32 and returned in x's dtype; scale and bias are float32 [D].
+    """
+    wide = x.astype(jnp.float32)
+    mean, variance = wide.mean(-1, keepdims=True), wide.var(-1, keepdims=True)
+    return _scale_and_shift((wide - mean) / jnp.sqrt(variance + epsilon), scale, bias).astype(x.dtype)
+
+
+def _scale_and_shift(x, scale, bias):
+    return x * jnp.broadcast_to(scale, x.shape) + jnp.broadcast_to(bias, x.shape)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def layer_norm(x, scale, bias, epsilon: float):
+    """`plain_layer_norm`; the backward pass saves x alone and reads it once."""
+    return _scale_and_shift(_standardize(x, epsilon)[0], scale, bias).astype(x.dtype)
+
+
+def _standardize(x, epsilon):
+    """Standardized x and 1 / sqrt(variance + epsilon), float32."""
+    # The variance needs a second pass: E[x^2] - E[x]^2 cancels and misses the tolerance of the golden files.
+    x = x.astype(jnp.float32)
+    x = x - x.mean(-1, keepdims=True)
+    inverse = jax.lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + epsilon)
+    return x * inverse, inverse
+
+
+def _layer_norm_backward(epsilon, saved, g):
+    x, scale = saved
+    g = g.astype(jnp.float32)
+    standardized, inverse = _standardize(x, epsilon)
+    d_standardized = g * jnp.broadcast_to(scale, x.shape)
+    mean = lambda a: a.mean(-1, keepdims=True)
+    dx = inverse * (d_standardized - mean(d_standardized) - standardized * mean(d_standardized * standardized))
+    rows = tuple(range(x.ndim - 1))
+    return dx.astype(x.dtype), (g * standardized).sum(rows), g.sum(rows)
+
+
+layer_norm.defvjp(
+    lambda x, scale, bias, epsilon: (layer_norm(x, scale, bias, epsilon), (x, scale)), _layer_norm_backward
+)
+
+
+# --- GELU -----------------------------------------------------------------------------------------
+
+
+def plain_gelu(x):
+    """Multiply x by its standard normal CDF, elementwise (Hendrycks & Gimpel 2016)."""
+    return jax.nn.gelu(x, approximate=False)
+
+
+@jax.custom_vjp
+def gelu(x):
+    """`plain_gelu` by erf, which is faster than JAX's erfc; the backward pass saves x alone and reads it once."""
+    return x * _normal_cdf(x)
+
+
+def _normal_cdf(x):
+    return 0.5 * (1 + jax.lax.erf(x * math.sqrt(0.5)))
+
+
+def _gelu_backward(x, g):
+    # The barrier keeps XLA from computing parts of this in the forward pass and saving them.
+    x = jax.lax.optimization_barrier(x)
+    density = jnp.exp(-0.5 * x * x) * (1 / math.sqrt(2 * math.pi))
+    return (g * (_normal_cdf(x) + x * density),)
+
+
+gelu.defvjp(lambda x: (gelu(x), x), _gelu_backward)
