@@ -1,8 +1,8 @@
 """Compare images: python launch/evaluate.py --reference=DIR --samples=DIR [--report=report.html]
 
 Either side is a folder or .zip of images, a prepared set, an .npz (images, or statistics mu and sigma), or a run folder
-or checkpoint (then --n images are made of it). The last line of the output is a JSON object. The Inception weights are
-those of pytorch-fid, pt_inception-2015-12-05-6726825d.pth, fetched once unless --inception_weights names the file.
+or checkpoint, from which --n images are generated. The last line of the output is a JSON object. The Inception weights
+are those of pytorch-fid, pt_inception-2015-12-05-6726825d.pth, downloaded once unless --inception_weights is given.
 """
 
 import json
@@ -13,21 +13,20 @@ import sys
 
 from absl import app, flags, logging
 
-METRICS = ("fid", "kid", "is", "pr")
 REFERENCE = flags.DEFINE_string("reference", None, "Real images, or their statistics.")
-SAMPLES = flags.DEFINE_string("samples", None, "Images to judge.")
-WEIGHTS = flags.DEFINE_string("inception_weights", "", "Weights of FID's Inception network; fetched when not given.")
-CHOSEN = flags.DEFINE_list("metrics", ["fid"], f"Of {', '.join(METRICS)} (is: Inception Score; pr: precision, recall).")
-N = flags.DEFINE_integer("n", None, "Samples to judge; all of a folder when not given.", lower_bound=2)
+SAMPLES = flags.DEFINE_string("samples", None, "Images to evaluate.")
+WEIGHTS = flags.DEFINE_string("inception_weights", "", "Weights of FID's Inception network; downloaded by default.")
+CHOSEN = flags.DEFINE_list("metrics", ["fid"], "fid, kid, is (Inception Score), pr (precision and recall).")
+N = flags.DEFINE_integer("n", None, "Number of samples; default: all of a folder.", lower_bound=2)
 SEEDS = flags.DEFINE_list("seeds", ["0"], "Seeds of a checkpoint's samples; several give a mean and a range.")
 BATCH = flags.DEFINE_integer("batch", 64, "Images per device and call.", lower_bound=1)
-METHOD = flags.DEFINE_enum("method", None, ["ddim", "ddpm", "dpm_solver"], "Sampler of a checkpoint, if not its own.")
-STEPS = flags.DEFINE_integer("steps", None, "Sampling steps of a checkpoint, if not its own.")
-SAVE = flags.DEFINE_string("save_statistics", None, "Write the reference's mu and sigma to this .npz, to be reused.")
+METHOD = flags.DEFINE_string("method", None, "Sampler, in place of the checkpoint's own.")
+STEPS = flags.DEFINE_integer("steps", None, "Sampling steps, in place of the checkpoint's own.")
+SAVE = flags.DEFINE_string("save_statistics", None, "Write mu and sigma of the reference to this .npz.")
 ALLOW_MISMATCH = flags.DEFINE_bool(
-    "allow_mismatch", False, "Compare also what was cropped, resized or coloured in different ways."
+    "allow_mismatch", False, "Compare images even if their sizes, crops, filters or colours differ."
 )
-REPORT = flags.DEFINE_string("report", None, "Write a page with numbers, samples, nearest images and curves here.")
+REPORT = flags.DEFINE_string("report", None, "Write an HTML page with numbers, samples, nearest images and curves.")
 
 
 def main(argv):
@@ -35,19 +34,16 @@ def main(argv):
         raise app.UsageError(f"unexpected arguments {argv[1:]}")
     if not REFERENCE.value or not SAMPLES.value:
         raise app.UsageError("give --reference and --samples")
-    wrong = [name for name in CHOSEN.value if name not in METRICS]
-    if wrong or not CHOSEN.value:
-        raise app.UsageError(f"--metrics={','.join(CHOSEN.value)}: choose from {', '.join(METRICS)}")
     if not SEEDS.value or not all(seed.isdecimal() and int(seed) < 2**32 for seed in SEEDS.value):
         raise app.UsageError(f"--seeds={','.join(SEEDS.value)}: give numbers, such as 0,1,2")
     logging.set_verbosity(logging.WARNING)
-    from maskdm_jax.evaluation import evaluate, report
+    from maskdm_jax.evaluation import evaluate
     from maskdm_jax.parallel import processes, runtime
 
-    sys.stdout.reconfigure(errors="backslashreplace")  # file names may be no UTF-8
+    sys.stdout.reconfigure(errors="backslashreplace")  # file names need not be UTF-8
     sampling = {key: flag.value for key, flag in {"method": METHOD, "steps": STEPS}.items() if flag.value is not None}
     with runtime.program():
-        for path in filter(None, (REPORT.value, SAVE.value)):  # fail before hours of work, not after
+        for path in filter(None, (REPORT.value, SAVE.value)):  # fail now, not after hours of work
             pathlib.Path(path).expanduser().absolute().parent.mkdir(parents=True, exist_ok=True)
         result, reference, samples = evaluate.evaluate(
             REFERENCE.value,
@@ -62,18 +58,21 @@ def main(argv):
             allow_mismatch=ALLOW_MISMATCH.value,
             keep=bool(REPORT.value),
         )
+    if not processes.is_first():
+        return
     failed = None
-    if REPORT.value and processes.is_first():
+    if REPORT.value:
+        from maskdm_jax.evaluation.report import write_report
+
         made_by = result["made_by"].get("checkpoint")
         run = pathlib.Path(made_by).parent.parent if made_by else None
         sets, path = (reference, samples), os.path.expanduser(REPORT.value)
         try:
-            report.write_report(path, result, *sets, run=run, command=shlex.join(["python", *sys.argv]))
+            write_report(path, result, *sets, run=run, command=shlex.join(["python", *sys.argv]))
             print(f"report: {REPORT.value}")
-        except Exception as error:  # for instance of a damaged metrics.jsonl: the numbers must not be lost
+        except Exception as error:  # the numbers must not be lost, for instance by a damaged metrics.jsonl
             failed = f"error: the report was not written: {error}"
-    if processes.is_first():
-        print(json.dumps(result))
+    print(json.dumps(result))
     sys.exit(failed)
 
 

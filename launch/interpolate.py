@@ -1,21 +1,23 @@
-"""Images between two: python launch/interpolate.py --run=runs/mine --images=a.png,b.png --out=between.png
+"""Interpolate between two images: python launch/interpolate.py --run=runs/mine --images=a.png,b.png --out=between.png
 
-Both are noised to --start (0 to 999), mixed and denoised: the higher, the farther the images between may go from
-both; a few hundred keep their layout. A grid has a row per --seeds.
+Both are noised to step --start (0 to 999), mixed and denoised. The higher the step, the more the images in between may
+differ from both; a few hundred steps keep the layout. The grid has a row for each of --seeds.
 """
 
 import pathlib
 
 from absl import app, flags, logging
 
-RUN = flags.DEFINE_string("run", None, "Run folder (its newest checkpoint) or checkpoint folder.", required=True)
-IMAGES = flags.DEFINE_list("images", None, "Two image files; resized and cropped as in training.", required=True)
-OUT = flags.DEFINE_string("out", "interpolation.png", "PNG file to write; the two images are its outer columns.")
-N = flags.DEFINE_integer("n", 9, "Images per row, the ends included.", lower_bound=2)
-START = flags.DEFINE_integer("start", 500, "Step that both images are noised to.")
-SEEDS = flags.DEFINE_integer("seeds", 3, "Rows, each with noise of its own.", lower_bound=1)
-LABEL = flags.DEFINE_string("label", None, "Class of a conditional model, by name or number; none when not given.")
-WEIGHTS = flags.DEFINE_enum("weights", "ema", ["ema", "params"], "Averaged or raw weights.")
+RUN = flags.DEFINE_string("run", None, "Run folder (its latest checkpoint is used) or checkpoint.", required=True)
+IMAGES = flags.DEFINE_list(
+    "images", None, "Two image files, which are resized and cropped as in training.", required=True
+)
+OUT = flags.DEFINE_string("out", "interpolation.png", "PNG file to write; its outer columns are the two images.")
+N = flags.DEFINE_integer("n", 9, "Images per row between the outer columns.", lower_bound=2)
+START = flags.DEFINE_integer("start", 500, "Diffusion step that both images are noised to.")
+SEEDS = flags.DEFINE_integer("seeds", 3, "Number of rows, each with its own noise.", lower_bound=1)
+LABEL = flags.DEFINE_string("label", None, "Class of a conditional model, by name or number; default: no label.")
+WEIGHTS = flags.DEFINE_enum("weights", "ema", ["ema", "params"], "Averaged (ema) or raw weights (params).")
 
 
 def main(argv):

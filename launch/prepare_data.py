@@ -3,11 +3,12 @@
     python launch/prepare_data.py --src=DIR_OR_ZIP --out=data/mine256 --size=256 [--labels]
     python launch/prepare_data.py --dataset=celeba --src=DOWNLOADS --out=data/celeba64
 
-Every image is decoded, turned as EXIF says, cropped, resized and stored losslessly in ArrayRecord files, with a data
-card (card.json) that says how. Run it again with the same command to go on after a stop. Give the folder to training
-and evaluation like any other: --config.data.path=data/mine256. docs/data.md lists the published sets and their files.
+Every image is decoded, rotated as EXIF says, cropped, resized and stored losslessly in ArrayRecord files, with a data
+card (card.json) that records how. After an interruption the same command resumes. Training and evaluation take the
+folder like any other: --config.data.path=data/mine256. docs/data.md lists the published sets and their files.
 """
 
+import dataclasses
 import hashlib
 import os
 import pathlib
@@ -15,22 +16,29 @@ import sys
 
 from absl import app, flags, logging
 
-SETS = ("celeba", "celebahq", "vggface2", "lsun_church", "cifar10", "imagenet64")
-DATASET = flags.DEFINE_enum("dataset", None, SETS, "Published set, which decides split, labels, crop and size.")
+from maskdm_jax.data import published, sources
+from maskdm_jax.data.images import FILTERS, Framing
+from maskdm_jax.errors import DataError, MaskDMError, prefixed
+
+DATASET = flags.DEFINE_enum(
+    "dataset", None, list(published.SETS), "Published set; it determines split, labels, crop and size."
+)
 SRC = flags.DEFINE_string(
     "src", None, "Folder, .zip or .tar of images, LMDB, address (gs://...), tfds:NAME, or a published set's files."
 )
-OUT = flags.DEFINE_string("out", None, "Folder for the prepared set; new or empty, or unfinished.")
-SIZE = flags.DEFINE_integer("size", None, "Side of the images, in pixels; a published set's own if left out.")
-SPLIT = flags.DEFINE_string("split", "", "Of a published or TFDS set: train, valid, test or all.")
-LABELS = flags.DEFINE_bool("labels", None, "Keep classes: of a folder, the first folder level that differs.")
-GREY = flags.DEFINE_bool("grey", False, "One channel instead of three.")
+OUT = flags.DEFINE_string("out", None, "Folder for the prepared set: new, empty, or with an unfinished set.")
+SIZE = flags.DEFINE_integer("size", None, "Side of the images in pixels; the default of a published set is its own.")
+SPLIT = flags.DEFINE_string("split", "", "Split of a published or TFDS set: train, valid, test or all.")
+LABELS = flags.DEFINE_bool("labels", None, "Keep class labels; in a folder, the first level that differs is the class.")
+GREY = flags.DEFINE_bool("grey", False, "Store one channel instead of three.")
 CROP = flags.DEFINE_string("crop", None, "centre (the largest square), centre:SIDE or LEFT,TOP,SIDE, in pixels.")
-FILTER = flags.DEFINE_enum("filter", None, ["bicubic", "bilinear", "lanczos", "box"], "Of the resizing; antialiased.")
-FRACTION = flags.DEFINE_float("fraction", 1.0, "Share of the images, drawn by --seed; 0.01 are among those of 0.1.")
-SEED = flags.DEFINE_integer("seed", 0, "Of --fraction.", lower_bound=0, upper_bound=2**32 - 1)
-ANY_COUNT = flags.DEFINE_bool("any_count", False, "Accept a part of a published set.")
-THREADS = flags.DEFINE_integer("threads", 0, "Decoding threads; 0 takes two per core.", lower_bound=0)
+FILTER = flags.DEFINE_enum("filter", None, list(FILTERS), "Filter for resizing, with antialiasing.")
+FRACTION = flags.DEFINE_float(
+    "fraction", 1.0, "Fraction of the images, drawn by --seed; those of a smaller fraction are among a larger one's."
+)
+SEED = flags.DEFINE_integer("seed", 0, "Seed of --fraction.", lower_bound=0, upper_bound=2**32 - 1)
+ANY_COUNT = flags.DEFINE_bool("any_count", False, "Accept a published set with another number of images.")
+THREADS = flags.DEFINE_integer("threads", 0, "Decoding threads; 0 uses two per core.", lower_bound=0)
 
 
 def main(argv):
@@ -43,32 +51,16 @@ def main(argv):
     if not 0 < FRACTION.value <= 1:
         raise app.UsageError(f"--fraction={FRACTION.value:g}: it must be in (0, 1]")
     logging.set_verbosity(logging.WARNING)
-    sys.stdout.reconfigure(errors="backslashreplace")  # file names may be no UTF-8
-    from tqdm import tqdm
-
-    from maskdm_jax.data import prepare, sources
-    from maskdm_jax.errors import DataError, MaskDMError, prefixed
+    sys.stdout.reconfigure(errors="backslashreplace")  # file names need not be UTF-8
     from maskdm_jax.parallel import runtime
 
-    # A decompressed archive lies beside the set until it is done, under a name that no other archive takes.
+    # A decompressed archive stays beside the set until it is finished, under a name that depends on the archive's path.
     origin = hashlib.sha256(os.path.abspath(os.path.expanduser(SRC.value)).encode("utf-8", "replace")).hexdigest()
     scratch = pathlib.Path(f"{pathlib.Path(OUT.value).expanduser().absolute()}.{origin[:8]}.unpacked.tar")
-    chosen = {"size": SIZE.value, "crop": CROP.value, "filter": FILTER.value, "channels": 1 if GREY.value else None}
-    chosen = {key: value for key, value in chosen.items() if value is not None}
     with runtime.program(distributed=False):
         try:
-            scratch.parent.mkdir(parents=True, exist_ok=True)
-            with prefixed(DataError, ""):  # a crop that cannot be understood
-                source, framing, split = open_source(scratch, chosen)
-            source = sources.select(source, fraction=FRACTION.value, seed=SEED.value)
-            name = DATASET.value or pathlib.PurePath(SRC.value).name
-            if FRACTION.value < 1:
-                name += f", {FRACTION.value:.3%} by seed {SEED.value}"
-            with tqdm(total=len(source), unit="image", file=sys.stderr) as bar:
-                progress = lambda done: bar.update(done - bar.n)
-                options = dict(name=name, split=split, threads=THREADS.value, progress=progress)
-                card = prepare.prepare(source, OUT.value, framing, **options)
-        except MaskDMError:  # the same command will fail again, unlike after an error of the disk
+            card = prepare(scratch)
+        except MaskDMError:  # unlike a disk error, it will occur again: do not keep the archive for a second try
             scratch.unlink(missing_ok=True)
             raise
     scratch.unlink(missing_ok=True)
@@ -78,13 +70,29 @@ def main(argv):
     print(f"done: {card['count']} images{classes} in {OUT.value}, content {card['content_hash'][:12]}")
 
 
-def open_source(scratch, chosen):
+def prepare(scratch: pathlib.Path) -> dict:
+    """Open the source and prepare the set; returns its card."""
+    from tqdm import tqdm
+
+    from maskdm_jax.data.prepare import prepare
+
+    scratch.parent.mkdir(parents=True, exist_ok=True)
+    with prefixed(DataError, ""):  # invalid --size or --crop
+        source, framing, split = open_source(scratch)
+    source = sources.select(source, fraction=FRACTION.value, seed=SEED.value)
+    name = DATASET.value or pathlib.PurePath(SRC.value).name
+    if FRACTION.value < 1:
+        name += f", {FRACTION.value:.3%} by seed {SEED.value}"
+    with tqdm(total=len(source), unit="image", file=sys.stderr) as bar:
+        progress = lambda done: bar.update(done - bar.n)
+        options = dict(name=name, split=split, threads=THREADS.value, progress=progress)
+        return prepare(source, OUT.value, framing, **options)
+
+
+def open_source(scratch: pathlib.Path):
     """The source, its framing and its split."""
-    import dataclasses
-
-    from maskdm_jax.data import images, published, sources
-    from maskdm_jax.errors import DataError
-
+    chosen = {"size": SIZE.value, "crop": CROP.value, "filter": FILTER.value, "channels": 1 if GREY.value else None}
+    chosen = {key: value for key, value in chosen.items() if value is not None}
     if DATASET.value:
         framing = dataclasses.replace(published.SETS[DATASET.value].framing, **chosen)
         options = dict(split=SPLIT.value, labels=LABELS.value, any_count=ANY_COUNT.value)
@@ -92,7 +100,7 @@ def open_source(scratch, chosen):
         return source, framing, split
     if SIZE.value is None:
         raise DataError("how large? give --size=PIXELS, or --dataset=NAME for a published set")
-    framing, split, labels = images.Framing(**chosen), SPLIT.value, bool(LABELS.value)
+    framing, split, labels = Framing(**chosen), SPLIT.value, bool(LABELS.value)
     if SRC.value.startswith("tfds:"):
         return published.open_tfds(SRC.value, labels, split), framing, split
     return sources.open_source(SRC.value, labels, split, scratch), framing, split

@@ -1,8 +1,8 @@
 """Sample: python launch/sample.py --run=runs/demo --n=100 --out=samples/demo
 
-Writes 000000.png, ... and samples.json into the folder, and a grid beside it (samples/demo.png), so that the folder
-holds exactly the samples; --format=npz packs the images into samples.npz instead. Run it again with the same command to
-go on after a stop; a larger --n adds images. Several checkpoints in one call, each into a folder of its own:
+Writes 000000.png, ... and samples.json into the folder and a grid beside it (samples/demo.png); --format=npz packs the
+images into samples.npz instead. After an interruption the same command resumes; a larger --n adds images. Several
+checkpoints in one call get a folder each:
 
     python launch/sample.py --run='runs/mine/checkpoints/*' --n=1000 --out=samples/mine
 """
@@ -13,26 +13,23 @@ import pathlib
 
 from absl import app, flags, logging
 
-RUN = flags.DEFINE_list("run", None, "Run folders (their newest checkpoints) or checkpoint folders; * is expanded.")
-OUT = flags.DEFINE_string("out", None, "Folder for the samples; samples/NAME of the run when not given.")
+RUN = flags.DEFINE_list("run", None, "Run folders (their latest checkpoints) or checkpoints; * is expanded.")
+OUT = flags.DEFINE_string("out", None, "Folder for the samples; default: samples/NAME of the run.")
 N = flags.DEFINE_integer("n", 64, "Number of images.", lower_bound=1)
-SEED = flags.DEFINE_integer("seed", 0, "Of the noise: image number i of a seed is always the same image.", 0, 2**32 - 1)
+SEED = flags.DEFINE_integer("seed", 0, "Seed of the noise; image number i of a seed is always the same.", 0, 2**32 - 1)
 BATCH = flags.DEFINE_integer("batch", 64, "Images per device and call.", lower_bound=1)
-FORMAT = flags.DEFINE_enum("format", "png", ["png", "npz"], "Single files or one array.")
-WEIGHTS = flags.DEFINE_enum("weights", "ema", ["ema", "params"], "Averaged or raw weights.")
-LABELS = flags.DEFINE_list("labels", None, "Classes to cycle through, by name or number; all when not given.")
-METHOD = flags.DEFINE_enum(
-    "method", None, ["ddim", "ddpm", "dpm_solver"], "Sampler; as the config says when not given."
-)
-STEPS = flags.DEFINE_integer("steps", None, "Steps of ddim and dpm_solver; as the config says when not given.")
-ETA = flags.DEFINE_float("eta", None, "Of ddim, 0 deterministic to 1; as the config says when not given.")
-ORDER = flags.DEFINE_integer("order", None, "Of dpm_solver, 1 to 3; as the config says when not given.")
-SPACING = flags.DEFINE_string("spacing", None, "Of dpm_solver: time_uniform, log_snr or time_quadratic.")
-GUIDANCE = flags.DEFINE_float(
-    "guidance", None, "Weight of classifier-free guidance; as the config says when not given."
-)
-COLUMNS = flags.DEFINE_integer("columns", 10, "Of the grid.", lower_bound=1)
-GRID = flags.DEFINE_integer("grid", 100, "Images in the grid at most; 0 makes none.", lower_bound=0)
+FORMAT = flags.DEFINE_enum("format", "png", ["png", "npz"], "One file per image, or one array.")
+WEIGHTS = flags.DEFINE_enum("weights", "ema", ["ema", "params"], "Averaged (ema) or raw weights (params).")
+LABELS = flags.DEFINE_list("labels", None, "Classes to cycle through, by name or number; default: all.")
+# The defaults of these six are the run's own settings (config.sampling).
+METHOD = flags.DEFINE_string("method", None, "Sampler: ddim, ddpm or dpm_solver.")
+STEPS = flags.DEFINE_integer("steps", None, "Steps of ddim and dpm_solver.")
+ETA = flags.DEFINE_float("eta", None, "Noise of ddim, from 0 (deterministic) to 1.")
+ORDER = flags.DEFINE_integer("order", None, "Order of dpm_solver, 1 to 3.")
+SPACING = flags.DEFINE_string("spacing", None, "Steps of dpm_solver: time_uniform, log_snr or time_quadratic.")
+GUIDANCE = flags.DEFINE_float("guidance", None, "Weight of classifier-free guidance.")
+COLUMNS = flags.DEFINE_integer("columns", 10, "Columns of the grid.", lower_bound=1)
+GRID = flags.DEFINE_integer("grid", 100, "Maximum number of images in the grid; 0 for no grid.", lower_bound=0)
 
 
 def main(argv):
@@ -51,7 +48,7 @@ def main(argv):
 
 
 def places(runs: list[str], out: str | None) -> dict[pathlib.Path, pathlib.Path]:
-    """Checkpoint -> folder of its samples; of several, a folder each in `out`, named by run and step."""
+    """Checkpoint -> folder of its samples; several checkpoints get folders in `out`, named by run and step."""
     from maskdm_jax.errors import CheckpointError
     from maskdm_jax.training import checkpoint
 
