@@ -15,9 +15,9 @@ import zipfile
 import lmdb
 import numpy as np
 
+from maskdm_jax.data.base import WITHOUT_LABELS, LazySequence, Source
 from maskdm_jax.data.files import file_stamp
 from maskdm_jax.data.images import is_image
-from maskdm_jax.data.sources import WITHOUT_LABELS, LazySequence, Source
 from maskdm_jax.errors import DataError, prefixed
 from maskdm_jax.interop import pickles
 

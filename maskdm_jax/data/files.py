@@ -14,7 +14,7 @@ import zlib
 
 import fsspec
 
-from maskdm_jax.data.sources import WITHOUT_LABELS, Source
+from maskdm_jax.data.base import WITHOUT_LABELS, Source
 from maskdm_jax.errors import DataError, prefixed
 from maskdm_jax.storage import atomic_path
 

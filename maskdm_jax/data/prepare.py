@@ -14,10 +14,11 @@ import pathlib
 import numpy as np
 from array_record.python.array_record_module import ArrayRecordWriter
 
+from maskdm_jax.data.base import CARD
 from maskdm_jax.data.images import DECODER, Framing, decode, to_pil
 from maskdm_jax.data.pipeline import UNREADABLE_LIMIT
 from maskdm_jax.data.prepared import LABELS, encode_record, image_digest, read_card, shard_hash, shard_name
-from maskdm_jax.data.sources import CARD, read_patiently
+from maskdm_jax.data.sources import read_patiently
 from maskdm_jax.errors import DataError, prefixed
 from maskdm_jax.storage import atomic_path, lock_dir, write_atomically
 

@@ -18,7 +18,7 @@ import numpy as np
 from array_record.python.array_record_module import ArrayRecordReader
 from grain.sources import ArrayRecordDataSource
 
-from maskdm_jax.data.sources import CARD, WITHOUT_LABELS, LazySequence, Source
+from maskdm_jax.data.base import CARD, WITHOUT_LABELS, LazySequence, Source
 from maskdm_jax.errors import DataError, prefixed
 from maskdm_jax.storage import atomic_path, cache_dir
 

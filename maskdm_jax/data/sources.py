@@ -1,6 +1,5 @@
 """Where images are: prepared sets, folders, archives, databases, object stores."""
 
-import collections.abc
 import importlib.resources
 import io
 import pathlib
@@ -8,57 +7,11 @@ import time
 
 import numpy as np
 
+from maskdm_jax.data.base import CARD, LazySequence, Source
 from maskdm_jax.data.images import Framing
 from maskdm_jax.errors import DataError
 
-CARD = "card.json"  # the data card, which a prepared set has; see `data.prepared`
-WITHOUT_LABELS = (
-    "do without labels (training: --config.data.labels=False --config.model.num_classes=0; preparing: no --labels)"
-)
 _PAUSES = (0.1, 1.0, 5.0)  # seconds before a failed read is tried again
-
-
-class Source:
-    """Images by number: random access, thread-safe, picklable for worker processes.
-
-    Attributes:
-      names: one per image.
-      labels: class numbers, one per image; empty without labels.
-      classes: class names; empty without labels.
-    """
-
-    def __init__(self, names, labels=(), classes=()):
-        self.names, self.labels, self.classes = names, labels, list(classes)
-
-    def __len__(self):
-        return len(self.names)
-
-    def read(self, i: int):
-        """Image i as it is stored, encoded bytes or uint8 [H, W, C], and its label, 0 without labels."""
-        return self.image(i), int(self.labels[i]) if len(self.labels) else 0
-
-    def image(self, i: int):
-        """Image i as it is stored."""
-        raise NotImplementedError
-
-    def stamp(self, i: int) -> str:
-        """Text that changes when image i changes, from metadata alone; empty for images that never change."""
-        return ""
-
-
-class LazySequence(collections.abc.Sequence):
-    """A sequence whose elements are computed when they are asked for, such as names that would fill memory."""
-
-    def __init__(self, length: int, element):
-        self._length, self._element = length, element
-
-    def __len__(self):
-        return self._length
-
-    def __getitem__(self, i):
-        if not 0 <= i < self._length:
-            raise IndexError(i)
-        return self._element(i)
 
 
 class Digits(Source):
