@@ -1,0 +1,136 @@
+"""The training step in PyTorch, for comparison: as published, with PyTorch's fused parts, or compiled as well.
+
+The network is that of `tests/torch_twin.py`, which the tests prove equal to ours. All forms use autocast where
+`config.model.dtype` is bfloat16: weights, residual stream, LayerNorm, softmax and loss stay in float32.
+
+- eager: as published. Every patch is embedded, a boolean mask picks the visible tokens before the first block,
+  attention writes its weights to memory, AdamW and EMA are PyTorch's and the reference's defaults.
+- fused: the fastest known without a compiler. Visible patches are picked first, as in our step;
+  `scaled_dot_product_attention`, fused AdamW, and the EMA as one multi-tensor operation.
+- compiled: fused, with the network through `torch.compile`.
+"""
+
+import pathlib
+import sys
+
+import torch
+from torch.nn import functional as F
+
+from maskdm_jax.build import mask_plans, noise_schedule
+
+sys.path.insert(0, str(pathlib.Path(__file__).parent.parent / "tests"))
+import torch_twin
+
+FORMS = ("eager", "fused", "compiled")
+
+
+class VisibleUViT(torch_twin.UViT):
+    """The U-ViT on visible patches [B, V, p*p*C] at positions [B, V], or on all of them where those are None."""
+
+    def forward(self, patches, t, positions=None):
+        """The objective for each patch, [B, V, p*p*C]."""
+        encoder, conv = self.encoder, self.encoder.patch_embed.proj
+        pos_extras, pos_grid = encoder.encoder_pos_embed[0].tensor_split([encoder.extras])
+        pos = pos_grid if positions is None else F.embedding(positions, pos_grid)
+        tokens = F.linear(patches, conv.weight.permute(0, 2, 3, 1).flatten(1), conv.bias) + pos
+        extras = encoder.extra_tokens(t, None) + pos_extras
+        return self.encoder_to_output(encoder.transform(torch.cat([extras, tokens], dim=1)))
+
+
+class Trainer:
+    """One unconditional model on random images; calling it takes a training step and returns the loss.
+
+    Args:
+      form: one of FORMS.
+      config: a `config.Config`; `stage` names the stage whose batch size, optimizer, EMA and mask are used.
+      device: "cuda" or "cpu".
+    """
+
+    def __init__(self, form: str, config, stage: str, device: str):
+        model, data, self.stage, self.device = config.model, config.data, config.stage[stage], device
+        c = dict(in_chans=data.channels, img_size=data.image_size, patch_size=model.patch_size)
+        c |= dict(encoder_embed_dim=model.width, encoder_depth=model.depth, encoder_heads=model.heads)
+        c |= dict(mlp_ratio=model.mlp_ratio, qkv_bias=model.qv_bias, mlp_time_embed=model.time_mlp)
+        make = torch_twin.UViT if form == "eager" else VisibleUViT
+        self.network, self.average = make(c).to(device), make(c).to(device)
+        for module in self.network.modules():
+            if isinstance(module, torch_twin.Attention):
+                module.fused = form != "eager"
+        self.predict = torch.compile(self.network, dynamic=False) if form == "compiled" else self.network
+        rates = dict(lr=self.stage.learning_rate, betas=(self.stage.b1, self.stage.b2))
+        rates |= dict(weight_decay=self.stage.weight_decay, fused=form != "eager")
+        self.optimizer = torch.optim.AdamW(self.network.parameters(), **rates)
+        self.ema = None
+        if form == "eager":
+            ema = torch_twin.Ema(self.network, self.average, self.stage.ema_decay, self.stage.ema_every)
+            ema.initted.fill_(True)
+            ema.step.fill_(200)  # past the steps in which it copies
+            self.ema = ema.to(device)
+        self.autocast = torch.autocast(device, torch.bfloat16, enabled=model.dtype == "bfloat16")
+        (self.plan,) = mask_plans(config, stage)
+        schedule = noise_schedule(config)
+        self.signal = torch.tensor(schedule.sqrt_alpha_bar, device=device)
+        self.noise = torch.tensor(schedule.sqrt_one_minus_alpha_bar, device=device)
+        shape = (self.stage.batch_size, data.channels, data.image_size, data.image_size)
+        self.images = torch.randint(256, shape, dtype=torch.uint8, device=device)
+        (rows, cols), unit = self.plan.grid, self.plan.unit
+        patches = torch.arange(rows * cols, device=device).view(rows // unit, unit, cols // unit, unit)
+        self.units = patches.permute(0, 2, 1, 3).reshape(-1, unit**2)
+
+    def __call__(self):
+        """Take a step; returns the loss, still on the device."""
+        t = torch.randint(len(self.signal), (len(self.images),), device=self.device)
+        loss = self.loss_as_published(t) if self.ema else self.loss_of_visible(t)
+        self.optimizer.zero_grad()
+        loss.backward()
+        if self.stage.clip_norm:
+            torch.nn.utils.clip_grad_norm_(self.network.parameters(), self.stage.clip_norm)
+        self.optimizer.step()
+        if self.ema:
+            self.ema.update()
+        else:
+            averages, weights = list(self.average.parameters()), list(self.network.parameters())
+            with torch.no_grad():
+                torch._foreach_lerp_(averages, weights, 1 - self.stage.ema_decay)
+        return loss.detach()
+
+    def loss_as_published(self, t):
+        """The loss of the visible patches, by a boolean mask after embedding."""
+        noise = torch.randn(self.images.shape, device=self.device)
+        x_t = self.noised(self.images, t, noise)
+        hidden = None
+        if not self.plan.hides_nothing:
+            hidden = torch.ones(len(t), self.plan.total, dtype=torch.bool, device=self.device)
+            hidden.scatter_(1, self.draw_positions(), False)
+        with self.autocast:
+            found = self.predict(x_t, t, hidden)
+        wanted = noise if hidden is None else self.patches(noise)[~hidden].view(found.shape)
+        return F.mse_loss(found.float(), wanted)
+
+    def loss_of_visible(self, t):
+        """The same loss, with hidden patches left out from the start."""
+        patches, positions = self.patches(self.images), None
+        if not self.plan.hides_nothing:
+            positions = self.draw_positions()
+            patches = patches.gather(1, positions[..., None].expand(-1, -1, patches.shape[2]))
+        noise = torch.randn(patches.shape, device=self.device)
+        with self.autocast:
+            found = self.predict(self.noised(patches, t, noise), t, positions)
+        return F.mse_loss(found.float(), noise)
+
+    def draw_positions(self):
+        """Visible patches of each image, [B, V], in ascending order."""
+        shown = self.plan.visible // self.plan.unit**2
+        order = torch.rand(len(self.images), len(self.units), device=self.device).argsort(1)
+        return self.units[order[:, :shown]].flatten(1).sort(1).values
+
+    def noised(self, images, t, noise):
+        """x_t of uint8 images or patches."""
+        column = lambda values: values[t].view(-1, *[1] * (images.ndim - 1))
+        return column(self.signal) * (images.float() / 127.5 - 1) + column(self.noise) * noise
+
+    def patches(self, images):
+        """[B, C, H, W] -> [B, N, p*p*C]."""
+        b, c, side, _ = images.shape
+        rows, p = self.plan.grid[0], side // self.plan.grid[0]
+        return images.view(b, c, rows, p, rows, p).permute(0, 2, 4, 3, 5, 1).reshape(b, rows**2, p * p * c)
