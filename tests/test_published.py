@@ -82,6 +82,8 @@ def test_celeba(celeba, tmp_path):
         open_published("celeba", str(celeba), tmp_path / "s")
     with pytest.raises(DataError, match="no split 'dev'; choose from train, valid, test, all"):
         open_published("celeba", str(celeba), tmp_path / "s", split="dev")
+    with pytest.raises(DataError, match="celeba has no classes; leave --labels out"):
+        open_published("celeba", str(celeba), tmp_path / "s", labels=True)
 
 
 def test_celeba_without_its_split_file(tmp_path):

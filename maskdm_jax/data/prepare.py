@@ -35,7 +35,7 @@ def prepare(
     """Write a prepared set of a source's images; see `data.prepared`. Call it again to resume after an interruption.
 
     Args:
-      source: a `data.sources.Source`. Its classes, if it was opened with labels, become the set's.
+      source: a `data.base.Source`. Its classes, if it was opened with labels, become the set's.
       out: folder; new, empty, or with an unfinished set of the same images and settings.
       framing: crop, size and filter. Images are stored losslessly, as PNG.
       name: of the source, for the card.

@@ -55,13 +55,15 @@ def open_published(
       (source, split).
 
     Raises:
-      DataError: files are missing or damaged, or their number is wrong.
+      DataError: files are missing or damaged, their number is wrong, or the set has no such split or no classes.
     """
     known = SETS[dataset]
     split = split or next(iter(known.counts))
     if split not in known.counts:
         raise DataError(f"{dataset} has no split {split!r}; choose from {', '.join(known.counts)}")
     labels = known.classes > 0 if labels is None else labels
+    if labels and not known.classes:
+        raise DataError(f"{dataset} has no classes; leave --labels out")
     if src.startswith("tfds:"):
         source = open_tfds(src, labels, _OTHER_NAMES.get(split, split))
     else:
@@ -81,21 +83,16 @@ def open_tfds(src: str, labels: bool, split: str = ""):
     """Open `tfds:NAME`; TFDS downloads and prepares it first unless that was done before."""
     import tensorflow_datasets as tfds  # seconds to import
 
-    try:
+    with prefixed(DataError, f"{src} cannot be prepared by TFDS: ", Exception):  # TFDS raises many types
         builder = tfds.builder(src.removeprefix("tfds:"), file_format="array_record")
-        builder.download_and_prepare()
-    except Exception as error:  # TFDS raises many types
-        lacking = isinstance(error, ImportError) and "tensorflow" in str(error)
-        hint = "; pip install tensorflow, which this set needs" if lacking else ""
-        raise DataError(f"{src} cannot be prepared by TFDS: {str(error).strip().splitlines()[0][:300]}{hint}") from None
+        hint = "; install this package, such as tensorflow, which TFDS needs for the set"
+        with prefixed(DataError, f"{src} cannot be prepared by TFDS: ", ImportError, hint):
+            builder.download_and_prepare()
     return TfdsImages(builder.data_dir, labels, split)
 
 
 def _celeba(place, split, labels, scratch):
-    if labels:
-        raise DataError("celeba has attributes but no classes; leave --labels out")
-    archive = place if place.is_file() else _first(place, "img_align_celeba.zip")
-    source = open_source(str(archive or place), scratch=scratch)
+    source = open_source(str(_find(place, "img_align_celeba.zip") or place), scratch=scratch)
     if split == "all":
         return source
     number = {"train": "0", "valid": "1", "test": "2"}[split]
@@ -110,13 +107,13 @@ def _celeba(place, split, labels, scratch):
 
 def _celeba_partition(place: pathlib.Path) -> dict[str, str]:
     """File name -> "0" (train), "1" (valid) or "2" (test), from the official text file or its .csv copy."""
-    around, content = place.parent if place.is_file() else place, None
-    if place.is_file() and zipfile.is_zipfile(place):
+    inside = _members(place, r"(^|/)list_eval_partition\.(txt|csv)$") if zipfile.is_zipfile(place) else []
+    if inside:
         with zipfile.ZipFile(place) as archive:
-            inside = [name for name in archive.namelist() if re.search(r"(^|/)list_eval_partition\.(txt|csv)$", name)]
-            content = archive.read(inside[0]) if inside else None
-    if content is None:
-        file = _first(around, "list_eval_partition.txt") or _first(around, "list_eval_partition.csv")
+            content = archive.read(inside[0])
+    else:
+        around = place.parent if place.is_file() else place
+        file = _find(around, "list_eval_partition.txt", "list_eval_partition.csv")
         if file is None:
             raise DataError(f"{around} lacks list_eval_partition.txt, the official split; put it there, or --split=all")
         content = file.read_bytes()
@@ -125,9 +122,7 @@ def _celeba_partition(place: pathlib.Path) -> dict[str, str]:
 
 
 def _celebahq(place, split, labels, scratch):
-    if labels:
-        raise DataError("celebahq has no classes; leave --labels out")
-    database = _first(place, f"{_OTHER_NAMES.get(split, split)}.lmdb") if place.is_dir() else None
+    database = _find(place, f"{_OTHER_NAMES.get(split, split)}.lmdb")
     source = open_source(str(database or place), scratch=scratch)
     # CelebAMask-HQ.zip holds many face masks per image too.
     inside = [i for i, name in enumerate(source.names) if "CelebA-HQ-img/" in f"/{name}"]
@@ -135,20 +130,17 @@ def _celebahq(place, split, labels, scratch):
 
 
 def _vggface2(place, split, labels, scratch):
-    if place.is_dir():
-        tars = (_first(place, f"vggface2_{split}.{suffix}") for suffix in ("tar.gz", "tgz", "tar"))
-        place = next(filter(None, tars), None) or _first(place, split) or place
-    return open_source(str(place), labels, scratch=scratch)
+    tars = [f"vggface2_{split}.{suffix}" for suffix in ("tar.gz", "tgz", "tar")]
+    return open_source(str(_find(place, *tars, split) or place), labels, scratch=scratch)
 
 
 def _lsun_church(place, split, labels, scratch):
     name = {"train": "church_outdoor_train_lmdb", "valid": "church_outdoor_val_lmdb"}[split]
-    if place.is_dir() and not (place / "data.mdb").exists():
-        place = _first(place, name) or place
-    zipped = _first(place, f"{name}.zip") if place.is_dir() else None
-    if zipped or (place.is_file() and _members(place, r"data\.mdb$")):
+    place = _find(place, name) or place
+    zipped = _find(place, f"{name}.zip")
+    if zipped or _members(place, r"data\.mdb$"):
         raise DataError(f"{zipped or place} holds a database, which cannot be read inside a zip; unpack it first")
-    return open_source(str(place), labels)
+    return open_source(str(place))
 
 
 def _cifar10(place, split, labels, scratch):
@@ -157,10 +149,7 @@ def _cifar10(place, split, labels, scratch):
 
 
 def _imagenet64(place, split, labels, scratch):
-    pattern = {
-        "train": r"(^|/)train_data_batch_\d+(\.npz)?$",
-        "valid": r"(^|/)val_data(\.npz)?$",
-    }[split]
+    pattern = {"train": r"(^|/)train_data_batch_\d+(\.npz)?$", "valid": r"(^|/)val_data(\.npz)?$"}[split]
     return _batches(place, "Imagenet64_*.zip", pattern, [str(i) for i in range(1, 1001)] if labels else [], 1)
 
 
@@ -175,30 +164,29 @@ def _batches(place, archives: str, pattern: str, classes, first_label: int):
     if not found:
         raise DataError(f"{place} holds no file that matches {pattern!r}, nor {archives} with such files")
     number = lambda pair: int("".join(re.findall(r"\d+", re.search(pattern, pair[1] or pair[0]).group())) or 0)
-    once = {
-        pathlib.PurePosixPath(pair[1] or pair[0]).stem: pair for pair in found
-    }  # .bin files and pickles hold the same images
+    # .bin files and pickles hold the same images.
+    once = {pathlib.PurePosixPath(pair[1] or pair[0]).stem: pair for pair in found}
     return ArrayBatches(sorted(once.values(), key=number), classes, first_label=first_label)
 
 
 def _members(path: pathlib.Path, pattern: str) -> list[str]:
-    """Members of a zip or tar whose names match the pattern."""
-    if zipfile.is_zipfile(path):
+    """Members of a zip or tar whose names match the pattern; [] for anything else."""
+    names = []
+    if path.is_file() and zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as archive:
             names = archive.namelist()
-    elif is_tar(path):
+    elif path.is_file() and is_tar(path):
         causes = (tarfile.TarError, EOFError, OSError)
         broken = prefixed(DataError, f"{path} is not a readable archive (", causes, "); copy it again")
         with broken, tarfile.open(path) as archive:
             names = [member.name for member in archive if member.isfile()]
-    else:
-        return []
     return [name for name in names if re.search(pattern, name)]
 
 
-def _first(folder: pathlib.Path, name: str) -> pathlib.Path | None:
-    """The entry of that name in a folder or in one of its subfolders."""
-    return next(iter([*folder.glob(name), *sorted(folder.glob(f"*/{name}"))]), None)
+def _find(place: pathlib.Path, *names: str) -> pathlib.Path | None:
+    """The first entry of one of these names in a folder or in its subfolders."""
+    found = (path for name in names for path in [*place.glob(name), *sorted(place.glob(f"*/{name}"))])
+    return next(found, None)
 
 
 _OPENERS = {

@@ -103,27 +103,23 @@ def apply(params: dict, x) -> tuple[jax.Array, jax.Array]:
 def taps(params: dict, x) -> list[jax.Array]:
     """Features of resized images at four depths, averaged over the image: [B, 64], [B, 192], [B, 768], [B, 2048]."""
     conv = functools.partial(_conv, params)
-    out = []
     x = conv(x, "Conv2d_1a_3x3", stride=2)
-    x = conv(x, "Conv2d_2a_3x3")
-    x = conv(x, "Conv2d_2b_3x3", padding=1)
-    x = _max_pool(x)
-    out.append(x)
-    x = conv(x, "Conv2d_3b_1x1")
-    x = conv(x, "Conv2d_4a_3x3")
-    x = _max_pool(x)
-    out.append(x)
+    x = conv(x, "Conv2d_2a_3x3", padding="VALID")
+    x = conv(x, "Conv2d_2b_3x3")
+    first = _max_pool(x)
+    x = conv(first, "Conv2d_3b_1x1")
+    x = conv(x, "Conv2d_4a_3x3", padding="VALID")
+    second = x = _max_pool(x)
     for name in ("Mixed_5b", "Mixed_5c", "Mixed_5d"):
         x = _block_a(conv, x, name)
     x = _block_b(conv, x, "Mixed_6a")
     for name in ("Mixed_6b", "Mixed_6c", "Mixed_6d", "Mixed_6e"):
         x = _block_c(conv, x, name)
-    out.append(x)
+    third = x
     x = _block_d(conv, x, "Mixed_7a")
     x = _block_e(conv, x, "Mixed_7b", _average_pool)
-    x = _block_e(conv, x, "Mixed_7c", functools.partial(_max_pool, stride=1, padding=1))
-    out.append(x)
-    return [x.mean(axis=(1, 2)) for x in out]
+    x = _block_e(conv, x, "Mixed_7c", functools.partial(_max_pool, stride=1, padding="SAME"))
+    return [depth.mean(axis=(1, 2)) for depth in (first, second, third, x)]
 
 
 def resize(images):
@@ -135,24 +131,24 @@ def resize(images):
     return jnp.broadcast_to(2.0 * x - 1.0, (b, SIZE, SIZE, 3))
 
 
-def _conv(params, x, name, stride=1, padding=0):
-    """Convolution, (folded) batch norm, ReLU. `padding` is a number or (rows, columns)."""
-    kernel, offset = params[name]
-    rows, columns = padding if isinstance(padding, tuple) else (padding, padding)
-    x = jax.lax.conv_general_dilated(
-        x,
-        kernel,
-        (stride, stride),
-        ((rows, rows), (columns, columns)),
-        dimension_numbers=("NHWC", "HWIO", "NHWC"),
-        precision=jax.lax.Precision.HIGHEST,
-    )
-    return jax.nn.relu(x + offset[None, None, None])
+def _conv(params, x, *names, stride=1, padding="SAME"):
+    """Convolutions one after the other, each with (folded) batch norm and ReLU. With a stride there is no padding."""
+    for name in names:
+        kernel, offset = params[name]
+        x = jax.lax.conv_general_dilated(
+            x,
+            kernel,
+            (stride, stride),
+            "VALID" if stride > 1 else padding,
+            dimension_numbers=("NHWC", "HWIO", "NHWC"),
+            precision=jax.lax.Precision.HIGHEST,
+        )
+        x = jax.nn.relu(x + offset[None, None, None])
+    return x
 
 
-def _max_pool(x, stride=2, padding=0):
-    around = ((0, 0), (padding, padding), (padding, padding), (0, 0))
-    return jax.lax.reduce_window(x, -jnp.inf, jax.lax.max, (1, 3, 3, 1), (1, stride, stride, 1), around)
+def _max_pool(x, stride=2, padding="VALID"):
+    return jax.lax.reduce_window(x, -jnp.inf, jax.lax.max, (1, 3, 3, 1), (1, stride, stride, 1), padding)
 
 
 def _average_pool(x):
@@ -161,56 +157,52 @@ def _average_pool(x):
     return add(x) / add(jnp.ones((1, *x.shape[1:3], 1), x.dtype))
 
 
-def _chain(conv, x, name, *layers):
-    """Layers `name`_1, `name`_2, ... with these paddings."""
-    for i, padding in enumerate(layers, 1):
-        x = conv(x, f"{name}_{i}", padding=padding)
-    return x
+def _branch(conv, x, name, count, stride=1):
+    """Layers `name`_1 to `name`_count, the last one with a stride."""
+    x = conv(x, *(f"{name}_{i}" for i in range(1, count)))
+    return conv(x, f"{name}_{count}", stride=stride)
+
+
+def _join(*branches):
+    return jnp.concatenate(branches, axis=-1)
 
 
 def _block_a(conv, x, name):
-    parts = [
+    return _join(
         conv(x, f"{name}.branch1x1"),
-        _chain(conv, x, f"{name}.branch5x5", 0, 2),
-        _chain(conv, x, f"{name}.branch3x3dbl", 0, 1, 1),
+        _branch(conv, x, f"{name}.branch5x5", 2),
+        _branch(conv, x, f"{name}.branch3x3dbl", 3),
         conv(_average_pool(x), f"{name}.branch_pool"),
-    ]
-    return jnp.concatenate(parts, axis=-1)
+    )
 
 
 def _block_b(conv, x, name):
-    double = _chain(conv, x, f"{name}.branch3x3dbl", 0, 1)
-    parts = [conv(x, f"{name}.branch3x3", stride=2), conv(double, f"{name}.branch3x3dbl_3", stride=2), _max_pool(x)]
-    return jnp.concatenate(parts, axis=-1)
+    three, double = conv(x, f"{name}.branch3x3", stride=2), _branch(conv, x, f"{name}.branch3x3dbl", 3, stride=2)
+    return _join(three, double, _max_pool(x))
 
 
 def _block_c(conv, x, name):
-    row, column = (0, 3), (3, 0)  # 1 x 7 and 7 x 1
-    parts = [
+    return _join(
         conv(x, f"{name}.branch1x1"),
-        _chain(conv, x, f"{name}.branch7x7", 0, row, column),
-        _chain(conv, x, f"{name}.branch7x7dbl", 0, column, row, column, row),
+        _branch(conv, x, f"{name}.branch7x7", 3),
+        _branch(conv, x, f"{name}.branch7x7dbl", 5),
         conv(_average_pool(x), f"{name}.branch_pool"),
-    ]
-    return jnp.concatenate(parts, axis=-1)
+    )
 
 
 def _block_d(conv, x, name):
-    seven = _chain(conv, x, f"{name}.branch7x7x3", 0, (0, 3), (3, 0))
-    parts = [
-        conv(conv(x, f"{name}.branch3x3_1"), f"{name}.branch3x3_2", stride=2),
-        conv(seven, f"{name}.branch7x7x3_4", stride=2),
-        _max_pool(x),
-    ]
-    return jnp.concatenate(parts, axis=-1)
+    three = _branch(conv, x, f"{name}.branch3x3", 2, stride=2)
+    seven = _branch(conv, x, f"{name}.branch7x7x3", 4, stride=2)
+    return _join(three, seven, _max_pool(x))
 
 
 def _block_e(conv, x, name, pool):
-    def fork(x, layer):
-        """A 1 x 3 and a 3 x 1 convolution of the same input."""
-        return [conv(x, f"{name}.{layer}a", padding=(0, 1)), conv(x, f"{name}.{layer}b", padding=(1, 0))]
-
-    single = conv(x, f"{name}.branch3x3_1")
-    double = _chain(conv, x, f"{name}.branch3x3dbl", 0, 1)
-    parts = [conv(x, f"{name}.branch1x1"), *fork(single, "branch3x3_2"), *fork(double, "branch3x3dbl_3")]
-    return jnp.concatenate([*parts, conv(pool(x), f"{name}.branch_pool")], axis=-1)
+    single, double = conv(x, f"{name}.branch3x3_1"), _branch(conv, x, f"{name}.branch3x3dbl", 2)
+    return _join(
+        conv(x, f"{name}.branch1x1"),
+        conv(single, f"{name}.branch3x3_2a"),  # 1 x 3, and below 3 x 1
+        conv(single, f"{name}.branch3x3_2b"),
+        conv(double, f"{name}.branch3x3dbl_3a"),
+        conv(double, f"{name}.branch3x3dbl_3b"),
+        conv(pool(x), f"{name}.branch_pool"),
+    )
