@@ -1,10 +1,10 @@
-"""Kill workers of a run again and again, and compare its end with that of an undisturbed one.
+"""Kill processes of a run again and again, and compare its result with that of an undisturbed run.
 
     python benchmarks/faults.py --kills=30 --processes=2
 
-Trains a tiny network on the digits in several processes. Each time, a random worker gets SIGKILL or SIGTERM a random
-moment after the run has gone on, and all are started again. At the end: every logged step, and parameters, EMA and
-moments, must be those of the undisturbed run, bit for bit. Prints a line per kill, and a JSON object last.
+Trains a tiny network on the digits in several processes. Each time, a random process gets SIGKILL or SIGTERM at a
+random moment, and all are started again. At the end every logged step, and parameters, EMA and moments, must equal
+those of the undisturbed run bit for bit. Prints a line per kill, and a JSON object last.
 """
 
 import json
@@ -20,7 +20,7 @@ import time
 
 from absl import app, flags
 
-KILLS = flags.DEFINE_integer("kills", 30, "Workers to kill.", lower_bound=0)
+KILLS = flags.DEFINE_integer("kills", 30, "Processes to kill.", lower_bound=0)
 PROCESSES = flags.DEFINE_integer("processes", 2, "Of the run.", lower_bound=1)
 DEVICES = flags.DEFINE_integer("devices", 1, "CPU devices of each.", lower_bound=1)
 STEPS = flags.DEFINE_integer("steps", 2000, "Of the run.", lower_bound=10)
@@ -37,21 +37,21 @@ def main(_):
 
 
 def compare(folder) -> bool:
-    """Run twice, and print how they compare."""
+    """Train undisturbed and with kills; print the comparison. True if all is equal and all kills happened."""
     draw, begun = random.Random(SEED.value), time.perf_counter()
-    calm, tried = folder / "calm", folder / "tried"
+    calm, killed = folder / "calm", folder / "killed"
     if start(calm).wait():
         sys.exit((folder / "calm.log").read_text()[-3000:])
     calm_seconds = time.perf_counter() - begun
     kills, lost, begun = [], 0, time.perf_counter()
     while True:
-        before, saved = steps_of(tried), newest(tried)
+        before, saved = steps_of(killed), newest(killed)
         lost += before - saved
-        process = start(tried)
+        process = start(killed)
         aim = before + draw.randint(1, max(1, STEPS.value // (2 * KILLS.value or 1)))
-        # A third of the kills come at any moment of the start, the others some steps later.
+        # A third of the kills come at any moment of the start, the others some steps after it.
         patience = time.monotonic() + (draw.uniform(0, 15) if draw.random() < 1 / 3 else 300)
-        while process.poll() is None and steps_of(tried) < aim and time.monotonic() < patience:
+        while process.poll() is None and steps_of(killed) < aim and time.monotonic() < patience:
             time.sleep(0.01)
         if process.poll() is None and len(kills) < KILLS.value:
             victims = workers(process)
@@ -60,12 +60,12 @@ def compare(folder) -> bool:
                 os.kill(draw.choice(victims), kill)
                 kills.append(kill.name)
         status = process.wait()
-        print(f"{len(kills):3d} {kills[-1] if kills else '':8} status {status:3d}, {steps_of(tried)} steps logged")
+        print(f"{len(kills):3d} {kills[-1] if kills else '':8} status {status:3d}, {steps_of(killed)} steps logged")
         sys.stdout.flush()
         if status == 0:
             break
-    same = {name: tree(calm, name) == tree(tried, name) for name in ("params", "ema", "optimizer")}
-    same["history"] = history(calm) == history(tried)
+    same = {name: tree(calm, name) == tree(killed, name) for name in ("params", "ema", "optimizer")}
+    same["history"] = history(calm) == history(killed)
     result = dict(kills=len(kills), kinds={kind: kills.count(kind) for kind in set(kills)}, steps_done_twice=lost)
     result |= dict(same=same, calm_seconds=calm_seconds, seconds=time.perf_counter() - begun)
     print(json.dumps(result))
@@ -73,26 +73,38 @@ def compare(folder) -> bool:
 
 
 def start(workdir):
-    """Start the run, or what is left of it."""
-    settings = [
-        *("--config=configs/demo.py", "--config.model.width=32", "--config.model.depth=3", "--config.model.heads=2"),
-        *("--config.stages=('pretrain',)", f"--config.pretrain.steps={STEPS.value}", "--config.pretrain.batch_size=8"),
-        *(
-            f"--config.checkpoint.every={max(1, STEPS.value // 100)}",
-            "--config.log.every=1",
-            "--config.preview.every=0",
-        ),
-        *("--config.preview.rows=1", "--config.preview.columns=2", "--config.sampling.steps=2"),
-        *("--config.log.tensorboard=False", f"--config.mesh.fsdp={PROCESSES.value * DEVICES.value}"),
+    """Start the run, or resume it."""
+    settings = {
+        "model.width": 32,
+        "model.depth": 3,
+        "model.heads": 2,
+        "stages": ("pretrain",),
+        "pretrain.steps": STEPS.value,
+        "pretrain.batch_size": 8,
+        "checkpoint.every": max(1, STEPS.value // 100),
+        "log.every": 1,
+        "log.tensorboard": False,
+        "preview.every": 0,
+        "preview.rows": 1,
+        "preview.columns": 2,
+        "sampling.steps": 2,
+        "mesh.fsdp": PROCESSES.value * DEVICES.value,
+    }
+    line = [
+        sys.executable,
+        "launch/local.py",
+        f"--processes={PROCESSES.value}",
+        f"--devices={DEVICES.value}",
+        "--grace=5",
     ]
-    local = [f"--processes={PROCESSES.value}", f"--devices={DEVICES.value}", "--grace=5"]
-    line = [sys.executable, "launch/local.py", *local, "--", "launch/train.py", f"--workdir={workdir}", *settings]
+    line += ["--", "launch/train.py", "--config=configs/demo.py", f"--workdir={workdir}"]
+    line += [f"--config.{name}={value}" for name, value in settings.items()]
     with open(f"{workdir}.log", "a") as log:
         return subprocess.Popen(line, cwd=ROOT, stdout=log, stderr=log)
 
 
 def workers(process) -> list[int]:
-    """Process numbers of the children that live."""
+    """Process numbers of the living children."""
     children = pathlib.Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
     return [int(pid) for pid in children]
 
@@ -106,7 +118,7 @@ def history(workdir) -> list:
 
 
 def steps_of(workdir) -> int:
-    """Last step that was logged."""
+    """The last logged step."""
     return max((step for step, _, _ in history(workdir)), default=0)
 
 

@@ -3,9 +3,9 @@
     python benchmarks/precision.py --config=configs/celeba64_pretrain.py --config.data.path=DIR_OR_ZIP --out=precision
 
 Trains the first stage `--steps` steps three times: in float32, in bfloat16 from the same seed, and in float32 from
-another seed, which shows what chance alone does. Writes OUT.png, the curves, and OUT.json: the losses, smoothed over
-`--window` steps, and how far each of the two strays from the first, at the median step and at the worst. bfloat16 is
-within noise where it strays less than the other seed does. The last line is JSON. Needs matplotlib.
+another seed, as a measure of chance. Writes OUT.png, the curves, and OUT.json: the losses, smoothed over `--window`
+steps, and the deviation of each of the last two runs from the first, at the median step and at the worst. bfloat16 is
+within noise where it deviates less than the other seed does. The last line is JSON. Needs matplotlib.
 """
 
 import json
@@ -35,15 +35,15 @@ def main(argv):
     first, *others = smooth
     result = dict(steps=STEPS.value, window=WINDOW.value)
     for name in others:
-        strays = np.abs(smooth[name] / smooth[first] - 1)
-        result[name] = dict(median=statistics.median(strays.tolist()), worst=float(strays.max()))
+        deviation = np.abs(smooth[name] / smooth[first] - 1)
+        result[name] = dict(median=statistics.median(deviation.tolist()), worst=float(deviation.max()))
     out = pathlib.Path(OUT.value)
     out.parent.mkdir(parents=True, exist_ok=True)
     curves = {name: [round(float(value), 6) for value in values] for name, values in smooth.items()}
     out.with_name(out.name + ".json").write_text(json.dumps(result | dict(losses=curves)) + "\n")
     plot(smooth, out.with_name(out.name + ".png"))
     for name in others:
-        print(f"{name:24} strays {result[name]['median']:8.3%} from float32, {result[name]['worst']:.3%} at worst")
+        print(f"{name:24} deviates {result[name]['median']:8.3%} from float32, {result[name]['worst']:.3%} at worst")
     print(json.dumps(result))
 
 
@@ -52,17 +52,17 @@ def run(settings, dtype: str, seed: int) -> list[float]:
     import jax
 
     from maskdm_jax import config
-    from maskdm_jax.run import train
-    from maskdm_jax.training import logs
+    from maskdm_jax.run import open_training_data
+    from maskdm_jax.training import logs, loop
 
     stage = settings.stages[0]
     with settings.unlocked():
         settings.stages, settings.seed, settings.model.dtype = (stage,), settings.seed + seed, dtype
         settings[stage].steps = settings.checkpoint.every = STEPS.value
-        settings.preview.every, settings.evaluation.every, settings.log.every = STEPS.value, 0, 1
-        settings.sampling.steps = 2  # of the picture at the end, which nobody sees
+        settings.log.every = 1
     with tempfile.TemporaryDirectory() as folder:
-        train(config.parse(settings), folder)
+        parsed = config.parse(settings)
+        loop.train(parsed, open_training_data(parsed), folder)  # without hooks for previews and evaluation
         lines = logs.read_metrics(pathlib.Path(folder) / "metrics.jsonl")
     settings.seed -= seed
     jax.clear_caches()
@@ -70,7 +70,7 @@ def run(settings, dtype: str, seed: int) -> list[float]:
 
 
 def plot(curves: dict, path: pathlib.Path) -> None:
-    """All curves, and below them how far they are from the first."""
+    """Draw all curves, and below them their deviation from the first."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -1,60 +1,111 @@
-"""The table of docs/costs.md: what every recipe costs on TPU topologies, from the compiled programs; no TPU is needed.
+"""The table of docs/costs.md: cost of every recipe on TPU topologies, from the compiled programs; no TPU is needed.
 
     python benchmarks/recipe_costs.py --json=costs.jsonl > table.md
 
-Runs launch/compile.py for each config and topology that the file does not have yet (a minute or two each), then prints
-the table. Needs libtpu: pip install -e ".[tpu]".
+Compiles the training steps, and on the first topology the sampling program, for each config and topology that the file
+does not have yet (a minute or two each), then prints the table. Needs libtpu: pip install -e ".[tpu]".
 """
 
 import json
 import pathlib
-import subprocess
+import runpy
 import sys
 
 from absl import app, flags
 
 JSON = flags.DEFINE_string("json", "costs.jsonl", "File of the numbers, which is added to.")
-TOPOLOGIES = flags.DEFINE_list("topologies", ["v5e:4x4", "v5e:16x16", "v5p:4x4x4"], "TPU topologies.")
+TOPOLOGIES = flags.DEFINE_list("topologies", ["v5e:4x4", "v5e:16x16", "v5p:4x4x4"], "TPU topologies, or local.")
 CONFIGS = flags.DEFINE_list("configs", None, "Names of configs; all when not given.")
-SAMPLES = flags.DEFINE_integer("samples", 16, "Images per chip that are sampled together, on the first topology.")
+SAMPLES = flags.DEFINE_integer("samples", 16, "Images per chip that are sampled together, on the first topology.", 0)
 ROOT = pathlib.Path(__file__).parent.parent
+STAGES_OF_CELEBAHQ = {"celebahq_pretrain", "celebahq_pretrain_50", "celebahq_finetune"}  # have its costs
 
 
 def main(_):
-    configs = CONFIGS.value or sorted(path.stem for path in (ROOT / "configs").glob("*.py"))
-    for config in configs:
-        for topology in TOPOLOGIES.value:
-            if any((row["config"], row["topology"]) == (config, topology) for row in rows()):
-                continue
-            samples = SAMPLES.value if topology == TOPOLOGIES.value[0] else 0
-            command = [sys.executable, "launch/compile.py", f"--config=configs/{config}.py", f"--topology={topology}"]
-            command += [f"--samples={samples}", f"--json={pathlib.Path(JSON.value).absolute()}"]
-            subprocess.run(command, cwd=ROOT, stdout=sys.stderr, check=False)  # status 1: something does not fit
+    from maskdm_jax.parallel import runtime
+
+    recipes = {path.stem for path in (ROOT / "configs").glob("*.py")} - STAGES_OF_CELEBAHQ
+    configs = CONFIGS.value or sorted(recipes)
+    with runtime.program(distributed=False):
+        for config in configs:
+            for topology in TOPOLOGIES.value:
+                if not any((row["config"], row["topology"]) == (config, topology) for row in rows()):
+                    add(config, topology, SAMPLES.value if topology == TOPOLOGIES.value[0] else 0)
     print(table([row for row in rows() if row["config"] in configs and row["topology"] in TOPOLOGIES.value]))
 
 
 def rows() -> list[dict]:
-    """What the file has."""
+    """All numbers of the file."""
     path = pathlib.Path(JSON.value)
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
+def add(name: str, topology: str, samples: int) -> None:
+    """Compile the programs of a config, and add a line to the file for each."""
+    import jax
+    import roofline
+
+    from maskdm_jax import config as config_lib
+    from maskdm_jax.errors import CostError
+    from maskdm_jax.tools import cost
+
+    if topology != "local":
+        jax.config.update("jax_platforms", "cpu")
+        jax.config.update("jax_enable_compilation_cache", False)  # programs for absent chips cannot be read back
+    config = config_lib.parse(runpy.run_path(str(ROOT / "configs" / f"{name}.py"))["get_config"]())
+    devices = cost.topology_devices(topology)
+    programs = {}  # by name: images, function that compiles
+    for stage in config.stages:
+        batch = cost.round_up_batch(config, stage, len(devices))
+        programs[stage] = batch, lambda stage=stage, n=batch: roofline.training_step(config, stage, devices, n)
+    if samples:
+        programs["sampling"] = samples * len(devices), lambda: roofline.sampling(config, devices, samples)
+    for program, (batch, compile_it) in programs.items():
+        row = dict(config=name, topology=topology, stage=program, batch=batch)
+        try:
+            row |= numbers(compile_it())
+            over = row["hbm_bytes"] / row["least_hbm_bytes"]
+            told = f"{over:.1f} times the HBM bytes that products and state move if each moves once"
+        except CostError as error:
+            row |= dict(fits=False)
+            told = f"does not fit ({error})"
+        print(f"{name}, {program} on {topology}: {told}", file=sys.stderr, flush=True)
+        with open(JSON.value, "a") as file:
+            file.write(json.dumps(row) + "\n")
+
+
+def numbers(found) -> dict:
+    """A `roofline.Roofline` for JSON; bytes and FLOPs per chip."""
+    names = ("fits", "chips", "kind", "state", "temporary", "memory", "flops", "compile_seconds")
+    row = {name: getattr(found.cost, name) for name in names}
+    row |= dict(hbm_bytes=found.hbm_bytes, least_hbm_bytes=found.least_hbm_bytes, collectives=found.collectives)
+    return row | dict(bounds=found.bounds())
+
+
 def table(found: list[dict]) -> str:
     """Markdown, a line for each program, by recipe."""
-    columns = ("recipe", "program", "topology", "images", "memory, GiB", "TFLOP", "traffic, GB", "links, MB")
+    columns = ("recipe", "program", "topology", "images", "memory, GiB", "TFLOP", "HBM, GB", "interconnect, MB")
     columns += ("ms at best", "images/s")
     lines = ["| " + " | ".join(columns) + " |", "|---|---|---|" + "--:|" * 7]
     for row in sorted(found, key=lambda row: (row["config"], TOPOLOGIES.value.index(row["topology"]))):
         cells = [row["config"], row["stage"], row["topology"], f"{row['batch']:,}"]
-        if row["fits"]:
-            binding = max(row["bounds"], key=row["bounds"].get)
-            seconds, sent = row["bounds"][binding], sum(size for _, size in row["collectives"].values())
-            cells += [f"{row['memory'] / 2**30:.2f}", f"{row['flops'] / 1e12:,.2f}", f"{row['traffic'] / 1e9:,.1f}"]
-            cells += [f"{sent / 1e6:,.0f}", f"{1e3 * seconds:,.1f} ({binding})", f"{row['batch'] / seconds:,.0f}"]
-        else:
+        if row["fits"] is False:
             cells += ["does not fit", "", "", "", "", ""]
+        else:
+            sent = sum(size for _, size in row["collectives"].values())
+            cells += [f"{row['memory'] / 2**30:.2f}", f"{row['flops'] / 1e12:,.2f}", f"{row['hbm_bytes'] / 1e9:,.1f}"]
+            cells += [f"{sent / 1e6:,.0f}", *at_best(row)]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def at_best(row: dict) -> list[str]:
+    """The largest of the bounds, with its name, and the images per second that it allows."""
+    if not row["bounds"]:
+        return ["", ""]
+    binding = max(row["bounds"], key=row["bounds"].get)
+    seconds, names = row["bounds"][binding], dict(hbm="HBM")
+    return [f"{1e3 * seconds:,.1f} ({names.get(binding, binding)})", f"{row['batch'] / seconds:,.0f}"]
 
 
 if __name__ == "__main__":

@@ -1,19 +1,19 @@
-"""How fast all parts of a run are on the devices that are here, against PyTorch if wanted.
+"""Speed of all parts of a run on this machine's devices, against PyTorch if wanted.
 
     python benchmarks/speed.py --config=configs/celeba64_pretrain.py --batch=8 --config.data.path=DIR_OR_ZIP
     python benchmarks/speed.py --config=configs/celeba64_pretrain.py --batch=8 --torch=eager --torch=fused
 
 Measures whole training steps (noise, masks, loss, gradients, clipping, AdamW, EMA) with 10%, 50% and 100% of the
-patches visible, a forward pass of the network, and sampling, on random images; loading, where config.data.path is
-there; the Inception features of evaluation, where its weights are there (config.evaluation.inception_weights). All
-take turns, `--rounds` times, and medians are printed. A checkpoint follows: how long a run stands still for it, and
-when it is on disk.
+patches visible, a forward pass of the network, and sampling, on random images; loading, where config.data.path
+exists; the Inception features of evaluation, where its weights exist (config.evaluation.inception_weights). All take
+turns, `--rounds` times, and medians are printed. A checkpoint follows: how long the run waits for it, and when it is
+on disk.
 
-"of peak" is the share of what a large matrix product reaches, measured in the same rounds. "of roof" is the least time
-by that rate for the arithmetic or by a large copy's for the memory traffic, whichever is more, over the time taken; the
-traffic is XLA's estimate, which on CPU leaves caches out of account. `--torch` adds the official step in PyTorch, as
-published (eager), with fused attention, or compiled; ratios are of its seconds over ours. `--json` keeps the numbers.
-The last line is JSON, too.
+"of peak" is the share of the rate that a large matrix product reaches, measured in the same rounds. "of roof" is the
+least time, by that rate for the arithmetic or by a large copy's rate for the HBM bytes, whichever is more, over the
+time taken; the bytes are estimated from the compiled program, and on CPU they ignore caches. `--torch` adds the
+official step in PyTorch, as published (eager), with fused attention, or compiled; ratios are of its seconds over ours.
+`--json` keeps the numbers. The last line is JSON, too.
 """
 
 import dataclasses
@@ -26,12 +26,25 @@ import sys
 import tempfile
 import time
 
+import jax
+import jax.numpy as jnp
+import numpy as np
+import roofline
 from absl import app, flags, logging
 from ml_collections import config_flags
 
+from maskdm_jax import config as config_lib
+from maskdm_jax import sampling
 from maskdm_jax.build import make_network, mask_plans
+from maskdm_jax.config import Config
+from maskdm_jax.data.pipeline import TrainingData
 from maskdm_jax.errors import DataError
+from maskdm_jax.evaluation import features, inception
+from maskdm_jax.models.representation import make_representation
+from maskdm_jax.parallel import runtime, sharding
 from maskdm_jax.storage import cache_dir
+from maskdm_jax.tools import cost
+from maskdm_jax.training import checkpoint
 from maskdm_jax.training.loop import make_run_mesh
 from maskdm_jax.training.start import abstract_state, fresh_state
 from maskdm_jax.training.step import jit_step
@@ -48,15 +61,15 @@ JSON = flags.DEFINE_string("json", None, "Write the numbers to this file.")
 
 @dataclasses.dataclass
 class Subject:
-    """Something to be timed."""
+    """A program to be timed."""
 
     what: str  # step 10%, ..., forward, sampling
     by: str  # jax, torch eager, ...
-    start: object  # () -> something to wait for
+    start: object  # () -> the argument of `wait`
     wait: object
     images: int = 0
     flops: float = 0.0  # of one execution, over all devices
-    traffic: float = 0.0  # bytes read and written in memory by one execution, over all devices
+    hbm_bytes: float = 0.0  # read and written in main memory by one execution, over all devices
     memory: int = 0  # bytes per device
     compile_seconds: float = 0.0
     seconds: list = dataclasses.field(default_factory=list)
@@ -64,7 +77,7 @@ class Subject:
 
     def turn(self) -> None:
         """Time as many executions as fill the least length, one after the other, waiting at the end."""
-        self.wait(self.start())  # as in a run, where such a one was there before, not another program
+        self.wait(self.start())  # not timed; in a run, too, the execution before is of the same program
         if not self.repeats:
             self.repeats = 1
             self.repeats = max(1, math.ceil(SECONDS.value / self._run()))
@@ -82,13 +95,8 @@ def main(argv):
     if len(argv) > 1 or CONFIG.value is None:
         raise app.UsageError("give --config=configs/NAME.py; its settings as --config.key=value")
     logging.set_verbosity(logging.ERROR)
-    import jax
-
-    from maskdm_jax.parallel import runtime
-
-    runtime.keep_freed_memory()  # as in a run; for PyTorch's steps too
-    # A cache of its own: compile times are true, and what is compiled to read its cost is not compiled again to run.
-    with tempfile.TemporaryDirectory() as cache:
+    with runtime.program(distributed=False), tempfile.TemporaryDirectory() as cache:
+        # A cache of its own: compile times are true, and a program compiled for its cost is not compiled again to run.
         jax.config.update("jax_compilation_cache_dir", cache)
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
         result = report(measure(CONFIG.value))
@@ -98,37 +106,32 @@ def main(argv):
 
 
 def measure(settings) -> list[Subject]:
+    """Time everything, in turns."""
     stage = settings.stages[0]
     settings.stages = (stage,)
     settings[stage].batch_size = BATCH.value or settings[stage].batch_size
     settings.sampling.steps = SAMPLING_STEPS.value or settings.sampling.steps
-    subjects = [peak(settings.model.dtype), copy(), *of_jax(settings, stage)]
-    subjects += [*of_loading(settings, stage), *of_evaluation(settings)]
-    if TORCH.value:
-        subjects += of_torch(settings, stage)
+    subjects = [peak(settings.model.dtype), copy(), *jax_subjects(settings, stage)]
+    subjects += [*loading_subjects(settings, stage), *evaluation_subjects(settings)]
+    subjects += [subject for form in TORCH.value for subject in torch_subjects(settings, stage, form)]
     for i in range(ROUNDS.value):
         for subject in subjects:
             if sys.stderr.isatty():
                 print(f"\rround {i + 1} of {ROUNDS.value}: {subject.what}, {subject.by:20}", end="\r", file=sys.stderr)
             subject.turn()
-    return subjects + of_checkpoint(settings)
+    return subjects + checkpoint_subjects(settings)
 
 
-def masked(settings, stage: str, percent: str):
+def with_visible(settings, stage: str, percent: str) -> Config:
     """The config with that share of the patches visible, by the stage's kind of mask where that has a rate."""
-    from maskdm_jax import config
-
     mask = settings[stage].mask
     mask.kind = "none" if percent == "100" else "patch" if mask.kind in ("none", "crop") else mask.kind
     mask.rate = 1 - float(percent) / 100
-    return config.parse(settings)
+    return config_lib.parse(settings)
 
 
 def peak(dtype: str) -> Subject:
     """A matrix product on one device that is large enough to be bound by arithmetic alone."""
-    import jax
-    import jax.numpy as jnp
-
     n = 2048 if jax.default_backend() == "cpu" else 8192
     x = jnp.ones((n, n), dtype)
     product = jax.jit(functools.partial(jnp.matmul, preferred_element_type=jnp.float32))
@@ -136,91 +139,94 @@ def peak(dtype: str) -> Subject:
 
 
 def copy() -> Subject:
-    """A pass over one device's memory that is bound by its traffic alone."""
-    import jax
-    import jax.numpy as jnp
-
+    """A pass over one device's memory that is bound by its bytes alone."""
     x = jnp.ones(2**26 if jax.default_backend() == "cpu" else 2**28, jnp.float32)
     negated = jax.jit(jnp.negative)
-    return Subject("copy", "jax", lambda: negated(x), jax.block_until_ready, traffic=2.0 * x.nbytes)
+    return Subject("copy", "jax", lambda: negated(x), jax.block_until_ready, hbm_bytes=2.0 * x.nbytes)
 
 
-def of_jax(settings, stage: str) -> list[Subject]:
-    import jax
-    import numpy as np
-
-    from maskdm_jax import sampling
-    from maskdm_jax.models import representation
-    from maskdm_jax.parallel import sharding
-    from maskdm_jax.tools import cost
-
-    subjects, devices = [], jax.devices()
+def jax_subjects(settings, stage: str) -> list[Subject]:
+    """Training steps by share of visible patches; a forward pass and sampling of whole images, by the last weights."""
+    subjects = []
     for percent in VISIBLE.value:
-        config = masked(settings, stage, percent)
-        batch_size, mesh, network = config.stage[stage].batch_size, make_run_mesh(config), make_network(config)
-        found = cost.of_training(config, stage, devices, batch_size)
-        abstract = abstract_state(config, 0, network, mesh)
-        state = [fresh_state(config, network, abstract)]
-        step = jit_step(config, stage, mesh, abstract)
-        draw, size = np.random.default_rng(0), config.data.image_size
-        image = draw.integers(0, 256, (batch_size, size, size, config.data.channels), np.uint8)
-        index = np.arange(batch_size)
-        rows = dict(image=image, label=np.zeros_like(index, np.int32), index=index.astype(np.uint32))
-        batch = sharding.to_global(mesh, rows)
+        config = with_visible(settings, stage, percent)
+        subject, state = step_subject(config, stage, percent)
+        subjects.append(subject)
+    subjects.append(forward_subject(config, stage, state))
+    return subjects + ([sampling_subject(config, stage, state)] if SAMPLING_STEPS.value else [])
 
-        def start(step=step, state=state, batch=batch):
-            state[0], values = step(state[0], batch)
-            return values["loss"]
 
-        about = dict(images=batch_size, memory=found.memory, compile_seconds=found.compile_seconds)
-        about |= dict(flops=found.flops * len(devices), traffic=found.traffic * len(devices))
-        subjects.append(Subject(f"step {percent}%", "jax", start, float, **about))
-    # Forward and sampling: whole images, by the last state's weights.
-    shape = representation.make_representation(config).shape
-    x = jax.device_put(draw.standard_normal((batch_size, *shape), np.float32), sharding.batch_sharding(mesh))
-    t = jax.device_put(np.full(batch_size, 500, np.int32), sharding.batch_sharding(mesh))
+def step_subject(config: Config, stage: str, percent: str) -> tuple[Subject, list]:
+    """A training step on random images, and a list of one item, its latest state."""
+    n, size = config.stage[stage].batch_size, config.data.image_size
+    mesh, network = make_run_mesh(config), make_network(config)
+    found = cost.training_step(config, stage, jax.devices(), n)
+    abstract = abstract_state(config, 0, network, mesh)
+    state = [fresh_state(config, network, abstract)]
+    step = jit_step(config, stage, mesh, abstract)
+    image = np.random.default_rng(0).integers(0, 256, (n, size, size, config.data.channels), np.uint8)
+    rows = dict(image=image, label=np.zeros(n, np.int32), index=np.arange(n, dtype=np.uint32))
+    batch = sharding.to_global(mesh, rows)
+
+    def start():
+        state[0], values = step(state[0], batch)
+        return values["loss"]
+
+    about = costs(found, loops=config.stage[stage].micro_batches)
+    return Subject(f"step {percent}%", "jax", start, float, **about), state
+
+
+def forward_subject(config: Config, stage: str, state: list) -> Subject:
+    """A forward pass of the network."""
+    n, mesh, network = config.stage[stage].batch_size, make_run_mesh(config), make_network(config)
+    place = sharding.batch_sharding(mesh)
+    noise = np.random.default_rng(0).standard_normal((n, *make_representation(config).shape), np.float32)
+    x, t = jax.device_put(noise, place), jax.device_put(np.full(n, 500, np.int32), place)
     labels = t * 0 if config.model.num_classes else None
     begun = time.perf_counter()
     forward = jax.jit(network.apply).lower(state[0].params, x, t, labels).compile()
-    about = dict(images=batch_size, compile_seconds=time.perf_counter() - begun)
-    about["memory"] = sum(cost.memory_of(forward))
-    about |= dict(flops=cost.of_forward(config, batch_size)[0], traffic=cost.traffic(forward.as_text()) * len(devices))
+    about = dict(images=n, compile_seconds=time.perf_counter() - begun, memory=sum(cost.memory_bytes(forward)))
+    hbm_bytes = roofline.hbm_bytes(forward.as_text()) * mesh.size
+    about |= dict(flops=cost.count_forward_flops(config, n), hbm_bytes=hbm_bytes)
     start = lambda: forward(state[0].params, x, t, labels)
-    subjects.append(Subject("forward", "jax", start, jax.block_until_ready, **about))
-    if SAMPLING_STEPS.value:
-        found = cost.of_sampling(config, devices, batch_size // len(devices))
-        run, key = sampling.compile_sampling(config, network, mesh), jax.random.key(0)
-        index = jax.device_put(np.arange(batch_size, dtype=np.int32), sharding.batch_sharding(mesh))
-        start = lambda: run(state[0].ema, key, index, labels)
-        about = dict(images=batch_size, memory=found.memory, compile_seconds=found.compile_seconds)
-        about |= dict(flops=found.flops * len(devices), traffic=found.traffic * len(devices))
-        subjects.append(Subject("sampling", "jax", start, jax.block_until_ready, **about))
-    return subjects
+    return Subject("forward", "jax", start, jax.block_until_ready, **about)
 
 
-def of_loading(settings, stage: str) -> list[Subject]:
-    """Batches read, decoded and stacked, where there is data: so many at a time that what lies ready counts little."""
-    from maskdm_jax.data.pipeline import Batches, TrainingData
+def sampling_subject(config: Config, stage: str, state: list) -> Subject:
+    """Whole trajectories."""
+    n, mesh = config.stage[stage].batch_size, make_run_mesh(config)
+    found = cost.sampling(config, jax.devices(), n // mesh.size)
+    run, key = sampling.compile_sampling(config, make_network(config), mesh), jax.random.key(0)
+    index = jax.device_put(np.arange(n, dtype=np.int32), sharding.batch_sharding(mesh))
+    labels = index * 0 if config.model.num_classes else None
+    start = lambda: run(state[0].ema, key, index, labels)
+    about = costs(found, loops=cost.sampling_steps(config))
+    return Subject("sampling", "jax", start, jax.block_until_ready, **about)
 
-    config = masked(settings, stage, "100")
+
+def costs(found: cost.Cost, *, loops: int) -> dict:
+    """Fields of a `Subject`; loops: see `roofline.hbm_bytes`."""
+    hbm_bytes = roofline.hbm_bytes(found.program.as_text(), loops=loops) * found.chips
+    about = dict(images=found.batch, memory=found.memory, compile_seconds=found.compile_seconds)
+    return about | dict(flops=found.flops * found.chips, hbm_bytes=hbm_bytes)
+
+
+def loading_subjects(settings, stage: str) -> list[Subject]:
+    """Batches read, decoded and stacked, where there is data; so many per turn that those read ahead count little."""
+    config = with_visible(settings, stage, "100")
     try:
-        source = TrainingData(config.data).source
+        data = TrainingData(config.data)
     except DataError as error:
         print(f"loading is left out: {error}")
         return []
     size = config.stage[stage].batch_size
-    batches, number = Batches(config.data, batch_size=size, seed=0, source=source), max(4, 4096 // size)
+    batches, number = data.batches(batch_size=size, seed=0), max(4, 4096 // size)
     read = lambda: [next(batches) for _ in range(number)] and None
     return [Subject("loading", "jax", read, lambda _: None, images=number * size)]
 
 
-def of_evaluation(settings) -> list[Subject]:
-    """Inception features of random images, where the network's weights are there."""
-    import jax
-    import numpy as np
-
-    from maskdm_jax.evaluation import features, inception
-
+def evaluation_subjects(settings) -> list[Subject]:
+    """Inception features of random images, where the network's weights exist."""
     path = settings.evaluation.inception_weights or cache_dir("weights") / inception.FILE
     if not pathlib.Path(path).exists():
         print(f"evaluation is left out: {path} is not there; give config.evaluation.inception_weights")
@@ -233,13 +239,9 @@ def of_evaluation(settings) -> list[Subject]:
     return [Subject("features", "jax", lambda: extract(images), lambda _: None, images=n)]
 
 
-def of_checkpoint(settings) -> list[Subject]:
-    """A checkpoint of the whole state: until the run may go on, and until it is on disk."""
-    import jax
-
-    from maskdm_jax.training import checkpoint
-
-    config = masked(settings, settings.stages[0], "100")
+def checkpoint_subjects(settings) -> list[Subject]:
+    """A checkpoint of the whole state: seconds that the run waits for it, and until it is on disk."""
+    config = with_visible(settings, settings.stages[0], "100")
     network, mesh = make_network(config), make_run_mesh(config)
     state = fresh_state(config, network, abstract_state(config, 0, network, mesh))
     size = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
@@ -252,118 +254,123 @@ def of_checkpoint(settings) -> list[Subject]:
             checkpoints.save(i, state, {})
             stalled = time.perf_counter() - begun
             checkpoints.wait()
-            if i:  # the first one sets up what all share
+            if i:  # the first one sets up threads and folders
                 stall.seconds.append(stalled)
                 whole.seconds.append(time.perf_counter() - begun)
         checkpoints.close()
     return [stall, whole]
 
 
-def of_torch(settings, stage: str) -> list[Subject]:
-    """The official step: U-ViT, boolean masks after embedding, AdamW, clipping, EMA; `tests/torch_twin.py`."""
-    sys.path.insert(0, str(pathlib.Path(__file__).parent.parent / "tests"))
-    import jax
-    import torch
-    import torch_twin
-
-    config = masked(settings, stage, "100")
-    model, data, training = config.model, config.data, config.stage[stage]
-    if model.wavelet_scale or model.num_classes:
+def torch_subjects(settings, stage: str, form: str) -> list[Subject]:
+    """The official step and forward pass in PyTorch; form: eager, fused or compiled."""
+    config = with_visible(settings, stage, "100")
+    if config.model.wavelet_scale or config.model.num_classes:
         raise app.UsageError("--torch compares unconditional models of pixels")
-    device = "cuda" if jax.default_backend() == "gpu" else "cpu"
-    wait = torch.cuda.synchronize if device == "cuda" else lambda: None
-    sizes = dict(in_chans=data.channels, patch_size=model.patch_size, img_size=data.image_size)
-    sizes |= dict(encoder_embed_dim=model.width, encoder_depth=model.depth, encoder_heads=model.heads)
-    sizes |= dict(mlp_ratio=model.mlp_ratio, qkv_bias=model.qv_bias, mlp_time_embed=model.time_mlp)
-    b, side = training.batch_size, data.image_size // model.patch_size
-    half = torch.autocast(device, torch.bfloat16, enabled=model.dtype == "bfloat16")
-    images = torch.randn(b, data.channels, data.image_size, data.image_size, device=device)
-    t = torch.full((b,), 500, device=device)
+    official, n, by = OfficialStep(config, stage, form), config.stage[stage].batch_size, f"torch {form}"
+    subjects = []
+    for percent in VISIBLE.value:
+        visible = mask_plans(with_visible(settings, stage, percent), stage)[0].visible
+        start = functools.partial(official.step, visible)
+        subjects.append(Subject(f"step {percent}%", by, start, float, images=n))
+    return [*subjects, Subject("forward", by, official.forward, lambda _: official.wait(), images=n)]
 
-    def patches(x):
-        p = model.patch_size
-        return x.view(b, data.channels, side, p, side, p).permute(0, 2, 4, 3, 5, 1).reshape(b, side**2, -1)
 
-    def subjects(form):
-        network = torch_twin.UViT(sizes).to(device)
-        average = torch_twin.UViT(sizes).to(device)
-        ema = torch_twin.Ema(network, average, training.ema_decay, training.ema_every).to(device)
-        ema.initted.fill_(True)
-        ema.step.fill_(200)
-        optimizer = torch.optim.AdamW(network.parameters(), training.learning_rate, (training.b1, training.b2))
+class OfficialStep:
+    """The official step: U-ViT, boolean masks after embedding, AdamW, clipping, EMA; `tests/torch_twin.py`."""
+
+    def __init__(self, config: Config, stage: str, form: str):
+        sys.path.insert(0, str(pathlib.Path(__file__).parent.parent / "tests"))
+        import torch
+        import torch_twin
+
+        model, data, stage = config.model, config.data, config.stage[stage]
+        device = "cuda" if jax.default_backend() == "gpu" else "cpu"
+        sizes = dict(in_chans=data.channels, patch_size=model.patch_size, img_size=data.image_size)
+        sizes |= dict(encoder_embed_dim=model.width, encoder_depth=model.depth, encoder_heads=model.heads)
+        sizes |= dict(mlp_ratio=model.mlp_ratio, qkv_bias=model.qv_bias, mlp_time_embed=model.time_mlp)
+        network, average = (torch_twin.UViT(sizes).to(device) for _ in range(2))
         for module in network.modules():
             if isinstance(module, torch_twin.Attention):
                 module.fused = form != "eager"
-        called = torch.compile(network) if form == "compiled" else network
+        self._network = torch.compile(network) if form == "compiled" else network
+        self._parameters, self._clip_norm = list(network.parameters()), stage.clip_norm
+        self._optimizer = torch.optim.AdamW(self._parameters, stage.learning_rate, (stage.b1, stage.b2))
+        self._ema = torch_twin.Ema(network, average, stage.ema_decay, stage.ema_every).to(device)
+        self._ema.initted.fill_(True)
+        self._ema.step.fill_(200)
+        self._autocast = torch.autocast(device, torch.bfloat16, enabled=model.dtype == "bfloat16")
+        self._images = torch.randn(stage.batch_size, data.channels, data.image_size, data.image_size, device=device)
+        self._t = torch.full((stage.batch_size,), 500, device=device)
+        self._torch, self._patch_size, self._grid = torch, model.patch_size, data.image_size // model.patch_size
+        self.wait = torch.cuda.synchronize if device == "cuda" else lambda: None
 
-        def step(visible):
-            hidden = torch.ones(b, side**2, dtype=torch.bool, device=device)
-            for row in hidden:
-                row[torch.randperm(side**2, device=device)[:visible]] = False
-            noise = torch.randn_like(images)
-            with half:
-                found = called(0.7 * images + 0.7 * noise, t, hidden if visible < side**2 else None)
-            wanted = patches(noise)[~hidden].view(b, visible, -1) if visible < side**2 else noise
-            loss = ((found.float() - wanted) ** 2).mean()
-            optimizer.zero_grad()
-            loss.backward()
-            if training.clip_norm:
-                torch.nn.utils.clip_grad_norm_(network.parameters(), training.clip_norm)
-            optimizer.step()
-            ema.update()
-            return loss.detach()
+    def step(self, visible: int):
+        """Take an optimizer step with so many patches visible, and return its loss."""
+        torch, images, total = self._torch, self._images, self._grid**2
+        hidden = torch.ones(len(images), total, dtype=torch.bool, device=images.device)
+        for row in hidden:
+            row[torch.randperm(total, device=images.device)[:visible]] = False
+        noise = torch.randn_like(images)
+        with self._autocast:
+            found = self._network(0.7 * images + 0.7 * noise, self._t, hidden if visible < total else None)
+        wanted = noise if visible == total else self._patches(noise)[~hidden].view(len(images), visible, -1)
+        loss = ((found.float() - wanted) ** 2).mean()
+        self._optimizer.zero_grad()
+        loss.backward()
+        if self._clip_norm:
+            torch.nn.utils.clip_grad_norm_(self._parameters, self._clip_norm)
+        self._optimizer.step()
+        self._ema.update()
+        return loss.detach()
 
-        @torch.no_grad()
-        def forward():
-            with half:
-                called(images, t)
+    def forward(self) -> None:
+        """Take a forward pass of whole images."""
+        with self._torch.no_grad(), self._autocast:
+            self._network(self._images, self._t)
 
-        by = f"torch {form}"
-        for percent in VISIBLE.value:
-            visible = mask_plans(masked(settings, stage, percent), stage)[0].visible
-            yield Subject(f"step {percent}%", by, lambda visible=visible: step(visible), float, images=b)
-        yield Subject("forward", by, forward, lambda _: wait(), images=b)
-
-    return [subject for form in TORCH.value for subject in subjects(form)]
+    def _patches(self, x):
+        """Images [B, C, S, S] -> patches [B, N, p * p * C]."""
+        b, channels, p, side = *x.shape[:2], self._patch_size, self._grid
+        return x.view(b, channels, side, p, side, p).permute(0, 2, 4, 3, 5, 1).reshape(b, side**2, -1)
 
 
 def report(subjects: list[Subject]) -> dict:
-    """Print a table; the numbers, with what they were measured on."""
-    import jax
-
+    """Print a table; return the numbers, with what they were measured on."""
     devices, rows = jax.devices(), []
     best = max(subjects[0].flops / seconds for seconds in subjects[0].seconds) * len(devices)
-    moved = max(subjects[1].traffic / seconds for seconds in subjects[1].seconds) * len(devices)
+    moved = max(subjects[1].hbm_bytes / seconds for seconds in subjects[1].seconds) * len(devices)
     print(f"{len(devices)} x {devices[0].device_kind}; a large matrix product: {best / 1e12:,.2f} TFLOP/s", end="")
     print(f"; a large copy: {moved / 1e9:,.0f} GB/s")
-    print(
-        f"{'':12}{'':22}{'ms':>10}{'images/s':>12}{'TFLOP/s':>10}{'of peak':>9}{'of roof':>9}{'GiB':>8}{'compiled':>10}"
-    )
+    head = ("ms", 10), ("images/s", 12), ("TFLOP/s", 10), ("of peak", 9), ("of roof", 9), ("GiB", 8), ("compiled", 10)
+    print(" " * 34 + "".join(f"{name:>{width}}" for name, width in head))
     ours = {subject.what: subject for subject in subjects if subject.by == "jax"}
     above = None
     for subject in subjects[2:]:
         same, seconds = ours.get(subject.what, subject), statistics.median(subject.seconds)
         row = dict(what=subject.what, by=subject.by, seconds=seconds, images_per_second=subject.images / seconds)
         row |= dict(flops_per_second=same.flops / seconds, share_of_peak=same.flops / seconds / best)
-        row |= dict(share_of_roof=max(subject.flops / best, subject.traffic / moved) / seconds)
+        row |= dict(share_of_roof=max(subject.flops / best, subject.hbm_bytes / moved) / seconds)
         row |= dict(memory=subject.memory, compile_seconds=subject.compile_seconds)
         row["over_ours"] = statistics.median(a / b for a, b in zip(subject.seconds, same.seconds, strict=True))
         rows.append(row)
-        cells = [f"{1e3 * seconds:10,.1f}", f"{row['images_per_second']:12,.1f}" if subject.images else ""]
-        cells += [f"{row['flops_per_second'] / 1e12:10,.2f}{row['share_of_peak']:9.0%}" if same.flops else ""]
-        if subject is not same:
-            cells += [f"   {row['over_ours']:.2f} of our seconds"]
-        else:
-            cells += [f"{row['share_of_roof']:9.0%}" if subject.traffic else ""]
-            cells += [f"{subject.memory / 2**30:8.2f}" if subject.memory else ""]
-            cells += [f"{subject.compile_seconds:8.0f} s" if subject.compile_seconds else ""]
-        widths = (10, 12, 19, 9, 8, 10)
-        print(
-            f"{subject.what if subject.what != above else '':12}{subject.by:22}"
-            + "".join(f"{c:{w}}" for c, w in zip(cells, widths, strict=False)).rstrip()
-        )
+        what = subject.what if subject.what != above else ""
+        print(f"{what:12}{subject.by:22}" + _cells(subject, same, row))
         above = subject.what
     return dict(device=devices[0].device_kind, devices=len(devices), peak=best, copy=moved, rows=rows)
+
+
+def _cells(subject: Subject, same: Subject, row: dict) -> str:
+    """A line of the table; same: our subject of that name."""
+    cells = [f"{1e3 * row['seconds']:10,.1f}", f"{row['images_per_second']:12,.1f}" if subject.images else ""]
+    cells += [f"{row['flops_per_second'] / 1e12:10,.2f}{row['share_of_peak']:9.0%}" if same.flops else ""]
+    if subject is not same:
+        cells += [f"   {row['over_ours']:.2f} of our seconds"]
+    else:
+        cells += [f"{row['share_of_roof']:9.0%}" if subject.hbm_bytes else ""]
+        cells += [f"{subject.memory / 2**30:8.2f}" if subject.memory else ""]
+        cells += [f"{subject.compile_seconds:8.0f} s" if subject.compile_seconds else ""]
+    widths = (10, 12, 19, 9, 8, 10)
+    return "".join(f"{cell:{width}}" for cell, width in zip(cells, widths, strict=False)).rstrip()
 
 
 if __name__ == "__main__":

@@ -1,10 +1,11 @@
-"""How well a network denoises images that it was not trained on, by noise level."""
+"""Denoising error of a network on images that it was not trained on, by noise level."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from maskdm_jax.diffusion.gaussian import denoising_loss, make_schedule
+from maskdm_jax.build import noise_schedule
+from maskdm_jax.diffusion.gaussian import denoising_loss
 from maskdm_jax.models.representation import make_representation
 from maskdm_jax.sampling import Loaded
 
@@ -12,18 +13,17 @@ from maskdm_jax.sampling import Loaded
 def denoising_by_level(loaded: Loaded, images, *, levels: int = 10, seed: int = 0, batch_size: int = 64) -> np.ndarray:
     """Mean squared error of the predicted objective over whole images, nothing hidden, float64 [levels].
 
-    Level k is the middle of the k-th of `levels` equal parts of the diffusion's time: 0 has the least noise. The noise
-    of image i at a level depends on the seed, i and the level alone, so that networks are asked the same.
+    Level k is the middle of the k-th of `levels` equal parts of the diffusion's time; level 0 has the least noise. The
+    noise of image i at a level depends on the seed, i and the level alone, so all networks see the same inputs.
 
     Args:
-      loaded: an unconditional network, from `generate.load`.
+      loaded: an unconditional network, from `sampling.load`.
       images: uint8 [n, S, S, C].
       batch_size: images per call; on one device.
     """
     config, network = loaded.config, loaded.network
-    space, diffusion = make_representation(config), config.diffusion
-    schedule = make_schedule(diffusion.schedule, diffusion.timesteps, size=diffusion.shift_size)
-    key = jax.random.key(seed)
+    space, schedule, key = make_representation(config), noise_schedule(config), jax.random.key(seed)
+    diffusion = config.diffusion
 
     @jax.jit
     def errors(params, images, index, level):
@@ -37,7 +37,7 @@ def denoising_by_level(loaded: Loaded, images, *, levels: int = 10, seed: int = 
     params, n = network.cast(loaded.params), len(images)
     sums, batch_size = np.zeros(levels), min(batch_size, n)
     for start in range(0, n, batch_size):
-        index = np.arange(start, start + batch_size)  # the last batch is filled up, so that one program does it all
+        index = np.arange(start, start + batch_size)  # the last batch wraps around, so that all have one shape
         rows = np.asarray(images)[index % n]
         for level in range(levels):
             found = np.asarray(errors(params, rows, index, level), np.float64)

@@ -1,8 +1,8 @@
-"""Compare ways of training at equal compute: python launch/study.py --config=experiments/emoji32.py:convergence
+"""Compare trainings at equal compute: python experiments/run_study.py --config=experiments/emoji32.py:convergence
 
-Carries out the study that the file describes, or what is left of it, and appends every judged point to --results.
-Several of these commands may work at one study, with different --only or --seeds. --dry_run shows the plan.
---report=DIR draws what there is: curves.png, samples.png, table.md with the command that it was given, less --report.
+Runs the study that the file describes, or what is left of it, and appends every evaluated point to --results. Several
+of these commands may work at one study, with different --only or --seeds. --dry_run shows the plan. --report=DIR draws
+the results so far: curves.png, samples.png, and table.md with this command, without --report.
 """
 
 import functools
@@ -14,14 +14,14 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "Study file, such as experiments/emoji32.py:convergence.")
-BUDGET = flags.DEFINE_enum("budget", "flops", ["flops", "seconds"], "What is equal: arithmetic, or this device's time.")
-WORKDIR = flags.DEFINE_string("workdir", "runs/study", "Where networks are trained; studies may share it.")
+BUDGET = flags.DEFINE_enum("budget", "flops", ["flops", "seconds"], "Unit of the budget: FLOPs, or this device's time.")
+WORKDIR = flags.DEFINE_string("workdir", "runs/study", "Folder of the trainings; studies may share it.")
 RESULTS = flags.DEFINE_string("results", None, "File of results; WORKDIR/NAME.jsonl of the study when not given.")
-JUDGE = flags.DEFINE_string("judge", "", "Python file that compares images; FID's Inception network when not given.")
-ONLY = flags.DEFINE_string("only", "*", "The runs to carry out, by name; * and ? stand for any letters.")
-SEEDS = flags.DEFINE_list("seeds", [], "Seeds to carry out; all when not given.")
-DRY_RUN = flags.DEFINE_bool("dry_run", False, "Show the plan and do nothing.")
-REPORT = flags.DEFINE_string("report", None, "Draw the results into this folder instead of carrying out anything.")
+EVALUATOR = flags.DEFINE_string("evaluator", "", "Python file that compares images; FID's Inception when not given.")
+ONLY = flags.DEFINE_string("only", "*", "Names of the runs; * and ? stand for any letters.")
+SEEDS = flags.DEFINE_list("seeds", [], "Seeds of the runs; all when not given.")
+DRY_RUN = flags.DEFINE_bool("dry_run", False, "Show the plan and train nothing.")
+REPORT = flags.DEFINE_string("report", None, "Draw the results into this folder and train nothing.")
 
 
 def main(argv):
@@ -35,16 +35,12 @@ def main(argv):
     import study
     import study_report
 
-    from maskdm_jax.errors import CheckpointError, ConfigError, DataError, EvaluationError, NonFiniteLoss
-    from maskdm_jax.parallel import processes, runtime
-    from maskdm_jax.parallel.runtime import keep_compiled_programs
+    from maskdm_jax.parallel import runtime
 
-    runtime.keep_freed_memory()
-    keep_compiled_programs()
     stem, _, variant = config_flags.get_config_filename(flags.FLAGS["config"]).partition(":")
     workdir = pathlib.Path(WORKDIR.value).expanduser()
     results = study.Results(RESULTS.value or workdir / f"{variant or pathlib.Path(stem).stem}.jsonl")
-    try:
+    with runtime.program(distributed=False):
         seconds_of = study.StepSeconds(workdir / "step_seconds.json") if BUDGET.value == "seconds" else None
         seeds = {int(seed) for seed in SEEDS.value}
         runs = study.plan(CONFIG.value, unit=BUDGET.value, seconds_of=seconds_of, only=ONLY.value, seeds=seeds)
@@ -52,15 +48,11 @@ def main(argv):
             given = [arg for arg in sys.argv if arg not in (f"--report={REPORT.value}", "--report", REPORT.value)]
             command = shlex.join(["python", *given])
             print(study_report.write(runs, results.rows(), REPORT.value, results.pictures, command))
-            return
-        if DRY_RUN.value:
+        elif DRY_RUN.value:
             print("\n".join(study_report.describe(runs)))
-            return
-        study.run_study(runs, CONFIG.value, workdir, results, JUDGE.value, say=functools.partial(print, flush=True))
-    except (ConfigError, DataError, CheckpointError, EvaluationError, OSError, NonFiniteLoss) as error:
-        processes.exit_all(f"error: {error}")
-    except KeyboardInterrupt:
-        processes.exit_all("interrupted; run the same command again to go on")
+        else:
+            say = functools.partial(print, flush=True)
+            study.run_study(runs, CONFIG.value, workdir, results, EVALUATOR.value, say=say)
 
 
 if __name__ == "__main__":

@@ -1,16 +1,15 @@
-"""Studies: runs that may spend the same compute, judged along the way.
+"""Studies: runs with the same budget of compute, evaluated along the way.
 
 A study is a config file (see `experiments/emoji32.py`): `base`, a whole training config of one stage; `runs`, each a
-row of legs with a share of the budget and settings of their own; and what the networks are judged by. A leg starts from
-the weights of the leg before. Legs that are the same, in one study or in several, are trained once; every judged point
-is a line in a file of results, and what has its line is not done again.
+row of phases with a share of the budget and settings of their own; `sets` of images by name; and `evaluation`. A phase
+starts from the weights of the phase before, with a new optimizer. Equal phases, in one study or in several, are trained
+once. Every evaluated point is a line in a file of results, and a point that has its line is not computed again.
 """
 
 import dataclasses
 import datetime
 import fnmatch
 import hashlib
-import importlib.util
 import json
 import pathlib
 import statistics
@@ -18,42 +17,33 @@ import subprocess
 import time
 
 import jax
-import numpy as np
-from denoising import denoising_by_level
-from PIL import Image
+import jax.numpy as jnp
+from evaluator import StudyEvaluator
 
 from maskdm_jax import config as config_lib
 from maskdm_jax.build import make_network
 from maskdm_jax.config import Config
-from maskdm_jax.data.images import Framing, save_png
-from maskdm_jax.data.sources import open_source, select
 from maskdm_jax.errors import ConfigError
-from maskdm_jax.evaluation.evaluate import Evaluator, compare
-from maskdm_jax.evaluation.features import Images, transform
-from maskdm_jax.parallel import sharding
 from maskdm_jax.run import train
-from maskdm_jax.sampling import generate_batches, load
 from maskdm_jax.storage import write_atomically
 from maskdm_jax.tools import cost
 from maskdm_jax.training import logs
 from maskdm_jax.training.loop import make_run_mesh, run_folder
 from maskdm_jax.training.start import abstract_state, fresh_state
-from maskdm_jax.training.step import jit_step
+from maskdm_jax.training.step import abstract_batch, jit_step
 
-SHOWN = 24  # samples of a point that are kept as a picture
-_BATCH = 64  # images per call when sampling and judging
-_SAVES = 4  # checkpoints between two points: what a stop can cost
+_SAVES = 4  # checkpoints between two points, which bound how much an interruption costs
 
 
 @dataclasses.dataclass(frozen=True)
-class Leg:
+class Phase:
     """A part of a run: one stage of training."""
 
     config: Config
-    points: tuple[int, ...]  # steps after which it is judged
+    points: tuple[int, ...]  # steps after which it is evaluated
     flops: float  # of a step
-    before: tuple[float, int]  # FLOPs and images of the legs before it
-    key: str  # the same for the same training, whatever the machine
+    before: tuple[float, int]  # FLOPs and images of the phases before it
+    key: str  # see `phase_key`
 
     @property
     def stage(self) -> config_lib.Stage:
@@ -63,80 +53,88 @@ class Leg:
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """Legs in a row, from one seed."""
+    """Phases in a row, from one seed."""
 
     name: str
     seed: int
-    legs: tuple[Leg, ...]
+    phases: tuple[Phase, ...]
+
+
+# --- Planning -------------------------------------------------------------------------------------
 
 
 def plan(study, *, unit: str = "flops", seconds_of=None, only: str = "*", seeds=()) -> list[Run]:
-    """The runs of a study, seed by seed, so that whoever stops early has whole comparisons.
+    """The runs of a study, seed by seed, so that an interrupted study has whole comparisons.
 
     Args:
       study: the ConfigDict of a study file.
-      unit: what the budget counts: `flops` of the training steps, by XLA's count of the program before fusion, or
-        `seconds` that this machine's devices take for them.
+      unit: of the budget: `flops` of the training steps, as XLA counts them before fusion, or `seconds` of this
+        machine's devices.
       seconds_of: (config, key) -> seconds of a step; for `seconds`.
       only: a pattern of run names, with * and ? for any letters.
-      seeds: those wanted; all when empty.
+      seeds: those to plan; all when empty.
 
     Raises:
-      ConfigError: a setting is unknown or cannot work, a leg is too short for its points, or no run is left.
+      ConfigError: a setting is unknown or cannot work, a phase is too short for its points, or no run is left.
     """
     budget = study.budget[unit]
     if not budget > 0:
         raise ConfigError(f"config.budget.{unit} is {budget}; it must be above 0")
-    counted = {}  # FLOPs of a step by the leg's settings: counting takes seconds
-    there = dict.fromkeys(seed for run in study.runs for seed in run["seeds"])
+    known_seeds = dict.fromkeys(seed for run in study.runs for seed in run["seeds"])
     chosen = [run for run in study.runs if fnmatch.fnmatchcase(run["name"], only)]
-    wanted = [(run, seed) for seed in there if not seeds or seed in seeds for run in chosen if seed in run["seeds"]]
+    wanted = [
+        (run, seed) for seed in known_seeds if not seeds or seed in seeds for run in chosen if seed in run["seeds"]
+    ]
     if not wanted:
         names = "; ".join(run["name"] for run in study.runs)
-        raise ConfigError(f"--only and --seeds leave no run; this study has {names}; seeds {list(there)}")
-    return [_plan_run(study, run["name"], run["legs"], seed, budget, unit, seconds_of, counted) for run, seed in wanted]
+        raise ConfigError(f"--only and --seeds leave no run; this study has {names}; seeds {list(known_seeds)}")
+    flops = {}  # of a step, by the phase's settings: counting takes seconds
+    return [_plan_run(study, run, seed, budget, unit, seconds_of, flops) for run, seed in wanted]
 
 
-def _plan_run(study, name, legs, seed, budget, unit, seconds_of, counted) -> Run:
-    total = sum(leg["share"] for leg in legs)
+def _plan_run(study, run: dict, seed: int, budget: float, unit: str, seconds_of, counted: dict) -> Run:
+    name, total = run["name"], sum(phase["share"] for phase in run["phases"])
     if abs(total - 1) > 1e-6:
-        raise ConfigError(f"run {name!r}: its legs have {total:g} of the budget together; it must be 1")
+        raise ConfigError(f"run {name!r}: its phases have {total:g} of the budget together; it must be 1")
     planned, key, flops, images = [], "", 0.0, 0
-    for number, leg in enumerate(legs):
-        where = f"run {name!r}, leg {number + 1}"
-        config = _leg_config(study, leg, seed, where)
-        stage_name = config.stages[0]
-        one_step = _key(dataclasses.replace(config, seed=0), leg["data"], "")
-        if one_step not in counted:
-            counted[one_step] = cost.count_flops(config, stage_name, config.stage[stage_name].batch_size)[0]
-        price = counted[one_step] if unit == "flops" else seconds_of(config, one_step)
-        parts = max(1, leg["points"]) * _SAVES
-        steps = round(leg["share"] * budget / price / parts) * parts
+    for number, phase in enumerate(run["phases"]):
+        where = f"run {name!r}, phase {number + 1}"
+        try:
+            config = _phase_config(study, phase, seed)
+            stage_name, batch_size = config.stages[0], config.stage[config.stages[0]].batch_size
+            step_key = phase_key(dataclasses.replace(config, seed=0), phase["data"], "")
+            if step_key not in counted:
+                counted[step_key] = cost.count_flops(config, stage_name, batch_size)
+        except (KeyError, TypeError, ConfigError) as error:
+            raise ConfigError(f"{where}: {str(error).splitlines()[0]}") from None
+        price = counted[step_key] if unit == "flops" else seconds_of(config, step_key)
+        parts = max(1, phase["points"]) * _SAVES
+        steps = round(phase["share"] * budget / price / parts) * parts
         if not steps:
-            raise ConfigError(f"{where}: a share of {leg['share']} pays for fewer than {parts} steps, too few to judge")
-        config = _with_steps(config, steps)
-        config = dataclasses.replace(config, checkpoint=config_lib.Checkpoint(every=steps // parts, keep=2))
-        key = _key(config, leg["data"], key)
-        points = tuple(steps * (i + 1) // leg["points"] for i in range(leg["points"]))
-        planned.append(Leg(config, points, counted[one_step], (flops, images), key))
-        flops += steps * counted[one_step]
-        images += steps * config.stage[stage_name].batch_size
+            raise ConfigError(
+                f"{where}: a share of {phase['share']} pays for fewer than {parts} steps, too few to evaluate"
+            )
+        config = dataclasses.replace(
+            _with_steps(config, steps), checkpoint=config_lib.Checkpoint(steps // parts, keep=2)
+        )
+        key = phase_key(config, phase["data"], key)
+        points = tuple(steps * (i + 1) // phase["points"] for i in range(phase["points"]))
+        planned.append(Phase(config, points, counted[step_key], (flops, images), key))
+        flops += steps * counted[step_key]
+        images += steps * batch_size
     return Run(name, seed, tuple(planned))
 
 
-def _leg_config(study, leg: dict, seed: int, where: str) -> Config:
+def _phase_config(study, phase: dict, seed: int) -> Config:
     raw = study.base.copy_and_resolve_references()
-    if leg["data"] not in study.sets:
-        raise ConfigError(f"{where}: there is no set {leg['data']!r} in config.sets, only {sorted(study.sets)}")
+    if phase["data"] not in study.sets:
+        raise ConfigError(f"there is no set {phase['data']!r} in config.sets, only {sorted(study.sets)}")
     if len(raw.stages) != 1:
-        raise ConfigError(f"config.base.stages is {raw.stages}; a leg is one stage")
-    try:
-        raw.update_from_flattened_dict(leg["settings"])
-        raw.seed, raw.data.path = seed, study.sets[leg["data"]]
-        raw.evaluation.every = raw.preview.every = 0
-        return config_lib.parse(raw)
-    except (KeyError, TypeError, ConfigError) as error:
-        raise ConfigError(f"{where}: {str(error).splitlines()[0]}") from None
+        raise ConfigError(f"config.base.stages is {raw.stages}; a phase is one stage")
+    raw.update_from_flattened_dict(phase["settings"])
+    raw.seed, raw.data.path = seed, study.sets[phase["data"]]
+    raw.evaluation.every = raw.preview.every = 0
+    return config_lib.parse(raw)
 
 
 def _with_steps(config: Config, steps: int) -> Config:
@@ -144,13 +142,45 @@ def _with_steps(config: Config, steps: int) -> Config:
     return dataclasses.replace(config, stage={name: dataclasses.replace(config.stage[name], steps=steps)})
 
 
-def _key(config: Config, data: str, before: str) -> str:
-    """Of all that decides the weights that a leg ends with; where things are and how often they are saved does not."""
-    raw = config_lib.to_dict(config)
-    for name in ("init_from", "sampling", "preview", "evaluation", "checkpoint", "log", "mesh"):
-        del raw[name]
-    raw["data"] = {k: v for k, v in raw["data"].items() if k not in ("threads", "workers")} | {"path": data}
+# Settings that do not change the weights, by section.
+_IGNORED = {
+    "": ("init_from", "sampling", "preview", "evaluation", "checkpoint", "log", "mesh", "stage"),
+    "data": ("path", "threads", "workers"),
+}
+# The settings of the first recorded studies, which every key holds. A setting added later is part of a key only where
+# it differs from its default, so that recorded results stay valid.
+_RECORDED = {
+    "": "seed stages data model diffusion",
+    "data": "split image_size channels classes fraction fraction_seed labels label_dropout flip",
+    "model": "patch_size wavelet_scale width depth heads mlp_ratio qv_bias num_classes time_mlp dtype attention",
+    "diffusion": "timesteps schedule shift_size objective loss loss_weight loss_weight_gamma",
+    "stage": "steps batch_size micro_batches remat learning_rate warmup_steps b1 b2 weight_decay clip_norm ema_decay "
+    "ema_every mask detail_mask",
+    "mask": "kind rate block crop tile",
+    "detail_mask": "kind rate block crop tile",
+}
+
+
+def phase_key(config: Config, data: str, before: str) -> str:
+    """Hash of all that decides the weights at the end of a phase: its settings, its set and the key of the one before.
+
+    The same training has the same key on every machine: file paths, logging, saving and evaluation do not count.
+    """
+    raw = _keyed(config, "") | {name: _keyed(stage, "stage") for name, stage in config.stage.items()}
+    raw["data"]["path"] = data
     return hashlib.sha256(json.dumps([raw, before], sort_keys=True).encode()).hexdigest()[:12]
+
+
+def _keyed(settings, section: str) -> dict:
+    """The settings of a section that belong to a key."""
+    found = {}
+    for field in dataclasses.fields(settings):
+        name, value = field.name, getattr(settings, field.name)
+        recorded = name in _RECORDED.get(section, "").split()
+        if name in _IGNORED.get(section, ()) or (not recorded and value == field.default):
+            continue
+        found[name] = _keyed(value, name) if dataclasses.is_dataclass(value) else value
+    return found
 
 
 class StepSeconds:
@@ -161,28 +191,37 @@ class StepSeconds:
         self._known = json.loads(self._path.read_text()) if self._path.exists() else {}
 
     def __call__(self, config: Config, key: str) -> float:
-        """The median of 20 steps after 3 that do not count. Keep the machine free of other work meanwhile."""
+        """Median of 20 steps after 3 steps of warm-up. Keep the machine free of other work meanwhile."""
         if key not in self._known:
-            name, network, mesh = config.stages[0], make_network(config), make_run_mesh(config)
-            abstract = abstract_state(config, 0, network, mesh)
-            state, size = fresh_state(config, network, abstract), config.data.image_size
-            n = config.stage[name].batch_size
-            rows = dict(image=np.zeros((n, size, size, config.data.channels), np.uint8), label=np.zeros(n, np.int32))
-            batch = sharding.to_global(mesh, rows | dict(index=np.arange(n, dtype=np.uint32)))
-            step, seconds = jit_step(config, name, mesh, abstract), []
-            for _ in range(23):
-                begun = time.perf_counter()
-                state, values = step(state, batch)
-                jax.block_until_ready(values)
-                seconds.append(time.perf_counter() - begun)
-            self._known[key] = statistics.median(seconds[3:])
+            self._known[key] = _measure_step(config)
             self._path.parent.mkdir(parents=True, exist_ok=True)
             write_atomically(self._path, json.dumps(self._known).encode())
         return self._known[key]
 
 
+def _measure_step(config: Config) -> float:
+    name, network, mesh = config.stages[0], make_network(config), make_run_mesh(config)
+    abstract = abstract_state(config, 0, network, mesh)
+    zeros = lambda leaf: jnp.zeros(leaf.shape, leaf.dtype, device=leaf.sharding)
+    batch = jax.tree.map(zeros, abstract_batch(config, name, mesh))
+    state, step, seconds = fresh_state(config, network, abstract), jit_step(config, name, mesh, abstract), []
+    for _ in range(23):
+        begun = time.perf_counter()
+        state, values = step(state, batch)
+        jax.block_until_ready(values)
+        seconds.append(time.perf_counter() - begun)
+    return statistics.median(seconds[3:])
+
+
+# --- Results --------------------------------------------------------------------------------------
+
+
 class Results:
-    """A file of judged points, a line of JSON each. Several processes may add to it."""
+    """A file of evaluated points, a line of JSON each. Several processes may add to it.
+
+    Its keys are those of the recorded files: `leg` is the number of the phase, `judged` the settings of the evaluation
+    with the evaluator's name as `judge`.
+    """
 
     def __init__(self, path):
         self.path = pathlib.Path(path).expanduser().absolute()
@@ -193,7 +232,7 @@ class Results:
         return logs.read_metrics(self.path) if self.path.exists() else []
 
     def has(self, key: str, step: int, judged: dict) -> bool:
-        """Whether a point was judged by these settings."""
+        """Whether a point was evaluated with these settings."""
         return any((row["key"], row["step"], row["judged"]) == (key, step, judged) for row in self.rows())
 
     def add(self, row: dict) -> None:
@@ -203,86 +242,9 @@ class Results:
             file.write(json.dumps(row) + "\n")
 
 
-def run_study(runs: list[Run], study, workdir, results: Results, judge_path: str = "", say=print) -> None:
-    """Train and judge what has no result yet.
-
-    Args:
-      runs: from `plan`.
-      study: the ConfigDict.
-      workdir: run folders of the legs go to its `legs`; pictures of samples beside the results.
-      judge_path: see `Judge`.
-      say: called with a line of text for every run and result.
-
-    Raises:
-      ConfigError, DataError, CheckpointError: something cannot work.
-    """
-    workdir = run_folder(workdir)
-    judged = dict(study.judged.to_dict(), judge=pathlib.Path(judge_path).stem if judge_path else "inception")
-    made_by = provenance()  # now: files may change while this runs
-    missing = lambda run: [
-        number for number, leg in enumerate(run.legs) for step in leg.points if not results.has(leg.key, step, judged)
-    ]
-    if any(map(missing, runs)):
-        judge = Judge(judge_path, study, runs)  # before training: what cannot work should be said at once
-    for i, run in enumerate(runs):
-        todo = missing(run)
-        say(f"run {i + 1} of {len(runs)}: {run.name}, seed {run.seed}{'' if todo else ': done before'}")
-        if not todo:
-            continue
-        before = ""
-        for number, leg in enumerate(run.legs[: todo[-1] + 1]):
-            folder = workdir / "legs" / leg.key
-            for step in leg.points:
-                if results.has(leg.key, step, judged):
-                    continue
-                found = _train_to(leg, step, folder, before)
-                last = number == len(run.legs) - 1 and step == leg.stage.steps
-                picture = results.pictures / picture_name(run.name, run.seed) if last else None
-                row = dict(run=run.name, seed=run.seed, leg=number + 1, key=leg.key, step=step, judged=judged)
-                row |= dict(flops=leg.before[0] + step * leg.flops, images=leg.before[1] + step * leg.stage.batch_size)
-                row |= dict(train_seconds=_seconds(workdir, run, number, step), **judge(found, picture), **made_by)
-                results.add(row)
-                numbers = ", ".join(f"{name} {row[name]:.4g}" for name in judge.names)
-                say(f"{run.name}, seed {run.seed} at {row['flops']:.3g} FLOPs: {numbers}")
-            if number < todo[-1]:
-                _train_to(leg, leg.stage.steps, folder, before)
-            before = str(folder)
-
-
 def picture_name(run: str, seed: int) -> str:
-    """File of a run's samples."""
+    """File name of a run's samples."""
     return "".join(letter if letter.isalnum() else "_" for letter in run) + f"_{seed}.png"
-
-
-def _train_to(leg: Leg, step: int, folder: pathlib.Path, before: str) -> pathlib.Path:
-    """The leg's checkpoint at a step, trained to there if it is not.
-
-    Raises:
-      ConfigError: the leg is further than that, and this checkpoint is gone.
-    """
-    found = folder / "checkpoints" / str(step)
-    if not found.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        further = [int(path.name) for path in found.parent.glob("[0-9]*") if path.name.isdecimal()]
-        if max(further, default=0) > step:
-            raise ConfigError(
-                f"{folder} is at step {max(further)}, but step {step} has no result and its checkpoint is gone; remove "
-                "the folder to train this leg again"
-            )
-        train(dataclasses.replace(_with_steps(leg.config, step), init_from=before), folder)
-    return found
-
-
-def _seconds(workdir: pathlib.Path, run: Run, number: int, step: int) -> float:
-    """Seconds of training up to a step of a leg, by the rates in the logs: without starts, saving and judging."""
-    total = 0.0
-    for i, leg in enumerate(run.legs[: number + 1]):
-        done = 0
-        for line in logs.read_metrics(workdir / "legs" / leg.key / "metrics.jsonl"):
-            if "images_per_second" in line and line["step"] > done and (i < number or line["step"] <= step):
-                total += (line["step"] - done) * leg.stage.batch_size / line["images_per_second"]
-                done = line["step"]
-    return total
 
 
 def provenance() -> dict[str, str]:
@@ -296,85 +258,89 @@ def provenance() -> dict[str, str]:
     return dict(commit=commit + changed, date=datetime.date.today().isoformat(), device=device)
 
 
-class Judge:
-    """What is said of a network: how far its samples are from real images, and how well it denoises held-out ones."""
-
-    def __init__(self, path: str, study, runs: list[Run]):
-        """Reads the real images and computes their features.
-
-        Args:
-          path: a Python file with `features(images, batch)` -> float [n, d], `frechet(a, b)`, `kid(a, b)` and
-            `manifold(reference, samples)` -> dict of floats; "" takes FID's Inception network.
-          study: its `sets` and `judged`: samples, the set they are judged on, how many held-out images and levels.
-          runs: of the plan. Held out are those images of the set that all their legs on it leave out.
-
-        Raises:
-          ConfigError, DataError: there is no such file, no such set, or nothing is held out.
-        """
-        self._settings, self.names = study.judged, ()
-        if self._settings.on not in study.sets:
-            raise ConfigError(f"config.judged.on is {self._settings.on!r}; config.sets has {sorted(study.sets)}")
-        place = study.sets[self._settings.on]
-        of_set = [leg.config.data for run in runs for leg in run.legs if leg.config.data.path == place]
-        data = max(of_set, key=lambda data: data.fraction, default=runs[0].legs[-1].config.data)
-        if len({data.fraction_seed for data in of_set}) > 1:
-            raise ConfigError("legs on one set must draw their part of it with one data.fraction_seed")
-        source = open_source(place)
-        rest = select(source, (), data.fraction, data.fraction_seed, False, rest=True)
-        see = lambda source, n: np.stack(list(transform(self._settings.on, source, Framing.of(data)).iterate(0, n)))
-        self._held_out = see(rest, min(self._settings.held_out, len(rest)))
-        real = see(source, len(source))
-        self._compare = _module_judge(path, real) if path else _inception_judge(real, runs[0].legs[0].config)
-
-    def __call__(self, checkpoint: pathlib.Path, picture: pathlib.Path | None) -> dict:
-        """Numbers of a checkpoint's EMA; some of its samples are drawn into `picture`, if it is given."""
-        loaded, index = load(checkpoint), np.arange(self._settings.samples)
-        batches = generate_batches(loaded, index, None, seed=0, batch_size=min(_BATCH, len(index)))
-        samples = np.concatenate([images for _, images in batches])
-        if picture:
-            save_png(picture, _strip(samples[:SHOWN]))
-        found = {name: float(value) for name, value in self._compare(samples).items()}
-        self.names = tuple(found)
-        levels = denoising_by_level(loaded, self._held_out, levels=self._settings.levels)
-        return found | dict(denoising=[round(float(level), 6) for level in levels])
+# --- Running --------------------------------------------------------------------------------------
 
 
-def _strip(images: np.ndarray) -> Image.Image:
-    """Images side by side as they are, in rows of twelve."""
-    n, side, _, channels = images.shape
-    page = Image.new("RGB", (min(n, 12) * side, -(-n // 12) * side), "white")
-    for i, image in enumerate(images):
-        page.paste(Image.fromarray(image[..., 0] if channels == 1 else image), (i % 12 * side, i // 12 * side))
-    return page
+def run_study(runs: list[Run], study, workdir, results: Results, evaluator_path: str = "", say=print) -> None:
+    """Train and evaluate what has no result yet.
+
+    Args:
+      runs: from `plan`.
+      study: the ConfigDict.
+      workdir: run folders of the phases go to its `phases`; pictures of samples go beside the results.
+      evaluator_path: see `StudyEvaluator`.
+      say: called with a line of text for every run and result.
+
+    Raises:
+      ConfigError, DataError, CheckpointError: something cannot work.
+    """
+    workdir = run_folder(workdir)
+    name = pathlib.Path(evaluator_path).stem if evaluator_path else "inception"
+    judged = dict(study.evaluation.to_dict(), judge=name)
+    made_by = provenance()  # now, because files may change during the study
+    missing = lambda run: [
+        number
+        for number, phase in enumerate(run.phases)
+        for step in phase.points
+        if not results.has(phase.key, step, judged)
+    ]
+    if any(map(missing, runs)):  # before training, so that an evaluator that cannot work costs no time
+        evaluate = StudyEvaluator(evaluator_path, study, [phase.config for run in runs for phase in run.phases])
+    for i, run in enumerate(runs):
+        todo = missing(run)
+        say(f"run {i + 1} of {len(runs)}: {run.name}, seed {run.seed}{'' if todo else ': done before'}")
+        before = ""
+        for number, phase in enumerate(run.phases[: max(todo, default=-1) + 1]):
+            folder = workdir / "phases" / phase.key
+            for step in phase.points:
+                if results.has(phase.key, step, judged):
+                    continue
+                found = _train_to(phase, step, folder, before)
+                last = number == len(run.phases) - 1 and step == phase.stage.steps
+                numbers = evaluate(found, results.pictures / picture_name(run.name, run.seed) if last else None)
+                row = _row(run, number, step) | dict(judged=judged, train_seconds=_seconds(workdir, run, number, step))
+                results.add(row | numbers | made_by)
+                told = ", ".join(f"{name} {numbers[name]:.4g}" for name in evaluate.names)
+                say(f"{run.name}, seed {run.seed} at {row['flops']:.3g} FLOPs: {told}")
+            if number < todo[-1]:
+                _train_to(phase, phase.stage.steps, folder, before)
+            before = str(folder)
 
 
-def _module_judge(path: str, real: np.ndarray):
-    place = pathlib.Path(path).expanduser()
-    if not place.is_file():
-        raise ConfigError(f"--judge={path}: there is no such file")
-    spec = importlib.util.spec_from_file_location("judge", place)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    missing = [name for name in ("features", "frechet", "kid", "manifold") if not hasattr(module, name)]
-    if missing:
-        raise ConfigError(f"--judge={path} has no {', '.join(missing)}; see maskdm_jax.study.Judge")
-    reference = module.features(list(real), _BATCH)
-
-    def judge(samples):
-        own = module.features(list(samples), _BATCH)
-        distances = dict(fd=module.frechet(reference, own), kid=module.kid(reference, own))
-        return distances | module.manifold(reference, own)
-
-    return judge
+def _row(run: Run, number: int, step: int) -> dict:
+    """What a point is, by the plan; see `Results`."""
+    phase = run.phases[number]
+    flops, images = phase.before
+    row = dict(run=run.name, seed=run.seed, leg=number + 1, key=phase.key, step=step)
+    return row | dict(flops=flops + step * phase.flops, images=images + step * phase.stage.batch_size)
 
 
-def _inception_judge(real: np.ndarray, config: Config):
-    wanted = ("fid", "kid", "pr")
-    evaluator = Evaluator(config.evaluation.inception_weights, batch_size=_BATCH)
-    images = lambda name, rows: Images(name, len(rows), lambda start, stop: iter(rows[start:stop]))
-    reference = evaluator.reference(images("real images", real), wanted)
+def _train_to(phase: Phase, step: int, folder: pathlib.Path, before: str) -> pathlib.Path:
+    """The phase's checkpoint at a step, after training up to there if it does not exist.
 
-    def judge(samples):
-        return compare(reference, evaluator.samples(images("samples", samples), wanted), wanted)
+    Raises:
+      ConfigError: the phase was trained beyond that step, and its checkpoint was removed.
+    """
+    found = folder / "checkpoints" / str(step)
+    if not found.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        trained = max((int(path.name) for path in found.parent.glob("[0-9]*") if path.name.isdecimal()), default=0)
+        if trained > step:
+            raise ConfigError(
+                f"{folder} is at step {trained}, but step {step} has no result and its checkpoint is gone; remove "
+                "the folder to train this phase again"
+            )
+        train(dataclasses.replace(_with_steps(phase.config, step), init_from=before), folder)
+    return found
 
-    return judge
+
+def _seconds(workdir: pathlib.Path, run: Run, number: int, step: int) -> float:
+    """Seconds of training up to a step of a phase, by the rates in the logs: without starts, saving and evaluation."""
+    total = 0.0
+    for i, phase in enumerate(run.phases[: number + 1]):
+        done = 0
+        for line in logs.read_metrics(workdir / "phases" / phase.key / "metrics.jsonl"):
+            if "images_per_second" in line and line["step"] > done and (i < number or line["step"] <= step):
+                total += (line["step"] - done) * phase.stage.batch_size / line["images_per_second"]
+                done = line["step"]
+    return total

@@ -1,4 +1,4 @@
-"""What a study found: curves of quality against compute, a table, samples side by side. Drawing needs matplotlib."""
+"""Report of a study: curves of quality against compute, a table, samples. Drawing needs matplotlib."""
 
 import pathlib
 import statistics
@@ -10,35 +10,36 @@ from maskdm_jax.data.images import save_png
 from maskdm_jax.errors import ConfigError
 from maskdm_jax.storage import write_atomically
 
-DISTANCES = dict(fd="Fréchet distance", fid="FID")  # by the name that a judge gives it
+DISTANCES = dict(fd="Fréchet distance", fid="FID")  # titles, by their name in the results
 
 
 def describe(runs: list[Run]) -> list[str]:
-    """Lines of a plan."""
+    """Describe a plan, in lines."""
     lines = []
     for run in runs:
         lines.append(f"{run.name}, seed {run.seed}")
-        for leg in run.legs:
-            stage, mask = leg.stage, leg.stage.mask
+        for phase in run.phases:
+            stage, mask = phase.stage, phase.stage.mask
             hidden = f"{mask.rate:.0%} hidden, {mask.kind} {mask.block}" if mask.kind != "none" else "nothing hidden"
+            points = f"evaluated at {', '.join(map(str, phase.points))}" if phase.points else "not evaluated"
             lines.append(
-                f"  {stage.steps:,} steps of {stage.batch_size} images, {leg.flops * stage.steps:.3g} FLOPs, {hidden}, "
-                f"judged at {', '.join(map(str, leg.points)) or 'no point'} ({leg.key})"
+                f"  {stage.steps:,} steps of {stage.batch_size} images, {phase.flops * stage.steps:.3g} FLOPs, "
+                f"{hidden}, {points} ({phase.key})"
             )
     return lines
 
 
 def write(runs: list[Run], rows: list[dict], folder, pictures, command: str) -> str:
-    """Write curves.png, samples.png and table.md for the points judged so far into a folder, and return the table.
+    """Write curves.png, samples.png and table.md for the points evaluated so far into a folder, and return the table.
 
     Args:
       runs: the plan.
-      rows: of `study.Results`; those of other plans are left out, and of several judges all but the last one's.
-      pictures: folder of the strips of samples.
-      command: what carries the study out.
+      rows: of `study.Results`. Rows of other plans are ignored, and those whose evaluation differs from the last row's.
+      pictures: folder of the runs' samples.
+      command: the command of the study, for the table.
 
     Raises:
-      ConfigError: no point of this plan has a result.
+      ConfigError: no run of this plan has all its results.
     """
     found = _by_run(runs, rows)
     folder = pathlib.Path(folder).expanduser()
@@ -48,25 +49,25 @@ def write(runs: list[Run], rows: list[dict], folder, pictures, command: str) -> 
     strips = {name: next(filter(pathlib.Path.exists, drawn(name, seeds)), None) for name, seeds in found.items()}
     strips = {name: path for name, path in strips.items() if path}
     if strips:
-        save_png(folder / "samples.png", _side_by_side(strips))
+        save_png(folder / "samples.png", _page_of_strips(strips))
     text = "\n".join([*_table(found), "", f"    {command}"]) + "\n"
     write_atomically(folder / "table.md", text.encode())
     return text
 
 
 def _by_run(runs, rows) -> dict[str, dict[int, list[dict]]]:
-    """Name -> seed -> points in the order of their cost, for the seeds that reached the end."""
+    """Name -> seed -> rows by increasing cost, for the seeds whose runs have ended."""
     points = {(row["key"], row["step"]): row for row in rows if row["judged"] == rows[-1]["judged"]}
     found = {}
     for run in runs:
-        wanted = [(leg.key, step) for leg in run.legs for step in leg.points]
+        wanted = [(phase.key, step) for phase in run.phases for step in phase.points]
         if all(point in points for point in wanted):
-            # The name, seed and cost are the plan's: a leg of several runs has one result.
-            costs = [(leg.before[0] + step * leg.flops) for leg in run.legs for step in leg.points]
+            # Name, seed and cost are the plan's: a phase of several runs has one result.
+            costs = [(phase.before[0] + step * phase.flops) for phase in run.phases for step in phase.points]
             of_seed = [points[point] | dict(flops=cost) for point, cost in zip(wanted, costs, strict=True)]
             found.setdefault(run.name, {})[run.seed] = of_seed
     if not found:
-        raise ConfigError("no run of this study has all its results yet; carry it out first, without --report")
+        raise ConfigError("no run of this study has all its results yet; run the study first, without --report")
     return found
 
 
@@ -80,7 +81,7 @@ def _denoising(row: dict) -> float:
 
 
 def _spread(values, digits=1) -> str:
-    """Mean (least - most), or the value alone."""
+    """Mean (lowest-highest), or the value alone."""
     mean = f"{statistics.mean(values):.{digits}f}"
     return mean if len(values) == 1 else f"{mean} ({min(values):.{digits}f}-{max(values):.{digits}f})"
 
@@ -103,13 +104,13 @@ def _table(found) -> list[str]:
 
 def _provenance(found) -> str:
     rows = [row for seeds in found.values() for points in seeds.values() for row in points]
-    told = {what: sorted({row[what] for row in rows}) for what in ("commit", "device", "date")}
-    judged = rows[0]["judged"]
-    dates = told["date"][0] if len(told["date"]) == 1 else f"{told['date'][0]} to {told['date'][-1]}"
+    commits, devices, dates = (sorted({row[name] for row in rows}) for name in ("commit", "device", "date"))
+    judged = rows[0]["judged"]  # settings of the evaluation; see `study.Results`
+    period = dates[0] if len(dates) == 1 else f"{dates[0]} to {dates[-1]}"
     return (
-        f"{judged['samples']:,} samples of the EMA per point, judged on {judged['on']} by {judged['judge']}; "
+        f"{judged['samples']:,} samples of the EMA per point, compared with {judged['on']} by {judged['judge']}; "
         f"held-out loss on {judged['held_out']} images; "
-        f"commit {', '.join(told['commit'])}; {', '.join(told['device'])}; {dates}."
+        f"commit {', '.join(commits)}; {', '.join(devices)}; {period}."
     )
 
 
@@ -118,7 +119,7 @@ def _ends(found) -> dict[str, list[dict]]:
 
 
 def _sentences(found, distance) -> list[str]:
-    """What may be said of each run against the first, by the ranges over seeds."""
+    """Compare each run with the first, by the ranges over seeds."""
     (first, ours), *others = _ends(found).items()
     lines = []
     for name, ends in others:
@@ -181,8 +182,8 @@ def _read(path: pathlib.Path) -> Image.Image:
         return picture.convert("RGB")
 
 
-def _side_by_side(strips: dict[str, pathlib.Path]) -> Image.Image:
-    """A strip of samples per run, one below the other, twice enlarged, with its name."""
+def _page_of_strips(strips: dict[str, pathlib.Path]) -> Image.Image:
+    """The samples of each run below its name, enlarged twice."""
     pictures = {name: _read(path) for name, path in strips.items()}
     font, gap = ImageFont.load_default(size=16), 26
     width = max(2 * picture.width for picture in pictures.values())

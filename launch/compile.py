@@ -1,14 +1,14 @@
-"""What a recipe costs: python launch/compile.py --config=configs/NAME.py --topology=v5e:16x16
+"""Cost of a recipe: python launch/compile.py --config=configs/NAME.py --topology=v5e:16x16
 
 Compiles the real training steps and the sampling program for a TPU topology, on a machine without TPUs, or for the
-devices that are here (--topology=local), and prints per chip: memory, arithmetic, traffic, what chips tell each other,
-and the time that these allow at best. --find_batch looks for the largest batch that fits.
+devices of this machine (--topology=local), and prints per chip: memory, arithmetic, and the time that the arithmetic
+takes at the chip's peak. --find_batch looks for the largest batch that fits. A step takes longer where memory or
+interconnect limit it: benchmarks/recipe_costs.py adds their bounds.
 """
 
-import dataclasses
 import json
 import math
-import os
+import pathlib
 import sys
 
 from absl import app, flags, logging
@@ -19,7 +19,7 @@ TOPOLOGY = flags.DEFINE_string("topology", "local", "TPU topology such as v5e:4x
 STAGES = flags.DEFINE_list("stages", None, "Stages to compile; all of the config when not given.")
 SAMPLES = flags.DEFINE_integer("samples", 16, "Images per chip that are sampled together; 0 leaves sampling out.", 0)
 FIND_BATCH = flags.DEFINE_bool("find_batch", False, "Find the largest batch of each stage that fits.")
-JSON = flags.DEFINE_string("json", None, "Write the numbers to this file too, a JSON object a line, appended.")
+JSON = flags.DEFINE_string("json", None, "Append the numbers to this file too, one JSON object per line.")
 
 
 def main(argv):
@@ -28,72 +28,74 @@ def main(argv):
     if CONFIG.value is None:
         raise app.UsageError("which recipe? give --config=configs/NAME.py")
     logging.set_verbosity(logging.ERROR)
-    if TOPOLOGY.value != "local":
-        os.environ["JAX_PLATFORMS"] = "cpu"
-        # libtpu would ask Google's machines where it is, and waits long for an answer elsewhere.
-        os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
-        os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
-        os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-1")
-        os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # a compiler alone holds no chip
-        os.environ.setdefault("TPU_MIN_LOG_LEVEL", "3")
-        os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    import jax
+
     from maskdm_jax import config
-    from maskdm_jax.errors import ConfigError, CostError
-    from maskdm_jax.parallel.runtime import keep_compiled_programs
+    from maskdm_jax.parallel import runtime
     from maskdm_jax.tools import cost
 
-    if TOPOLOGY.value == "local":  # programs for absent chips cannot be read back
-        keep_compiled_programs()
-    try:
+    with runtime.program(distributed=False):
+        if TOPOLOGY.value != "local":
+            jax.config.update("jax_platforms", "cpu")
+            jax.config.update("jax_enable_compilation_cache", False)  # programs for absent chips cannot be read back
         settings = config.parse(CONFIG.value)
-        sys.exit(0 if report(settings, cost.devices_of(TOPOLOGY.value)) else 1)
-    except (ConfigError, CostError) as error:
-        sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        sys.exit("interrupted")
+        fine = report(settings, cost.topology_devices(TOPOLOGY.value))
+    sys.exit(0 if fine else 1)
 
 
 def report(config, devices) -> bool:
-    """Print what every program costs; whether all fit."""
+    """Print the cost of every program; return whether all fit."""
+    from maskdm_jax.errors import ConfigError
     from maskdm_jax.tools import cost
 
-    n, total, good = len(devices), 0.0, True
-    name_of_config = os.path.basename(config_flags.get_config_filename(flags.FLAGS["config"])).removesuffix(".py")
-    print(f"{name_of_config} on {n} x {devices[0].device_kind}", flush=True)
+    n, total, fine = len(devices), 0.0, True
+    print(f"{recipe()} on {n} x {devices[0].device_kind}", flush=True)
     for name in STAGES.value or config.stages:
         if name not in config.stages:
-            raise CostError(f"{name!r} is not a stage of the config; it has {', '.join(config.stages)}")
-        wanted, batch = config.stage[name].batch_size, cost.full_batch(config, name, n)
-        if FIND_BATCH.value:
-            tried = lambda size, found: print(f"  {size:,} images: {'fits' if found else 'does not fit'}", flush=True)
-            batch = cost.largest_batch(config, name, devices, tried)
-            print(f"{name}: {batch:,} images, {batch // n:,} per chip, are the largest batch that fits")
-        elif batch != wanted:
-            print(f"{name}: a batch of {wanted} does not divide over {n} chips; {batch} is taken")
-        what = f"{name}, a step of {batch:,} images"
+            raise ConfigError(f"{name!r} is not a stage of the config; it has {', '.join(config.stages)}")
+        batch = choose_batch(config, name, devices)
         advice = f"raise micro_batches or mesh.fsdp, or set --config.{name}.remat=True"
-        found = attempt(what, advice, lambda name=name, batch=batch: cost.of_training(config, name, devices, batch))
-        good &= found is not None and found.fits is not False
-        steps = config.stage[name].steps
-        if found and found.bounds():
+        compile_it = lambda name=name, batch=batch: cost.training_step(config, name, devices, batch)
+        found = attempt(f"{name}, a step of {batch:,} images", advice, compile_it)
+        fine &= found is not None and found.fits is not False
+        if found and found.seconds:
+            steps = config.stage[name].steps
             hours = found.seconds * steps * n / 3600
             total += hours
             print(f"  {steps:,} such steps are {hours:,.1f} chip-hours at best")
-        write(name_of_config, name, batch, found)
+        write(name, batch, found)
     if total and len(config.stages) > 1:
         print(f"all stages: {total:,.1f} chip-hours at best")
     if SAMPLES.value:
         what = f"sampling {SAMPLES.value * n:,} images by {config.sampling.method}"
-        found = attempt(what, "lower --samples", lambda: cost.of_sampling(config, devices, SAMPLES.value))
-        good &= found is not None and found.fits is not False
-        write(name_of_config, "sampling", SAMPLES.value * n, found)
-    return good
+        found = attempt(what, "lower --samples", lambda: cost.sampling(config, devices, SAMPLES.value))
+        fine &= found is not None and found.fits is not False
+        write("sampling", SAMPLES.value * n, found)
+    return fine
 
 
-def attempt(what: str, advice: str, compile):
-    """What `compile` gives, printed; None, and the advice, if it does not fit."""
+def choose_batch(config, name: str, devices) -> int:
+    """The stage's batch size, made divisible, or the largest that fits if wanted."""
+    from maskdm_jax.tools import cost
+
+    n, wanted = len(devices), config.stage[name].batch_size
+    if FIND_BATCH.value:
+        tried = lambda size, found: print(f"  {size:,} images: {'fits' if found else 'does not fit'}", flush=True)
+        batch = cost.largest_batch(config, name, devices, tried)
+        print(f"{name}: {batch:,} images, {batch // n:,} per chip, are the largest batch that fits")
+        return batch
+    batch = cost.round_up_batch(config, name, n)
+    if batch != wanted:
+        print(f"{name}: a batch of {wanted} does not divide over {n} chips; {batch} is taken")
+    return batch
+
+
+def attempt(what: str, advice: str, compile_it):
+    """Print and return the `cost.Cost` that `compile_it` gives; None, with the advice printed, if it does not fit."""
+    from maskdm_jax.errors import CostError
+
     try:
-        found = compile()
+        found = compile_it()
     except CostError as error:
         print(f"{what}: does not fit ({error}); {advice}", flush=True)
         return None
@@ -101,20 +103,12 @@ def attempt(what: str, advice: str, compile):
     print(f"{what} (compiled in {found.compile_seconds:.0f} s), per chip:")
     print(
         f"  memory      {found.memory / 2**30:8.2f}{limit} GiB: {found.state / 2**30:.2f} for the state, "
-        f"{found.temporary / 2**30:.2f} besides" + (f"; does not fit, {advice}" if found.fits is False else "")
+        f"{found.temporary / 2**30:.2f} temporary" + (f"; does not fit, {advice}" if found.fits is False else "")
     )
-    bounds = {key: f", {1e3 * seconds:10.2f} ms" for key, seconds in found.bounds().items()}
-    print(f"  arithmetic  {scaled(found.flops)}FLOP{bounds.get('arithmetic', '')}")
-    over = f"; {found.traffic / found.streamed_traffic:.1f} times what products and state would move, each once"
-    print(f"  traffic     {scaled(found.traffic)}B   {bounds.get('memory', '')}{over}")
-    sent = ", ".join(
-        f"{number} {kind} of {scaled(size).strip()}B" for kind, (number, size) in found.collectives.items()
-    )
-    print(f"  links       {sent or 'none'}{bounds.get('links', '')}")
-    if found.bounds():
-        binding = max(found.bounds(), key=found.bounds().get)
+    print(f"  arithmetic  {scaled(found.flops)}FLOP")
+    if found.seconds:
         rate = found.batch / found.seconds
-        print(f"  at best     {1e3 * found.seconds:8.2f} ms, {rate:,.0f} images/s over all chips; {binding} binds")
+        print(f"  at best     {1e3 * found.seconds:8.2f} ms by arithmetic, {rate:,.0f} images/s over all chips")
     sys.stdout.flush()
     return found
 
@@ -126,13 +120,30 @@ def scaled(value: float) -> str:
     return f"{value / 1000**power:8.2f} {prefixes[power]}"
 
 
-def write(config: str, stage: str, batch: int, found) -> None:
+def recipe() -> str:
+    """Name of the config file."""
+    return pathlib.Path(config_flags.get_config_filename(flags.FLAGS["config"])).name.replace(".py", "")
+
+
+def write(stage: str, batch: int, found) -> None:
     """Append the numbers to --json."""
     if not JSON.value:
         return
-    numbers = dict(config=config, topology=TOPOLOGY.value, stage=stage, batch=batch, fits=False)
+    numbers = dict(config=recipe(), topology=TOPOLOGY.value, stage=stage, batch=batch, fits=False)
     if found is not None:
-        numbers |= dataclasses.asdict(found) | dict(memory=found.memory, bounds=found.bounds(), fits=found.fits)
+        names = (
+            "fits",
+            "chips",
+            "kind",
+            "limit",
+            "state",
+            "temporary",
+            "memory",
+            "flops",
+            "seconds",
+            "compile_seconds",
+        )
+        numbers |= {name: getattr(found, name) for name in names}
     with open(JSON.value, "a") as file:
         file.write(json.dumps(numbers) + "\n")
 

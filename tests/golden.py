@@ -1,15 +1,16 @@
 """Golden cases of the official implementation, found in a folder by what they hold, and our settings for them."""
 
+import dataclasses
 import json
 import pathlib
 import zlib
 
 import numpy as np
-import tiny
 
 from maskdm_jax import config as config_lib
 from maskdm_jax.interop.official import params_from_state_dict
 
+MASKS = ("mask", "detail_mask")
 OBJECTIVES = {"pred_noise": "noise", "pred_v": "v", "pred_x0": "x0"}
 
 
@@ -65,71 +66,40 @@ def params(state_dict: dict) -> dict:
 def config(network: dict, stage: dict | None = None, mask: dict | None = None, diffusion: dict | None = None):
     """Our config of an official network (and stage)."""
     wavelet = "data_chans" in network
-    mask = {"kind": "none", "rate": 0.0, "block": 1, "crop": 1, "tile": 0} | (mask or {})
-    mask["rate"] = mask.pop("ratio", mask["rate"])
-    if wavelet:
-        rates = mask["rate"] or (0.0, 0.0)
-        stage = (stage or {}) | dict(detail_mask=mask | dict(rate=rates[1]))
-        mask["rate"] = rates[0]
-    return config_lib.parse(
-        dict(
-            seed=0,
-            init_from="",
-            data=tiny.RUN["data"]
-            | dict(
-                image_size=network["img_size"] * (2 if wavelet else 1),
-                channels=network["data_chans" if wavelet else "in_chans"],
-                labels=network["num_classes"] > 0,
-                flip=0.0,
-            ),
-            model=dict(
-                patch_size=network["patch_size"],
-                wavelet_scale=network["scale"] if wavelet else 0,
-                width=network["encoder_embed_dim"],
-                depth=network["encoder_depth"],
-                heads=network["encoder_heads"],
-                mlp_ratio=network["mlp_ratio"],
-                qv_bias=network["qkv_bias"],
-                num_classes=max(network["num_classes"], 0),
-                time_mlp=network["mlp_time_embed"],
-                dtype="float32",
-                attention="auto",
-            ),
-            diffusion=dict(
-                timesteps=1000,
-                schedule="cosine",
-                shift_size=64,
-                objective="noise",
-                loss="l2",
-                loss_weight="p2",
-                loss_weight_gamma=0.0,
-            )
-            | (diffusion or {}),
-            sampling=dict(method="ddim", steps=10, eta=1.0, order=2, spacing="log_snr", guidance=0.0),
-            preview=dict(every=0, rows=1, columns=1),
-            evaluation=tiny.RUN["evaluation"],
-            checkpoint=dict(every=1, keep=1),
-            log=dict(every=1, tensorboard=False, wandb=False),
-            mesh=dict(data=-1, fsdp=1),
-            stages=("stage",),
-            stage=dict(
-                steps=1,
-                batch_size=8,
-                micro_batches=1,
-                remat=False,
-                learning_rate=1e-3,
-                warmup_steps=0,
-                b1=0.9,
-                b2=0.99,
-                weight_decay=0.0,
-                clip_norm=0.0,
-                ema_decay=0.999,
-                ema_every=1,
-                mask=mask,
-            )
-            | (stage or {}),
-        )
+    mask = dict(mask or {})
+    rates = mask.pop("ratio", 0.0)
+    rates = rates if isinstance(rates, (list, tuple)) else (rates, rates)
+    masks = {
+        name: dataclasses.asdict(config_lib.Mask(**mask, rate=rate)) for name, rate in zip(MASKS, rates, strict=True)
+    }
+    c = config_lib.default()
+    c.data.update(
+        path="digits",
+        image_size=network["img_size"] * (2 if wavelet else 1),
+        channels=network["data_chans" if wavelet else "in_chans"],
+        labels=network["num_classes"] > 0,
+        threads=1,
     )
+    c.model.update(
+        patch_size=network["patch_size"],
+        wavelet_scale=network["scale"] if wavelet else 0,
+        width=network["encoder_embed_dim"],
+        depth=network["encoder_depth"],
+        heads=network["encoder_heads"],
+        mlp_ratio=network["mlp_ratio"],
+        qv_bias=network["qkv_bias"],
+        num_classes=max(network["num_classes"], 0),
+        time_mlp=network["mlp_time_embed"],
+    )
+    c.diffusion.update(diffusion or {})
+    c.sampling.steps = 10
+    c.preview.update(every=0, rows=1, columns=1)
+    c.checkpoint.every = c.log.every = 1
+    c.log.tensorboard = False
+    c.stages = ("stage",)
+    settings = dict(steps=1, batch_size=8, weight_decay=0.0, clip_norm=0.0) | (stage or {})
+    c.stage = config_lib.stage(**settings, **(masks if wavelet else {"mask": masks["mask"]}))
+    return config_lib.parse(c)
 
 
 def positions(mask) -> np.ndarray:

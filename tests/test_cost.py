@@ -1,91 +1,105 @@
-"""What compiled programs are said to cost."""
+"""Costs of compiled programs: memory, FLOPs, and the roofline of benchmarks/roofline.py."""
 
 import dataclasses
 import json
+import os
 import subprocess
 import sys
 import types
 
 import jax
 import pytest
+import recipe_costs
+import roofline
 import tiny
 
 from maskdm_jax.errors import CostError
 from maskdm_jax.tools import cost
 
-CONFIG = tiny.config(model__width=128, mesh__fsdp=2)
+CONFIG = tiny.config(model__width=128, model__depth=1, model__time_mlp=False, mesh__fsdp=2)
+
+
+def test_flops_are_those_counted_by_hand():
+    config = tiny.config(model__width=128)  # of three blocks, the last of which takes a skip connection
+    width, tokens, images = 128, 18, 4  # label, time and 16 patches
+    block = 2 * tokens * (3 + 1 + 2 * 2) * width**2 + 4 * tokens**2 * width  # qkv, proj, an MLP of ratio 2; attention
+    skips = 2 * tokens * 2 * width**2
+    few, many = (cost.count_flops(config, "finetune", n) for n in (images, 2 * images))
+    assert many - few == pytest.approx(3 * images * (3 * block + skips), rel=0.06), "without the optimizer's"
+    assert few == pytest.approx(many - few, rel=0.2)
 
 
 def test_a_training_step(monkeypatch):
-    """Arithmetic by hand, state by counting, links by the parameters."""
-    devices = jax.devices()[:4]
-    found = cost.of_training(CONFIG, "finetune", devices, 16)
-    assert (found.chips, found.kind, found.batch, found.limit, found.fits) == (4, "cpu", 16, None, None)
-    assert found.bounds() == {}
-    width, tokens, rows = 128, 18, 4  # label, time and 16 patches
-    block = 2 * tokens * (3 + 1 + 2 * 2) * width**2 + 4 * tokens**2 * width  # qkv, proj, an MLP of ratio 2; attention
-    skips = 2 * tokens * 2 * width**2
-    assert found.collectives["all-gather"][0] == found.collectives["reduce-scatter"][0] > 10
-    assert found.collectives["all-gather"][1] == pytest.approx(2 * found.collectives["reduce-scatter"][1])
-    twice = cost.of_training(CONFIG, "finetune", devices, 32)
-    more = twice.flops - found.flops  # without the optimizer's
-    assert more == pytest.approx(3 * rows * (3 * block + skips), rel=0.06)
-    assert found.flops == pytest.approx(more, rel=0.2)
+    """FLOPs per chip, state by counting, interconnect by the parameters."""
+    devices = jax.devices()[:2]
+    roof = roofline.training_step(CONFIG, "finetune", devices, 8)
+    found = roof.cost
+    assert (found.chips, found.kind, found.batch, found.limit, found.fits) == (2, "cpu", 8, None, None)
+    assert found.seconds is None
+    assert roof.bounds() == {}
+    assert found.flops == cost.count_flops(CONFIG, "finetune", 4)
+    assert roof.collectives["all-gather"][0] == roof.collectives["reduce-scatter"][0] == 4
+    assert roof.collectives["all-gather"][1] == pytest.approx(2 * roof.collectives["reduce-scatter"][1])
+    twice = cost.training_step(CONFIG, "finetune", devices, 16)
     assert twice.temporary > found.temporary
     assert twice.state == pytest.approx(found.state, rel=0.01)
-    monkeypatch.setitem(cost.CHIPS, "cpu", cost.Chip(flops=1e12, memory=0, traffic=1e9, links=1e6))
+    monkeypatch.setitem(cost.CHIPS, "cpu", cost.Chip(flops=1e12, memory=0))
+    monkeypatch.setitem(roofline.BANDWIDTHS, "cpu", roofline.Bandwidth(hbm=1e9, interconnect=1e6))
     assert dataclasses.replace(found, limit=found.memory).fits
     assert dataclasses.replace(twice, limit=found.memory).fits is False
-    assert found.bounds()["arithmetic"] == found.flops / 1e12
-    assert 1 < found.traffic / found.streamed_traffic < 10
-    assert found.seconds == max(found.bounds().values()) == found.bounds()["links"]
+    assert roof.bounds()["arithmetic"] == found.seconds == found.flops / 1e12
+    assert 1 < roof.hbm_bytes / roof.least_hbm_bytes < 10
+    row = json.loads(json.dumps(recipe_costs.numbers(roof)))
+    assert (row["hbm_bytes"], row["memory"], row["bounds"]) == (roof.hbm_bytes, found.memory, roof.bounds())
+    assert roof.seconds == max(roof.bounds().values()) == roof.bounds()["interconnect"]
 
 
 def test_sampling():
-    found = cost.of_sampling(CONFIG, jax.devices()[:2], 4)
-    assert found.batch == 8
-    one = cost.of_training(CONFIG, "finetune", jax.devices()[:2], 8).flops
-    assert found.flops == pytest.approx(one / 3 * CONFIG.sampling.steps, rel=0.1)
-    assert not found.collectives.keys() - {"all-gather"}
+    roof = roofline.sampling(CONFIG, jax.devices()[:2], 4)
+    assert roof.cost.batch == 8
+    assert cost.evaluations(CONFIG) == CONFIG.sampling.steps
+    step = cost.count_flops(CONFIG, "finetune", 4)
+    assert roof.cost.flops == pytest.approx(step / 3 * CONFIG.sampling.steps, rel=0.1)
+    assert not roof.collectives.keys() - {"all-gather"}
 
 
 def test_the_largest_batch_is_found(monkeypatch):
     tried = []
 
-    def of_training(config, name, devices, batch_size):
+    def training_step(config, name, devices, batch_size):
         tried.append(batch_size)
         if batch_size > 1000:
             raise CostError("too large")
         return types.SimpleNamespace(fits=batch_size <= 344, limit=1)
 
-    monkeypatch.setattr(cost, "of_training", of_training)
+    monkeypatch.setattr(cost, "training_step", training_step)
     assert 312 <= cost.largest_batch(CONFIG, "pretrain", jax.devices()) <= 344
     assert len(tried) < 12
     assert tried[0] == CONFIG.stage["pretrain"].batch_size
     few = cost._with_batch(CONFIG, "pretrain", 1024)
     assert 312 <= cost.largest_batch(few, "pretrain", jax.devices()) <= 344
     assert all(size % 8 == 0 for size in tried)
-    assert cost.full_batch(CONFIG, "pretrain", 6) == 12
-    monkeypatch.setattr(cost, "of_training", lambda *_: types.SimpleNamespace(fits=False, limit=1))
+    assert cost.round_up_batch(CONFIG, "pretrain", 6) == 12
+    monkeypatch.setattr(cost, "training_step", lambda *_: types.SimpleNamespace(fits=False, limit=1))
     with pytest.raises(CostError, match="not even 8 images fit"):
         cost.largest_batch(CONFIG, "pretrain", jax.devices())
-    monkeypatch.setattr(cost, "of_training", lambda *_: types.SimpleNamespace(fits=None, limit=None, kind="cpu"))
-    with pytest.raises(CostError, match="how much memory cpu has is not known; choose a TPU topology"):
+    monkeypatch.setattr(cost, "training_step", lambda *_: types.SimpleNamespace(fits=None, limit=None, kind="cpu"))
+    with pytest.raises(CostError, match="the memory size of cpu is not known; choose a TPU topology"):
         cost.largest_batch(CONFIG, "pretrain", jax.devices())
 
 
-def test_collectives_are_read_off_the_text():
+def test_collectives_are_counted_in_the_text():
     text = """
   %a = (f32[3,4]{1,0:T(8,128)}, bf16[10]{0}) all-reduce(%x, %y), channel_id=1
   ROOT %b = f32[8]{0} all-gather-start(%z), dimensions={0}
   %c = f32[8]{0} all-gather-done(%b)
   %d = f32[8]{0} add(%all-reduce.1, %b)
 """
-    assert cost.collectives(text) == {"all-reduce": (1, 68), "all-gather": (1, 32)}
+    assert roofline.collectives(text) == {"all-reduce": (1, 68), "all-gather": (1, 32)}
 
 
-def test_traffic_is_read_off_the_text():
-    """Whole tiles count, what stays on the chip does not; loops count as often as they turn."""
+def test_hbm_bytes_are_counted_in_the_text():
+    """Arrays count in whole tiles, those on the chip not at all; the body of a loop counts once for each trip."""
     text = """
 %body (p: (s32[], f32[8,128])) -> (s32[], f32[8,128]) {
   %p = (s32[], f32[8,128]{1,0:T(8,128)}) parameter(0)
@@ -105,10 +119,10 @@ ENTRY %main (a: f32[8,128], b: bf16[4,9,64]) -> f32[8,128] {
 }
 """
     array, part = 8 * 128 * 4, 2 * 16 * 128 * 2
-    assert cost.traffic(text, loops=5) == array + part + array + (3 + 5) * 2 * array
+    assert roofline.hbm_bytes(text, loops=5) == array + part + array + (3 + 5) * 2 * array
 
 
-def test_logits_are_no_traffic_that_must_be():
+def test_logits_need_not_be_in_memory():
     def attend(x, w):
         q = (x @ w).reshape(2, 9, 3, 4)
         return jax.nn.dot_product_attention(q, q, q)
@@ -117,29 +131,25 @@ def test_logits_are_no_traffic_that_must_be():
         jax.ShapeDtypeStruct((2, 9, 12), "float32"), jax.ShapeDtypeStruct((12, 12), "float32")
     )
     x = 2 * 9 * 12
-    assert cost.product_traffic(traced.jaxpr.jaxpr) == 4 * (2 * x + 12 * 12 + 4 * x)
+    assert roofline.product_bytes(traced.jaxpr.jaxpr) == 4 * (2 * x + 12 * 12 + 4 * x)
 
 
-def test_a_topology_that_is_none_is_named():
+def test_an_unknown_topology_is_named(monkeypatch):
+    monkeypatch.setattr(os, "environ", dict(os.environ))  # variables for libtpu
     with pytest.raises(CostError, match="there is no TPU compiler for topology 'v9:1x1'.*pip install"):
-        cost.devices_of("v9:1x1")
+        cost.topology_devices("v9:1x1")
 
 
 def test_from_the_command_line(root, child_env, tmp_path):
-    """For the devices that are here; the numbers in the file are those on the screen."""
-    small = ("--config.model.width=16", "--config.model.depth=3", "--config.model.heads=2", "--config.mesh.data=2")
-    command = [
-        sys.executable,
-        "launch/compile.py",
-        "--config=configs/demo.py",
-        *small,
-        f"--json={tmp_path / 'costs.jsonl'}",
-    ]
+    """For the devices of this machine; the numbers in the file are those on the screen."""
+    command = [sys.executable, str(root / "launch" / "compile.py"), f"--config={root / 'configs' / 'demo.py'}"]
+    command += ["--config.model.width=16", "--config.model.depth=1", "--config.model.heads=2", "--config.mesh.data=2"]
+    command += [f"--json={tmp_path / 'costs.jsonl'}"]
     environment = child_env | {"JAX_NUM_CPU_DEVICES": "2"}
     run = lambda *args: subprocess.run(
-        [*command, *args], cwd=root, env=environment, capture_output=True, text=True, timeout=200, check=False
+        [*command, *args], env=environment, capture_output=True, text=True, timeout=200, check=False
     )
-    done = run("--stages=pretrain", "--samples=2", "--config.pretrain.batch_size=9")
+    done = run("--stages=pretrain", "--samples=2", "--config.pretrain.batch_size=9", "--config.sampling.steps=2")
     assert done.returncode == 0, done.stderr
     assert "demo on 2 x cpu" in done.stdout
     assert "pretrain: a batch of 9 does not divide over 2 chips; 10 is taken" in done.stdout
@@ -147,7 +157,7 @@ def test_from_the_command_line(root, child_env, tmp_path):
     assert (training["config"], training["stage"], training["batch"]) == ("demo", "pretrain", 10)
     assert (sampling["stage"], sampling["batch"]) == ("sampling", 4)
     assert training["memory"] == training["state"] + training["temporary"] > 0
-    assert f"{training['traffic'] / 1e6:8.2f} MB" in done.stdout
+    assert f"{training['flops'] / 1e6:8.2f} MFLOP" in done.stdout
     done = run("--stages=other")
     assert done.returncode == 1
     assert done.stderr.strip().endswith("error: 'other' is not a stage of the config; it has pretrain, finetune")

@@ -73,7 +73,7 @@ def test_loss_is_a_mean_per_image_times_its_weight():
 
 
 def test_unknown_names_say_what_there_is():
-    with pytest.raises(ValueError, match="'sigmoid' is unknown; choose one of linear, cosine, shifted_cosine"):
+    with pytest.raises(ValueError, match="schedule is 'sigmoid'; it must be one of linear, cosine, shifted_cosine"):
         gaussian.make_schedule("sigmoid")
-    with pytest.raises(ValueError, match="'snr' is unknown; choose one of p2, min_snr"):
+    with pytest.raises(ValueError, match="loss_weight is 'snr'; it must be one of p2, min_snr"):
         gaussian.loss_weights(gaussian.make_schedule("linear"), "snr", 1.0)

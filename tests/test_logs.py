@@ -11,7 +11,6 @@ from maskdm_jax.data.images import sample_grid, save_png
 from maskdm_jax.errors import ConfigError
 from maskdm_jax.training import logs
 
-
 LOG = tiny.config().log
 
 

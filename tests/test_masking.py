@@ -111,7 +111,7 @@ def test_a_plan_that_hides_nothing_says_so(options):
         (dict(kind="patch", rate=1.0), r"rate 1.0 is outside \[0, 1\)"),
         (dict(kind="patch", rate=-0.1), r"rate -0.1 is outside \[0, 1\)"),
         (dict(kind="block", block=2, rate=float("nan")), "rate nan"),
-        (dict(kind="crop", crop=3, tile=128), "mask tile 128: a mask of patches or blocks"),
+        (dict(kind="crop", crop=3, tile=128), "mask tile 128: masks of kind patch or block"),
         (dict(kind="patch", rate=0.5, tile=-1), "mask tile -1"),
         (dict(kind="blob", rate=0.5), "'blob' is unknown; choose one of none, patch, block, crop"),
     ],

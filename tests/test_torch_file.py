@@ -174,6 +174,11 @@ def test_archives_that_unfold_are_refused(tmp_path):
     archive(path, b"\x80\x02" + b"]" * 5000 + b"a" * 4999 + b".")
     with pytest.raises(TorchFileError, match="nested more than 64 deep"):
         torch_file.read(path)
+    # A chain of lists whose end comes first, so that every list is shallow when it is first met.
+    content = b"\x80\x02]q\x00" + b"".join(b"]h%ca" % i + b"q%c" % (i + 1) for i in range(100))
+    archive(path, content + b"](" + b"".join(b"h%c" % i for i in range(100)) + b"e.")
+    with pytest.raises(TorchFileError, match="nested more than 64 deep"):
+        torch_file.read(path)
     # Each list holds the one before it ten times: 10^60 items if it were unfolded.
     archive(path, b"\x80\x02]q\x00" + b"".join(b"](" + b"h%c" % i * 10 + b"eq%c" % (i + 1) for i in range(60)) + b".")
     started = time.perf_counter()

@@ -1,5 +1,3 @@
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -52,15 +50,18 @@ def test_patchify_is_row_column_channel_and_inverts():
 def test_all_visible_equals_no_plan(net, batch):
     _, params, apply = net
     x, t, labels = batch
+    whole = apply(params, x, t, labels)
     patches = apply(params, patchify(x, 2), t, labels, jnp.tile(jnp.arange(16), (3, 1)))
-    np.testing.assert_allclose(unpatchify(patches, 2, (4, 4)), apply(params, x, t, labels), atol=1e-5)
+    np.testing.assert_allclose(unpatchify(patches, 2, (4, 4)), whole, atol=1e-5)
+    without_positions = apply(params, patchify(x, 2), t, labels)
+    np.testing.assert_allclose(without_positions, patches, atol=1e-5)
 
 
 def test_order_of_patches_does_not_matter(net, batch):
     _, params, apply = net
     x, t, labels = batch
-    order = jax.random.permutation(jax.random.key(4), 16)
-    straight = apply(params, patchify(x, 2), t, labels)
+    order = np.random.RandomState(4).permutation(16)
+    straight = patchify(apply(params, x, t, labels), 2)
     shuffled = apply(params, patchify(x, 2)[:, order], t, labels, jnp.tile(order, (3, 1)))
     np.testing.assert_allclose(shuffled, straight[:, order], atol=1e-5)
 
@@ -97,17 +98,21 @@ def test_labels(net, batch):
 
 def test_bad_calls_are_refused(batch):
     x, t, labels = batch
-    plain = UViT(image_size=8, patch_size=2, channels=1, width=16, depth=3, heads=2, rngs=nnx.Rngs(0))
+    network = make_network(tiny.config(model__num_classes=0, data__labels=False))
+    call = lambda *args: jax.eval_shape(network.apply, network.abstract_params(), *args)
     with pytest.raises(ValueError, match="unconditional"):
-        plain(x, t, labels)
+        call(x, t, labels)
     with pytest.raises(ValueError, match="positions go with patches"):
-        plain(x, t, positions=jnp.zeros((3, 16), jnp.int32))
+        call(x, t, None, jnp.zeros((3, 16), jnp.int32))
     with pytest.raises(ValueError, match="8 patches without positions.*4 x 4 = 16"):
-        plain(patchify(x, 2)[:, :8], t)
-    with pytest.raises(ValueError, match="patch_size 3 does not divide image_size 8"):
-        UViT(image_size=8, patch_size=3, width=16, depth=3, heads=2, rngs=nnx.Rngs(0))
-    with pytest.raises(ValueError, match="width 16 does not divide into 3 heads"):
-        UViT(image_size=8, patch_size=2, width=16, depth=3, heads=3, rngs=nnx.Rngs(0))
+        call(patchify(x, 2)[:, :8], t)
+    for changes, message in (
+        (dict(patch_size=3), "patch_size 3 does not divide image_size 8"),
+        (dict(heads=3), "width 16 does not divide into 3 heads"),
+        (dict(width=15), "width 15 is odd"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            UViT(**dict(image_size=8, patch_size=2, width=16, depth=3, heads=2) | changes, rngs=nnx.Rngs(0))
 
 
 def test_remat_changes_nothing(net, batch):
@@ -141,16 +146,16 @@ def test_bfloat16_computes_in_bfloat16_and_answers_in_float32(net, batch):
 
 
 def test_initialisation():
-    fields = dataclasses.asdict(tiny.config().model) | dict(width=128, patch_size=4, num_classes=50, time_mlp=False)
-    fields.pop("wavelet_scale")
-    fields["dtype"] = jnp.float32
-    model = UViT(image_size=64, channels=3, rngs=nnx.Rngs(0), **fields)
-    assert float(model.pos_embed[...].std()) == pytest.approx(0.02, rel=0.05)
-    assert float(model.backbone.mid_block.attn.qkv.kernel[...].std()) == pytest.approx(0.02, rel=0.05)
-    assert float(model.backbone.label_embed.embedding[...].std()) == pytest.approx(1.0, rel=0.05)
+    fields = dict(image_size=64, patch_size=4, width=128, depth=1, heads=2, num_classes=50, qv_bias=True)
+    params = jax.jit(lambda: nnx.to_pure_dict(nnx.state(UViT(**fields, rngs=nnx.Rngs(0)))))()
+    params = jax.tree.map(np.asarray, params)
+    assert params["pos_embed"].std() == pytest.approx(0.02, rel=0.05)
+    assert params["backbone"]["mid_block"]["attn"]["qkv"]["kernel"].std() == pytest.approx(0.02, rel=0.05)
+    assert params["backbone"]["label_embed"]["embedding"].std() == pytest.approx(1.0, rel=0.05)
     bound = (4 * 4 * 3) ** -0.5
-    for tensor in (model.patch_embed.kernel[...], model.patch_embed.bias[...]):
-        assert float(jnp.abs(tensor).max()) <= bound
-        assert float(tensor.std()) == pytest.approx(bound / 3**0.5, rel=0.15)
-        assert abs(float(tensor.mean())) < 0.2 * bound
-    assert float(jnp.abs(model.head.bias[...]).max()) == 0
+    for tensor in (params["patch_embed"]["kernel"], params["patch_embed"]["bias"]):
+        assert np.abs(tensor).max() <= bound
+        assert tensor.std() == pytest.approx(bound / 3**0.5, rel=0.15)
+        assert abs(tensor.mean()) < 0.2 * bound
+    assert (params["head"]["bias"] == 0).all()
+    assert (params["backbone"]["norm"]["scale"] == 1).all()

@@ -102,15 +102,22 @@ class Encoder(nn.Module):
 
     def forward(self, images, t, mask, labels):
         tokens = [getattr(self, name)(x) for (name, _, _), x in zip(self.bands, images, strict=True)]
+        h = torch.cat([self.extra_tokens(t, labels), *tokens], dim=1) + self.encoder_pos_embed
+        if mask is not None:
+            extras = torch.ones(len(t), self.extras, dtype=torch.bool, device=mask.device)
+            h = h[torch.cat([extras, ~mask], dim=1)].view(len(t), -1, self.width)
+        return self.transform(h)
+
+    def extra_tokens(self, t, labels):
         half = self.width // 2
-        angles = t[:, None].float() * torch.exp(-math.log(10000) * torch.arange(half).float() / half)[None]
+        frequencies = torch.exp(-math.log(10000) * torch.arange(half, device=t.device).float() / half)
+        angles = t[:, None].float() * frequencies[None]
         extras = [self.time_embed(torch.cat([angles.cos(), angles.sin()], dim=1))]
         if self.classes:
             extras = [self.uncond_embed.expand(len(t), -1) if labels is None else self.label_emb(labels), *extras]
-        h = torch.cat([torch.stack(extras, dim=1), *tokens], dim=1) + self.encoder_pos_embed
-        if mask is not None:
-            seen = torch.cat([torch.ones(len(t), self.extras, dtype=torch.bool), ~mask], dim=1)
-            h = h[seen].view(len(t), -1, self.width)
+        return torch.stack(extras, dim=1)
+
+    def transform(self, h):
         skips = []
         for block in self.in_blocks:
             h = block(h)
@@ -185,16 +192,12 @@ class Ema(nn.Module):
 
     @torch.no_grad()
     def update(self):
-        step = int(self.step)
+        step, first = int(self.step), not self.initted
         self.step += 1
-        if step % self.every:
+        self.initted.fill_(True)
+        if step % self.every and not first:
             return
-        pairs = list(zip(self.ema_model.parameters(), self.online_model.parameters(), strict=True))
-        if step <= 100 or not self.initted:
-            for average, online in pairs:
-                average.copy_(online)
-            self.initted.fill_(step > 100)
-            return
-        decay = min(self.beta, 1 - (1 + step - 100) ** (-2 / 3))
-        for average, online in pairs:
+        copies = first or step <= 100
+        decay = 0.0 if copies else min(self.beta, 1 - (1 + step - 100) ** (-2 / 3))
+        for average, online in zip(self.ema_model.parameters(), self.online_model.parameters(), strict=True):
             average.lerp_(online, 1 - decay)

@@ -1,1 +1,1 @@
-"""The method: masks, the diffusion process, samplers. Pure functions that know no network and no config."""
+"""The method: masks, the diffusion process, samplers. Pure functions, which know neither networks nor configs."""

@@ -1,8 +1,7 @@
 """Gaussian diffusion with discrete time: schedules, forward process, objectives, loss.
 
-Pure functions that know no network. `x` stands for images [B, H, W, C] or patches [B, V, d]: every
-formula is elementwise, so it holds for the visible patches alone. Notation of DDPM (Ho et al. 2020):
-x_t = sqrt(alpha_bar_t) x0 + sqrt(1 - alpha_bar_t) eps.
+`x` stands for images [B, H, W, C] or patches [B, V, d]: every formula is elementwise, so it holds for the visible
+patches alone. The notation is that of DDPM (Ho et al. 2020): x_t = sqrt(alpha_bar_t) x0 + sqrt(1 - alpha_bar_t) eps.
 """
 
 import dataclasses
@@ -15,7 +14,7 @@ import numpy as np
 
 @dataclasses.dataclass(frozen=True)
 class Schedule:
-    """Per-step quantities, computed in float64 and stored as float32 NumPy arrays [T]."""
+    """Noise schedule: one value per time step, computed in float64 and stored as float32 NumPy arrays [T]."""
 
     betas: np.ndarray
     alpha: np.ndarray
@@ -27,18 +26,18 @@ class Schedule:
     sqrt_recip_alpha_bar: np.ndarray
     sqrt_recipm1_alpha_bar: np.ndarray
     posterior_variance: np.ndarray
-    posterior_log_variance: np.ndarray  # of the variance clipped at 1e-20, which is 0 at t = 0
+    posterior_log_variance: np.ndarray  # the variance, 0 at t = 0, is clipped to at least 1e-20
     posterior_mean_x0: np.ndarray  # coefficient of x0 in the posterior mean
     posterior_mean_xt: np.ndarray  # coefficient of x_t
 
     @property
     def timesteps(self) -> int:
-        """T."""
+        """T, the number of time steps."""
         return len(self.betas)
 
 
 def linear_betas(timesteps: int = 1000) -> np.ndarray:
-    """1e-4 to 0.02 at 1000 steps (Ho et al. 2020), scaled to other step counts; float64 [T]."""
+    """Linear schedule, 1e-4 to 0.02 at 1000 steps (Ho et al. 2020), times 1000 / T for other T; float64 [T]."""
     scale = 1000 / timesteps
     return np.linspace(scale * 1e-4, scale * 0.02, timesteps, dtype=np.float64)
 
@@ -46,14 +45,14 @@ def linear_betas(timesteps: int = 1000) -> np.ndarray:
 def cosine_betas(timesteps: int = 1000, *, size: int = 64) -> np.ndarray:
     """Cosine schedule (Nichol & Dhariwal 2021), s = 0.008, betas at most 0.999; float64 [T].
 
-    `size` other than 64 moves log-SNR by 2 log(64 / size) (simple diffusion, Hoogeboom et al. 2023):
-    larger images are noised harder.
+    `size` shifts the log-SNR by 2 log(64 / size), for images larger than 64 pixels towards more noise (simple
+    diffusion, Hoogeboom et al. 2023).
     """
     s = 0.008
     steps = np.linspace(0, 1, timesteps + 1, dtype=np.float64)
     alpha_bar = np.cos((steps + s) / (1 + s) * math.pi / 2) ** 2
-    # sigmoid(logit(alpha_bar) + 2 log(64 / size)), written without the infinite logit of 0. The reference
-    # shifts first and normalises afterwards.
+    # sigmoid(logit(alpha_bar) + 2 log(64 / size)), without the infinite logit of alpha_bar = 0. As in the reference,
+    # normalisation comes after the shift.
     odds = (64 / size) ** 2
     alpha_bar = odds * alpha_bar / (1 + (odds - 1) * alpha_bar)
     alpha_bar /= alpha_bar[0]
@@ -66,7 +65,10 @@ def make_schedule(name: str, timesteps: int = 1000, *, size: int = 64) -> Schedu
     Args:
       name: `linear`, `cosine` or `shifted_cosine`.
       timesteps: T.
-      size: image side that `shifted_cosine` is shifted for; the others ignore it.
+      size: image side, in pixels, for which `shifted_cosine` is shifted; the others ignore it.
+
+    Raises:
+      ValueError: the name is unknown.
     """
     makers = {
         "linear": lambda: linear_betas(timesteps),
@@ -98,17 +100,17 @@ def make_schedule(name: str, timesteps: int = 1000, *, size: int = 64) -> Schedu
 
 
 def at(column, t, ndim: int):
-    """Look up column [T] at t [B] and shape it [B, 1, ...] to meet an array of `ndim` dimensions."""
+    """Look up column [T] at t [B]; returns [B, 1, ...] of `ndim` dimensions, to broadcast against a batch."""
     return jnp.asarray(column)[t].reshape(t.shape + (1,) * (ndim - 1))
 
 
 def q_sample(schedule: Schedule, x0, t, eps):
-    """Forward process q(x_t | x0) with the noise given: x0 and eps [B, ...], t [B]."""
+    """Sample x_t ~ q(x_t | x0), with given noise (Ho et al. 2020, eq. 4): x0 and eps [B, ...], t [B]."""
     return at(schedule.sqrt_alpha_bar, t, x0.ndim) * x0 + at(schedule.sqrt_one_minus_alpha_bar, t, x0.ndim) * eps
 
 
 def velocity(schedule: Schedule, x0, t, eps):
-    """V = sqrt(alpha_bar) eps - sqrt(1 - alpha_bar) x0 (Salimans & Ho 2022)."""
+    """The objective v = sqrt(alpha_bar) eps - sqrt(1 - alpha_bar) x0 (Salimans & Ho 2022)."""
     return at(schedule.sqrt_alpha_bar, t, x0.ndim) * eps - at(schedule.sqrt_one_minus_alpha_bar, t, x0.ndim) * x0
 
 
@@ -118,7 +120,7 @@ def x0_from_eps(schedule: Schedule, x, t, eps):
 
 
 def x0_from_v(schedule: Schedule, x, t, v):
-    """x0 = sqrt(alpha_bar) x_t - sqrt(1 - alpha_bar) v."""
+    """Compute x0 = sqrt(alpha_bar) x_t - sqrt(1 - alpha_bar) v."""
     return at(schedule.sqrt_alpha_bar, t, x.ndim) * x - at(schedule.sqrt_one_minus_alpha_bar, t, x.ndim) * v
 
 
@@ -128,12 +130,12 @@ def eps_from_x0(schedule: Schedule, x, t, x0):
 
 
 def q_posterior(schedule: Schedule, x0, x, t):
-    """Mean [B, ...] and log variance [B, 1, ...] of q(x_{t-1} | x_t, x0)."""
+    """Mean [B, ...] and log variance [B, 1, ...] of q(x_{t-1} | x_t, x0) (Ho et al. 2020, eq. 6 and 7)."""
     mean = at(schedule.posterior_mean_x0, t, x.ndim) * x0 + at(schedule.posterior_mean_xt, t, x.ndim) * x
     return mean, at(schedule.posterior_log_variance, t, x.ndim)
 
 
-OBJECTIVES = {  # what the network is asked for
+OBJECTIVES = {  # the network's target, from (schedule, x0, t, eps)
     "noise": lambda schedule, x0, t, eps: eps,
     "x0": lambda schedule, x0, t, eps: x0,
     "v": velocity,
@@ -141,10 +143,10 @@ OBJECTIVES = {  # what the network is asked for
 
 
 def predictions(schedule: Schedule, objective: str, output, x, t, *, clip: tuple[float, float] | None = (-1.0, 1.0)):
-    """Turn a network's output at x [B, ...], t [B] into (x0, eps).
+    """Convert a network's output at x [B, ...], t [B] into (x0, eps), each [B, ...].
 
-    x0 is clipped to `clip`. For the noise objective eps stays what the network said, as in the reference;
-    for the others eps follows from the clipped x0.
+    x0 is clipped to the bounds `clip`. With the noise objective eps is the network's output, as in the reference; with
+    the others eps follows from the clipped x0.
     """
     bounded = (lambda a: a) if clip is None else (lambda a: jnp.clip(a, *clip))
     if objective == "noise":
@@ -154,12 +156,15 @@ def predictions(schedule: Schedule, objective: str, output, x, t, *, clip: tuple
 
 
 def loss_weights(schedule: Schedule, name: str, gamma: float) -> np.ndarray:
-    """Weight of each time step in the loss, float32 [T]. gamma 0 weighs all alike.
+    """Weight of each time step in the loss, float32 [T]; with gamma 0 all weights are 1.
 
-    `p2`: (1 + snr)^-gamma (Choi et al. 2022). `min_snr`: min(1, 5 / snr)^-gamma; for the noise objective,
-    gamma -1 is Min-SNR-5 (Hang et al. 2023).
+    `p2`: (1 + snr)^-gamma (Choi et al. 2022). `min_snr`: min(1, 5 / snr)^-gamma; with the noise objective, gamma = -1
+    is Min-SNR-5 (Hang et al. 2023).
+
+    Raises:
+      ValueError: the name is unknown.
     """
-    # From the betas: the stored alpha_bar is so near to 1 at small t that 1 - alpha_bar has few digits left.
+    # From the betas, in float64: at small t the stored float32 alpha_bar is too close to 1 for 1 - alpha_bar.
     alpha_bar = np.cumprod(1 - schedule.betas.astype(np.float64))
     snr = alpha_bar / (1 - alpha_bar)
     bases = {"p2": 1 + snr, "min_snr": np.minimum(1, 5 / snr)}
@@ -172,11 +177,7 @@ LOSSES = {"l2": jnp.square, "l1": jnp.abs}
 
 
 def check_choices(*, objective: str, loss: str = "l2") -> None:
-    """Check names before anything is traced.
-
-    Raises:
-      ValueError: a name is unknown.
-    """
+    """Raise ValueError if a name is unknown, before anything is traced."""
     for name, value, table in (("objective", objective, OBJECTIVES), ("loss", loss, LOSSES)):
         if value not in table:
             raise ValueError(f"{name} is {value!r}; it must be one of {', '.join(table)}")
@@ -186,10 +187,12 @@ def denoising_loss(predict, schedule: Schedule, x0, t, eps, *, objective="noise"
     """Loss of each image, [B] float32: weight(t) times the mean error over its (visible) elements.
 
     Args:
-      predict: (x_t, t) -> the objective, like x_t.
-      x0, eps: clean data and noise, [B, ...]; for masked training the visible patches [B, V, d]. Or a tuple of
-        such arrays, the bands of a wavelet model, whose mean errors add up.
+      predict: (x_t, t) -> prediction of the objective, of x_t's shape.
+      x0, eps: clean data and noise, [B, ...] float32; in masked training the visible patches [B, V, d]. For a wavelet
+        model tuples of such arrays, one per band; the mean errors of the bands are added.
       t: [B] int32.
+      objective: one of `OBJECTIVES`.
+      loss: one of `LOSSES`.
       weights: [T] from `loss_weights`, or None for 1.
     """
 

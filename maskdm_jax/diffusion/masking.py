@@ -1,7 +1,7 @@
 """Mask plans: which patches of an image stay visible (MaskDM, section 3.3).
 
-A plan is made once, in Python, and knows how many patches it shows: that number is a static shape
-of the training step. The patches themselves are drawn on device, per image, from a key.
+A plan is made once, in Python, and fixes the number of visible patches: a static shape of the training step. Which
+patches are visible is drawn on device, per image, from a key.
 """
 
 import dataclasses
@@ -15,13 +15,13 @@ KINDS = ("none", "patch", "block", "crop")
 
 @dataclasses.dataclass(frozen=True)
 class MaskPlan:
-    """What `make_plan` decided. `visible` and `total` are patches per image; grid is (rows, columns)."""
+    """How many patches of an image are visible, and in which units they are drawn; made by `make_plan`."""
 
-    kind: str
-    grid: tuple[int, int]
-    visible: int
+    kind: str  # one of `KINDS`
+    grid: tuple[int, int]  # rows and columns of patches
+    visible: int  # V, patches per image
     unit: int = 1  # side of a block or of the crop window, in patches
-    tile: int = 0  # tokens that `visible` was rounded to fill
+    tile: int = 0  # `visible` fills whole tiles of this many tokens; 0 if it was not rounded
 
     @property
     def total(self) -> int:
@@ -30,7 +30,7 @@ class MaskPlan:
 
     @property
     def hides_nothing(self) -> bool:
-        """Whether this is the ordinary, unmasked case, which needs no gather."""
+        """Whether all patches are visible, so that no gather is needed."""
         return self.visible == self.total
 
     def __str__(self):
@@ -50,7 +50,7 @@ def make_plan(
     tile: int = 0,
     extras: int = 0,
 ) -> MaskPlan:
-    """Decide how many patches stay visible. Counts of hidden patches round down, as in the reference.
+    """Compute how many patches are visible. Numbers of hidden patches round down, as in the reference.
 
     Args:
       kind: `none` hides nothing; `patch` hides int(rate * N) single patches; `block` hides
@@ -59,12 +59,12 @@ def make_plan(
       rate: hidden share in [0, 1), for `patch` and `block`.
       block: side of a block, for `block`; must divide both sides of the grid.
       crop: side of the window, for `crop`.
-      tile: tokens that the hardware computes in one go, such as 128, whether there are so many or not; the plan then
-        shows as many more patches as fit into the tiles that are begun anyway, for `patch` and `block`. 0: not so.
-      extras: tokens besides the patches, which take part in filling tiles.
+      tile: tokens per tile of the hardware, such as 128, for `patch` and `block`: a partly filled tile costs as much as
+        a full one, so the plan shows as many more patches as its tiles have room for. 0 keeps to the rate.
+      extras: tokens besides the patches, which count when tiles are filled.
 
     Raises:
-      ValueError: the plan cannot work; the message says what would.
+      ValueError: a value does not fit the grid or the kind; the message says which values do.
     """
     rows, cols = grid
     n = rows * cols
@@ -73,7 +73,7 @@ def make_plan(
     if kind in ("patch", "block") and not 0 <= rate < 1:
         raise ValueError(f"mask rate {rate} is outside [0, 1); 0.9 hides 90% of the patches, 0 hides none")
     if tile < 0 or (tile and kind in ("none", "crop")):
-        raise ValueError(f"mask tile {tile}: a mask of patches or blocks can fill tiles of 1, 2, ... tokens; 0 is off")
+        raise ValueError(f"mask tile {tile}: masks of kind patch or block take 1, 2, ... tokens, others only 0")
     if kind == "none":
         return MaskPlan("none", grid, n)
     if kind == "patch":
@@ -90,7 +90,7 @@ def make_plan(
             raise ValueError(f"mask crop {crop} does not fit the {rows} x {cols} grid of patches; use 1 to {min(grid)}")
         plan = MaskPlan("crop", grid, crop * crop, crop)
     if plan.visible < 1:
-        raise ValueError(f"{plan}: nothing is left to see; lower the rate {rate}")
+        raise ValueError(f"{plan}: no patch is visible; lower the rate {rate}")
     if tile:
         room = -(-(plan.visible + extras) // tile) * tile - extras
         plan = dataclasses.replace(plan, visible=min(room // plan.unit**2 * plan.unit**2, n), tile=tile)
@@ -100,8 +100,8 @@ def make_plan(
 def sample_positions(plan: MaskPlan, key) -> jax.Array:
     """Draw the visible patches of one image: int32 [visible], row-major indices in ascending order.
 
-    Each choice of hidden units (patches, blocks, window) is equally likely. Use `jax.vmap` over keys for a
-    batch; the draw needs no collective when the batch is sharded.
+    Every choice of units (patches, blocks, windows) is equally likely. For a batch, use `jax.vmap` over keys; no
+    collective is needed when the batch is sharded.
     """
     rows, cols = plan.grid
     if plan.hides_nothing:
@@ -128,7 +128,7 @@ def hidden_mask(plan: MaskPlan, positions):
 
 
 def _units(plan: MaskPlan) -> np.ndarray:
-    """Row-major patch indices of every unit that is hidden or shown as one, [units, unit * unit] int32."""
+    """Row-major patch indices of each block, or of each single patch: int32 [units, unit * unit]."""
     rows, cols = plan.grid
     u = plan.unit
     index = np.arange(rows * cols, dtype=np.int32).reshape(rows // u, u, cols // u, u)
@@ -136,6 +136,6 @@ def _units(plan: MaskPlan) -> np.ndarray:
 
 
 def _window(plan: MaskPlan) -> np.ndarray:
-    """Offsets of the window's patches from its top left one, [crop * crop] int32, ascending."""
+    """Row-major offsets of the window's patches from its top left patch: int32 [crop * crop], ascending."""
     side = np.arange(plan.unit, dtype=np.int32)
     return (side[:, None] * plan.grid[1] + side).reshape(-1)

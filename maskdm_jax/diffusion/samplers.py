@@ -1,18 +1,19 @@
-"""Samplers: from noise to images with a trained predictor, the whole trajectory in one `lax.scan`.
+"""Samplers: from noise to images with a trained network, the whole trajectory in one `lax.scan`.
 
-All share one signature:
+All have the signature
 
     sampler(predict, x, noise, schedule, *, objective, clip, ...) -> x0
 
-    predict: (x [B, ...], t [B] float32 or int32) -> the objective ("noise", "x0" or "v"), of x's shape.
+    predict: (x [B, ...], t [B] float32 or int32) -> prediction of the objective, of x's shape.
     x: starting noise x_T [B, ...], float32.
-    noise: step number i (0, 1, ... traced int32) -> standard normal of x's shape, used by step i.
-    schedule: `diffusion.Schedule`.
+    noise: step number i (0, 1, ... traced int32) -> standard normal noise of x's shape, used in step i.
+    schedule: `gaussian.Schedule`.
+    objective: "noise", "x0" or "v".
     clip: bounds of the predicted x0, or None.
-    start: of ddim and ddpm, the time step whose x_t is given as x; T - 1, pure noise, when None.
+    start: of ddim and ddpm, the time step t of x = x_t; None is T - 1, pure noise.
 
-Noise comes as a function of the step so that the caller decides where it is from: keyed by image
-index (`image_noise`), so that an image does not depend on its batch or device, or a recorded list in tests.
+and return x0 [B, ...] float32. Noise is a function of the step so that the caller chooses its source: `image_noise`,
+keyed by image index, makes an image independent of its batch and device; tests pass recorded noise.
 """
 
 import jax
@@ -23,9 +24,9 @@ from maskdm_jax.diffusion.gaussian import Schedule, predictions, q_posterior, q_
 
 
 def image_noise(key, index, shape: tuple[int, ...]):
-    """Noise that belongs to an image: (x_T, noise function) for images numbered `index` [B], each of `shape`.
+    """Noise for the images with numbers `index` [B], each of `shape`: (x_T [B, *shape] float32, noise function).
 
-    The draw depends on the key, the image's number and the step alone.
+    It depends on the key, the image's number and the step alone.
     """
     keys = jax.vmap(jax.random.fold_in, (None, 0))(key, index)
 
@@ -36,11 +37,15 @@ def image_noise(key, index, shape: tuple[int, ...]):
 
 
 def ddim_times(timesteps: int, steps: int) -> np.ndarray:
-    """Time steps that DDIM visits, descending int32 [steps + 1], the last one -1 (meaning: x0)."""
+    """Time steps of DDIM, descending int32 [steps + 1]; the last one, -1, stands for x0.
+
+    Raises:
+      ValueError: there are fewer time steps than `steps`, or `steps` is below 1.
+    """
     if not 1 <= steps <= timesteps:
         raise ValueError(f"DDIM can take 1 to {timesteps} steps, not {steps}")
-    # linspace(-1, T - 1, steps + 1) truncated, in float32 and from both ends as PyTorch computes it: in float64
-    # one of the times differs by 1 for 139 of the 1,000 step counts.
+    # linspace(-1, T - 1, steps + 1), truncated, in float32 and from both ends as PyTorch computes it: float64 would
+    # change one of the times by 1 for 139 of the 1,000 step counts.
     i = np.arange(steps + 1)
     width = np.float32(timesteps) / np.float32(steps)
     rising = np.float32(-1) + width * i.astype(np.float32)
@@ -49,12 +54,15 @@ def ddim_times(timesteps: int, steps: int) -> np.ndarray:
 
 
 def ddim(predict, x, noise, schedule: Schedule, *, objective="noise", clip=(-1.0, 1.0), steps=250, eta=1.0, start=None):
-    """DDIM (Song et al. 2021, eq. 12). eta 0 is deterministic; 1 over all steps is DDPM in distribution.
+    """DDIM (Song et al. 2021, eq. 12): eta 0 is deterministic; eta 1 over all time steps is DDPM in distribution.
 
-    With the noise objective the noise is not recomputed after x0 was clipped, as in the reference.
+    As in the reference, the predicted noise is not recomputed from the clipped x0 (noise objective).
+
+    Raises:
+      ValueError: see `ddim_times`.
     """
     times = ddim_times(schedule.timesteps if start is None else start + 1, steps)
-    # float32 throughout, like the reference: these differences cancel, so float64 would give other coefficients.
+    # float32 throughout, like the reference: the differences lose digits, so float64 would give other coefficients.
     one = np.float32(1)
     a, a_next = schedule.alpha_bar[times[:-1]], np.append(schedule.alpha_bar[times[1:-1]], one)
     sigma = np.float32(eta) * np.sqrt((one - a / a_next) * (one - a_next) / (one - a))
@@ -69,14 +77,14 @@ def ddim(predict, x, noise, schedule: Schedule, *, objective="noise", clip=(-1.0
     def step(x, c):
         t = jnp.full((x.shape[0],), c["t"])
         x0, eps = predictions(schedule, objective, predict(x, t), x, t, clip=clip)
-        # The last step has scales 1, 0, 0: it returns x0.
+        # In the last step the coefficients are 1, 0 and 0: it returns x0.
         return c["x0_scale"] * x0 + c["eps_scale"] * eps + c["sigma"] * noise(c["i"]), None
 
     return jax.lax.scan(step, x, {name: jnp.asarray(column) for name, column in columns.items()})[0]
 
 
 def ddpm(predict, x, noise, schedule: Schedule, *, objective="noise", clip=(-1.0, 1.0), start=None):
-    """Ancestral sampling over all T steps (Ho et al. 2020, algorithm 2), from the posterior with x0 clipped."""
+    """DDPM: ancestral sampling over all time steps from the posterior with x0 clipped (Ho et al. 2020, algorithm 2)."""
     last = schedule.timesteps - 1 if start is None else start
 
     def step(x, t):
@@ -89,13 +97,18 @@ def ddpm(predict, x, noise, schedule: Schedule, *, objective="noise", clip=(-1.0
 
 
 def dpm_solver_times(schedule: Schedule, steps: int, spacing: str) -> tuple[np.ndarray, np.ndarray]:
-    """Continuous times, 1 - 1/n down to 0, and log(alpha) there, both float64 [steps + 1].
+    """Continuous times, 1 - 1/n down to 0, and log(alpha) at them, both float64 [steps + 1].
 
-    The n discrete steps whose log-SNR is not too low lie at (i + 1)/n; between them log(alpha) is linear in t.
-    Times are returned less 1/n, so that T times them is what a network knows as the step. (Exactly so only
-    when no step is left out. With the cosine schedule n is 996 of 1,000, and the network is told times 0.4%
-    too late, as in the reference.)
-    spacing: `time_uniform`, `log_snr` or `time_quadratic`.
+    The n time steps whose log-SNR is high enough lie at (i + 1)/n; between them log(alpha) is linear in t. Returned
+    times are smaller by 1/n, so that T times them are the network's time steps. This is exact only if n = T: with the
+    cosine schedule n is 996 of 1,000, and the network's times are 0.4% too late, as in the reference.
+
+    Args:
+      steps: calls of the network.
+      spacing: one of `DPM_SPACINGS`.
+
+    Raises:
+      ValueError: `steps` is below 1 or `spacing` is unknown.
     """
     if steps < 1:
         raise ValueError(f"DPM-Solver++ needs at least 1 step, not {steps}")
@@ -116,11 +129,12 @@ def dpm_solver_times(schedule: Schedule, steps: int, spacing: str) -> tuple[np.n
     return t - 1 / n, np.interp(t, known_t, known_log_alpha)
 
 
-MIN_HALF_LOG_SNR = -5.1  # noisier steps (the end of the cosine schedule) are left out: x0 is not computable there
+MIN_HALF_LOG_SNR = -5.1  # noisier time steps (the end of the cosine schedule) are left out: they do not determine x0
 DPM_SPACINGS = ("time_uniform", "log_snr", "time_quadratic")
 
 
 def _half_log_snr(log_alpha):
+    """log(alpha / sigma), the paper's lambda."""
     return log_alpha - 0.5 * np.log(-np.expm1(2 * log_alpha))
 
 
@@ -129,15 +143,18 @@ def dpm_solver(
 ):
     """DPM-Solver++ multistep (Lu et al. 2022, algorithm 2 and its third-order form), deterministic.
 
-    The first steps are of lower order, for want of a past. `predict` is called `steps` times, with fractional
-    times. Takes no noise function; otherwise the signature of the others.
+    Has the signature of the others, but takes no noise function. `predict` is called `steps` times, at fractional time
+    steps. The first steps are of lower order, since they have no earlier predictions.
+
+    Raises:
+      ValueError: `order` is not 1, 2 or 3; see also `dpm_solver_times`.
     """
     if order not in (1, 2, 3):
         raise ValueError(f"DPM-Solver++ has orders 1, 2 and 3, not {order}")
     t, log_alpha = dpm_solver_times(schedule, steps, spacing)
     alpha, sigma = np.exp(log_alpha), np.sqrt(-np.expm1(2 * log_alpha))
     half_log_snr = _half_log_snr(log_alpha)
-    # Every step is x' = scale * x + c0 * m0 + c1 * m1 + c2 * m2 with the last predictions of x0, newest first.
+    # Each step is x' = scale * x + c0 * m0 + c1 * m1 + c2 * m2, where m0, m1, m2 are predictions of x0, newest first.
     table = np.zeros((steps, 4))
     for i in range(steps):
         h = half_log_snr[i + 1] - half_log_snr[i]
@@ -176,24 +193,28 @@ def dpm_solver(
 
 
 def interpolate(sample, schedule: Schedule, x0_a, x0_b, weights, eps, start: int):
-    """Images between two (Ho et al. 2020, section 4.3): both are noised to step `start`, mixed, and denoised.
+    """Interpolate between two images: noise both to step `start`, mix, and denoise (Ho et al. 2020, section 4.3).
 
     Args:
-      sample: x_t [n, ...] at step `start` -> x0, a sampler with all else bound.
+      sample: x_t [n, ...] at step `start` -> x0 [n, ...], a sampler with its other arguments bound.
       x0_a, x0_b: the clean images [...].
-      weights: [n] float32, 0 is `x0_a`, 1 is `x0_b`.
-      eps: noise [...], the same for both and for all weights, so that the mixture has the right amount of it.
-      start: the higher, the farther from both; a few hundred of 1000 steps keep their layout.
+      weights: [n] float32; 0 is `x0_a`, 1 is `x0_b`.
+      eps: noise [...], the same for both images and all weights, so that mixing does not change its variance.
+      start: time step; the higher, the less the results resemble the two images. A few hundred of 1000 keep the layout.
+
+    Returns:
+      x0 [n, ...].
     """
     n, shape = len(weights), (-1,) + (1,) * x0_a.ndim
     w = jnp.asarray(weights, jnp.float32).reshape(shape)
-    x0 = (1 - w) * x0_a[None] + w * x0_b[None]  # noising is linear and the noise is shared: mixing commutes with it
+    x0 = (1 - w) * x0_a[None] + w * x0_b[None]  # mixing before noising is the same: noising is linear, eps is shared
     return sample(q_sample(schedule, x0, jnp.full((n,), start), jnp.broadcast_to(eps[None], x0.shape)))
 
 
 def guided(predict_labelled, predict_unlabelled, weight: float):
-    """Classifier-free guidance (Ho & Salimans 2022): (1 + weight) * labelled - weight * unlabelled, for any sampler.
+    """Classifier-free guidance for any sampler (Ho & Salimans 2022): (1 + weight) * labelled - weight * unlabelled.
 
-    The combination is linear, so it is the same for noise, v and (unclipped) x0 predictions.
+    Takes two functions `predict` and returns their combination. It is linear, and therefore the same for predictions of
+    noise, v and (unclipped) x0.
     """
     return lambda x, t: (1 + weight) * predict_labelled(x, t) - weight * predict_unlabelled(x, t)

@@ -14,10 +14,10 @@ import numpy as np
 import optax
 
 from maskdm_jax import config as config_lib
-from maskdm_jax.build import make_network
+from maskdm_jax.build import make_network, noise_schedule
 from maskdm_jax.config import Config
-from maskdm_jax.diffusion.gaussian import make_schedule
-from maskdm_jax.errors import CheckpointError, ConfigError, TorchFileError
+from maskdm_jax.diffusion.gaussian import cosine_betas, linear_betas
+from maskdm_jax.errors import CheckpointError, ConfigError, TorchFileError, prefixed
 from maskdm_jax.interop import official as official_file
 from maskdm_jax.interop.official import Moment, Official, params_from_state_dict
 from maskdm_jax.parallel.sharding import make_mesh
@@ -27,37 +27,37 @@ from maskdm_jax.training.loop import stage_ends
 from maskdm_jax.training.start import abstract_state
 from maskdm_jax.training.state import EMA_COPY_STEPS, TrainState, learning_rate, make_optimizer
 
-FILE_KINDS = {".pt": "pt", ".pth": "pt", ".safetensors": "safetensors"}
+_FILE_KINDS = {".pt": "pt", ".pth": "pt", ".safetensors": "safetensors"}
 _OTHER_FILES = (".ckpt", ".bin", ".npz", ".npy", ".h5", ".msgpack", ".pkl", ".onnx", ".zip", ".tar")
 
 
 @dataclasses.dataclass
 class _Source:
-    """What was read, whatever it was read from."""
+    """The content of a source of any kind."""
 
     official: Official
-    config: Config | None  # of the run; None if the file does not say
+    config: Config | None = None  # of the run; None if the file does not say
     stage: str = ""  # of the config
     classes: list[str] = dataclasses.field(default_factory=list)
-    notes: list[str] = dataclasses.field(default_factory=list)  # for a person
+    notes: list[str] = dataclasses.field(default_factory=list)  # lines for the user
 
 
 def convert(
     src, dst, *, heads: int | None = None, config=None, stage: str | None = None, weights: str = "ema"
 ) -> list[str]:
-    """Convert `src` into `dst`; the kinds are told by the paths.
+    """Convert `src` into `dst`; the paths tell the kinds.
 
     Args:
       src: a run folder or one of its checkpoints, an official `.pt` (or `.pth`), or a `.safetensors`.
       dst: the same kinds; must not exist yet. A folder becomes a run folder with one checkpoint.
       heads: attention heads, the one setting of the network that its tensors do not show.
-      config: ConfigDict or dict of the run that a file belongs to, if one wants to train it further; must agree
-        with the file. Without it the checkpoint gets a config made from the file, good for sampling.
+      config: ConfigDict or dict of the run that a file belongs to, to train it further; must agree with the file.
+        Without it the checkpoint gets a config made from the file, good for sampling.
       stage: of `config`, the one that the file belongs to; the first when not given.
       weights: `ema` or `params`, those that go into a `.safetensors`.
 
     Returns:
-      lines for a person: what was carried over, and what was not.
+      lines for the user: what was carried over, and what was not.
 
     Raises:
       TorchFileError, CheckpointError, ConfigError: nothing was written; the message says why.
@@ -68,22 +68,20 @@ def convert(
         raise ConfigError(f"{src} and {dst} are of the same kind; there is nothing to convert")
     if weights not in ("ema", "params"):
         raise ConfigError(f"weights {weights!r} are unknown; choose ema or params (the raw ones)")
-    if config is not None:
-        config = config_lib.parse(config)
+    given = None if config is None else config_lib.parse(config)
     readers = {"folder": _from_folder, "pt": _from_pt, "safetensors": _from_safetensors}
-    with _saying(f"{src} cannot be read"):
-        if kinds[0] != "folder" and not src.is_file():
-            raise CheckpointError(f"{src} is not a file")
-        source = readers[kinds[0]](src, kinds[1] == "safetensors")
-    try:
-        _settle_config(source, src, heads, config, stage)
-        with _saying(f"{dst} cannot be written"):
+    writers = {"folder": _to_folder, "pt": _to_pt, "safetensors": _to_safetensors}
+    with prefixed(TorchFileError, f"{src}: "):
+        with prefixed(CheckpointError, f"{src} cannot be read: ", OSError):
+            if kinds[0] != "folder" and not src.is_file():
+                raise CheckpointError(f"{src} is not a file")
+            source = readers[kinds[0]](src, weights_only=kinds[1] == "safetensors")
+        _settle_config(source, src, heads, given, stage)
+        with prefixed(CheckpointError, f"{dst} cannot be written: ", OSError):
             if os.path.lexists(dst) and not (kinds[1] == "folder" and dst.is_dir() and not any(dst.iterdir())):
                 raise ConfigError(f"{dst} exists already; give another --dst or move it away")
             dst.parent.mkdir(parents=True, exist_ok=True)
-            lines = {"folder": _to_folder, "pt": _to_pt, "safetensors": _to_safetensors}[kinds[1]](dst, source, weights)
-    except TorchFileError as error:
-        raise TorchFileError(f"{src}: {error}") from None
+            lines = writers[kinds[1]](dst, source, weights)
     return [*lines, *source.notes, *(f"left out: {what}" for what in source.official.left_out)]
 
 
@@ -91,37 +89,27 @@ def _kind(path: pathlib.Path) -> str:
     suffix = path.suffix.lower()
     if suffix in _OTHER_FILES:
         raise ConfigError(f"{path}: {suffix} is not known; give a .pt, a .safetensors or a run folder")
-    return FILE_KINDS.get(suffix, "folder")
-
-
-@contextlib.contextmanager
-def _saying(what: str):
-    """What the system refuses, in one line."""
-    try:
-        yield
-    except OSError as error:
-        raise CheckpointError(f"{what}: {error}") from error
+    return _FILE_KINDS.get(suffix, "folder")
 
 
 # --- Reading ------------------------------------------------------------------------------------
 
 
 def _from_pt(path: pathlib.Path, weights_only: bool) -> _Source:
-    return _Source(official_file.read(path, weights_only=weights_only), None)
+    return _Source(official_file.read(path, weights_only=weights_only))
 
 
 def _from_safetensors(path: pathlib.Path, weights_only: bool) -> _Source:
     official, noted = official_file.read_safetensors(path)
     if not noted:
-        return _Source(official, None)
+        return _Source(official)
     try:
-        config = config_lib.parse(noted["config"])
-        stage = noted["stage"]
+        config, stage = config_lib.parse(noted["config"]), noted["stage"]
         if stage not in config.stages:
             raise ConfigError(f"stage {stage!r} is not in the config")
         return _Source(official, config, stage, [str(name) for name in noted["classes"]])
-    except (KeyError, TypeError, ValueError) as error:  # ConfigError is a ValueError
-        raise TorchFileError(f"{path}: its header does not hold a config of this project ({error})") from None
+    except (ConfigError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"its header does not hold a config of this project ({error})") from error
 
 
 def _from_folder(path: pathlib.Path, weights_only: bool) -> _Source:
@@ -131,56 +119,37 @@ def _from_folder(path: pathlib.Path, weights_only: bool) -> _Source:
     if stage not in config.stages:
         raise CheckpointError(f"{found} is damaged: its stage {stage!r} is not in its config")
     index, mesh = config.stages.index(stage), make_mesh(devices=jax.devices()[:1])
-    network = make_network(config)
-    state = checkpoint.load_state(found, abstract_state(config, index, network, mesh))
+    state = checkpoint.load_state(found, abstract_state(config, index, make_network(config), mesh))
     named = lambda tree: official_file.state_dict_from_params(tree, config.model.patch_size, config.model.wavelet_scale)
     step, of_stage = int(state.step), config.stage[stage]
-    rate = learning_rate(of_stage)
     official = Official(
         named(state.params),
         ema=named(state.ema),
         ema_step=step,
-        ema_initted=ema_initted(step, of_stage.ema_every),
+        ema_initted=step > 0,
         moments=_moments(state.opt_state, named),
-        group=_group(of_stage) | {"lr": float(rate(step))},
+        group=_group(of_stage) | {"lr": float(learning_rate(of_stage)(step))},
         step=step,
     )
-    kept = meta.get("official")  # of a file that this checkpoint was made from
+    kept = meta.get("official")  # of the file that this checkpoint was made from
     if kept:
-        official.ema_step, official.ema_initted = kept["ema_step"], kept["ema_initted"]
-        official.scaler, official.group = (
-            kept["scaler"],
-            kept["group"] and kept["group"] | {"betas": tuple(kept["group"]["betas"])},
-        )
+        group = kept["group"] and kept["group"] | {"betas": tuple(kept["group"]["betas"])}
+        official = dataclasses.replace(official, **kept | {"group": group})
     return _Source(official, config, stage, meta["classes"])
 
 
 def _moments(opt_state, named) -> dict[str, Moment]:
-    """AdamW's state by official name; tensors that no step has used are left out, as PyTorch does."""
+    """AdamW's state by official name, without tensors that no step has used, as in PyTorch."""
     moments = {}
     for adam in filter(_is_adam, jax.tree.leaves(opt_state, is_leaf=_is_adam)):
         if adam.count:
-            mu, nu = named(_without_masked(adam.mu)), named(_without_masked(adam.nu))
+            mu, nu = named(adam.mu), named(adam.nu)
             moments |= {name: Moment(int(adam.count), mu[name], nu[name]) for name in mu}
     return {name: moments[name] for name in sorted(moments, key=official_file.official_rank)}
 
 
 def _is_adam(node) -> bool:
     return isinstance(node, optax.ScaleByAdamState)
-
-
-def _without_masked(tree: dict) -> dict:
-    """The tensors that a group of the optimizer has, without the places of the others."""
-    return {
-        key: _without_masked(node) if isinstance(node, dict) else node
-        for key, node in tree.items()
-        if not isinstance(node, optax.MaskedNode)
-    }
-
-
-def ema_initted(calls: int, every: int) -> bool:
-    """The flag of the official EMA after so many calls: whether it has acted after its copying steps."""
-    return calls > (EMA_COPY_STEPS // every + 1) * every
 
 
 def _group(stage) -> dict:
@@ -201,12 +170,6 @@ def _group(stage) -> dict:
     )
 
 
-def _buffers(config: Config) -> dict:
-    diffusion = config.diffusion
-    schedule = make_schedule(diffusion.schedule, diffusion.timesteps, size=diffusion.shift_size)
-    return official_file.schedule_buffers(schedule)
-
-
 # --- The config ---------------------------------------------------------------------------------
 
 
@@ -214,13 +177,13 @@ def _settle_config(
     source: _Source, path: pathlib.Path, heads: int | None, given: Config | None, stage: str | None
 ) -> None:
     """Find the config of the run: the source's own, the one given, or one made from the file."""
-    found = official_file.architecture(source.official.model)
+    official, found = source.official, official_file.architecture(source.official.model)
     if source.config is not None:
-        own = source.config.diffusion
-        found |= dict(schedule=own.schedule, shift_size=own.shift_size, timesteps=own.timesteps)
-        found |= dict(objective=own.objective, heads=source.config.model.heads)
-    elif source.official.buffers is not None:
-        found |= _schedule_of(source.official.buffers)
+        own = dataclasses.asdict(source.config.diffusion)
+        found |= {name: own[name] for name in ("schedule", "shift_size", "timesteps", "objective")}
+        found["heads"] = source.config.model.heads
+    elif official.buffers is not None:
+        found |= _schedule_of(official.buffers["betas"])
     if given is not None:
         _compare(given, found, heads)
         source.config, source.stage = given, stage or given.stages[0]
@@ -229,127 +192,81 @@ def _settle_config(
     elif stage is not None:
         raise ConfigError("--stage names a stage of a --config; give both")
     elif source.config is None:
-        if heads is None:
-            width = found["width"]
-            hint = f"; the official models have width / 64 = {width // 64}" if width % 64 == 0 else ""
-            raise ConfigError(f"the number of attention heads cannot be seen in the file: pass --num_heads=H{hint}")
-        source.config, source.stage = config_lib.parse(_config_of(source.official, found, heads)), "stage"
-        if source.official.buffers is None:
+        source.config, source.stage = _config_of(official, found, heads), "stage"
+        if official.buffers is None:
             source.notes.append("note: the file does not show its noise schedule; cosine is assumed (or give --config)")
     elif heads not in (None, source.config.model.heads):
         raise ConfigError(f"--num_heads={heads}, but the checkpoint was made with {source.config.model.heads} heads")
     steps = source.config.stage[source.stage].steps
-    if source.official.step > steps:
+    if official.step > steps:
         raise ConfigError(
-            f"the file is at step {source.official.step}, but config.{source.stage}.steps is {steps}; give the stage "
+            f"the file is at step {official.step}, but config.{source.stage}.steps is {steps}; give the stage "
             f"that it belongs to with --stage (config.stages is {source.config.stages}) or a config with enough steps"
         )
-    if not source.classes:
-        source.classes = [str(i) for i in range(found["num_classes"])]
-    params = params_from_state_dict(source.official.model)
-    wanted = make_network(source.config).abstract_params()
+    source.classes = source.classes or [str(i) for i in range(found["num_classes"])]
+    params, wanted = params_from_state_dict(official.model), make_network(source.config).abstract_params()
     checkpoint.compare(f"the weights in {path} are not those of a whole U-ViT", params, wanted)
 
 
 _ROUNDING = {np.dtype(np.float32): 1e-5, np.dtype(np.float64): 1e-5, np.dtype(np.float16): 1e-3}
-_ROUNDING |= {np.dtype(ml_dtypes.bfloat16): 1e-2}  # of the numbers that schedules may be stored in, relative
+_ROUNDING |= {np.dtype(ml_dtypes.bfloat16): 1e-2}  # relative error of a stored schedule, by its dtype
 
 
-def _schedule_of(buffers: dict) -> dict:
-    """Settings of the schedule with these buffers."""
-    betas, timesteps = buffers["betas"], buffers["betas"].size
-    candidates = [("cosine", 64), ("linear", 64)] + [("shifted_cosine", size) for size in range(1, 2049)]
-    if betas.ndim == 1 and 20 < timesteps <= 100_000 and betas.dtype in _ROUNDING:
+def _schedule_of(betas: np.ndarray) -> dict:
+    """Settings of the schedule with these betas [T]."""
+    if betas.ndim == 1 and 20 < betas.size <= 100_000 and betas.dtype in _ROUNDING:
         rounding, values = _ROUNDING[betas.dtype], betas.astype(np.float64)
 
         def distance(candidate):
             name, size = candidate
-            known = make_schedule(name, timesteps, size=size).betas
+            known = linear_betas(values.size) if name == "linear" else cosine_betas(values.size, size=size)
             return np.max(np.abs(known - values) / (rounding * known + 1e-7))
 
-        name, size = min(candidates, key=distance)
+        name, size = min(
+            [("cosine", 64), ("linear", 64), *(("shifted_cosine", s) for s in range(1, 2049))], key=distance
+        )
         if distance((name, size)) < 1:
-            return dict(schedule=name, shift_size=size, timesteps=timesteps)
-    raise TorchFileError("its betas are those of no noise schedule that is known here (linear, cosine, shifted cosine)")
+            return dict(schedule=name, shift_size=size, timesteps=values.size)
+    raise ValueError("its betas are those of no noise schedule that is known here (linear, cosine, shifted cosine)")
 
 
 def _compare(config: Config, found: dict, heads: int | None) -> None:
-    """Check that a config fits what the file shows."""
-    settings = {"data": config.data, "model": config.model, "diffusion": config.diffusion}
+    """Check that a config agrees with the file."""
     problems = []
     for name, value in found.items():
-        section, there = next((s, getattr(part, name)) for s, part in settings.items() if hasattr(part, name))
+        section = next(s for s in ("data", "model", "diffusion") if hasattr(getattr(config, s), name))
+        ours = getattr(getattr(config, section), name)
         if name == "depth":
-            there = there // 2 * 2  # 2k and 2k + 1 are the same network
+            ours = ours // 2 * 2  # 2k and 2k + 1 are the same network
         if name == "mlp_ratio":
-            there = int(there * found["width"]) / found["width"]
+            ours = int(ours * found["width"]) / found["width"]
         if name == "shift_size" and found["schedule"] != "shifted_cosine":
             continue
-        if there != value:
-            problems.append(f"config.{section}.{name} is {there}, the file has {value}")
+        if ours != value:
+            problems.append(f"config.{section}.{name} is {ours}, the file has {value}")
     if heads not in (None, config.model.heads):
         problems.append(f"config.model.heads is {config.model.heads}, --num_heads is {heads}")
     if problems:
         raise ConfigError("; ".join(problems))
 
 
-def _config_of(official: Official, found: dict, heads: int) -> dict:
-    """A config that holds what the file shows; what it does not show (data, batch, mask, EMA) is a placeholder."""
-    group = official.group or {}
-    b1, b2 = group.get("betas", (0.99, 0.99))
-    rate = group.get("initial_lr", group.get("lr", 0.0))
-    model = {name: found[name] for name in ("patch_size", "wavelet_scale", "width", "depth", "mlp_ratio", "qv_bias")}
-    model |= {name: found[name] for name in ("num_classes", "time_mlp")}
-    return dict(
-        seed=0,
-        init_from="",
-        data=dict(
-            path="unknown",
-            split="",
-            image_size=found["image_size"],
-            channels=found["channels"],
-            classes=[],
-            fraction=1.0,
-            fraction_seed=0,
-            labels=found["num_classes"] > 0,
-            label_dropout=0.0,
-            flip=0.0,
-            threads=1,
-            workers=0,
-        ),
-        model=model | dict(heads=heads, dtype="float32", attention="auto"),
-        diffusion=dict(
-            timesteps=found.get("timesteps", 1000),
-            schedule=found.get("schedule", "cosine"),
-            shift_size=found.get("shift_size", 64),
-            objective="noise",
-            loss="l2",
-            loss_weight="p2",
-            loss_weight_gamma=0.0,
-        ),
-        stages=("stage",),
-        stage=dict(
-            steps=max(official.step, 1),
-            batch_size=1,
-            micro_batches=1,
-            remat=False,
-            learning_rate=rate,
-            warmup_steps=0,
-            b1=b1,
-            b2=b2,
-            weight_decay=group.get("weight_decay", 0.03),
-            clip_norm=0.0,
-            ema_decay=0.999,
-            ema_every=1,
-            mask=dict(kind="none", rate=0.0, block=1, crop=1, tile=0),
-        ),
-        sampling=dict(method="ddim", steps=250, eta=1.0, order=2, spacing="log_snr", guidance=0.0),
-        preview=dict(every=0, rows=4, columns=4),
-        evaluation=dict(every=0, n=10_000, metrics=["fid"], reference="", inception_weights=""),
-        checkpoint=dict(every=10_000, keep=2),
-        log=dict(every=100, tensorboard=True, wandb=False),
-        mesh=dict(data=-1, fsdp=1),
-    )
+def _config_of(official: Official, found: dict, heads: int | None) -> Config:
+    """A config with all that the file shows; the rest (data, batch, mask, EMA) has the defaults."""
+    if heads is None:
+        width = found["width"]
+        hint = f"; the official models have width / 64 = {width // 64}" if width % 64 == 0 else ""
+        raise ConfigError(f"the number of attention heads cannot be seen in the file: pass --num_heads=H{hint}")
+    c = config_lib.default()
+    for section in (c.data, c.model, c.diffusion):
+        section.update({name: value for name, value in found.items() if name in section})
+    c.data.path, c.data.labels, c.model.heads = "unknown", found["num_classes"] > 0, heads
+    c.stages, c.stage = ("stage",), config_lib.stage(steps=max(official.step, 1))
+    if official.group:
+        group = official.group
+        c.stage.learning_rate = group.get("initial_lr", group.get("lr", 0.0))
+        c.stage.b1, c.stage.b2 = group["betas"]
+        c.stage.weight_decay = group.get("weight_decay", c.stage.weight_decay)
+    return config_lib.parse(c)
 
 
 # --- Writing ------------------------------------------------------------------------------------
@@ -358,7 +275,6 @@ def _config_of(official: Official, found: dict, heads: int) -> dict:
 def _to_folder(dst: pathlib.Path, source: _Source, weights: str) -> list[str]:
     official, config, name = source.official, source.config, source.stage
     index, stage = config.stages.index(name), config.stage[name]
-    before = stage_ends(config)[index] - stage.steps
     params = params_from_state_dict(official.model)
     ema = params if official.ema is None else params_from_state_dict(official.ema)
     opt_state = _optimizer_state(make_optimizer(stage).init(params), official)
@@ -374,40 +290,20 @@ def _to_folder(dst: pathlib.Path, source: _Source, weights: str) -> list[str]:
         classes=source.classes,
         card={},
         config=config_lib.to_dict(config),
-        official=dict(
-            ema_step=official.ema_step,
-            ema_initted=official.ema_initted,
-            group=official.group,
-            scaler=official.scaler,
-        ),
+        official={kept: getattr(official, kept) for kept in ("ema_step", "ema_initted", "group", "scaler")},
     )
-    lines = []
-    if official.buffers is not None and not all(
-        np.array_equal(ours, official.buffers.get(name)) for name, ours in _buffers(config).items()
-    ):
-        lines.append("note: the file's schedule buffers are incomplete or differ by rounding; ours are used")
-    if official.ema is None:
-        lines.append("note: the file has one set of weights; it serves as raw weights and as EMA")
-    elif official.ema_step != official.step or official.ema_initted != ema_initted(official.step, stage.ema_every):
-        lines.append(
-            f"note: the file's EMA says step {official.ema_step}, initted {official.ema_initted} at training step "
-            f"{official.step}; this is kept for the way back, but training here goes by the training step"
-        )
-    # Asked first: Orbax's threads meet a full disk with hundreds of lines.
-    needed = 4 * sum(leaf.nbytes for leaf in jax.tree.leaves(params))  # weights, EMA and two moments
-    free = shutil.disk_usage(dst.parent).free
-    if free < needed:
-        raise OSError(f"it takes {needed / 1e9:.2f} GB and the disk has {free / 1e9:.2f} GB free")
+    step = stage_ends(config)[index] - stage.steps + official.step
     temporary = dst.with_name(f".{dst.name}.{os.getpid()}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)  # of a killed process with our number
     try:
-        _save(temporary, before + official.step, state, meta)
+        _save(temporary, step, state, meta)
         write_atomically(temporary / "config.json", json.dumps(meta["config"], indent=2).encode())
         os.replace(temporary, dst)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    what = "weights, EMA, optimizer" if official.moments else "weights" + ", EMA" * (official.ema is not None)
-    return [f"{dst} holds checkpoint {before + official.step}: {what}, step {official.step} of stage {name!r}", *lines]
+    parts = "weights, EMA, optimizer" if official.moments else "weights" + ", EMA" * (official.ema is not None)
+    lines = [f"{dst} holds checkpoint {step}: {parts}, step {official.step} of stage {name!r}"]
+    return [*lines, *_differences(official, config)]
 
 
 def _save(folder: pathlib.Path, step: int, state: TrainState, meta: dict) -> None:
@@ -415,11 +311,25 @@ def _save(folder: pathlib.Path, step: int, state: TrainState, meta: dict) -> Non
     try:
         checkpoints.save(step, state, meta)
         checkpoints.wait()
-    except Exception as error:  # Orbax passes on whatever its storage throws
-        raise OSError(str(error).strip().splitlines()[0][:200]) from error
+    except CheckpointError as error:
+        raise OSError(str(error)) from error
     finally:
-        with contextlib.suppress(Exception):
+        with contextlib.suppress(CheckpointError):
             checkpoints.close()
+
+
+def _differences(official: Official, config: Config) -> typing.Iterator[str]:
+    """Notes about the parts of a file that training here does not use as they are."""
+    ours = official_file.schedule_buffers(noise_schedule(config))
+    if official.buffers is not None and not all(np.array_equal(ours[k], official.buffers.get(k)) for k in ours):
+        yield "note: the file's schedule buffers are incomplete or differ by rounding; ours are used"
+    if official.ema is None:
+        yield "note: the file has one set of weights; it serves as raw weights and as EMA"
+    elif official.ema_step != official.step or (official.step > EMA_COPY_STEPS and not official.ema_initted):
+        yield (
+            f"note: the file's EMA says step {official.ema_step}, initted {official.ema_initted} at training step "
+            f"{official.step}; this is kept for the way back, but training here goes by the training step"
+        )
 
 
 def _optimizer_state(fresh, official: Official):
@@ -431,22 +341,20 @@ def _optimizer_state(fresh, official: Official):
             return optax.ScaleByScheduleState(np.int32(official.step))
         if not _is_adam(node):
             return node
+        # The tensors have counts of their own: half-precision training skips steps, and a tensor may rest in one.
         names = [_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(node.mu)]
-        # Of a tensor's own: half-precision training skips steps, and a tensor may take no part in one.
         steps = {moments[name].step if name in moments else 0 for name in names}
         if len(steps) > 1:
-            raise TorchFileError(
-                f"the optimizer has done {sorted(steps)} steps on different tensors; one number is wanted"
-            )
+            raise ValueError(f"the optimizer has done {sorted(steps)} steps on different tensors; one number is wanted")
 
-        def values(field, tree):
+        def values(field):
             def value(path, leaf):
                 name = _name(path)
                 return official_file.our_layout(name, getattr(moments[name], field)) if name in moments else leaf
 
-            return jax.tree_util.tree_map_with_path(value, tree)
+            return jax.tree_util.tree_map_with_path(value, getattr(node, field))
 
-        return optax.ScaleByAdamState(np.int32(max(steps, default=0)), values("mu", node.mu), values("nu", node.nu))
+        return optax.ScaleByAdamState(np.int32(max(steps, default=0)), values("mu"), values("nu"))
 
     wanted = optax.ScaleByAdamState | optax.ScaleByScheduleState
     return jax.tree.map(fill, fresh, is_leaf=lambda node: isinstance(node, wanted))
@@ -458,19 +366,17 @@ def _name(path) -> str:
 
 
 def _to_pt(dst: pathlib.Path, source: _Source, weights: str) -> list[str]:
-    official, stage = source.official, source.config.stage[source.stage]
+    official = source.official
     complete = dataclasses.replace(
         official,
         ema=official.model if official.ema is None else official.ema,
-        group=official.group or _group(stage),
-        buffers=_buffers(source.config),
+        group=official.group or _group(source.config.stage[source.stage]),
+        buffers=official_file.schedule_buffers(noise_schedule(source.config)),
     )
     official_file.write(dst, complete)
-    what = "weights, EMA, optimizer" if official.moments else "weights (also as EMA), new optimizer"
-    return [
-        f"{dst} holds {what}, step {official.step}; its network in the official code's terms:",
-        *_network_yaml(source.config),
-    ]
+    parts = "weights, EMA, optimizer" if official.moments else "weights (also as EMA), new optimizer"
+    line = f"{dst} holds {parts}, step {official.step}; its network in the official code's terms:"
+    return [line, *_network_yaml(source.config)]
 
 
 def _to_safetensors(dst: pathlib.Path, source: _Source, weights: str) -> list[str]:

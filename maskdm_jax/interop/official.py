@@ -13,15 +13,17 @@ import json
 import math
 import pathlib
 import re
+import reprlib
 import typing
 
+import jax
 import ml_dtypes
 import numpy as np
 import safetensors
 import safetensors.numpy
 
 from maskdm_jax.diffusion.gaussian import Schedule
-from maskdm_jax.errors import TorchFileError
+from maskdm_jax.errors import TorchFileError, prefixed
 from maskdm_jax.interop import torch_file
 from maskdm_jax.storage import write_atomically
 
@@ -63,6 +65,7 @@ _NAMES = (
 )
 _OUR_NAMES = {ours: theirs for theirs, ours in _NAMES.items()}
 _ORDER = {theirs: i for i, theirs in enumerate(_NAMES)}
+_FIRST = {theirs.partition("*")[0]: i for theirs, i in reversed(_ORDER.items())}  # place of the blocks of one kind
 _NUMBER = re.compile(r"(?<=blocks\.)(?:0|[1-9]\d{0,3})(?=\.)")  # of a block
 
 
@@ -92,18 +95,20 @@ def official_name(path: tuple) -> str:
 
 
 def official_rank(name: str) -> tuple:
-    """Sorts official names as the official network lists them, on which the optimizer's numbering rests."""
+    """Sorts official names as the official network lists them; the optimizer numbers its tensors in this order."""
     pattern, number = _pattern(name)
-    blocks = pattern.partition("*")[0]
-    first = next(i for known, i in _ORDER.items() if known.startswith(blocks)) if "*" in pattern else _ORDER[pattern]
-    return first, number, _ORDER[pattern]
+    return _FIRST[pattern.partition("*")[0]], number, _ORDER[pattern]
 
 
 def our_layout(name: str, tensor: np.ndarray) -> np.ndarray:
-    """Rearrange an official tensor: Linear [out, in] to [in, out], patch convolution [D, C, p, p] to [p*p*C, D]."""
+    """Rearrange an official tensor: Linear [out, in] to [in, out], patch convolution [D, C, p, p] to [p*p*C, D].
+
+    Raises:
+      ValueError: the tensor has the wrong shape.
+    """
     if name.endswith(("encoder_pos_embed", "uncond_embed")):
         if tensor.shape[:1] != (1,):
-            raise TorchFileError(f"{name} is {tensor.shape}; its first dimension must be 1, for the batch")
+            raise ValueError(f"{name} is {tensor.shape}; its first dimension must be 1, for the batch")
         return tensor[0]
     if tensor.ndim == 4:
         return tensor.transpose(2, 3, 1, 0).reshape(-1, tensor.shape[0])
@@ -129,6 +134,7 @@ def params_from_state_dict(state_dict: dict) -> dict:
 
     Raises:
       KeyError: a name is not one of a U-ViT.
+      ValueError: a tensor has the wrong shape.
     """
     params = {}
     for name, tensor in state_dict.items():
@@ -143,22 +149,15 @@ def params_from_state_dict(state_dict: dict) -> dict:
 def state_dict_from_params(params: dict, patch_size: int, scale: int = 1) -> dict:
     """Inverse of `params_from_state_dict`: {official name: contiguous NumPy array}, in the official order."""
     tensors = {}
-
-    def collect(node, path):
-        if isinstance(node, dict):
-            for key, child in node.items():
-                collect(child, (*path, key))
-        else:
-            name = official_name(path)
-            tensors[name] = np.ascontiguousarray(official_layout(name, np.asarray(node), patch_size, scale))
-
-    collect(params, ())
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        name = official_name(tuple(part.key for part in path))
+        tensors[name] = np.ascontiguousarray(official_layout(name, np.asarray(leaf), patch_size, scale))
     return {name: tensors[name] for name in sorted(tensors, key=official_rank)}
 
 
 # --- Files --------------------------------------------------------------------------------------
 
-BUFFERS = {  # of the official diffusion wrapper, in its order -> column of `diffusion.Schedule`
+BUFFERS = {  # of the official diffusion wrapper, in its order -> column of `gaussian.Schedule`
     "alphas": "alpha",
     "betas": "betas",
     "alphas_cumprod": "alpha_bar",
@@ -173,32 +172,32 @@ BUFFERS = {  # of the official diffusion wrapper, in its order -> column of `dif
     "posterior_mean_coef1": "posterior_mean_x0",
     "posterior_mean_coef2": "posterior_mean_xt",
 }
-SUFFIXES = (".pt", ".pth", ".safetensors")
 _METADATA = "maskdm_jax"  # key in the header of a .safetensors file
+_WANTED = "a checkpoint of the official trainer is a dict of step, model, opt, ema and scaler"
 
 
 class Moment(typing.NamedTuple):
     """AdamW's state of one tensor."""
 
     step: int
-    mu: np.ndarray  # float32, like the tensor
+    mu: np.ndarray  # float32, in the tensor's shape
     nu: np.ndarray
 
 
 @dataclasses.dataclass
 class Official:
-    """What an official checkpoint holds; tensors by official name within the network, in the official order."""
+    """The content of an official checkpoint; tensors by official name in the network, in the official order."""
 
     model: dict[str, np.ndarray]  # raw weights
     ema: dict[str, np.ndarray] | None = None
-    ema_step: int = 0
-    ema_initted: bool = False
+    ema_step: int = 0  # calls of the EMA
+    ema_initted: bool = False  # whether the EMA holds weights; without it the next call copies
     moments: dict[str, Moment] | None = None  # tensors that never had a gradient have none
     group: dict | None = None  # AdamW's settings, without `params`
     step: int = 0
-    scaler: typing.Any = None
+    scaler: dict | None = None
     buffers: dict[str, np.ndarray] | None = None  # of the noise schedule, `betas` at least
-    left_out: tuple[str, ...] = ()  # what the file holds besides, in words
+    left_out: tuple[str, ...] = ()  # descriptions of the file's other content
 
 
 def schedule_buffers(schedule: Schedule) -> dict[str, np.ndarray]:
@@ -207,37 +206,33 @@ def schedule_buffers(schedule: Schedule) -> dict[str, np.ndarray]:
 
 
 def read(path, *, weights_only: bool = False) -> Official:
-    """Read a checkpoint of the official trainer, or a state dict saved alone, from a `.pt` file.
+    """Read a checkpoint of the official trainer, or a bare state dict, from a `.pt` file.
 
-    Nothing in the file is executed. Half-precision tensors become float32. `weights_only` leaves the optimizer
-    alone, which may then be of any kind.
+    Nothing in the file is executed. Half-precision tensors become float32. With `weights_only` the optimizer is not
+    read, and may be of any kind.
 
     Raises:
-      TorchFileError: it is damaged or something else; the message says what.
+      TorchFileError: the file is damaged or of another kind; the message says how.
     """
     content = torch_file.read(path)
-    with _named(path):
+    with prefixed(TorchFileError, f"{path}: "):
         if not isinstance(content, dict):
-            raise TorchFileError(f"it holds a {type(content).__name__}; {_WANTED}")
+            raise ValueError(f"it holds a {type(content).__name__}; {_WANTED}")
         if "model" not in content:
             if not any("encoder" in str(name) for name in content):
-                raise TorchFileError(f"it has no 'model'; {_WANTED}")
+                raise ValueError(f"it has no 'model'; {_WANTED}")
             model, buffers = _split(content, "")
             return Official(model, buffers=buffers)
-        model, buffers = _split(_dict(content, "model"), "model: ")
+        model, buffers = _split(_part(content, "model"), "model: ")
         official = Official(model, buffers=buffers, step=_count(content.get("step", 0), "step"))
         official.scaler = _plain(official, "scaler", content.get("scaler"))
-        official.left_out += tuple(
-            f"{key!r} of the file" for key in content if key not in ("step", "model", "opt", "ema", "scaler")
-        )
-        if not _absent(content, "ema"):
-            _read_ema(official, _dict(content, "ema"))
-        if not weights_only and not _absent(content, "opt"):
-            _read_optimizer(official, _dict(content, "opt"))
+        known = ("step", "model", "opt", "ema", "scaler")
+        official.left_out += tuple(f"{key!r} of the file" for key in content if key not in known)
+        if not _is_empty(content.get("ema")):
+            _read_ema(official, _part(content, "ema"))
+        if not weights_only and not _is_empty(content.get("opt")):
+            _read_optimizer(official, _part(content, "opt"))
         return official
-
-
-_WANTED = "a checkpoint of the official trainer is a dict of step, model, opt, ema and scaler"
 
 
 def _read_ema(official: Official, ema: dict) -> None:
@@ -247,54 +242,64 @@ def _read_ema(official: Official, ema: dict) -> None:
         if part in parts:
             parts[part][rest] = tensor
         elif name not in ("initted", "step"):
-            raise TorchFileError(f"'ema' holds {name!r}, which is not known here")
+            raise ValueError(f"'ema' holds {name!r}, which is not known here")
     official.ema, _ = _split(parts["ema_model"], "ema: ema_model.")
-    _same_names(official.ema, official.model, "ema_model")
-    online, _ = _split(parts["online_model"], "ema: online_model.") if parts["online_model"] else (official.model, None)
-    if not all(np.array_equal(online.get(name), tensor, equal_nan=True) for name, tensor in official.model.items()):
-        official.left_out += ("ema.online_model, which differs from the weights of 'model' here",)
+    wrong = [name for name in official.ema.keys() ^ official.model.keys()]
+    wrong += [
+        name for name, t in official.ema.items() if name in official.model and t.shape != official.model[name].shape
+    ]
+    if wrong:
+        raise ValueError(f"ema_model and the weights of 'model' differ in names or shapes: {sorted(wrong)[:3]}")
+    if parts["online_model"]:
+        online, _ = _split(parts["online_model"], "ema: online_model.")
+        if not all(np.array_equal(online.get(name), t, equal_nan=True) for name, t in official.model.items()):
+            official.left_out += ("ema.online_model, which differs from the weights of 'model' here",)
     official.ema_step = _count(ema.get("step", official.step), "ema.step")
     official.ema_initted = bool(_count(ema.get("initted", True), "ema.initted"))
 
 
 def _read_optimizer(official: Official, opt: dict) -> None:
-    state, groups = opt.get("state"), opt.get("param_groups")
+    state, groups, names = opt.get("state"), opt.get("param_groups"), list(official.model)
     if not isinstance(state, dict) or not isinstance(groups, list) or not all(isinstance(g, dict) for g in groups):
-        raise TorchFileError("'opt' lacks state or param_groups")
+        raise ValueError("'opt' lacks state or param_groups")
     if len(groups) != 1:
-        raise TorchFileError(f"'opt' has {len(groups)} groups of parameters; the official trainer makes one")
-    group, names = dict(groups[0]), list(official.model)
-    numbers = group.pop("params", None)
+        raise ValueError(f"'opt' has {len(groups)} groups of parameters; the official trainer makes one")
+    numbers = groups[0].get("params")
     if not isinstance(numbers, list) or not all(type(n) is int for n in numbers) or len(numbers) != len(names):
         known = len(numbers) if isinstance(numbers, list) else "no"
-        raise TorchFileError(f"'opt' knows {known} tensors, the network has {len(names)}")
-    plain = lambda key, value: value if key == "betas" else _plain(official, f"opt.param_groups {key}", value)
-    official.group = {key: plain(key, value) for key, value in group.items()}
-    for name in ("lr", "initial_lr", "weight_decay"):
-        _number(official.group.get(name, 0.0), f"opt.param_groups {name}")
-    betas = group.get("betas")
-    if not isinstance(betas, (tuple, list)) or len(betas) != 2:
-        raise TorchFileError(f"opt.param_groups betas is {betas!r}; two numbers are wanted")
-    official.group["betas"] = tuple(_number(_plain(official, "", beta), "opt.param_groups betas") for beta in betas)
+        raise ValueError(f"'opt' knows {known} tensors, the network has {len(names)}")
+    official.group = _read_group(official, groups[0])
     official.moments = {}
-    for name, number in zip(names, numbers, strict=True):
-        if number not in state:
-            continue
-        entry = state[number]
+    for name, entry in ((name, state[number]) for name, number in zip(names, numbers, strict=True) if number in state):
         if not isinstance(entry, dict) or entry.keys() != {"step", "exp_avg", "exp_avg_sq"}:
-            raise TorchFileError(f"the optimizer's state of {name} is not that of AdamW (step, exp_avg, exp_avg_sq)")
+            raise ValueError(f"the optimizer's state of {name} is not that of AdamW (step, exp_avg, exp_avg_sq)")
         step = _count(entry["step"], f"the optimizer's step of {name}")
         pair = [_float32(f"{kind} of {name}", entry[kind]) for kind in ("exp_avg", "exp_avg_sq")]
         for tensor in pair:
             if tensor.shape != official.model[name].shape:
-                raise TorchFileError(f"a moment of {name} is {tensor.shape}, the tensor {official.model[name].shape}")
+                raise ValueError(f"a moment of {name} is {tensor.shape}, the tensor {official.model[name].shape}")
         official.moments[name] = Moment(step, *pair)
+
+
+def _read_group(official: Official, group: dict) -> dict:
+    """AdamW's settings, as plain numbers and text."""
+    betas = group.get("betas")
+    if not isinstance(betas, (tuple, list)) or len(betas) != 2:
+        raise ValueError(f"opt.param_groups betas is {reprlib.repr(betas)}; two numbers are wanted")
+    others = {key: value for key, value in group.items() if key not in ("params", "betas")}
+    plain = {key: _plain(official, f"opt.param_groups {key}", value) for key, value in others.items()}
+    plain["betas"] = tuple(_plain(official, "opt.param_groups betas", beta) for beta in betas)
+    numbers = [(name, plain.get(name, 0.0)) for name in ("lr", "initial_lr", "weight_decay")]
+    for name, value in [*numbers, *(("betas", beta) for beta in plain["betas"])]:
+        if not isinstance(value, (int, float)) or isinstance(value, bool) or not abs(value) < 1e300:
+            raise ValueError(f"opt.param_groups {name} is {value!r}, which is not a number")
+    return {key: plain[key] for key in group if key != "params"}
 
 
 def write(path, official: Official) -> None:
     """Write a file that the official trainer resumes from, fine-tunes from and samples from; whole or not at all.
 
-    Wants `buffers`, `group` and `ema`; without `moments` the optimizer starts anew.
+    `official` must have `buffers`, `group` and `ema`; without `moments` the optimizer starts anew.
     """
     wrapper = official.buffers | {f"model.{name}": tensor for name, tensor in official.model.items()}
     averaged = official.buffers | {f"model.{name}": tensor for name, tensor in official.ema.items()}
@@ -316,30 +321,29 @@ def write(path, official: Official) -> None:
 
 
 def read_safetensors(path) -> tuple[Official, dict]:
-    """One set of weights, with the schedule's buffers if they are there, and what `write_safetensors` noted.
+    """Read one set of weights, with the schedule's buffers if they are there, and the notes of `write_safetensors`.
 
     Raises:
-      TorchFileError: it is damaged, or not of a U-ViT.
+      TorchFileError: the file is damaged, or not of a U-ViT.
       OSError: it cannot be opened.
     """
     path = pathlib.Path(path)
-    path.open("rb").close()  # for the ordinary errors of a missing or forbidden file
-    with _named(path):
-        try:
-            with safetensors.safe_open(path, framework="numpy") as file:
-                header = file.metadata() or {}
-                tensors = {name: file.get_tensor(name) for name in list(file.keys())}
-            noted = json.loads(header.get(_METADATA, "{}"))
-        except (safetensors.SafetensorError, ValueError, TypeError, AttributeError, RecursionError) as error:
-            raise TorchFileError(f"it is damaged or not a .safetensors file ({error})") from None
+    path.open("rb").close()  # raises the ordinary errors of a missing or forbidden file
+    damage = (safetensors.SafetensorError, ValueError, TypeError, AttributeError, RecursionError)
+    with prefixed(TorchFileError, f"{path}: it is damaged or not a .safetensors file (", damage, ")"):
+        with safetensors.safe_open(path, framework="numpy") as file:
+            header = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in list(file.keys())}
+        noted = json.loads(header.get(_METADATA, "{}"))
+    with prefixed(TorchFileError, f"{path}: "):
         if not isinstance(noted, dict):
-            raise TorchFileError(f"its header's {_METADATA!r} is damaged")
+            raise ValueError(f"its header's {_METADATA!r} is damaged")
         model, buffers = _split(tensors, "")
         return Official({name: model[name] for name in sorted(model, key=official_rank)}, buffers=buffers), noted
 
 
 def write_safetensors(path, model: dict[str, np.ndarray], noted: dict) -> None:
-    """Write weights by official name; `noted` goes into the header as JSON. Whole or not at all."""
+    """Write weights by official name, whole or not at all; `noted` goes into the header as JSON."""
     tensors = {name: np.ascontiguousarray(tensor) for name, tensor in model.items()}
     write_atomically(path, safetensors.numpy.save(tensors, {"format": "pt", _METADATA: json.dumps(noted)}))
 
@@ -348,134 +352,98 @@ def load_weights(path, which: str = "params") -> dict:
     """Our parameters from a `.pt` (`params`, the raw weights, or `ema`) or from a `.safetensors`, which has one set.
 
     Raises:
-      TorchFileError: the file is damaged or something else; the message says what.
+      TorchFileError: the file is damaged or of another kind; the message says how.
     """
     if str(path).lower().endswith(".safetensors"):
-        return params_from_state_dict(read_safetensors(path)[0].model)
-    official = read(path, weights_only=True)
-    weights = official.model if which == "params" else official.ema
-    if weights is None:
-        raise TorchFileError(f"{path} has no 'ema'; {_WANTED}")
-    return params_from_state_dict(weights)
+        weights = read_safetensors(path)[0].model
+    else:
+        official = read(path, weights_only=True)
+        weights = official.model if which == "params" else official.ema
+    with prefixed(TorchFileError, f"{path}: "):
+        if weights is None:
+            raise ValueError(f"it has no 'ema'; {_WANTED}")
+        return params_from_state_dict(weights)
 
 
-class _named:
-    """Begins the message of a TorchFileError with the file's name."""
-
-    def __init__(self, path):
-        self._path = path
-
-    def __enter__(self):
-        pass
-
-    def __exit__(self, kind, error, trace):
-        if kind is TorchFileError:
-            raise TorchFileError(f"{self._path}: {error}") from None
-
-
-def _absent(content: dict, key: str) -> bool:
-    part = content.get(key)
+def _is_empty(part) -> bool:
     return part is None or (isinstance(part, dict) and not part)
 
 
-def _dict(content: dict, key: str) -> dict:
+def _part(content: dict, key: str) -> dict:
     part = content[key]
     if not isinstance(part, dict) or not part or not all(isinstance(name, str) for name in part):
-        raise TorchFileError(f"{key!r} is not what the official trainer writes; {_WANTED}")
+        raise ValueError(f"{key!r} is not what the official trainer writes; {_WANTED}")
     return part
 
 
 def _split(state_dict: dict, where: str) -> tuple[dict, dict | None]:
-    """The network's tensors of a state dict, and the schedule's buffers if betas are there. The rest is an error."""
+    """Split a state dict into the network's tensors and the schedule's buffers (None without betas)."""
     network, buffers = {}, {}
     for full, tensor in state_dict.items():
         inner = str(full).removeprefix("module.")  # of a model that was saved while wrapped for several devices
         name = inner.removeprefix("model.")
         if not isinstance(tensor, np.ndarray):
-            raise TorchFileError(f"{where}{full} is a {type(tensor).__name__}, not a tensor")
+            raise ValueError(f"{where}{full} is a {type(tensor).__name__}, not a tensor")
         if inner in BUFFERS:
             buffers[inner] = tensor
         elif _pattern(name)[0] not in _NAMES:
-            raise TorchFileError(f"{where}{name!r} is not the name of a U-ViT tensor")
+            raise ValueError(f"{where}{name[:100]!r} is not the name of a U-ViT tensor")
         elif name in network:
-            raise TorchFileError(f"{where}there are two tensors {name!r}, with and without a prefix")
+            raise ValueError(f"{where}there are two tensors {name!r}, with and without a prefix")
         else:
             network[name] = _float32(f"{where}{full}", tensor)
     if not network:
-        raise TorchFileError(f"{where}there are no tensors of a U-ViT")
+        raise ValueError(f"{where}there are no tensors of a U-ViT")
     return network, buffers if "betas" in buffers else None
 
 
-def _same_names(these: dict, those: dict, what: str) -> None:
-    wrong = [name for name in these.keys() ^ those.keys()] + [
-        name for name in these.keys() & those.keys() if these[name].shape != those[name].shape
-    ]
-    if wrong:
-        raise TorchFileError(f"{what} and the weights of 'model' differ in names or shapes: {sorted(wrong)[:3]}")
-
-
-def _float32(what: str, tensor) -> np.ndarray:
+def _float32(name: str, tensor) -> np.ndarray:
     if not isinstance(tensor, np.ndarray):
-        raise TorchFileError(f"{what} is a {type(tensor).__name__}, not a tensor")
+        raise ValueError(f"{name} is a {type(tensor).__name__}, not a tensor")
     if tensor.dtype in (np.float16, ml_dtypes.bfloat16):
         return tensor.astype(np.float32)
     if tensor.dtype != np.float32:
-        raise TorchFileError(f"{what} is {tensor.dtype}; float32 is wanted")
+        raise ValueError(f"{name} is {tensor.dtype}; float32 is wanted")
     return tensor
 
 
-def _count(value, what: str) -> int:
+def _count(value, name: str) -> int:
     """A number of steps (or a flag), stored as a number or as a tensor of one element."""
-    number = value.item() if isinstance(value, np.ndarray) and value.size == 1 else value
-    if not isinstance(number, (int, float)) or not math.isfinite(number) or number != int(number) or number < 0:
-        raise TorchFileError(f"{what} is {value!r}, which is not a count")
-    if number >= 2**31:
-        raise TorchFileError(f"{what} is {value!r}; counts go up to 2^31 - 1")
+    number = _scalar(value)
+    if not isinstance(number, (int, float)) or not 0 <= number < 2**31 or number != int(number):
+        raise ValueError(f"{name} is {reprlib.repr(value)}, which is not a count; counts go up to 2^31 - 1")
     return int(number)
 
 
-def _number(value, what: str) -> float:
-    if not isinstance(value, (int, float)) or isinstance(value, bool) or not math.isfinite(value):
-        raise TorchFileError(f"{what} is {value!r}, which is not a number")
-    return value
+def _scalar(value):
+    return value.item() if isinstance(value, np.ndarray) and value.size == 1 else value
 
 
-def _plain(official: Official, what: str, value):
-    """A setting as JSON keeps it, tensors of one element as numbers; what is of another kind is left out."""
-
-    def plain(value):
-        if isinstance(value, np.ndarray) and value.size == 1:
-            return value.item()
-        if isinstance(value, dict) and all(isinstance(key, str) for key in value):
-            return {key: plain(item) for key, item in value.items()}
-        if isinstance(value, list):
-            return [plain(item) for item in value]
-        if value is None or isinstance(value, (bool, int, float, str)):
-            return value
-        raise TypeError
-
-    try:
-        return plain(value)
-    except TypeError:
-        official.left_out += (f"{what}, which is not made of plain numbers and words",)
-        return None
+def _plain(official: Official, name: str, value):
+    """A setting, or a dict of settings, as JSON keeps it. What is of another kind is left out, and None."""
+    plain = {key: _scalar(item) for key, item in value.items()} if isinstance(value, dict) else _scalar(value)
+    items = [*plain, *plain.values()] if isinstance(plain, dict) else [plain]
+    if all(item is None or isinstance(item, (bool, int, float, str)) for item in items):
+        return plain
+    official.left_out += (f"{name}, which is not made of plain numbers and words",)
+    return None
 
 
-# --- What a file tells of the run that made it --------------------------------------------------
+# --- The network of a file ----------------------------------------------------------------------
 
 
 def architecture(model: dict[str, np.ndarray]) -> dict:
     """Settings of the network with these tensors, as `config.Model` and `config.Data` name them, without `heads`.
 
     Raises:
-      TorchFileError: the tensors do not make a U-ViT; the message names one.
+      ValueError: the tensors do not make a U-ViT; the message names one.
     """
 
     def shape(name, ndim):
         if name not in model:
-            raise TorchFileError(f"tensor {name!r} is missing")
+            raise ValueError(f"tensor {name!r} is missing")
         if model[name].ndim != ndim or not model[name].size:
-            raise TorchFileError(f"tensor {name!r} is {model[name].shape}; {ndim} dimensions are wanted")
+            raise ValueError(f"tensor {name!r} is {model[name].shape}; {ndim} dimensions are wanted")
         return model[name].shape
 
     wavelet = "encoder.approx_patch_embed.proj.weight" in model
@@ -489,9 +457,7 @@ def architecture(model: dict[str, np.ndarray]) -> dict:
         patches = patches * scale**2 // (scale**2 + 1)  # those of the approximation
     side = math.isqrt(max(patches, 0))
     if side < 1 or side * side != patches or (wavelet and not scale):
-        raise TorchFileError(
-            f"'encoder.encoder_pos_embed' has {tokens} positions, which are not those of square images"
-        )
+        raise ValueError(f"'encoder.encoder_pos_embed' has {tokens} positions, which are not those of square images")
     blocks = {int(name.split(".")[2]) for name in model if name.startswith("encoder.in_blocks.")}
     return dict(
         image_size=side * patch_size * (2 if wavelet else 1),

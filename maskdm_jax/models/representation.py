@@ -1,4 +1,4 @@
-"""What a network sees of an image: its pixels, or the two bands of its Haar coefficients."""
+"""The network's input space: pixels in [-1, 1], or the two bands of Haar coefficients of a wavelet model."""
 
 import dataclasses
 import typing
@@ -13,7 +13,7 @@ from maskdm_jax.models.wavelet_uvit import cut_bands
 
 @dataclasses.dataclass(frozen=True)
 class Representation:
-    """The map between images and the space that diffusion works in."""
+    """Maps between images and the space in which diffusion runs."""
 
     shape: tuple[int, int, int]  # of an encoded image: (rows, columns, channels)
     encode: typing.Callable  # uint8 images [B, S, S, C] -> float32 [B, *shape]
@@ -23,7 +23,7 @@ class Representation:
 
 
 def make_representation(config: Config) -> Representation:
-    """Pixels in [-1, 1], or Haar coefficients for a wavelet model."""
+    """Build the representation of a config: pixels, or Haar coefficients if `model.wavelet_scale` is not 0."""
     size, channels = config.data.image_size, config.data.channels
     patch_size, scale = config.model.patch_size, config.model.wavelet_scale
     if not scale:
@@ -40,19 +40,19 @@ def make_representation(config: Config) -> Representation:
 
 
 def to_unit(image):
-    """uint8 in 0..255 -> float32 in [-1, 1]."""
+    """Scale uint8 in 0..255 to float32 in [-1, 1]."""
     return image.astype(jnp.float32) / 127.5 - 1.0
 
 
 def to_uint8(x):
-    """float32 in [-1, 1] -> uint8, clipped and rounded."""
+    """Invert `to_unit`: float32 to uint8, clipped to [-1, 1] and rounded."""
     return jnp.round((jnp.clip(x, -1.0, 1.0) + 1.0) * 127.5).astype(jnp.uint8)
 
 
 def to_coefficients(image):
-    """uint8 [B, S, S, C] -> float32 [B, S/2, S/2, 4C], Haar coefficients of the image in [0, 1].
+    """Haar coefficients of uint8 images [B, S, S, C] scaled to [0, 1]: float32 [B, S/2, S/2, 4C].
 
-    As in the reference, only the approximation a is scaled, to 2a - 1 in [-1, 3]. Details lie in [-1, 1].
+    As in the reference, only the approximation a is scaled further, to 2a - 1 in [-1, 3]. Details lie in [-1, 1].
     """
     x = haar(image.astype(jnp.float32) / 255.0)
     c = image.shape[-1]
@@ -60,7 +60,7 @@ def to_coefficients(image):
 
 
 def from_coefficients(x):
-    """Inverse of `to_coefficients`; pixels are clipped to [0, 1] and rounded."""
+    """Invert `to_coefficients`: float32 [B, h, w, 4C] to uint8 [B, 2h, 2w, C], clipped to [0, 1] and rounded."""
     c = x.shape[-1] // 4
     image = inverse_haar(jnp.concatenate([(x[..., :c] + 1.0) / 2.0, x[..., c:]], axis=-1))
     return jnp.round(jnp.clip(image, 0.0, 1.0) * 255.0).astype(jnp.uint8)
@@ -81,18 +81,18 @@ def haar(x):
 
 
 def inverse_haar(bands):
-    """Inverse of `haar`: [B, h, w, 4C] -> [B, 2h, 2w, C].
+    """Invert `haar`: [B, h, w, 4C] -> [B, 2h, 2w, C].
 
     Raises:
       ValueError: the channels are not four equal bands.
     """
     b, h, w, c = bands.shape
     if c % 4:
-        raise ValueError(f"{c} channels are not four bands of equal depth")
+        raise ValueError(f"{c} channels are not four bands of equally many channels")
     pixels = _mix(*jnp.split(bands, 4, axis=-1)).reshape(b, h, w, 2, 2, c // 4)
     return pixels.transpose(0, 1, 3, 2, 4, 5).reshape(b, 2 * h, 2 * w, c // 4)
 
 
 def _mix(a, b, c, d):
-    """The 4 x 4 matrix of the transform, which is its own inverse."""
+    """Apply the 4 x 4 matrix of the transform, which is its own inverse."""
     return jnp.concatenate([a + b + c + d, a + b - c - d, a - b + c - d, a - b - c + d], axis=-1) / 2

@@ -1,4 +1,4 @@
-"""What can be known of a run before it starts: config, devices, clocks, data, evaluation, run folder, memory."""
+"""Checks before a run starts: config, devices, clocks, data, evaluation, run folder, memory."""
 
 import os
 import pathlib
@@ -24,18 +24,18 @@ from maskdm_jax.training import checkpoint
 from maskdm_jax.training.loop import make_run_mesh, run_folder
 from maskdm_jax.training.start import abstract_state, resumed_stage
 
-PROBED = 200  # images that are read, spread over the data
-CLOCKS_APART = 2.0  # seconds; more than that confuses logs and schedulers
+PROBED = 200  # images read, evenly spread over the data
+CLOCK_SKEW_LIMIT = 2.0  # seconds; a larger difference confuses logs and schedulers
 
 
 def examine(config: Config, workdir, say) -> bool:
-    """Check everything that a run needs, on every host, and go on after what fails.
+    """Check everything that a run needs, on every host; a check that fails does not stop the others.
 
-    say: called with the name of a check, whether it is fine, and a line of text; by all hosts for what fails, else by
-      the first alone. What several checks fail for is said once.
+    say: called with the name of a check, whether it passed, and a line of text: by the first host for checks that
+      passed, by every host for those that failed. A reason shared by several checks is said once.
 
     Returns:
-      whether all is fine everywhere.
+      whether all checks passed on all hosts.
     """
     checks = dict(
         config=lambda: _config(config),
@@ -46,17 +46,16 @@ def examine(config: Config, workdir, say) -> bool:
         folder=lambda: _folder(config, workdir),
     )
     checks |= {f"memory, {name}": lambda name=name: _memory(config, name) for name in config.stages}
-    fine, said = True, set()
+    failures = set()
     for name, check in checks.items():
         try:
-            good, text = True, check()
-        except Exception as error:  # whatever is wrong; the other checks are worth having
-            good, text = False, (str(error).strip().splitlines() or [type(error).__name__])[0]
-        if text and (processes.is_first() if good else text not in said):
-            say(name, good, text)
-        said |= set() if good else {text}
-        fine &= good
-    return bool(processes.gather(fine).all())
+            passed, text = True, check()
+        except Exception as error:  # whatever the cause, the other checks still run
+            passed, text = False, (str(error).strip().splitlines() or [type(error).__name__])[0]
+        if text and (processes.is_first() if passed else text not in failures):
+            say(name, passed, text)
+        failures |= set() if passed else {text}
+    return not processes.gather(len(failures)).any()
 
 
 def _config(config: Config) -> str:
@@ -76,18 +75,18 @@ def _devices(config: Config) -> str:
         raise PreflightError(f"a sum over {mesh.size} devices gave {float(total):g}")
     kinds = ", ".join(sorted({device.device_kind for device in mesh.devices.flat}))
     shape = " x ".join(f"{name} {size}" for name, size in mesh.shape.items())
-    return f"{mesh.size} x {kinds} in {jax.process_count()} processes, as {shape}; they can talk to each other"
+    return f"{mesh.size} x {kinds} in {jax.process_count()} processes, as {shape}; a sum over all of them is correct"
 
 
 def _clocks() -> str:
     processes.barrier("clocks")
     times = processes.gather(time.time())
-    apart = times.max() - times.min()
-    if apart > CLOCKS_APART:
-        raise PreflightError(f"the hosts' clocks are {apart:.1f} s apart; set them by NTP")
+    skew = times.max() - times.min()
+    if skew > CLOCK_SKEW_LIMIT:
+        raise PreflightError(f"the hosts' clocks are {skew:.1f} s apart; set them by NTP")
     if times.min() < 1_700_000_000:
         raise PreflightError("the clock is years behind; set it by NTP")
-    return f"{apart:.2f} s apart" if len(times) > 1 else "of one process"
+    return f"{skew:.2f} s apart" if len(times) > 1 else "of one process"
 
 
 def _data(config: Config) -> str:
@@ -97,14 +96,14 @@ def _data(config: Config) -> str:
     for i in numbers:
         try:
             decode(read_patiently(source, int(i))[0], Framing.of(config.data))
-        except Exception as error:  # whatever a decoder throws at a damaged file
+        except Exception as error:  # decoders raise many types for a damaged file
             unreadable.append(f"{source.names[int(i)]}: {str(error) or type(error).__name__}")
     rate = len(numbers) / (time.perf_counter() - start)
     if len(unreadable) > max(UNREADABLE_LIMIT * len(numbers), 1):
         raise DataError(f"{len(unreadable)} of {len(numbers)} images are unreadable ({unreadable[0]}, ...)")
     classes = f" in {len(source.classes)} classes" if source.classes else ""
     return (
-        f"{len(source):,} images{classes} from {config.data.path}; {len(numbers)} of them, spread over all, read at "
+        f"{len(source):,} images{classes} from {config.data.path}; {len(numbers)} of them, evenly spread, read at "
         f"{rate:,.0f} images/s by one thread, {len(unreadable)} unreadable"
     )
 
@@ -121,18 +120,18 @@ def _evaluation(config: Config) -> str:
 
 
 def _folder(config: Config, workdir) -> str:
-    """Whether the run folder takes what the run will write; it is not made for this."""
+    """Check, without creating it, that the run folder can hold what the run will write, and that its checkpoint fits."""
     workdir = run_folder(workdir)
-    there = next(path for path in (workdir, *workdir.parents) if path.exists())
-    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
-        raise PreflightError(f"{there} cannot be written to; give another --workdir")
+    existing = next(path for path in (workdir, *workdir.parents) if path.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
+        raise PreflightError(f"{existing} cannot be written to; give another --workdir")
     network, mesh = make_network(config), make_run_mesh(config)
-    one = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(network.abstract_params())) * 4
-    needed, free = one * (config.checkpoint.keep + len(config.stages) + 1), shutil.disk_usage(there).free
+    one = 4 * sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(network.abstract_params()))
+    needed, free = one * (config.checkpoint.keep + len(config.stages) + 1), shutil.disk_usage(existing).free
     if free < needed:
         raise PreflightError(
-            f"{there} has {free / 1e9:.1f} GB free, but the checkpoints that are kept, and one more while it is "
-            f"written, take {needed / 1e9:.1f} GB; make room or lower config.checkpoint.keep"
+            f"{existing} has {free / 1e9:.1f} GB free, but the checkpoints kept, and one more while it is written, "
+            f"take {needed / 1e9:.1f} GB; make room or lower config.checkpoint.keep"
         )
     text = f"{workdir}: {free / 1e9:,.1f} GB free, {needed / 1e9:.2f} GB needed for checkpoints"
     try:
@@ -144,13 +143,13 @@ def _folder(config: Config, workdir) -> str:
     checkpoint.check(newest)
     index = resumed_stage(config, checkpoint.load_meta(newest), newest)
     checkpoint.check_fit(newest, abstract_state(config, index, network, mesh))
-    return f"{text}; it would go on from {newest.name}"
+    return f"{text}; it would resume from step {newest.name}"
 
 
 def _memory(config: Config, name: str) -> str:
     devices = jax.devices()
-    found = cost.of_training(config, name, devices, config.stage[name].batch_size)
-    shared = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")  # CPU devices have the machine's memory together
+    found = cost.training_step(config, name, devices, config.stage[name].batch_size)
+    shared = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")  # CPU devices share the machine's memory
     limit = found.limit or shared / len(jax.local_devices())
     text = f"{found.memory / 2**30:.2f} of {limit / 2**30:.1f} GiB per device"
     if found.memory > limit:

@@ -1,57 +1,59 @@
-"""What is said of a run before it starts."""
+"""Preflight checks: what they report, and that they change nothing."""
 
 import pathlib
 import shutil
 import types
 
 import jax
+import numpy as np
 import pytest
 import tiny
 
-from maskdm_jax.errors import CheckpointError, PreflightError
+from maskdm_jax.errors import CheckpointError, ConfigError, PreflightError
 from maskdm_jax.run import train
 from maskdm_jax.tools import preflight
 
-CONFIG = tiny.config(stages=("finetune",))
+CHANGES = dict(stages=("finetune",), model__depth=1)  # of one block: quick to compile
+CONFIG = tiny.config(**CHANGES)
 
 
 def examined(config, workdir):
     lines = {}
 
-    def say(name, good, text):
-        lines[name] = (good, text)
+    def say(name, passed, text):
+        lines[name] = (passed, text)
 
     return preflight.examine(config, workdir, say), lines
 
 
 def test_a_healthy_run(tmp_path):
-    config = tiny.config(pretrain__batch_size=8, checkpoint__keep=2)
+    config = tiny.config(pretrain__batch_size=8, checkpoint__keep=2, model__depth=1)
     fine, lines = examined(config, tmp_path / "run")
     assert fine, lines
-    assert all(good for good, _ in lines.values())
+    assert all(passed for passed, _ in lines.values())
     assert lines["config"][1].endswith(
         "pretrain 4 steps of 8 images, 50% visible; finetune 2 steps of 8 images, 100% visible"
     )
-    assert lines["devices"][1] == "8 x cpu in 1 processes, as data 8 x fsdp 1; they can talk to each other"
-    assert "1,797 images in 10 classes from digits; 200 of them" in lines["data"][1]
+    assert lines["devices"][1] == "8 x cpu in 1 processes, as data 8 x fsdp 1; a sum over all of them is correct"
+    assert "1,797 images in 10 classes from digits; 200 of them, evenly spread" in lines["data"][1]
     assert lines["folder"][1].endswith("it would start fresh")
     assert "GiB per device, compiled in" in lines["memory, finetune"][1]
-    assert not (tmp_path / "run").exists(), "nothing was begun"
+    assert not (tmp_path / "run").exists(), "nothing was created"
 
 
-def test_every_ailment_is_named_and_the_others_still_looked_for(tmp_path, monkeypatch):
+def test_every_failure_is_named_and_stops_no_other_check(tmp_path, monkeypatch):
     (tmp_path / "images").mkdir()
     for i in range(4):
         (tmp_path / "images" / f"{i}.png").write_bytes(b"no image")
-    monkeypatch.setattr(preflight, "_from_all", lambda value: [value, value + 7.5])
+    monkeypatch.setattr(preflight.processes, "gather", lambda value: np.array([value, value + 7.5]))
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1000))
     too_much = types.SimpleNamespace(memory=1 << 50, limit=None)
-    monkeypatch.setattr(preflight.cost, "of_training", lambda *_: too_much)
+    monkeypatch.setattr(preflight.cost, "training_step", lambda *_: too_much)
     changes = dict(data__path=str(tmp_path / "images"), data__labels=False, model__num_classes=0)
     changes |= dict(evaluation__every=1, evaluation__inception_weights="nowhere")
     fine, lines = examined(tiny.config(**changes), tmp_path / "run")
-    said = {name: text for name, (good, text) in lines.items() if not good}
+    said = {name: text for name, (passed, text) in lines.items() if not passed}
     assert said.keys() == {"clocks", "data", "evaluation", "folder", "memory, pretrain", "memory, finetune"}
     assert "clocks are 7.5 s apart" in said["clocks"]
     assert "4 of 4 images are unreadable (0.png: not an image of a known kind" in said["data"]
@@ -60,7 +62,7 @@ def test_every_ailment_is_named_and_the_others_still_looked_for(tmp_path, monkey
     assert "raise config.pretrain.micro_batches" in said["memory, pretrain"]
     fine, lines = examined(tiny.config(mesh__data=3), tmp_path / "run")
     assert not fine
-    assert [name for name, (good, text) in lines.items() if "mesh data=3" in text] == ["devices"], "said once"
+    assert [name for name, (_, text) in lines.items() if "mesh data=3" in text] == ["devices"], "said once"
 
 
 @pytest.fixture(scope="module")
@@ -71,13 +73,11 @@ def run(tmp_path_factory):
 
 
 def test_a_run_folder_is_checked_without_being_touched(run, tmp_path):
-    assert preflight._folder(CONFIG, run).endswith("it would go on from 2")
-    for changes, message in [
-        (dict(model__width=32), "do not fit config.model"),
-        (dict(finetune__steps=1), "is at step 2 of stage 'finetune', but config.finetune.steps is 1"),
-    ]:
-        with pytest.raises(ValueError, match=message):
-            preflight._folder(tiny.config(stages=("finetune",), **changes), run)
+    assert preflight._folder(CONFIG, run).endswith("it would resume from step 2")
+    with pytest.raises(CheckpointError, match="do not fit config.model"):
+        preflight._folder(tiny.config(**CHANGES, model__width=32), run)
+    with pytest.raises(ConfigError, match="is at step 2 of stage 'finetune', but config.finetune.steps is 1"):
+        preflight._folder(tiny.config(**CHANGES, finetune__steps=1), run)
     shutil.copytree(run, tmp_path / "run")
     (tmp_path / "run" / "checkpoints" / "2" / "ema" / "manifest.ocdbt").unlink()
     with pytest.raises(CheckpointError, match="2 is damaged"):
