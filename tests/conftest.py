@@ -35,6 +35,12 @@ def pytest_generate_tests(metafunc):
 
 
 @pytest.fixture(scope="session")
+def torch():
+    """PyTorch; tests that compare with it are skipped where it is missing."""
+    return pytest.importorskip("torch", reason="compares with PyTorch, which requirements-test.txt installs on 3.11")
+
+
+@pytest.fixture(scope="session")
 def root():
     assert pathlib.Path(maskdm_jax.__file__).parent.parent == ROOT
     return ROOT

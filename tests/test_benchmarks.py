@@ -33,7 +33,7 @@ def test_loader(root, child_env):
     assert abs(result["memory_growth_mib"]) < 30
 
 
-def test_speed(root, child_env, tmp_path):
+def test_speed(torch, root, child_env, tmp_path):
     args = [sys.executable, str(root / "benchmarks" / "speed.py"), f"--config={root / 'configs' / 'demo.py'}"]
     args += ["--config.model.num_classes=0", "--config.data.labels=False", "--config.data.label_dropout=0.0"]
     args += ["--config.model.depth=1", "--config.sampling.guidance=0.0", "--batch=4", "--visible=50"]

@@ -14,9 +14,6 @@ import numpy as np
 import optax
 import pytest
 import tiny
-import torch
-import torch_twin
-from safetensors.torch import load_file
 
 from maskdm_jax import config as config_lib
 from maskdm_jax import sampling
@@ -34,6 +31,10 @@ from maskdm_jax.training import checkpoint, loop
 from maskdm_jax.training.start import abstract_state
 from maskdm_jax.training.state import ema_step_size
 from maskdm_jax.training.step import Inputs, make_loss, train_step
+
+torch = pytest.importorskip("torch", reason="compares with PyTorch, which requirements-test.txt installs on 3.11")
+import torch_twin  # noqa: E402
+from safetensors.torch import load_file  # noqa: E402
 
 ONE = jax.devices()[:1]
 TINY = dict(

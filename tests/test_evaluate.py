@@ -10,8 +10,6 @@ import jax
 import numpy as np
 import pytest
 import tiny
-import torch
-import torch_inception
 from PIL import Image
 
 from maskdm_jax import sampling
@@ -63,8 +61,10 @@ def pixels(folder):
     return np.stack([np.asarray(Image.open(path)) for path in sorted(folder.glob("*.png"))])
 
 
-def test_frechet_distance_of_two_folders(folders, weights, extractor):
+def test_frechet_distance_of_two_folders(torch, folders, weights, extractor):
     """PyTorch's features of all images at once, and tr (Sa Sb)^(1/2) as the nuclear norm of Xa Xb^T, centred."""
+    import torch_inception
+
     with torch.no_grad():
         state_dict = torch_file.read(weights)
         a, b = (torch_inception.features(state_dict, pixels(f)).numpy().astype(np.float64) for f in folders)

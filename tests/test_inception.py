@@ -5,8 +5,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
-from torch.nn import functional as F
 
 from maskdm_jax.errors import TorchFileError
 from maskdm_jax.evaluation import inception
@@ -39,10 +37,10 @@ def test_features_at_every_tap(case):
         start += len(images)
 
 
-def test_resize_is_that_of_pytorch(case):
+def test_resize_is_that_of_pytorch(torch, case):
     for images in images_of(case[0]).values():
         x = torch.tensor(images.transpose(0, 3, 1, 2)).float() / 255
-        expected = 2 * F.interpolate(x, (299, 299), mode="bilinear", align_corners=False) - 1
+        expected = 2 * torch.nn.functional.interpolate(x, (299, 299), mode="bilinear", align_corners=False) - 1
         np.testing.assert_allclose(inception.resize(images), golden.nhwc(expected.numpy()), atol=2e-6)
     grey = np.arange(64, dtype=np.uint8).reshape(1, 8, 8, 1)
     out = inception.resize(grey)
@@ -50,7 +48,7 @@ def test_resize_is_that_of_pytorch(case):
     np.testing.assert_array_equal(out[..., 0], out[..., 2])
 
 
-def test_weights_from_a_file_of_either_format(case, tmp_path):
+def test_weights_from_a_file_of_either_format(torch, case, tmp_path):
     state_dict = {name: torch.tensor(value) for name, value in case[1].items()}
     expected = inception.prepare(case[1])
     for new in (True, False):
@@ -58,7 +56,7 @@ def test_weights_from_a_file_of_either_format(case, tmp_path):
         jax.tree.map(np.testing.assert_array_equal, inception.load_weights(tmp_path / "w.pth"), expected)
 
 
-def test_other_files_are_refused(case, tmp_path):
+def test_other_files_are_refused(torch, case, tmp_path):
     torch.save({"a": torch.zeros(3)}, tmp_path / "other.pth")
     with pytest.raises(TorchFileError, match=r"other.pth does not hold the weights of FID's Inception network"):
         inception.load_weights(tmp_path / "other.pth")

@@ -15,7 +15,7 @@ import pytest
 from maskdm_jax.errors import TorchFileError
 from maskdm_jax.interop import torch_file
 
-torch = pytest.importorskip("torch", reason="the CPU build is in requirements-test.txt")
+torch = pytest.importorskip("torch", reason="compares with PyTorch, which requirements-test.txt installs on 3.11")
 
 
 def same(ours, theirs):
@@ -181,9 +181,8 @@ def test_archives_that_unfold_are_refused(tmp_path):
         torch_file.read(path)
     # Each list holds the one before it ten times: 10^60 items if it were unfolded.
     archive(path, b"\x80\x02]q\x00" + b"".join(b"](" + b"h%c" % i * 10 + b"eq%c" % (i + 1) for i in range(60)) + b".")
-    started = time.perf_counter()
-    torch_file.read(path)
-    assert time.perf_counter() - started < 1
+    read = torch_file.read(path)
+    assert read[0] is read[9], "it is not unfolded, which would take forever"
 
 
 def test_other_files_are_told_apart(tmp_path):
@@ -213,7 +212,7 @@ def test_what_cannot_be_written_leaves_nothing_behind(tmp_path, value):
 
 
 def test_twenty_thousand_mutated_files(tmp_path):
-    """Either it reads, or it says in one line what is wrong: no other error, no hang, no memory."""
+    """Each is read or refused with one line: no other error, no hang, no memory."""
     small = {
         "step": 3,
         "state": {"w": torch.arange(6.0).reshape(2, 3), "b": torch.ones(2)},
@@ -249,12 +248,12 @@ def test_twenty_thousand_mutated_files(tmp_path):
         if draw.random() < 0.1:
             del content[draw.randrange(len(content)) :]
         path.write_bytes(content)
-        started = time.perf_counter()
+        started = time.process_time()
         with contextlib.suppress(TorchFileError):
             torch_file.read(path)
             read += 1
-        slowest = max(slowest, time.perf_counter() - started)
+        slowest = max(slowest, time.process_time() - started)
     assert 0 < read < 15_000, "some mutations are harmless, most are not"
-    assert slowest < 2
+    assert slowest < 10, "seconds of CPU time; a good file takes a thousandth"
     grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
     assert grown < 50 * 1024, f"{grown} KiB"

@@ -14,9 +14,8 @@ from maskdm_jax.models.representation import make_representation
 from maskdm_jax.models.wavelet_uvit import WaveletUViT
 from maskdm_jax.run import train
 from maskdm_jax.training.loop import make_run_mesh
-from maskdm_jax.training.start import abstract_state
-from maskdm_jax.training.state import make_optimizer, new_state
-from maskdm_jax.training.step import draw_inputs, jit_step
+from maskdm_jax.training.start import abstract_state, fresh_state
+from maskdm_jax.training.step import compile_step, draw_inputs
 
 CHANGES = dict(model__wavelet_scale=2, model__patch_size=1, model__depth=1, data__image_size=16, data__channels=3)
 
@@ -149,7 +148,7 @@ def test_it_trains_and_samples_colour_images(tmp_path):
         Image.new("RGB", (16, 16), (15 * i, 200, 100)).save(tmp_path / f"{i}.png")
     changes = dict(model__num_classes=0, data__labels=False, data__path=str(tmp_path), data__threads=1)
     config = wavelet(**changes, diffusion__timesteps=100)
-    last = train(config, tmp_path / "run", devices=jax.devices()[:2])
+    last = train(config, tmp_path / "run")
     text = (tmp_path / "run" / "log.txt").read_text()
     assert "approximation: mask patch: 32 of 64 patches visible (50.0%); details: mask patch: 8 of 16" in text
     assert "40 of 80 tokens" in text
@@ -167,6 +166,7 @@ def test_it_learns_one_image_by_heart():
         model__width=64,
         model__wavelet_scale=1,
         model__patch_size=2,
+        stages=("finetune",),
         finetune__batch_size=16,
         finetune__learning_rate=2e-3,
         finetune__warmup_steps=0,
@@ -181,12 +181,11 @@ def test_it_learns_one_image_by_heart():
     image = np.kron(rng.randint(0, 256, (4, 4, 3)), np.ones((4, 4, 1))).astype(np.uint8)
     mesh = make_run_mesh(config, jax.devices()[:1])
     network = make_network(config)
-    abstract = abstract_state(config, 1, network, mesh)
-    step = jit_step(config, "finetune", mesh, abstract)
-    params = jax.jit(network.init)(jax.random.key(0))
-    state = new_state(params, make_optimizer(config.stage["finetune"]), jax.random.key(1))
+    state = fresh_state(config, network, abstract_state(config, 0, network, mesh))
+    step = compile_step(config, "finetune", mesh, state)
+    images, labels = np.tile(image, (16, 1, 1, 1)), np.zeros(16, np.int32)
     for i in range(200):
         index = np.arange(16 * i, 16 * i + 16, dtype=np.uint32)
-        state, _ = step(state, dict(image=np.tile(image, (16, 1, 1, 1)), label=np.zeros(16, np.int32), index=index))
+        state, _ = step(state, dict(image=images, label=labels, index=index))
     samples = sampling.make_generator(config, mesh, 4)(state.ema, 0, range(4))
     assert np.abs(samples.astype(float) - image).mean() < 3

@@ -120,7 +120,7 @@ def _evaluation(config: Config) -> str:
 
 
 def _folder(config: Config, workdir) -> str:
-    """Check, without creating it, that the run folder can hold what the run will write, and that its checkpoint fits."""
+    """Check that the run folder can hold what the run will write, and that its checkpoint fits; create nothing."""
     workdir = run_folder(workdir)
     existing = next(path for path in (workdir, *workdir.parents) if path.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
