@@ -27,6 +27,21 @@ TINY = [
 ]
 
 
+STARTED = []
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_left_running():
+    """A test that fails leaves no endless run behind."""
+    yield
+    for process in STARTED:
+        if process.poll() is None:
+            for pid in (*workers(process), process.pid):
+                os.kill(pid, signal.SIGKILL)
+            process.wait()
+    STARTED.clear()
+
+
 @pytest.fixture(scope="module")
 def start(root, child_env):
     """Start a tiny run of several processes; its output goes to WORKDIR.log."""
@@ -35,7 +50,9 @@ def start(root, child_env):
         line = [sys.executable, "launch/local.py", f"--processes={processes}", f"--devices={devices}", *local]
         line += ["--", "launch/train.py", f"--workdir={workdir}", *TINY, *args]
         with open(f"{workdir}.log", "a") as log:
-            return subprocess.Popen(line, cwd=root, env=child_env, stdout=log, stderr=log, start_new_session=True)
+            process = subprocess.Popen(line, cwd=root, env=child_env, stdout=log, stderr=log, start_new_session=True)
+        STARTED.append(process)
+        return process
 
     return start
 

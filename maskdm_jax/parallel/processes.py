@@ -147,5 +147,7 @@ def exit_all(message: str, status: int = 1) -> typing.NoReturn:
     """End the program with a message; one of several processes ends at once, without waiting for the others."""
     print(message, file=sys.stderr, flush=True)
     if jax.distributed.is_initialized() and jax.process_count() > 1:
+        if status == PREEMPTED:
+            jax.distributed.shutdown()  # waits for the others, which the end of the first process would abort
         os._exit(status)
     sys.exit(status)

@@ -29,12 +29,24 @@ ITEMS = ("params", "ema", "optimizer")  # of arrays
 META = ("stage", "stage_step", "past", "data", "window", "images", "classes", "card", "config")
 
 
+class _Manager(ocp.CheckpointManager):
+    """Orbax's manager, which must not ask JAX about preemption: `processes.stop_requested` does, once per step.
+
+    Orbax would ask from its background thread, with the number of a step long past. If SIGTERM comes just then, JAX
+    chooses a step to stop at that the loop has already passed, and the run never stops.
+    """
+
+    def reached_preemption(self, step: int) -> bool:
+        """Nothing is saved differently before a stop."""
+        return False
+
+
 class Checkpoints:
     """The checkpoints of a run folder. Keeps the `keep` newest and those of the steps in `keep_steps`."""
 
     def __init__(self, workdir, *, keep: int, keep_steps=()):
         self.folder = pathlib.Path(workdir).absolute() / FOLDER
-        self._manager = ocp.CheckpointManager(
+        self._manager = _Manager(
             self.folder,
             item_names=(*ITEMS, "meta"),
             options=ocp.CheckpointManagerOptions(
