@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import tiny
 
-from maskdm_jax.errors import CheckpointError, ConfigError, PreflightError
+from maskdm_jax.errors import CheckpointError, ConfigError, EvaluationError, PreflightError
 from maskdm_jax.run import train
 from maskdm_jax.tools import preflight
 
@@ -63,6 +63,20 @@ def test_every_failure_is_named_and_stops_no_other_check(tmp_path, monkeypatch):
     fine, lines = examined(tiny.config(mesh__data=3), tmp_path / "run")
     assert not fine
     assert [name for name, (_, text) in lines.items() if "mesh data=3" in text] == ["devices"], "said once"
+
+
+def test_a_reference_that_evaluation_cannot_use_is_found_before_training(inception_weights, tmp_path):
+    def check(width, **changes):
+        path = tmp_path / "statistics.npz"
+        np.savez(path, mu=np.zeros(width), sigma=np.eye(width))
+        changes |= dict(evaluation__every=1, evaluation__reference=str(path))
+        return preflight._evaluation(tiny.config(evaluation__inception_weights=str(inception_weights), **changes))
+
+    assert check(128).endswith("weights and reference fit")
+    with pytest.raises(EvaluationError, match=r"mu \(4,\) and sigma \(4, 4\) are not of 128 features"):
+        check(4)
+    with pytest.raises(EvaluationError, match="statistics.npz holds statistics alone"):
+        check(128, evaluation__metrics=("kid",), evaluation__n=1000)
 
 
 @pytest.fixture(scope="module")

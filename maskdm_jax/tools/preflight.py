@@ -16,7 +16,8 @@ from maskdm_jax.data.pipeline import UNREADABLE_LIMIT
 from maskdm_jax.data.sources import read_patiently
 from maskdm_jax.errors import CheckpointError, DataError, PreflightError
 from maskdm_jax.evaluation import inception
-from maskdm_jax.evaluation.features import open_images
+from maskdm_jax.evaluation.evaluate import check_comparable
+from maskdm_jax.evaluation.features import Extractor, Images, ImageSet, open_images
 from maskdm_jax.parallel import processes, sharding
 from maskdm_jax.run import open_training_data
 from maskdm_jax.tools import cost
@@ -31,8 +32,8 @@ CLOCK_SKEW_LIMIT = 2.0  # seconds; a larger difference confuses logs and schedul
 def examine(config: Config, workdir, say) -> bool:
     """Check everything that a run needs, on every host; a check that fails does not stop the others.
 
-    say: called with the name of a check, whether it passed, and a line of text: by the first host for checks that
-      passed, by every host for those that failed. A reason shared by several checks is said once.
+    say: called with the name of a check, whether it passed, and a line of text. The first host reports checks that
+      passed; every host reports those that failed. A reason that several checks share is reported once.
 
     Returns:
       whether all checks passed on all hosts.
@@ -112,11 +113,16 @@ def _evaluation(config: Config) -> str:
     settings = config.evaluation
     if not settings.every:
         return ""
-    weights = pathlib.Path(settings.inception_weights).expanduser() if settings.inception_weights else None
-    inception.load_weights(weights or inception.fetch_weights())
+    path = pathlib.Path(settings.inception_weights).expanduser() if settings.inception_weights else None
+    weights = inception.load_weights(path or inception.fetch_weights())
     if settings.reference:
-        open_images(settings.reference)
-    return f"every {settings.every:,} steps with {settings.n:,} images; weights and reference can be read"
+        reference = open_images(settings.reference)
+        card = open_training_data(config).card
+        check_comparable(reference, Images("the samples", settings.n, iterate=None, card=card), settings.metrics)
+        if isinstance(reference, ImageSet):
+            one_device = sharding.make_mesh(devices=jax.local_devices()[:1])
+            Extractor(weights, mesh=one_device).check_statistics(reference)
+    return f"every {settings.every:,} steps with {settings.n:,} samples; weights and reference fit"
 
 
 def _folder(config: Config, workdir) -> str:
