@@ -1,4 +1,4 @@
-"""From settings to the parts of a run: network, noise schedule, mask plans, sampler. Errors name the setting."""
+"""Build the parts of a run from its settings: network, noise schedule, mask plans, sampler. Errors name the setting."""
 
 import dataclasses
 import functools
@@ -28,7 +28,7 @@ class Network:
     dtype: jnp.dtype  # of the computation
 
     def init(self, key) -> dict:
-        """New parameters, a nested dict of float32 arrays. Call it under `jax.jit` to place them."""
+        """Initial parameters, a nested dict of float32 arrays. Call it under `jax.jit` to place them."""
         return nnx.to_pure_dict(nnx.state(self.make(nnx.Rngs(key)), nnx.Param))
 
     def apply(self, params, x, t, labels=None, positions=None):
@@ -36,7 +36,7 @@ class Network:
         return nnx.merge(self.graphdef, params)(x, t, labels, positions)
 
     def cast(self, params) -> dict:
-        """Parameters with matrices in the compute dtype, so that repeated calls of `apply` need not cast them."""
+        """Cast matrices to the compute dtype, so that repeated calls of `apply` need not cast them."""
         is_matrix = lambda path: path[-1].key == "kernel"
         cast = lambda path, leaf: leaf.astype(self.dtype) if is_matrix(path) else leaf
         return jax.tree_util.tree_map_with_path(cast, params)
@@ -126,7 +126,7 @@ def _dpm_solver(settings, predict, x, noise, schedule, *, start, **options):
     return samplers.dpm_solver(predict, x, schedule, **options)
 
 
-# By `config.sampling.method`: (settings, predict, x_T, noise, schedule, start, objective, clip) -> x0.
+# By `config.sampling.method`. Each takes (settings, predict, x_T, noise, schedule, start, objective, clip), returns x0.
 SAMPLERS = {"ddim": _ddim, "ddpm": _ddpm, "dpm_solver": _dpm_solver}
 
 
@@ -134,8 +134,8 @@ def make_sampler(config: Config, network: Network):
     """Build `sample(params, x, noise, labels=None, start=None)` -> x0 by `config.sampling`; see `diffusion.samplers`.
 
     Raises:
-      ConfigError: method or spacing are unknown.
-      SamplingError: from `sample`, if it is to start in the middle with a sampler that cannot.
+      ConfigError: the method or the spacing is unknown.
+      SamplingError: raised by `sample` if `start` is given and the sampler does not support it.
     """
     settings, clip, schedule = config.sampling, make_representation(config).clip, noise_schedule(config)
     for name, table in (("method", SAMPLERS), ("spacing", samplers.DPM_SPACINGS)):

@@ -4,8 +4,8 @@ A recipe starts from `default()`, an `ml_collections.ConfigDict` with the defaul
 checks the result (every key known, every value of the right type and in range) and freezes it into these dataclasses.
 Each top-level dict other than `data`, `model`, ... is a stage of training; `stages` names those to run, in order.
 
-To add a setting, add one field with a default and a comment. What only a network, a sampler or a metric can know is
-checked where that is built.
+To add a setting, add one field with a default and a comment. Networks, samplers and metrics check their own constraints
+when they are built.
 """
 
 import dataclasses
@@ -22,7 +22,7 @@ from maskdm_jax.errors import ConfigError
 
 
 class Rule(typing.NamedTuple):
-    """A range that a value must lie in, and its wording."""
+    """A constraint on a value, and its description in messages."""
 
     holds: typing.Callable
     text: str
@@ -47,17 +47,17 @@ class Data:
     """The images and how they are read."""
 
     path: str = ""  # folder, archive, prepared set, TFDS folder, LMDB or address; "digits" is the embedded set
-    split: str = ""  # of a TFDS folder
+    split: str = ""  # split of a TFDS folder
     image_size: Count = 64  # pixels; the short side is resized (bicubic), the centre cropped
     channels: Count = 3  # 3 colour, 1 grey; other numbers where the source stores them
     classes: tuple[str, ...] = ()  # names of the classes to use, numbered in this order; () for all
-    fraction: Fraction = 1.0  # share of the images to use, drawn once by fraction_seed
-    fraction_seed: WideSeed = 0  # of that draw, apart from the seed of the run
-    labels: bool = False  # read class labels; in a folder, the first level that differs is the class
+    fraction: Fraction = 1.0  # share of the images to use, drawn by fraction_seed
+    fraction_seed: WideSeed = 0  # seed of that draw; the seed of the run does not affect it
+    labels: bool = False  # read class labels; of a folder, the first level at which paths differ is the class
     label_dropout: Decay = 0.0  # probability of hiding a label in training; above 0 allows guidance
     flip: Probability = 0.0  # probability of a horizontal flip
     threads: Count = 16  # reading threads per process
-    workers: Natural = 0  # reading processes besides this one
+    workers: Natural = 0  # reading processes; 0: the main process reads
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,15 +66,15 @@ class Model:
 
     patch_size: Count = 4  # side of a patch in pixels (in Haar coefficients for a wavelet model)
     wavelet_scale: Natural = 0  # 0: U-ViT on pixels; s > 0: on Haar coefficients, detail patches s times as wide
-    width: Count = 512  # of a token
+    width: Count = 512  # width of a token
     depth: Count = 13  # blocks; 2k and 2k + 1 are the same network
     heads: Count = 8  # attention heads
-    mlp_ratio: float = 4.0  # hidden width of an MLP over width
-    qv_bias: bool = False  # biases for queries and values
+    mlp_ratio: float = 4.0  # hidden width of an MLP divided by width
+    qv_bias: bool = False  # give queries and values a bias
     num_classes: Natural = 0  # 0: unconditional
     time_mlp: bool = False  # pass the time embedding through an MLP
-    dtype: typing.Annotated[str, _one_of("float32", "bfloat16")] = "float32"  # of the computation
-    attention: str = "auto"  # by platform, or a kernel of `models.ops.attention.KERNELS`
+    dtype: typing.Annotated[str, _one_of("float32", "bfloat16")] = "float32"  # dtype of the computation
+    attention: str = "auto"  # auto: by platform; else a kernel of `models.ops.attention.KERNELS`
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,7 +87,7 @@ class Diffusion:
     objective: str = "noise"  # what the network predicts: noise, x0 or v
     loss: str = "l2"  # l2 or l1
     loss_weight: str = "p2"  # weight by time step: p2 or min_snr
-    loss_weight_gamma: float = 0.0  # its exponent; 0 weighs all steps alike
+    loss_weight_gamma: float = 0.0  # its exponent; 0: equal weights
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,32 +98,32 @@ class Mask:
     rate: float = 0.0  # hidden share, for patch and block
     block: int = 1  # side in patches, for block
     crop: int = 1  # side in patches of the visible window, for crop
-    tile: int = 0  # show as many patches as fill whole tiles of so many tokens, such as 128; 0: exactly the rate
+    tile: int = 0  # round visible patches up to fill tiles of this many tokens, such as 128; 0: no rounding
 
 
 @dataclasses.dataclass(frozen=True)
 class Stage:
-    """A part of a run with its own length, batch, optimizer, EMA and mask."""
+    """A part of a run with its own number of steps, batch size, optimizer, EMA and mask."""
 
     steps: Count = 200_000
     batch_size: Count = 256  # global, over all devices
-    micro_batches: Count = 1  # parts that a device computes one after the other: less memory
-    remat: bool = False  # recompute blocks in the backward pass: less memory, a third more work
+    micro_batches: Count = 1  # sequential parts of a device's batch; more parts need less memory
+    remat: bool = False  # recompute blocks in the backward pass: less memory, a third more FLOPs
     learning_rate: NonNegative = 2e-4
     warmup_steps: Natural = 0  # steps of linear warm-up from 0
     b1: Decay = 0.99  # AdamW
     b2: Decay = 0.99
-    weight_decay: NonNegative = 0.03  # on every tensor
+    weight_decay: NonNegative = 0.03  # of every tensor
     clip_norm: NonNegative = 1.0  # global gradient norm; 0: off
     ema_decay: Decay = 0.999
-    ema_every: Count = 1  # steps between two updates of the EMA
+    ema_every: Count = 1  # steps between updates of the EMA
     mask: Mask = Mask()
-    detail_mask: Mask | None = None  # of a wavelet model's details; None draws them by the settings of mask
+    detail_mask: Mask | None = None  # for the details of a wavelet model; None: the settings of mask
 
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-    """How images are made from noise; see `diffusion.samplers`."""
+    """How images are sampled; see `diffusion.samplers`."""
 
     method: str = "ddim"  # ddim, ddpm (takes all steps) or dpm_solver (DPM-Solver++ multistep)
     steps: Count = 250  # of ddim and dpm_solver
@@ -135,22 +135,22 @@ class Sampling:
 
 @dataclasses.dataclass(frozen=True)
 class Preview:
-    """Sample grids made while training."""
+    """Sample grids during training."""
 
     every: Natural = 10_000  # steps; 0: at the end of a stage only
-    rows: Count = 4  # of a conditional model: one class each
+    rows: Count = 4  # in a conditional model, each shows one class
     columns: Count = 4
 
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
-    """Metrics of the EMA's samples while training; see `evaluation.evaluate`."""
+    """Metrics of the EMA's samples during training; see `evaluation.evaluate`."""
 
-    every: Natural = 0  # steps, and the end of each stage; 0: never
+    every: Natural = 0  # steps; also at the end of each stage; 0: never
     n: Count = 10_000  # samples
     metrics: tuple[str, ...] = ("fid",)  # of fid, kid, is, pr
-    reference: str = ""  # images to compare with; "": the training images, as training sees them
-    inception_weights: str = ""  # path; "": fetched once
+    reference: str = ""  # images or statistics to compare with; "": the training images
+    inception_weights: str = ""  # path; "": downloaded once
 
 
 @dataclasses.dataclass(frozen=True)
@@ -158,12 +158,12 @@ class Checkpoint:
     """When to save and what to keep."""
 
     every: Count = 10_000  # steps
-    keep: Count = 2  # newest ones kept, besides the last of each stage
+    keep: Count = 2  # newest checkpoints to keep, besides the last of each stage
 
 
 @dataclasses.dataclass(frozen=True)
 class Log:
-    """Where metrics go besides the console and metrics.jsonl."""
+    """Where metrics go, besides the console and metrics.jsonl."""
 
     every: Count = 100  # steps
     tensorboard: bool = True
@@ -182,7 +182,7 @@ class MeshShape:
 class Config:
     """A whole run."""
 
-    seed: Seed = 0  # of weights, data order, masks, times and noise
+    seed: Seed = 0  # of weights, data order, masks, time steps and noise
     init_from: str = ""  # run, checkpoint, .pt or .safetensors to take weights from; "" starts with new weights
     data: Data = Data()
     model: Model = Model()
@@ -201,12 +201,12 @@ class Config:
 
 
 def default() -> ConfigDict:
-    """All settings at their defaults, without a stage: where a recipe starts."""
+    """All settings at their defaults, and no stage. Recipes start from this."""
     return ConfigDict(to_dict(Config()) | {"stages": ()})
 
 
 def stage(**changes) -> ConfigDict:
-    """A stage with the defaults of `Stage` but for `changes`; `mask` is one of `patch`, `block`, `crop`."""
+    """A stage with the defaults of `Stage`, except for `changes`; a `mask` comes from `patch`, `block` or `crop`."""
     return ConfigDict(dataclasses.asdict(Stage()) | changes)
 
 
@@ -216,7 +216,7 @@ def patch(rate: float) -> dict:
 
 
 def block(rate: float, block: int) -> dict:
-    """A mask that hides blocks of block x block patches, a share `rate` of all."""
+    """A mask that hides a share `rate` of the patches, in blocks of block x block."""
     return dataclasses.asdict(Mask("block", rate=rate, block=block))
 
 
@@ -229,10 +229,10 @@ def crop(side: int) -> dict:
 
 
 def parse(config) -> Config:
-    """Check a ConfigDict (or dict) and freeze it; settings that it lacks take their defaults.
+    """Check a ConfigDict (or dict) and freeze it. Missing settings take their defaults.
 
     Raises:
-      ConfigError: a key is unknown, a value has the wrong type or cannot work.
+      ConfigError: a key is unknown, or a value has the wrong type or is invalid.
     """
     raw = config.to_dict() if hasattr(config, "to_dict") else dict(config)
     known = {name for name in _fields(Config) if name != "stage"}
@@ -295,7 +295,7 @@ def _value(path: str, value, kind):
     return value
 
 
-# --- What settings must agree on -------------------------------------------------------------------
+# --- Constraints between settings -----------------------------------------------------------------
 
 
 def _need(ok: bool, path: str, value, text: str) -> None:
@@ -309,7 +309,7 @@ def _check(config: Config) -> None:
     _need(len(set(data.classes)) == len(data.classes), "data.classes", data.classes, "without repetitions")
     _check_model(config)
     _check_labels(config)
-    if diffusion.schedule == "linear":  # scaled to its number of steps, it would destroy the image in one step
+    if diffusion.schedule == "linear":  # scaled by 1000 / T, its last beta, 0.02, reaches 1 at T = 20
         more = "more than 20 for the linear schedule"
         _need(diffusion.timesteps > 20, "diffusion.timesteps", diffusion.timesteps, more)
     limit = f"1 to config.diffusion.timesteps = {diffusion.timesteps}"
@@ -380,7 +380,7 @@ def differences(old: dict, new: dict, prefix: str = "") -> list[str]:
 
 
 def describe(config: Config) -> str:
-    """Every setting of a run, one per line, as it is given on the command line, with its comment."""
+    """Every setting of a run as a command-line flag with its comment, one per line."""
     lines = []
 
     def add(node, prefix):

@@ -1,4 +1,4 @@
-"""Errors that a user can cause or mend. A launcher catches `MaskDMError` once and prints its message."""
+"""Errors that a user can cause or fix. A launcher catches `MaskDMError` once and prints its message."""
 
 import contextlib
 
@@ -8,7 +8,7 @@ class MaskDMError(Exception):
 
 
 class ConfigError(MaskDMError):
-    """A setting that cannot work."""
+    """An invalid setting."""
 
 
 class DataError(MaskDMError):
@@ -24,15 +24,15 @@ class TorchFileError(MaskDMError):
 
 
 class SamplingError(MaskDMError):
-    """Samples that cannot be made as asked."""
+    """A request for samples that is invalid."""
 
 
 class EvaluationError(MaskDMError):
-    """Sets of images that cannot be compared as asked."""
+    """Sets of images that cannot be compared."""
 
 
 class CostError(MaskDMError):
-    """A program that cannot be compiled as asked, or does not fit into memory."""
+    """A program that does not compile, or does not fit into memory."""
 
 
 class PreflightError(MaskDMError):
@@ -40,7 +40,7 @@ class PreflightError(MaskDMError):
 
 
 class DistributedError(MaskDMError):
-    """Processes of a run that cannot find each other."""
+    """Processes that cannot join a run."""
 
 
 class NonFiniteLoss(MaskDMError):
@@ -55,8 +55,8 @@ class Preempted(MaskDMError):
 def prefixed(kind: type[Exception], prefix: str, causes=ValueError, suffix: str = ""):
     """Raise `kind` with the message `prefix + cause + suffix` in place of exceptions of the types `causes`.
 
-    Pure functions and libraries do not know which setting or file their argument came from; the caller does. Of the
-    cause only the first line is kept. A `MaskDMError` passes as it is.
+    Pure functions and libraries do not know which setting or file their argument came from; the caller does. The
+    message contains only the first line of the cause. A `MaskDMError` passes unchanged.
     """
     try:
         yield

@@ -1,4 +1,4 @@
-"""A whole run: a config, its data, the training loop, and the hooks that make previews and metrics."""
+"""A whole run: open the data, train, and make previews and metrics by hooks of the training loop."""
 
 import logging
 import pathlib
@@ -38,10 +38,10 @@ def train(config: Config, workdir, *, devices=None, profile: int = 0) -> pathlib
 
 
 def check(config: Config) -> None:
-    """Build whatever needs no data: network, masks, loss, sampler. Cheap.
+    """Check settings by building all that needs no data: network, masks, loss, sampler. Cheap.
 
     Raises:
-      ConfigError: a setting cannot work; the message names it.
+      ConfigError: a setting is invalid; the message names it.
     """
     from maskdm_jax.evaluation.metrics import check_settings
 
@@ -72,14 +72,14 @@ def open_training_data(config: Config) -> TrainingData:
 
 
 class Previews:
-    """The hook that draws sample grids of the EMA, with the same noise each time."""
+    """The hook that samples grids from the EMA, always from the same noise."""
 
     def __init__(self, run: loop.Run):
         self.every, self._run, settings = run.config.preview.every, run, run.config.preview
         self._generate = make_generator(run.config, run.mesh, settings.rows * settings.columns)
 
     def __call__(self, at: loop.Moment) -> None:
-        """Draw a grid into samples/step_STEP.png, one class per row of a conditional model."""
+        """Write a grid to samples/step_STEP.png; each row of a conditional model shows one class."""
         run, settings = self._run, self._run.config.preview
         labels = names = None
         if run.config.model.num_classes:
@@ -95,14 +95,14 @@ class Previews:
 
 
 def _warn_if_narrow(config: Config) -> None:
-    """Warn of a network that cannot carry the noise of a patch."""
+    """Warn if a token is narrower than a patch, too narrow to represent its noise."""
     space = make_representation(config)
     bands = jax.tree.leaves(jax.eval_shape(space.cut, jnp.zeros((1, *space.shape))))
     numbers = max(band.shape[-1] for band in bands)
     if config.model.width < numbers:
         log.warning(
-            "a patch has %d numbers but config.model.width is only %d: the noise of a patch cannot pass through the "
-            "network; take a smaller patch_size or a larger width",
+            "a patch has %d numbers but config.model.width is only %d, too narrow to represent the noise of a patch; "
+            "use a smaller patch_size or a larger width",
             numbers,
             config.model.width,
         )

@@ -1,4 +1,4 @@
-"""Files on disk: written whole or not at all, folders with one writer at a time, and the cache folder."""
+"""Atomic writes of files, locks of folders, and the cache folder."""
 
 import contextlib
 import errno
@@ -12,7 +12,7 @@ def atomic_path(path):
     """Yield a temporary path beside `path`; it replaces `path` on success and is removed on failure.
 
     Raises:
-      OSError: `path` is a folder or a device, which must not be replaced, or the disk refuses.
+      OSError: `path` is a folder or a device, which must not be replaced, or writing fails.
     """
     path = pathlib.Path(path)
     if path.exists() and not path.is_file():
@@ -26,14 +26,14 @@ def atomic_path(path):
 
 
 def write_atomically(path, content: bytes) -> None:
-    """Write a file whole or not at all; see `atomic_path`."""
+    """Write a file completely or not at all; see `atomic_path`."""
     with atomic_path(path) as temporary:
         temporary.write_bytes(content)
 
 
 @contextlib.contextmanager
 def lock_dir(folder):
-    """Hold an exclusive lock on a folder. A file system without locks grants none, without an error.
+    """Hold an exclusive lock on a folder. Does nothing on a file system without locks.
 
     Raises:
       BlockingIOError: another process holds the lock.

@@ -121,7 +121,7 @@ def test_a_config_of_an_older_version_parses_to_the_same_run(root):
 
 def test_every_setting_is_shown_as_it_is_given_on_the_command_line():
     lines = config_lib.describe(tiny.config()).splitlines()
-    assert "--config.model.width=16                         # of a token" in lines
+    assert "--config.model.width=16                         # width of a token" in lines
     keys = {line.split("=")[0].removeprefix("--config.") for line in lines}
     assert {"pretrain.mask.rate", "finetune.steps", "stages", "seed", "data.path"} <= keys
     assert len(keys) == len(lines)
