@@ -1,4 +1,4 @@
-"""Images from weights: image number i of a seed is the same image on any number of devices and processes."""
+"""Sampling: image number i of a seed is the same image on any number of devices and processes."""
 
 import dataclasses
 import functools
@@ -26,14 +26,14 @@ from maskdm_jax.training import checkpoint
 
 
 def compile_sampling(config: Config, network: Network, mesh):
-    """Jit `(params, key, index, labels or None)` -> uint8 [n, S, S, C]: whole trajectories of a batch over the mesh."""
+    """Jit `(params, key, index, labels or None)` -> uint8 [n, S, S, C]: the whole trajectories of a batch."""
     space, sample, rows = make_representation(config), make_sampler(config, network), sharding.BATCH
 
     def on_device(params, key, index, labels):
         x, noise = samplers.image_noise(key, index, space.shape)
         return space.decode(sample(network.cast(params), x, noise, labels))
 
-    # Split parameters are gathered once; from there each device works on its own rows.
+    # Sharded parameters are gathered once; then each device computes its own rows.
     specs = (sharding.EVERYWHERE, sharding.EVERYWHERE, rows, rows)
     run = jax.shard_map(on_device, mesh=mesh, in_specs=specs, out_specs=rows, check_vma=False)
     return jax.jit(run, out_shardings=sharding.replicated(mesh))
@@ -42,9 +42,9 @@ def compile_sampling(config: Config, network: Network, mesh):
 def make_generator(config: Config, mesh, batch_size: int):
     """Build `generate(params, seed, index, labels=None)` -> uint8 [n, S, S, C] for up to `batch_size` images.
 
-    index: int32 [n], the images' numbers, which determine their noise; labels: int32 [n] for a conditional model. One
-    compiled program runs the whole trajectory, with the batch split over the mesh; generators of equal settings share
-    it.
+    index: int32 [n], the numbers of the images, which determine their noise; labels: int32 [n] for a conditional model.
+    One compiled program runs the whole trajectory, with the batch split over the mesh. Generators with equal settings
+    share it.
     """
     settings = dict(model=config.model, diffusion=config.diffusion, sampling=config.sampling)
     data = Data(image_size=config.data.image_size, channels=config.data.channels)
@@ -70,16 +70,16 @@ def _generator(config: Config, mesh, batch_size: int):
 
 
 def interpolate(loaded: "Loaded", image_a, image_b, *, n: int, start: int, seed: int = 0, label=None) -> np.ndarray:
-    """Make n images between two, uint8 [n, S, S, C], the first at `image_a`, the last at `image_b`.
+    """Interpolate from `image_a` (weight 0) to `image_b` (weight 1) in n images, uint8 [n, S, S, C].
 
     Args:
-      image_a, image_b: uint8 [S, S, C] of the model's size, as `data.images.decode` makes them.
-      start: step that both are noised to, 0..T-1; see `samplers.interpolate`.
+      image_a, image_b: uint8 [S, S, C] of the model's size, from `data.images.decode`.
+      start: time step to which both are noised, 0..T-1; see `samplers.interpolate`.
       seed: of the noise, which all n share.
       label: class of a conditional model, by name or number; None is its "no label".
 
     Raises:
-      SamplingError: start, n or label do not fit, or the sampler cannot start in the middle.
+      SamplingError: start, n or label is invalid, or the sampler can start only from pure noise.
     """
     config, last = loaded.config, loaded.config.diffusion.timesteps - 1
     if not 0 <= start <= last or n < 1:
@@ -92,7 +92,7 @@ def interpolate(loaded: "Loaded", image_a, image_b, *, n: int, start: int, seed:
     space, sample, schedule = make_representation(config), make_sampler(config, loaded.network), noise_schedule(config)
 
     def run(params, key, a, b):
-        x, noise = samplers.image_noise(key, jnp.zeros(n, "int32"), space.shape)  # one image's noise, n times
+        x, noise = samplers.image_noise(key, jnp.zeros(n, "int32"), space.shape)  # the same noise for all n images
         denoise = lambda x_t: sample(params, x_t, noise, labels, start)
         a, b = space.encode(jnp.stack([a, b]))
         weights = np.linspace(0, 1, n, dtype=np.float32)
@@ -121,7 +121,7 @@ def load(path, *, weights: str = "ema", sampling: dict | None = None) -> Loaded:
     weights: `ema` or `params` (the raw ones); sampling: replaces fields of the config's `sampling`.
 
     Raises:
-      CheckpointError, ConfigError: there is no checkpoint, it does not fit, or `sampling` cannot work.
+      CheckpointError, ConfigError: there is no checkpoint, it does not fit, or `sampling` is invalid.
     """
     if weights not in ("ema", "params"):
         raise SamplingError(f"weights {weights!r} are unknown; choose ema or params (the raw ones)")
@@ -129,10 +129,10 @@ def load(path, *, weights: str = "ema", sampling: dict | None = None) -> Loaded:
     meta = checkpoint.load_meta(found)
     raw = meta["config"]
     raw["sampling"] |= sampling or {}
-    raw["mesh"] = {}  # of the machine that trained; this one may have other devices
+    raw["mesh"] = {}  # the mesh of the machine that trained; this one may have other devices
     config = parse(raw)
     network, mesh = make_network(config), _local_mesh()
-    make_sampler(config, network)  # its settings are checked before weights are read
+    make_sampler(config, network)  # checks the sampling settings before weights are read
     place = sharding.replicated(mesh)
     abstract = jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), network.abstract_params()
@@ -142,7 +142,7 @@ def load(path, *, weights: str = "ema", sampling: dict | None = None) -> Loaded:
 
 
 def in_memory(run, params) -> Loaded:
-    """Weights of a `training.loop.Run`, such as its EMA, on every local device, like those that `load` reads."""
+    """Make a `Loaded` from weights of a `training.loop.Run`, such as its EMA, on every local device."""
     mesh = _local_mesh()
     if jax.process_count() > 1:
         params = multihost_utils.process_allgather(params, tiled=True)
@@ -152,15 +152,15 @@ def in_memory(run, params) -> Loaded:
 
 
 def _local_mesh():
-    """A mesh of this process's devices: processes make images of their own, without communication."""
+    """A mesh of this process's devices: each process generates its images without communication."""
     return sharding.make_mesh(devices=jax.local_devices())
 
 
 def generate_batches(loaded: Loaded, index, labels, *, seed: int, batch_size: int):
     """Yield (index, images) for the image numbers `index`, with `labels` (or None) of equal length.
 
-    batch_size: images per device and call. Devices run the same program on rows of their own, so that on one platform
-      an image comes out bit for bit the same on any number of devices.
+    batch_size: images per device and call. Every device runs the same program on its own rows. On one platform, an
+      image is therefore equal bit for bit on any number of devices.
     """
     together = batch_size * loaded.mesh.size
     generate = make_generator(loaded.config, loaded.mesh, together)
@@ -182,9 +182,9 @@ def generate_to_folder(
     file_format: str = "png",
     progress=None,
 ) -> pathlib.Path:
-    """Make images 0..n-1 of a seed and write them; images that an earlier, stopped call finished are kept.
+    """Generate images 0..n-1 of a seed into a folder, and keep those that an earlier, interrupted call finished.
 
-    Several processes each call this and make a share; all of them must see the folder.
+    With several processes, each calls this and generates a share; all must see the folder.
 
     Args:
       loaded: from `load`.
@@ -192,15 +192,15 @@ def generate_to_folder(
         `samples.json`, the settings.
       labels: classes, by name or number, to cycle through; image i gets labels[i % len(labels)]. Default: all
         classes of a conditional model.
-      batch_size: images per device and call. It is one of the settings, because other sizes round differently.
+      batch_size: images per device and call. It is one of the recorded settings, because it affects rounding.
       file_format: `png` or `npz`.
-      progress: called after each batch with the number of images that this process has done.
+      progress: called after each batch with the number of images that this process has finished.
 
     Returns:
       the folder.
 
     Raises:
-      SamplingError: the folder holds samples of other settings, or labels do not fit the model.
+      SamplingError: the folder contains samples with other settings, or labels do not fit the model.
     """
     if file_format not in ("png", "npz"):
         raise SamplingError(f"format {file_format!r} is unknown; choose png or npz")
@@ -230,18 +230,18 @@ def generate_to_folder(
 
 
 def _settings_of(loaded: Loaded) -> dict:
-    """What determines the images of a network, for samples.json."""
+    """The settings that determine the images, for samples.json."""
     sampling = dataclasses.asdict(loaded.config.sampling)
     known = dict(weights=loaded.weights, sampling=sampling, classes=loaded.classes, card=loaded.card)
     return known | dict(checkpoint=str(loaded.checkpoint))
 
 
 def _make_missing(loaded, n, folder, packed, of_image, seed, batch_size, progress) -> None:
-    """Make those of this process's images that are neither among the first `packed` nor in `folder`."""
+    """Generate those of this process's images that are neither among the first `packed` nor in `folder`."""
     folder.mkdir(exist_ok=True)
     suffix = "npy" if folder.name == "parts" else "png"
     name = lambda i: folder / f"{i:06d}.{suffix}"
-    # Whole batches on fixed borders: an image's batch does not depend on where an earlier call was stopped.
+    # Batches have fixed boundaries, so that an image's batch does not depend on where an earlier call stopped.
     batches = [range(start, min(start + batch_size, n)) for start in range(0, n, batch_size)]
     batches = batches[jax.process_index() :: jax.process_count()]
     missing = [batch for batch in batches if not all(i < packed or name(i).exists() for i in batch)]
@@ -257,7 +257,7 @@ def _make_missing(loaded, n, folder, packed, of_image, seed, batch_size, progres
 
 
 def _pack(folder: pathlib.Path, n: int, packed, of_image) -> None:
-    """Put single arrays, after those that were packed before, into samples.npz."""
+    """Write samples.npz: the images `packed` by an earlier call, then those in `parts`."""
     parts = folder / "parts"
     images = np.stack([packed[i] if i < len(packed) else np.load(parts / f"{i:06d}.npy") for i in range(n)])
     arrays = dict(images=images) if of_image is None else dict(images=images, labels=of_image)
@@ -268,7 +268,7 @@ def _pack(folder: pathlib.Path, n: int, packed, of_image) -> None:
 
 
 def label_cycle(loaded: Loaded, labels) -> list[int] | None:
-    """Numbers of the classes to cycle through, from names or numbers; all classes when `labels` is empty.
+    """Numbers of the classes to cycle through, given by name or number; all classes when `labels` is empty.
 
     Raises:
       SamplingError: labels for an unconditional model, or unknown ones.
@@ -289,7 +289,7 @@ def label_cycle(loaded: Loaded, labels) -> list[int] | None:
 
 
 def _claim(folder: pathlib.Path, settings: dict) -> None:
-    """Write the settings, or compare them with those of the samples that are there."""
+    """Write the settings, or compare them with those of existing samples."""
     path = folder / "samples.json"
     if path.exists():
         try:
@@ -307,7 +307,7 @@ def _claim(folder: pathlib.Path, settings: dict) -> None:
 
 
 def _packed(path: pathlib.Path):
-    """Images of an earlier call's samples.npz, or none."""
+    """The images in samples.npz of an earlier call, if any."""
     if not path.exists():
         return ()
     try:

@@ -1,1 +1,1 @@
-"""The method: masks, the diffusion process, samplers. Pure functions, which know neither networks nor configs."""
+"""The method as pure functions, without networks and configs: masks, the diffusion process, samplers."""

@@ -45,8 +45,8 @@ def linear_betas(timesteps: int = 1000) -> np.ndarray:
 def cosine_betas(timesteps: int = 1000, *, size: int = 64) -> np.ndarray:
     """Cosine schedule (Nichol & Dhariwal 2021), s = 0.008, betas at most 0.999; float64 [T].
 
-    `size` shifts the log-SNR by 2 log(64 / size), for images larger than 64 pixels towards more noise (simple
-    diffusion, Hoogeboom et al. 2023).
+    `size` shifts the log-SNR by 2 log(64 / size), which adds noise for images larger than 64 pixels (simple diffusion,
+    Hoogeboom et al. 2023).
     """
     s = 0.008
     steps = np.linspace(0, 1, timesteps + 1, dtype=np.float64)
@@ -145,8 +145,8 @@ OBJECTIVES = {  # the network's target, from (schedule, x0, t, eps)
 def predictions(schedule: Schedule, objective: str, output, x, t, *, clip: tuple[float, float] | None = (-1.0, 1.0)):
     """Convert a network's output at x [B, ...], t [B] into (x0, eps), each [B, ...].
 
-    x0 is clipped to the bounds `clip`. With the noise objective eps is the network's output, as in the reference; with
-    the others eps follows from the clipped x0.
+    x0 is clipped to the bounds `clip`. With the noise objective, eps is the network's output, as in the reference; with
+    the other objectives, eps is computed from the clipped x0.
     """
     bounded = (lambda a: a) if clip is None else (lambda a: jnp.clip(a, *clip))
     if objective == "noise":
@@ -164,7 +164,7 @@ def loss_weights(schedule: Schedule, name: str, gamma: float) -> np.ndarray:
     Raises:
       ValueError: the name is unknown.
     """
-    # From the betas, in float64: at small t the stored float32 alpha_bar is too close to 1 for 1 - alpha_bar.
+    # Recompute alpha_bar in float64: at small t, 1 - alpha_bar in float32 loses its digits.
     alpha_bar = np.cumprod(1 - schedule.betas.astype(np.float64))
     snr = alpha_bar / (1 - alpha_bar)
     bases = {"p2": 1 + snr, "min_snr": np.minimum(1, 5 / snr)}

@@ -1,7 +1,7 @@
 """Mask plans: which patches of an image stay visible (MaskDM, section 3.3).
 
-A plan is made once, in Python, and fixes the number of visible patches: a static shape of the training step. Which
-patches are visible is drawn on device, per image, from a key.
+A plan is made once, in Python. It determines the number of visible patches, a static shape of the training step. The
+visible patches themselves are drawn on device, per image, from a key.
 """
 
 import dataclasses
@@ -15,13 +15,13 @@ KINDS = ("none", "patch", "block", "crop")
 
 @dataclasses.dataclass(frozen=True)
 class MaskPlan:
-    """How many patches of an image are visible, and in which units they are drawn; made by `make_plan`."""
+    """The number of visible patches of an image, and the units in which they are drawn; made by `make_plan`."""
 
     kind: str  # one of `KINDS`
     grid: tuple[int, int]  # rows and columns of patches
     visible: int  # V, patches per image
     unit: int = 1  # side of a block or of the crop window, in patches
-    tile: int = 0  # `visible` fills whole tiles of this many tokens; 0 if it was not rounded
+    tile: int = 0  # `visible` is rounded up to fill tiles of this many tokens; 0: not rounded
 
     @property
     def total(self) -> int:
@@ -50,7 +50,7 @@ def make_plan(
     tile: int = 0,
     extras: int = 0,
 ) -> MaskPlan:
-    """Compute how many patches are visible. Numbers of hidden patches round down, as in the reference.
+    """Compute the number of visible patches. Numbers of hidden patches are rounded down, as in the reference.
 
     Args:
       kind: `none` hides nothing; `patch` hides int(rate * N) single patches; `block` hides
@@ -59,9 +59,9 @@ def make_plan(
       rate: hidden share in [0, 1), for `patch` and `block`.
       block: side of a block, for `block`; must divide both sides of the grid.
       crop: side of the window, for `crop`.
-      tile: tokens per tile of the hardware, such as 128, for `patch` and `block`: a partly filled tile costs as much as
-        a full one, so the plan shows as many more patches as its tiles have room for. 0 keeps to the rate.
-      extras: tokens besides the patches, which count when tiles are filled.
+      tile: tokens per tile of the hardware, such as 128, for `patch` and `block`. A partly filled tile costs as much as a
+        full one, so the plan makes more patches visible, up to the end of the last tile. 0 does not round.
+      extras: tokens besides the patches; they take room in the tiles, too.
 
     Raises:
       ValueError: a value does not fit the grid or the kind; the message says which values do.
@@ -100,8 +100,8 @@ def make_plan(
 def sample_positions(plan: MaskPlan, key) -> jax.Array:
     """Draw the visible patches of one image: int32 [visible], row-major indices in ascending order.
 
-    Every choice of units (patches, blocks, windows) is equally likely. For a batch, use `jax.vmap` over keys; no
-    collective is needed when the batch is sharded.
+    Every set of units (patches, blocks, or windows) is equally likely. For a batch, use `jax.vmap` over keys; a sharded
+    batch needs no collective.
     """
     rows, cols = plan.grid
     if plan.hides_nothing:
@@ -112,7 +112,7 @@ def sample_positions(plan: MaskPlan, key) -> jax.Array:
         left = jax.random.randint(left_key, (), 0, cols - plan.unit + 1)
         return (top * cols + left + _window(plan)).astype(jnp.int32)
     members = _units(plan)  # [units, patches per unit]
-    order = jnp.argsort(jax.random.bits(key, (len(members),)))  # a random permutation, one sort
+    order = jnp.argsort(jax.random.bits(key, (len(members),)))  # a random permutation by a single sort
     return jnp.sort(jnp.asarray(members)[order[: plan.visible // members.shape[1]]].reshape(-1))
 
 

@@ -1,4 +1,4 @@
-"""Samplers: from noise to images with a trained network, the whole trajectory in one `lax.scan`.
+"""Samplers: generate images from noise with a trained network, in one `lax.scan` over the trajectory.
 
 All have the signature
 
@@ -10,10 +10,10 @@ All have the signature
     schedule: `gaussian.Schedule`.
     objective: "noise", "x0" or "v".
     clip: bounds of the predicted x0, or None.
-    start: of ddim and ddpm, the time step t of x = x_t; None is T - 1, pure noise.
+    start: for ddim and ddpm, the time step t of x = x_t; None means T - 1, pure noise.
 
-and return x0 [B, ...] float32. Noise is a function of the step so that the caller chooses its source: `image_noise`,
-keyed by image index, makes an image independent of its batch and device; tests pass recorded noise.
+and return x0 [B, ...] float32. Noise is a function of the step, so that the caller can choose its source. `image_noise`
+draws it by image number, which makes an image independent of its batch and device; tests pass recorded noise.
 """
 
 import jax
@@ -26,7 +26,7 @@ from maskdm_jax.diffusion.gaussian import Schedule, predictions, q_posterior, q_
 def image_noise(key, index, shape: tuple[int, ...]):
     """Noise for the images with numbers `index` [B], each of `shape`: (x_T [B, *shape] float32, noise function).
 
-    It depends on the key, the image's number and the step alone.
+    The noise depends only on the key, the number of the image and the step.
     """
     keys = jax.vmap(jax.random.fold_in, (None, 0))(key, index)
 
@@ -62,7 +62,7 @@ def ddim(predict, x, noise, schedule: Schedule, *, objective="noise", clip=(-1.0
       ValueError: see `ddim_times`.
     """
     times = ddim_times(schedule.timesteps if start is None else start + 1, steps)
-    # float32 throughout, like the reference: the differences lose digits, so float64 would give other coefficients.
+    # float32 throughout, as in the reference: float64 would give other coefficients, because the differences lose digits.
     one = np.float32(1)
     a, a_next = schedule.alpha_bar[times[:-1]], np.append(schedule.alpha_bar[times[1:-1]], one)
     sigma = np.float32(eta) * np.sqrt((one - a / a_next) * (one - a_next) / (one - a))
@@ -129,7 +129,7 @@ def dpm_solver_times(schedule: Schedule, steps: int, spacing: str) -> tuple[np.n
     return t - 1 / n, np.interp(t, known_t, known_log_alpha)
 
 
-MIN_HALF_LOG_SNR = -5.1  # noisier time steps (the end of the cosine schedule) are left out: they do not determine x0
+MIN_HALF_LOG_SNR = -5.1  # noisier time steps, at the end of the cosine schedule, are left out: they contain too little of x0
 DPM_SPACINGS = ("time_uniform", "log_snr", "time_quadratic")
 
 
@@ -143,8 +143,8 @@ def dpm_solver(
 ):
     """DPM-Solver++ multistep (Lu et al. 2022, algorithm 2 and its third-order form), deterministic.
 
-    Has the signature of the others, but takes no noise function. `predict` is called `steps` times, at fractional time
-    steps. The first steps are of lower order, since they have no earlier predictions.
+    It has the signature of the other samplers except for the noise function. `predict` is called `steps` times, at
+    fractional time steps. The first steps have lower order, because there are no earlier predictions.
 
     Raises:
       ValueError: `order` is not 1, 2 or 3; see also `dpm_solver_times`.
@@ -200,21 +200,21 @@ def interpolate(sample, schedule: Schedule, x0_a, x0_b, weights, eps, start: int
       x0_a, x0_b: the clean images [...].
       weights: [n] float32; 0 is `x0_a`, 1 is `x0_b`.
       eps: noise [...], the same for both images and all weights, so that mixing does not change its variance.
-      start: time step; the higher, the less the results resemble the two images. A few hundred of 1000 keep the layout.
+      start: time step. With a higher one, the results resemble the two images less; a few hundred of 1000 keep the layout.
 
     Returns:
       x0 [n, ...].
     """
     n, shape = len(weights), (-1,) + (1,) * x0_a.ndim
     w = jnp.asarray(weights, jnp.float32).reshape(shape)
-    x0 = (1 - w) * x0_a[None] + w * x0_b[None]  # mixing before noising is the same: noising is linear, eps is shared
+    x0 = (1 - w) * x0_a[None] + w * x0_b[None]  # equals mixing after noising, which is linear
     return sample(q_sample(schedule, x0, jnp.full((n,), start), jnp.broadcast_to(eps[None], x0.shape)))
 
 
 def guided(predict_labelled, predict_unlabelled, weight: float):
     """Classifier-free guidance for any sampler (Ho & Salimans 2022): (1 + weight) * labelled - weight * unlabelled.
 
-    Takes two functions `predict` and returns their combination. It is linear, and therefore the same for predictions of
+    Takes two functions `predict` and returns their combination. Because it is linear, it is the same for predictions of
     noise, v and (unclipped) x0.
     """
     return lambda x, t: (1 + weight) * predict_labelled(x, t) - weight * predict_unlabelled(x, t)

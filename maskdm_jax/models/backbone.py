@@ -8,22 +8,22 @@ from maskdm_jax.models.layers import Block, LayerNorm, Mlp, normal_002, timestep
 
 
 class Backbone(nnx.Module):
-    """Transformer over the tokens `[label?, time, patches]` (U-ViT, Bao et al. 2023, as the reference has it).
+    """Transformer over the tokens `[label?, time, patches]` (U-ViT, Bao et al. 2023, as in the reference).
 
-    It has `depth // 2` blocks, one in the middle, and `depth // 2` that each take a long skip from their twin in the
-    first half; depths 2k and 2k + 1 are the same network.
+    It has `depth // 2` blocks, one middle block, and `depth // 2` blocks that each take a long skip from their
+    counterpart in the first half. Depths 2k and 2k + 1 give the same network.
 
     Args:
       width: D, of a token; even.
       depth, heads: blocks, and attention heads of each; `heads` divides `width`.
-      mlp_ratio: hidden width of an MLP, over `width`.
+      mlp_ratio: hidden width of an MLP, divided by `width`.
       qv_bias: give queries and values a bias.
       num_classes: 0 for an unconditional model.
       unconditional_token: give a conditional model a learned token that stands for "no label".
       time_mlp: pass the time embedding through a two-layer MLP before it becomes a token.
-      dtype: of the computation; parameters are float32.
-      attention: a kernel, see `ops.attention.attention`.
-      remat: recompute each block in the backward pass instead of keeping its activations.
+      dtype: dtype of the computation; parameters are float32.
+      attention: name of the kernel, see `ops.attention.attention`.
+      remat: recompute each block in the backward pass instead of saving its activations.
       rngs: for the initial parameters.
 
     Raises:
@@ -73,7 +73,7 @@ class Backbone(nnx.Module):
           labels: [B] int32 in 0..num_classes-1, -1 for "no label"; None is no label for all.
 
         Raises:
-          ValueError: labels for an unconditional model, or none for one without an unconditional token.
+          ValueError: labels are given to an unconditional model, or missing without an unconditional token.
         """
         extras = jnp.stack(self._extra_tokens(t, labels), axis=1) + pos_extras[None]
         h = jnp.concatenate([extras.astype(self.dtype), patch_tokens], axis=1)  # [B, extras + V, D]

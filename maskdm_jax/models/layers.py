@@ -73,8 +73,8 @@ class Linear(nnx.Module):
 class PatchEmbed(Linear):
     """Embed flattened patches [B, V, patch_dim] as tokens [B, V, D] and add their position embeddings.
 
-    This is the reference's convolution with stride p, with PyTorch's default initialisation of kernel and bias: uniform
-    in +-1/sqrt(patch_dim).
+    It equals the reference's convolution with stride p. Kernel and bias have PyTorch's default initialisation, uniform in
+    +-1/sqrt(patch_dim).
     """
 
     def __init__(self, patch_dim: int, width: int, *, dtype, rngs: nnx.Rngs):
@@ -86,7 +86,7 @@ class PatchEmbed(Linear):
     def __call__(self, patches, pos_grid, positions=None):
         """pos_grid: [N, D] float32, of the whole grid; positions: [B, V] of the patches, None for all N in order."""
         pos = pos_grid[None] if positions is None else pos_grid[positions]
-        # The sum is taken in float32 and rounded once, to the compute dtype.
+        # Add in float32, and round to the compute dtype once.
         return (super().__call__(patches) + pos).astype(self.dtype)
 
 
@@ -142,8 +142,8 @@ class Mlp(nnx.Module):
 class Block(nnx.Module):
     """Pre-norm transformer block, [B, T, D] -> [B, T, D].
 
-    With `skip`, the block takes a long skip [B, T, D] as second argument and starts with Linear(2D -> D) of x and skip,
-    concatenated (U-ViT, Bao et al. 2023).
+    With `skip`, the block takes a long skip [B, T, D] as second argument, concatenates it to x, and applies
+    Linear(2D -> D) first (U-ViT, Bao et al. 2023).
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""The masked U-ViT of MaskDM: a vision transformer with long skips that computes visible patches only."""
+"""The masked U-ViT of MaskDM: a vision transformer with long skips that processes only visible patches."""
 
 import jax.numpy as jnp
 from flax import nnx

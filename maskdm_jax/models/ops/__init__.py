@@ -1,1 +1,1 @@
-"""Platform code and hand-written derivatives behind plain names; each function stands beside its `plain_` twin."""
+"""Platform-specific code and hand-written derivatives. Each function has a plain version, `plain_NAME`, beside it."""

@@ -1,7 +1,7 @@
 """Attention kernels, one for each platform, and the choice between them.
 
-Plain attention writes T x T logits to memory, which at 4,097 tokens takes far longer than the arithmetic; fused kernels
-keep them on the chip.
+Plain attention writes T x T logits to memory. For 4,097 tokens, this takes far longer than the arithmetic. Fused kernels
+keep the logits on the chip.
 """
 
 import functools
@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu import splash_attention as splash
 
-FUSED_FROM = 384  # tokens, on TPU: at 257 plain attention moves fewer HBM bytes than the padded kernel, at 417 more
+FUSED_FROM = 384  # tokens on TPU; at 257, plain attention moves fewer HBM bytes than the padded kernel, at 417 more
 PARALLEL_PARTS = 8  # of attention on CPU: XLA's runtime gives a thread at most this many products at a time
 
 
@@ -31,7 +31,7 @@ def attention(q, k, v, kernel: str = "auto"):
     t, d = q.shape[1], q.shape[3]
     if jax.default_backend() == "gpu" and q.dtype in (jnp.bfloat16, jnp.float16) and d % 8 == 0:
         return cudnn_attention(q, k, v)
-    # Chosen when the program is compiled, which may be for another platform than this machine's.
+    # The choice is made at compilation, because the program may be compiled for another platform than this machine's.
     on_tpu = dict(tpu=splash_attention) if t >= FUSED_FROM else {}
     return jax.lax.platform_dependent(q, k, v, cpu=parallel_heads, default=plain_attention, **on_tpu)
 
@@ -52,7 +52,7 @@ def cudnn_attention(q, k, v):
 def parallel_heads(q, k, v):
     """`attention` for XLA:CPU, which computes each of these small products on one thread.
 
-    Heads come before tokens, the order of the batched products, and are split into independent parts, which run in
+    Heads are put before tokens, the layout of the batched products, and split into independent parts, which run in
     parallel.
     """
     b, t, heads, d = q.shape
@@ -63,7 +63,7 @@ def parallel_heads(q, k, v):
 
 @jax.custom_vjp
 def _heads_first(q, k, v):
-    """`attention` of [N, T, d] each; the softmax's derivative reads the weights once."""
+    """`attention` of q, k, v [N, T, d]; the backward pass of the softmax reads the weights once."""
     return _heads_first_forward(q, k, v)[0]
 
 
@@ -74,7 +74,7 @@ def _heads_first_forward(q, k, v):
 
 
 def _product(equation, a, b):
-    # XLA:CPU uses the bfloat16 instructions of the hardware only for products with float32 results.
+    # XLA:CPU uses bfloat16 instructions only for products with float32 results.
     return jnp.einsum(equation, a, b, preferred_element_type=jnp.float32)
 
 
@@ -100,7 +100,7 @@ def splash_attention(q, k, v, *, interpret: bool = False):
     t, heads, d = q.shape[1:]
     padded, tile = padded_length(t)
     kernel = _splash_kernel(heads, padded, tile, interpret)
-    # The kernel takes heads first, whole tiles and no scale. By its segment id, padding attends to padding alone.
+    # The kernel takes heads first, whole tiles and no scale. Padding has its own segment, so it attends only to padding.
     prepare = lambda x: jnp.pad(x.swapaxes(1, 2), ((0, 0), (0, 0), (0, padded - t), (0, 0)))
     ids = (jnp.arange(padded) >= t).astype(jnp.int32)
     segments = splash.SegmentIds(ids, ids)

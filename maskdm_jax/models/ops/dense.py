@@ -1,7 +1,7 @@
-"""Matrix product, LayerNorm and GELU with hand-written derivatives, each beside its plain twin.
+"""Matrix product, LayerNorm and GELU with hand-written derivatives, each beside its plain version.
 
-The plain twins are the definitions. `matmul`, `layer_norm` and `gelu` have the same values and gradients up to rounding
-and compile to faster programs, on CPU above all.
+The `plain_` versions are the definitions. `matmul`, `layer_norm` and `gelu` have the same values and gradients up to
+rounding and compile to faster programs, mainly on CPU.
 """
 
 import functools
@@ -20,14 +20,14 @@ def plain_matmul(x, w):
 
 @jax.custom_vjp
 def matmul(x, w):
-    """`plain_matmul`; on CPU, the gradient of w is one product of two matrices."""
+    """`plain_matmul` whose gradient of w is, on CPU, one product of two matrices."""
     return _product(x, w)
 
 
 def _product(a, b):
     if a.dtype == jnp.float32:
         return a @ b
-    # XLA:CPU uses the bfloat16 instructions of the hardware only for products with float32 results.
+    # XLA:CPU uses bfloat16 instructions only for products with float32 results.
     wide = lambda a, b: jnp.matmul(a, b, preferred_element_type=jnp.float32).astype(a.dtype)
     return jax.lax.platform_dependent(a, b, cpu=wide, default=jnp.matmul)
 
@@ -36,7 +36,7 @@ def _transposed(a):
     """a.T, of a matrix."""
     if a.dtype == jnp.float32 or a.shape[1] % 2:
         return a.T
-    # XLA:CPU would fuse a plain transpose into the bfloat16 product, which then cannot use the hardware's instructions.
+    # XLA:CPU would fuse a plain transpose into the bfloat16 product, which then cannot use bfloat16 instructions.
     halves = lambda a: jax.lax.optimization_barrier(a).reshape(len(a), 2, -1).transpose(1, 2, 0).reshape(-1, len(a))
     return jax.lax.platform_dependent(a, cpu=halves, default=jnp.transpose)
 
@@ -74,7 +74,7 @@ def _scale_and_shift(x, scale, bias):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def layer_norm(x, scale, bias, epsilon: float):
-    """`plain_layer_norm`; the backward pass saves x alone and reads it once."""
+    """`plain_layer_norm` whose backward pass needs only x and reads it once."""
     return _scale_and_shift(_standardize(x, epsilon)[0], scale, bias).astype(x.dtype)
 
 
@@ -113,7 +113,7 @@ def plain_gelu(x):
 
 @jax.custom_vjp
 def gelu(x):
-    """`plain_gelu` by erf, which is faster than JAX's erfc; the backward pass saves x alone and reads it once."""
+    """`plain_gelu` by erf, which is faster than JAX's erfc. The backward pass needs only x and reads it once."""
     return x * _normal_cdf(x)
 
 
@@ -122,7 +122,7 @@ def _normal_cdf(x):
 
 
 def _gelu_backward(x, g):
-    # The barrier keeps XLA from computing parts of this in the forward pass and saving them.
+    # The barrier prevents XLA from computing parts of this in the forward pass and saving them.
     x = jax.lax.optimization_barrier(x)
     density = jnp.exp(-0.5 * x * x) * (1 / math.sqrt(2 * math.pi))
     return (g * (_normal_cdf(x) + x * density),)
