@@ -59,8 +59,8 @@ def make_plan(
       rate: hidden share in [0, 1), for `patch` and `block`.
       block: side of a block, for `block`; must divide both sides of the grid.
       crop: side of the window, for `crop`.
-      tile: tokens per tile of the hardware, such as 128, for `patch` and `block`. A partly filled tile costs as much as a
-        full one, so the plan makes more patches visible, up to the end of the last tile. 0 does not round.
+      tile: tokens per tile of the hardware, such as 128, for `patch` and `block`. A partly filled tile costs as
+        much as a full one, so the plan makes more patches visible, up to the end of the last tile. 0 does not round.
       extras: tokens besides the patches; they take room in the tiles, too.
 
     Raises:

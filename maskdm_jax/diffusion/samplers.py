@@ -62,7 +62,7 @@ def ddim(predict, x, noise, schedule: Schedule, *, objective="noise", clip=(-1.0
       ValueError: see `ddim_times`.
     """
     times = ddim_times(schedule.timesteps if start is None else start + 1, steps)
-    # float32 throughout, as in the reference: float64 would give other coefficients, because the differences lose digits.
+    # float32 throughout, as in the reference: differences lose digits, so float64 would give other coefficients.
     one = np.float32(1)
     a, a_next = schedule.alpha_bar[times[:-1]], np.append(schedule.alpha_bar[times[1:-1]], one)
     sigma = np.float32(eta) * np.sqrt((one - a / a_next) * (one - a_next) / (one - a))
@@ -129,7 +129,7 @@ def dpm_solver_times(schedule: Schedule, steps: int, spacing: str) -> tuple[np.n
     return t - 1 / n, np.interp(t, known_t, known_log_alpha)
 
 
-MIN_HALF_LOG_SNR = -5.1  # noisier time steps, at the end of the cosine schedule, are left out: they contain too little of x0
+MIN_HALF_LOG_SNR = -5.1  # noisier time steps (the end of the cosine schedule) are left out: they contain too little of x0
 DPM_SPACINGS = ("time_uniform", "log_snr", "time_quadratic")
 
 
@@ -200,7 +200,7 @@ def interpolate(sample, schedule: Schedule, x0_a, x0_b, weights, eps, start: int
       x0_a, x0_b: the clean images [...].
       weights: [n] float32; 0 is `x0_a`, 1 is `x0_b`.
       eps: noise [...], the same for both images and all weights, so that mixing does not change its variance.
-      start: time step. With a higher one, the results resemble the two images less; a few hundred of 1000 keep the layout.
+      start: time step; at higher ones, results resemble the two images less. A few hundred of 1000 keep the layout.
 
     Returns:
       x0 [n, ...].

@@ -73,8 +73,8 @@ class Linear(nnx.Module):
 class PatchEmbed(Linear):
     """Embed flattened patches [B, V, patch_dim] as tokens [B, V, D] and add their position embeddings.
 
-    It equals the reference's convolution with stride p. Kernel and bias have PyTorch's default initialisation, uniform in
-    +-1/sqrt(patch_dim).
+    It equals the reference's convolution with stride p. Kernel and bias have PyTorch's default initialisation, uniform
+    in +-1/sqrt(patch_dim).
     """
 
     def __init__(self, patch_dim: int, width: int, *, dtype, rngs: nnx.Rngs):

@@ -1,7 +1,7 @@
 """Attention kernels, one for each platform, and the choice between them.
 
-Plain attention writes T x T logits to memory. For 4,097 tokens, this takes far longer than the arithmetic. Fused kernels
-keep the logits on the chip.
+Plain attention writes T x T logits to memory. For 4,097 tokens, this takes far longer than the arithmetic. Fused
+kernels keep the logits on the chip.
 """
 
 import functools
@@ -100,7 +100,7 @@ def splash_attention(q, k, v, *, interpret: bool = False):
     t, heads, d = q.shape[1:]
     padded, tile = padded_length(t)
     kernel = _splash_kernel(heads, padded, tile, interpret)
-    # The kernel takes heads first, whole tiles and no scale. Padding has its own segment, so it attends only to padding.
+    # The kernel takes heads first, whole tiles and no scale. Padding has its own segment: it attends only to padding.
     prepare = lambda x: jnp.pad(x.swapaxes(1, 2), ((0, 0), (0, 0), (0, padded - t), (0, 0)))
     ids = (jnp.arange(padded) >= t).astype(jnp.int32)
     segments = splash.SegmentIds(ids, ids)
