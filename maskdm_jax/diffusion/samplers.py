@@ -129,7 +129,7 @@ def dpm_solver_times(schedule: Schedule, steps: int, spacing: str) -> tuple[np.n
     return t - 1 / n, np.interp(t, known_t, known_log_alpha)
 
 
-MIN_HALF_LOG_SNR = -5.1  # noisier time steps (the end of the cosine schedule) are left out: they contain too little of x0
+MIN_HALF_LOG_SNR = -5.1  # noisier time steps are left out: they hardly determine x0
 DPM_SPACINGS = ("time_uniform", "log_snr", "time_quadratic")
 
 

@@ -1,1 +1,1 @@
-"""Training: the step, the state that it updates, where a run starts, the loop, checkpoints and logs."""
+"""Training: step, state, start or resumption of a run, loop, checkpoints, logs."""

@@ -2,8 +2,8 @@
 
     WORKDIR/checkpoints/STEP/{params, ema, optimizer, meta}
 
-STEP counts the steps of all stages. `meta` is JSON: the stage and its step, the data position, the whole config and
-the class names. A checkpoint can be sampled from or resumed without any other file.
+STEP counts the steps of all stages. `meta` is JSON: the stage and its step, the position in the data, the whole config
+and the class names. Sampling and resuming need no other file.
 """
 
 import dataclasses
@@ -25,19 +25,19 @@ from maskdm_jax.training.state import TrainState
 log = logging.getLogger(__name__)
 
 FOLDER = "checkpoints"
-ITEMS = ("params", "ema", "optimizer")  # of arrays
+ITEMS = ("params", "ema", "optimizer")  # the items that contain arrays
 META = ("stage", "stage_step", "past", "data", "window", "images", "classes", "card", "config")
 
 
 class _Manager(ocp.CheckpointManager):
-    """Orbax's manager, which must not ask JAX about preemption: `processes.stop_requested` does, once per step.
+    """Orbax's manager without its calls of JAX's preemption service, which `processes.stop_requested` calls every step.
 
-    Orbax would ask from its background thread, with the number of a step long past. If SIGTERM comes just then, JAX
-    chooses a step to stop at that the loop has already passed, and the run never stops.
+    Orbax would call it from its background thread with the number of an earlier step. If SIGTERM came just then, JAX
+    would choose a step to stop at that the loop has already passed, and the run would never stop.
     """
 
     def reached_preemption(self, step: int) -> bool:
-        """Nothing is saved differently before a stop."""
+        """Always False: a save before a stop is like any other."""
         return False
 
 
@@ -55,7 +55,7 @@ class Checkpoints:
         )
 
     def latest(self) -> int | None:
-        """Step of the newest finished checkpoint, None if there is none. One that a kill interrupted does not count."""
+        """Step of the newest finished checkpoint, or None. A partial one, interrupted by a kill, does not count."""
         steps = [step for step in self._manager.all_steps() if _is_checkpoint(self.folder / str(step))]
         return max(steps, default=None)
 
@@ -82,7 +82,7 @@ class Checkpoints:
         return None if step < 0 else step
 
     def save(self, step: int, state: TrainState, meta: dict) -> None:
-        """Start writing; return as soon as the state is copied and may be donated.
+        """Start writing, and return when the state is copied and can be donated.
 
         Raises:
           CheckpointError: the disk is too full, or the previous checkpoint could not be written.
@@ -109,7 +109,7 @@ class Checkpoints:
         return load_meta(self.folder / str(step))
 
     def restore(self, step: int, abstract: TrainState) -> TrainState:
-        """Read a state; `abstract` holds ShapeDtypeStructs with the shardings wanted now.
+        """Read a state; `abstract` contains ShapeDtypeStructs with the wanted shardings.
 
         Raises:
           CheckpointError: names, shapes or dtypes differ.
@@ -131,7 +131,7 @@ class Checkpoints:
             self._manager.close()
 
     def _writing(self):
-        """Context in which Orbax writes; whatever it raises becomes one line."""
+        """Context for writing by Orbax; any exception becomes a `CheckpointError` of one line."""
         latest = self.latest()
         resume = "there is none yet" if latest is None else f"the same command resumes from step {latest}"
         message = f"no checkpoint can be written to {self.folder} ("
@@ -139,7 +139,7 @@ class Checkpoints:
 
 
 def find(path) -> pathlib.Path:
-    """The checkpoint that `path` means: a checkpoint itself, or the newest one of a run folder.
+    """Find a checkpoint: `path` is a checkpoint or a run folder, whose newest one is taken.
 
     Raises:
       CheckpointError: there is none.
@@ -156,7 +156,7 @@ def find(path) -> pathlib.Path:
 
 
 def load_meta(checkpoint: pathlib.Path) -> dict:
-    """The JSON part of a checkpoint that `find` gave."""
+    """The JSON part of a checkpoint that `find` returned."""
     with _reading(checkpoint):
         meta = json.loads((checkpoint / "meta" / "metadata").read_bytes())  # Orbax would wait for the other processes
         missing = [key for key in META if not isinstance(meta, dict) or key not in meta]
@@ -166,7 +166,7 @@ def load_meta(checkpoint: pathlib.Path) -> dict:
 
 
 def load_state(checkpoint: pathlib.Path, abstract: TrainState) -> TrainState:
-    """Read all of a checkpoint that `find` gave, placed as `abstract` says.
+    """Read the whole state of a checkpoint that `find` returned, with the shardings of `abstract`.
 
     Raises:
       CheckpointError: names, shapes or dtypes differ.
@@ -176,7 +176,7 @@ def load_state(checkpoint: pathlib.Path, abstract: TrainState) -> TrainState:
 
 
 def check(checkpoint: pathlib.Path) -> None:
-    """Read a whole checkpoint, an array at a time, to find damage. Orbax would log thousands of lines.
+    """Read a whole checkpoint, one array at a time, to find damage. Orbax would log thousands of lines.
 
     Raises:
       CheckpointError: it is damaged.
@@ -200,7 +200,7 @@ def check(checkpoint: pathlib.Path) -> None:
 
 
 def load_item(checkpoint: pathlib.Path, item: str, abstract):
-    """Read `params` or `ema` of a checkpoint that `find` gave, placed as `abstract` says.
+    """Read `params` or `ema` of a checkpoint that `find` returned, with the shardings of `abstract`.
 
     Raises:
       CheckpointError: names, shapes or dtypes differ.
@@ -236,7 +236,7 @@ def _is_checkpoint(path: pathlib.Path) -> bool:
 
 
 def _reading(checkpoint: pathlib.Path):
-    """Context in which a checkpoint is read; whatever a missing or broken file raises becomes one line."""
+    """Context for reading a checkpoint; any exception becomes a `CheckpointError` of one line."""
     return prefixed(CheckpointError, f"{checkpoint} is damaged (", Exception, "); an earlier one may be whole")
 
 
@@ -260,7 +260,7 @@ def compare(message: str, stored, abstract) -> None:
 
 
 def _shapes(tree) -> dict:
-    """Leaf path, as names -> (shape, dtype). PRNG keys count as the words they are stored as."""
+    """Names of the leaves -> shape and dtype. PRNG keys are described by their stored words."""
 
     def describe(leaf):
         if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):

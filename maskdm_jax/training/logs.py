@@ -30,7 +30,7 @@ class _Console(logging.Handler):
 
 @contextlib.contextmanager
 def logging_to(workdir):
-    """Log to stderr and WORKDIR/log.txt; processes other than the first log warnings to stderr alone."""
+    """Log to stderr and WORKDIR/log.txt. Processes other than the first log only warnings, to stderr."""
     workdir = pathlib.Path(workdir)
     workdir.mkdir(parents=True, exist_ok=True)
     console = _Console()
@@ -64,8 +64,8 @@ def parameter_table(params) -> str:
 class Metrics:
     """Metrics by step, written to WORKDIR/metrics.jsonl and, as configured, TensorBoard and W&B.
 
-    Opening it at `step` drops lines beyond that step, which a killed process wrote, so that the history of a resumed
-    run equals that of an uninterrupted one. Of several processes only the first writes.
+    Opening it at `step` drops later lines, which a killed process wrote, so that the history of a resumed run equals
+    that of an uninterrupted one. Of several processes, only the first writes.
     """
 
     def __init__(self, workdir, settings: Log, *, step: int):
@@ -82,7 +82,7 @@ class Metrics:
         _keep_until(path, step)
         self._file = path.open("a")
         if settings.tensorboard:
-            import tensorboardX  # a second, where PyTorch is installed: it looks for it
+            import tensorboardX  # imported here: takes a second if PyTorch is installed
 
             self._board = tensorboardX.SummaryWriter(str(workdir / "tensorboard"), purge_step=step + 1)
         if settings.wandb:
@@ -91,7 +91,7 @@ class Metrics:
             )
 
     def write(self, step: int, values: dict) -> None:
-        """Record numbers, and strings (in metrics.jsonl alone), of a step."""
+        """Record numbers and strings of a step; strings go to metrics.jsonl only."""
         if self._file is None:
             return
         self._file.write(json.dumps({"step": step} | values) + "\n")
@@ -123,7 +123,7 @@ class Metrics:
 
 
 def read_metrics(path) -> list[dict]:
-    """The lines of a metrics.jsonl. A line that is damaged, such as one cut by a kill, is skipped."""
+    """The lines of a metrics.jsonl. Damaged lines, such as one truncated by a kill, are skipped."""
     lines = []
     for text in pathlib.Path(path).read_text(errors="replace").splitlines():
         with contextlib.suppress(ValueError, RecursionError):
@@ -152,13 +152,13 @@ class Window:
         self._count += 1
 
     def take(self) -> dict:
-        """Return the means and start anew."""
+        """Return the means and reset."""
         means = {k: v if k == "learning_rate" else v / self._count for k, v in self._sums.items()}
         self._count, self._sums = 0, {}
         return means
 
     def sums(self) -> dict:
-        """Arguments that make this window again."""
+        """Arguments that recreate this window."""
         return {"count": self._count, **self._sums}
 
 
@@ -181,13 +181,13 @@ class Progress:
         self._name, self._steps = name, steps
 
     def advance(self) -> None:
-        """Count a step that was started."""
+        """Count a started step."""
         self._bar.update()
 
     def numbers(self, step: int, text: str) -> None:
         """Show the metrics of step `step` of the stage."""
         self._bar.bar_format = f"{_BAR} {text}"
-        # With a bar on the terminal the line goes to the file alone.
+        # With a bar on the terminal, the line goes to the file only.
         level = logging.INFO if self._bar.disable else logging.DEBUG
         log.log(level, "%s %d/%d %s", self._name, step, self._steps, text)
 
@@ -205,7 +205,7 @@ class Rate:
         self._waited = 0.0
 
     def tick(self) -> None:
-        """Count a step that was completed."""
+        """Count a completed step."""
         self._steps += 1
 
     def read(self) -> tuple[float, float]:
@@ -218,7 +218,7 @@ class Rate:
 
     @contextlib.contextmanager
     def waiting(self, idle):
-        """Context that counts as waiting if `idle()`, called at its end, says that the device has nothing to do."""
+        """Context whose time counts as waiting if `idle()`, called at its end, says that the device is idle."""
         start = time.perf_counter()
         yield
         if idle():
@@ -226,7 +226,7 @@ class Rate:
 
     @contextlib.contextmanager
     def paused(self):
-        """Context whose time does not count, such as a preview."""
+        """Context whose time does not count, such as that of a preview."""
         start = time.perf_counter()
         yield
         self._since += time.perf_counter() - start
@@ -258,7 +258,7 @@ class Profile:
             self.close()
 
     def close(self) -> None:
-        """Write the trace if it is still running."""
+        """Stop a running trace and write it."""
         if self._on:
             self._on = False
             jax.profiler.stop_trace()

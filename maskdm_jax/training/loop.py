@@ -1,4 +1,4 @@
-"""The loop of a run: its stages, their steps, and the hooks that are called between steps."""
+"""The training loop of a run: stages, steps, and hooks that are called between steps."""
 
 import contextlib
 import dataclasses
@@ -30,7 +30,7 @@ WARM_UP = 10  # steps before a profile: compilation, caches
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """What the stages and hooks of a run share. `data` is a `data.pipeline.TrainingData` or has its attributes."""
+    """Objects that stages and hooks share. `data` is a `data.pipeline.TrainingData` or has its attributes."""
 
     config: Config
     workdir: pathlib.Path
@@ -48,7 +48,7 @@ class Run:
 
 
 class Moment(typing.NamedTuple):
-    """A point between two steps, given to hooks."""
+    """A point between two steps, passed to hooks."""
 
     step: int  # of the run
     stage: str  # name
@@ -59,29 +59,29 @@ class Moment(typing.NamedTuple):
 
 
 class Hook(typing.Protocol):
-    """Called after every `every` steps of a stage (0: never) and at its end; the device waits meanwhile."""
+    """Called after every `every` steps of a stage (0: never) and at its end. Training waits for it."""
 
     every: int
 
     def __call__(self, at: Moment) -> None:
-        """Act; nothing trains meanwhile."""
+        """Act at this point."""
 
 
 def train(config: Config, data, workdir, *, make_hooks=lambda run: (), devices=None, profile: int = 0) -> pathlib.Path:
-    """Run all stages of a config, or what is left of them, and return the newest checkpoint's folder.
+    """Run all remaining stages of a config, and return the folder of the newest checkpoint.
 
     Start order: the newest checkpoint in `workdir`, else the weights of `config.init_from`, else new weights.
 
     Args:
       data: `data.pipeline.TrainingData`.
-      make_hooks: run -> hooks, called once it is known where the run starts.
-      devices: those to run on; all when None.
+      make_hooks: run -> hooks; called when the start of the run is known.
+      devices: devices to run on; None for all.
       profile: number of steps, a few after the start, to trace into the run folder's `profile`.
 
     Raises:
-      ConfigError, DataError, CheckpointError: something cannot work; raised before training begins.
+      ConfigError, DataError, CheckpointError: settings, data or checkpoint are invalid; raised before training.
       NonFiniteLoss: training diverged.
-      Preempted: SIGTERM was received and the state saved; only if `processes.initialize` catches it.
+      Preempted: SIGTERM was received and the state saved; only if `processes.initialize` catches SIGTERM.
     """
     workdir, network, mesh = run_folder(workdir), make_network(config), make_run_mesh(config, devices)
     with logs.logging_to(workdir), contextlib.ExitStack() as closing:
@@ -150,7 +150,7 @@ def run_stage(run: Run, index: int, state: TrainState, meta: dict, hooks) -> Tra
             resume = dict(data=batches.state(), window=report.window.sums())
             at = Moment(offset + step, name, step, last, state, resume)
             with report.paused():
-                if stop:  # the time that is left is for saving
+                if stop:  # skip the hooks: the grace period is for saving
                     stop_run(run, at)
                 for hook in due:
                     hook(at)
@@ -183,14 +183,14 @@ def stop_run(run: Run, at: Moment) -> typing.NoReturn:
     """Save and raise `Preempted`."""
     Save(run)(at)
     run.checkpoints.wait()
-    processes.barrier("saved")  # a process that ends may end the others
+    processes.barrier("saved")  # a process that exits may abort the others
     raise Preempted(
         f"SIGTERM received; saved at step {at.stage_step} of stage {at.stage}; the same command resumes from it"
     )
 
 
 class StageReport:
-    """The metrics of a stage: read one step late, checked, averaged over a window, logged."""
+    """The metrics of a stage: read one step late, check, average over a window, log."""
 
     def __init__(self, run: Run, index: int, first: int, window: dict):
         self._run, self._name, self._pending = run, run.config.stages[index], None
@@ -204,12 +204,12 @@ class StageReport:
         self._progress = logs.Progress(self._name, step=first, steps=self._stage.steps)
 
     def waiting_for_data(self):
-        """Context in which the host waits for a batch; it counts if the device has nothing to do meanwhile."""
+        """Context for waiting for a batch; its time counts if the device becomes idle."""
         before = self._pending
         return self._rate.waiting(lambda: before is not None and before[1]["loss"].is_ready())
 
     def started(self, step: int, values) -> None:
-        """Take in a step that was dispatched, and read the one before it: the device never waits for Python."""
+        """Record a dispatched step and read the previous one, so that the device never waits for Python."""
         self.read()
         self._pending = (step, values)
         self._progress.advance()
@@ -253,7 +253,7 @@ class StageReport:
 
 
 def _cost(config: Config, name: str) -> int:
-    """Patches that a stage computes, which estimates its time."""
+    """Number of patches that a stage computes, an estimate of its time."""
     visible = sum(plan.visible for plan in mask_plans(config, name))
     return config.stage[name].steps * config.stage[name].batch_size * visible
 
@@ -302,7 +302,8 @@ def make_run_mesh(config: Config, devices=None):
     """The mesh that a config asks for.
 
     Raises:
-      ConfigError: the devices do not form it, batches do not divide over it, or the attention kernel is for others.
+      ConfigError: the devices do not form it, a batch does not divide over it, or the attention kernel is for another
+        platform.
     """
     try:
         mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, devices)

@@ -34,7 +34,7 @@ def begin(config: Config, network: Network, mesh, checkpoints: checkpoint.Checkp
     The log says which in one line.
 
     Raises:
-      CheckpointError, ConfigError: what there is does not fit the config.
+      CheckpointError, ConfigError: the checkpoint or the weights do not fit the config.
     """
     step = checkpoints.latest_valid()
     if step is not None:
@@ -56,7 +56,7 @@ def begin(config: Config, network: Network, mesh, checkpoints: checkpoint.Checkp
 
 
 def _warn_of_changes(config: Config, meta: dict, data) -> None:
-    """Log how data and config differ from those that a checkpoint was made with."""
+    """Log how data and config differ from those of a checkpoint."""
     if meta["images"] not in (None, len(data)):  # None: converted from another format
         counts = f"{meta['images']} images then, {len(data)} now"
         log.warning("the data changed (%s): the shuffle order differs", counts)
@@ -82,13 +82,13 @@ def fresh_state(config: Config, network: Network, abstract: TrainState) -> Train
 
 
 def next_stage(config: Config, index: int, network: Network, mesh, state: TrainState) -> TrainState:
-    """State at the start of stage `index`: the weights of the previous stage, all else new."""
+    """State at the start of stage `index`: the weights of the previous stage, and a new EMA and optimizer state."""
     return _first_state(config, index, abstract_state(config, index, network, mesh), state.params)
 
 
 def _first_state(config: Config, index: int, abstract: TrainState, params) -> TrainState:
     optimizer = make_optimizer(config.stage[config.stages[index]])
-    key = jax.random.fold_in(jax.random.key(config.seed), index)  # stages draw from streams of their own
+    key = jax.random.fold_in(jax.random.key(config.seed), index)  # each stage has its own random stream
     return jax.jit(new_state, static_argnums=1, out_shardings=sharding.placement(abstract))(params, optimizer, key)
 
 

@@ -1,4 +1,4 @@
-"""The state that a step updates: parameters, EMA, optimizer. AdamW with warm-up, and the law of the EMA."""
+"""The state that a step updates: parameters, EMA, optimizer. AdamW with warm-up, and the decay of the EMA."""
 
 import dataclasses
 import typing
@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-EMA_COPY_STEPS = 100  # the reference's EMA copies the parameters this long before it averages
+EMA_COPY_STEPS = 100  # steps in which the reference's EMA copies the parameters, before it averages
 
 
 @jax.tree_util.register_dataclass
@@ -25,11 +25,11 @@ class TrainState:
 def make_optimizer(stage) -> optax.GradientTransformation:
     """AdamW of a `config.Stage`: decay on every tensor, clipping by global norm when `clip_norm` is positive.
 
-    The rate is learning_rate * min(step / warmup_steps, 1) with the step counted from 0, so the first update
-    of a warmed-up stage has rate 0, as in the reference. The two tensors of the label token rest, and have
-    counts of their own, in steps whose batch gives them no gradient (all labels hidden, or none).
+    The learning rate is learning_rate * min(step / warmup_steps, 1) with the step counted from 0, so the first update
+    of a stage with warm-up has rate 0, as in the reference. A step whose batch gives one of the two tensors of the label
+    token no gradient (all labels hidden, or none) does not update that tensor; each of the two has its own step count.
     """
-    # The same state with and without clipping, so that a run can be resumed with it switched on.
+    # The state is the same with and without clipping, so that a resumed run can change the setting.
     clip = _clip_by_global_norm(stage.clip_norm) if stage.clip_norm else optax.identity()
     adamw = optax.chain(
         optax.scale_by_adam(b1=stage.b1, b2=stage.b2, eps=1e-8), optax.add_decayed_weights(stage.weight_decay)
@@ -39,7 +39,7 @@ def make_optimizer(stage) -> optax.GradientTransformation:
 
 
 def _clip_by_global_norm(limit: float) -> optax.GradientTransformation:
-    """optax.clip_by_global_norm by one factor, which XLA joins with what follows; its division is a pass of its own."""
+    """`optax.clip_by_global_norm` as one multiplication, which XLA fuses; its division is a separate pass."""
 
     def update(grads, state, params=None):
         del params
@@ -53,7 +53,7 @@ LABEL_TENSORS = ("label_embed", "uncond_embed")  # of `models.backbone.Backbone`
 
 
 def _groups_of(params):
-    """Names the optimizer's group of each tensor."""
+    """Name the optimizer's group of each tensor."""
 
     def group(path, _):
         return next((key.key for key in path if key.key in LABEL_TENSORS), "all")
@@ -62,9 +62,9 @@ def _groups_of(params):
 
 
 def _resting_at_zero(inner: optax.GradientTransformation) -> optax.GradientTransformation:
-    """Leaves state and parameters as they are when the gradient is zero.
+    """Update neither state nor parameters when the gradient is zero.
 
-    PyTorch, and with it the reference, does this to tensors that took no part in a step.
+    PyTorch, and therefore the reference, does this for tensors that a step does not use.
     """
 
     def update(grads, state, params):
@@ -77,22 +77,22 @@ def _resting_at_zero(inner: optax.GradientTransformation) -> optax.GradientTrans
 
 
 def learning_rate(stage) -> optax.Schedule:
-    """Rate by step of the stage."""
+    """Learning rate by step of the stage."""
     if not stage.warmup_steps:
         return optax.constant_schedule(stage.learning_rate)
     return lambda step: stage.learning_rate * jnp.minimum(step / stage.warmup_steps, 1.0)
 
 
 def new_state(params, optimizer: optax.GradientTransformation, key) -> TrainState:
-    """State at the start of a stage. The EMA starts as a copy: donation needs buffers of its own."""
+    """State at the start of a stage. The EMA is a copy, because donation needs separate buffers."""
     return TrainState(jnp.int32(0), params, jax.tree.map(jnp.copy, params), optimizer.init(params), key)
 
 
 def ema_step_size(step, *, decay: float, every: int):
-    """1 - decay of the EMA at its call number `step` (0, 1, ...): 1 copies the parameters, 0 leaves the EMA alone.
+    """1 - decay of the EMA at its call number `step` (0, 1, ...): 1 copies the parameters, 0 keeps the EMA.
 
-    The law of the reference: it acts when `step` is a multiple of `every`. Up to step 100 it copies; after that its
-    decay is min(decay, 1 - (1 + e)^(-2/3)) with e = step - 100.
+    As in the reference, the EMA is updated when `step` is a multiple of `every`. Up to step 100 it copies; then its decay
+    is min(decay, 1 - (1 + e)^(-2/3)) with e = step - 100.
     """
     step = jnp.asarray(step)
     e = jnp.maximum(step - EMA_COPY_STEPS, 0)

@@ -1,4 +1,4 @@
-"""The training step: draw what each image needs, loss on the visible patches, gradient, AdamW, EMA."""
+"""The training step: draw masks, time steps and noise; loss on the visible patches; gradient; AdamW; EMA."""
 
 import functools
 import typing
@@ -18,7 +18,7 @@ from maskdm_jax.training.state import TrainState, ema_step_size, learning_rate, 
 
 
 class Inputs(typing.NamedTuple):
-    """The loss's inputs: V visible patches of d numbers per image. A wavelet model has tuples, one entry per band."""
+    """Inputs of the loss: V visible patches of size d per image. For a wavelet model, tuples with an entry per band."""
 
     x0: jax.Array  # [B, V, d] clean patches
     t: jax.Array  # [B] int32
@@ -28,7 +28,7 @@ class Inputs(typing.NamedTuple):
 
 
 def draw_inputs(config: Config, stage: str, key, batch) -> Inputs:
-    """Draw flip, mask, time, noise and label dropout for each image from the key and the image's global index alone.
+    """Draw flip, mask, time, noise and label dropout of each image, by the key and the image's global index only.
 
     batch: image uint8 [B, S, S, C], label int32 [B], index uint32 [B].
     """
@@ -42,7 +42,7 @@ def draw_inputs(config: Config, stage: str, key, batch) -> Inputs:
         patches, positions, eps = [], [], []
         for i, (band, plan) in enumerate(zip(bands, plans, strict=True)):
             positions.append(masking.sample_positions(plan, jax.random.fold_in(mask_key, i)))
-            patches.append(band[0] if plan.hides_nothing else band[0][positions[-1]])  # hidden patches end here
+            patches.append(band[0] if plan.hides_nothing else band[0][positions[-1]])  # hidden patches are dropped here
             eps.append(jax.random.normal(jax.random.fold_in(eps_key, i), patches[-1].shape))
         t = jax.random.randint(t_key, (), 0, config.diffusion.timesteps)
         label = jnp.where(jax.random.bernoulli(label_key, config.data.label_dropout), -1, label)
@@ -62,7 +62,7 @@ def make_loss(config: Config, network: Network) -> typing.Callable:
     """Build `loss(params, inputs)` -> mean loss over the images, a float32 scalar.
 
     Raises:
-      ConfigError: schedule, objective, loss or loss weight are unknown.
+      ConfigError: the schedule, objective, loss or loss weight is unknown.
     """
     diffusion, schedule = config.diffusion, noise_schedule(config)
     with prefixed(ConfigError, "config.diffusion."):
@@ -87,7 +87,7 @@ def train_step(state: TrainState, batch, *, draw, loss, stage: Stage, mesh) -> t
       state, batch: see `TrainState` and `draw_inputs`; B = stage.batch_size.
       draw: (key, batch) -> `Inputs`.
       loss: (params, inputs) -> scalar.
-      mesh: where state and batch are.
+      mesh: devices of state and batch.
 
     Returns:
       the next state and float32 scalars: loss, grad_norm (before clipping), learning_rate.
@@ -109,7 +109,7 @@ def train_step(state: TrainState, batch, *, draw, loss, stage: Stage, mesh) -> t
 
 
 def jit_step(config: Config, name: str, mesh, abstract: TrainState):
-    """Jit the step of stage `name`: the state is donated and stays where `abstract` has it."""
+    """Jit the step of stage `name`; the state is donated and keeps the shardings of `abstract`."""
     stage = config.stage[name]
     network = make_network(config, remat=stage.remat)
     draw = functools.partial(draw_inputs, config, name)
@@ -124,7 +124,7 @@ def jit_step(config: Config, name: str, mesh, abstract: TrainState):
 
 
 def compile_step(config: Config, name: str, mesh, state: TrainState):
-    """The step of stage `name`, compiled for a state in all processes of the mesh."""
+    """Compile the step of stage `name` for a state, in all processes of the mesh."""
     return processes.compile_together(
         jit_step(config, name, mesh, state), mesh, state, abstract_batch(config, name, mesh)
     )
