@@ -1,4 +1,4 @@
-"""The processes of a run: joining, exchanging values, and stopping together."""
+"""The processes of a run: join, exchange values, and stop together."""
 
 import glob
 import importlib.util
@@ -19,17 +19,17 @@ _VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 
 
 def initialize(*, catch_sigterm: bool = False) -> None:
-    """Join the other processes of this run, or start it alone. Call it before anything touches a device.
+    """Join the other processes of this run, if there are any. Call it before anything uses a device.
 
-    In this order: the processes named by JAX_COORDINATOR_ADDRESS (HOST:PORT of process 0), JAX_NUM_PROCESSES and
-    JAX_PROCESS_ID; the tasks of a SLURM step, one per GPU; the hosts of one or several TPU slices.
+    The first of these that exists determines the processes: the variables JAX_COORDINATOR_ADDRESS (HOST:PORT of process
+    0), JAX_NUM_PROCESSES and JAX_PROCESS_ID; a SLURM step with one task per GPU; the hosts of one or several TPU slices.
 
     Args:
-      catch_sigterm: SIGTERM to any process makes `stop_requested` true at the same step in all of them, instead of
-        ending that process.
+      catch_sigterm: SIGTERM to any process does not end it, but makes `stop_requested` true at the same step in all
+        processes.
 
     Raises:
-      DistributedError: variables are missing or malformed, or the other processes did not appear.
+      DistributedError: variables are missing or malformed, or the other processes cannot be reached.
     """
     jax.config.update("jax_enable_preemption_service", catch_sigterm)
     known = {name: os.environ.get(name) for name in _VARIABLES}
@@ -38,7 +38,7 @@ def initialize(*, catch_sigterm: bool = False) -> None:
     elif int(os.environ.get("SLURM_NTASKS") or 1) > 1 and "SLURM_STEP_NODELIST" in os.environ:
         how = dict(cluster_detection_method="slurm")
     elif _on_tpu():
-        how = {}  # JAX asks the machine
+        how = {}  # JAX reads the metadata of the TPU
     elif catch_sigterm:
         how = _alone()
     else:
@@ -72,7 +72,7 @@ def _on_tpu() -> bool:
 
 
 def _alone() -> dict:
-    """A run of one process, which needs the coordination service to catch SIGTERM."""
+    """Arguments for a run of one process, which needs the coordination service to catch SIGTERM."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{probe.getsockname()[1]}"
@@ -86,7 +86,7 @@ def is_first() -> bool:
 
 
 def broadcast(number: int) -> int:
-    """The first process's number, in all processes. What they see on a shared disk may differ."""
+    """Return the first process's number in all processes, for instance if they may see a shared disk differently."""
     if jax.process_count() == 1:
         return number
     barrier("broadcast")
@@ -94,7 +94,7 @@ def broadcast(number: int) -> int:
 
 
 def gather(array) -> np.ndarray:
-    """Stack the arrays of all processes, which have one shape and dtype: [processes, *shape], bit for bit."""
+    """Stack arrays of equal shape and dtype from all processes: [processes, *shape], bit for bit."""
     array = np.asarray(array)
     if jax.process_count() == 1:
         return array[None]
@@ -107,8 +107,8 @@ def gather(array) -> np.ndarray:
 def barrier(name: str) -> None:
     """Wait for all processes, through the coordination service and for up to an hour.
 
-    Call it before a collective that processes may reach at different times: on CPU, Gloo gives up after 30 s, while
-    another process may still compile or read a checkpoint.
+    Call it before a collective that processes may reach at different times, for instance after compiling or reading a
+    checkpoint: on CPU, Gloo fails after 30 s.
     """
     if jax.process_count() > 1:
         from orbax.checkpoint import multihost
@@ -119,7 +119,7 @@ def barrier(name: str) -> None:
 def compile_together(jitted, mesh, *args):
     """Compile a jitted function for `args` in all processes of a mesh, before any of them runs it.
 
-    The mesh of one process needs no such care: the function is returned as it is, and compiles when it is called.
+    If the mesh has only devices of this process, return the function unchanged; it compiles when it is called.
     """
     if all(device.process_index == jax.process_index() for device in mesh.devices.flat):
         return jitted
@@ -134,20 +134,20 @@ _asked = itertools.count(1)  # calls of `stop_requested`
 def stop_requested() -> bool:
     """Whether some process received SIGTERM, so that the run must save and stop now.
 
-    All processes must ask at every step; all get the same answer.
+    All processes must call this at every step; all get the same answer.
     """
     if not jax.distributed.is_initialized() or not jax.config.jax_enable_preemption_service:
         return False
-    # JAX chooses the step after the last one asked about, 0 before the first. A resumed run that asked about its own
-    # step numbers would jump over step 1, and never stop after a SIGTERM that came before its first step.
+    # JAX stops at the step after the last one that was passed here, or at step 1 before the first call. A resumed run that
+    # passed its own step numbers would skip step 1, and never stop after a SIGTERM before its first step.
     return multihost_utils.reached_preemption_sync_point(next(_asked))
 
 
 def exit_all(message: str, status: int = 1) -> typing.NoReturn:
-    """End the program with a message; one of several processes ends at once, without waiting for the others."""
+    """Exit with a message. One of several processes exits at once, without waiting for the others."""
     print(message, file=sys.stderr, flush=True)
     if jax.distributed.is_initialized() and jax.process_count() > 1:
         if status == PREEMPTED:
-            jax.distributed.shutdown()  # waits for the others, which the end of the first process would abort
+            jax.distributed.shutdown()  # wait for the others: the exit of the first process would abort them
         os._exit(status)
     sys.exit(status)

@@ -18,7 +18,7 @@ _DEVICE_FILES = ("/dev/nvidia[0-9]*", "/dev/kfd", "/dev/accel[0-9]*", "/dev/vfio
 
 @contextlib.contextmanager
 def program(*, distributed: bool = True, catch_sigterm: bool = False):
-    """Run the body of a launcher: set up JAX, join the other processes, end with one line on an expected error.
+    """Run the body of a launcher: set up JAX, join the other processes, exit with one line on an expected error.
 
     Args:
       distributed: join the other processes of this run; see `processes.initialize`.
@@ -59,14 +59,14 @@ def keep_compiled_programs() -> None:
 
 
 def keep_freed_memory() -> bool:
-    """Keep freed pages so that the next CPU step reuses them. Call this before anything touches a device.
+    """Keep freed pages so that the next CPU step reuses them. Call this before anything uses a device.
 
-    XLA:CPU allocates the buffers of a program with malloc at every execution. Fresh pages for hundreds of MiB must be
-    cleared and mapped, which takes a seventh of a training step. With one heap that is never trimmed, an execution
-    gets the pages of the previous one; the process stays at its largest size.
+    XLA:CPU allocates the buffers of a program with malloc at every execution. Mapping and clearing new pages for
+    hundreds of MiB takes a seventh of a training step. With one heap that is never trimmed, an execution reuses the
+    pages of the previous one; the process keeps its largest size.
 
     Returns:
-      True if the allocator was configured; False beside accelerators, with a C library other than glibc, or where
+      True if malloc was configured; False on machines with accelerators, with a C library other than glibc, or if
       environment variables (MALLOC_ARENA_MAX, GLIBC_TUNABLES, ...) already configure malloc.
     """
     configured = any(name.startswith("MALLOC_") for name in os.environ)
@@ -78,5 +78,5 @@ def keep_freed_memory() -> bool:
         mallopt = ctypes.CDLL("libc.so.6").mallopt
     except (OSError, AttributeError):
         return False
-    # Threads get heaps of their own otherwise, which hold nothing large.
+    # One arena: the heaps of other arenas are too small for large buffers.
     return all(mallopt(*option) for option in ((_ARENA_MAX, 1), (_MMAP_MAX, 0), (_TRIM_THRESHOLD, -1)))

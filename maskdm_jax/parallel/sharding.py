@@ -1,4 +1,4 @@
-"""Placement: the mesh, the split of parameters, the reduction of gradients, and host batches as global arrays."""
+"""Sharding: the mesh, the sharding of parameters, the reduction of gradients, host batches as global arrays."""
 
 import jax
 import jax.numpy as jnp
@@ -8,15 +8,15 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 BATCH = P(("data", "fsdp"))  # examples over all devices
-EVERYWHERE = P()  # all of an array on every device
+EVERYWHERE = P()  # the whole array on every device
 MIN_SHARDED_SIZE = 2**14  # smaller leaves are replicated: gathering them costs more than it saves
 
 
 def make_mesh(data: int = -1, fsdp: int = 1, devices=None) -> Mesh:
-    """Mesh with axes ('data', 'fsdp') over all devices; one device is a mesh of one.
+    """Mesh with axes ('data', 'fsdp') over all devices, also over a single one.
 
     Args:
-      data: copies of the parameters; -1 takes the devices that `fsdp` leaves.
+      data: number of copies of the parameters; -1 computes it from the number of devices.
       fsdp: devices that share one copy of parameters, EMA and optimizer moments.
 
     Raises:
@@ -25,7 +25,7 @@ def make_mesh(data: int = -1, fsdp: int = 1, devices=None) -> Mesh:
     devices = jax.devices() if devices is None else devices
     if fsdp < 1 or len(devices) % fsdp or (data != -1 and data * fsdp != len(devices)):
         raise ValueError(f"mesh data={data}, fsdp={fsdp} does not fit {len(devices)} devices; their product must")
-    # Auto axes: jax.make_mesh's default, explicit ones, rejects the gather of visible patches.
+    # Auto axes, because explicit axes, the default of jax.make_mesh, reject the gather of visible patches.
     axes = dict(axis_names=("data", "fsdp"), axis_types=(AxisType.Auto,) * 2)
     slices = len({getattr(device, "slice_index", 0) for device in devices if device.platform == "tpu"} or {0})
     if slices == 1:
@@ -34,7 +34,7 @@ def make_mesh(data: int = -1, fsdp: int = 1, devices=None) -> Mesh:
         raise ValueError(
             f"mesh fsdp={fsdp} reaches beyond one of {slices} TPU slices of {len(devices) // slices} chips"
         )
-    # Slices are joined by a slower network: only the sum over "data" crosses it.
+    # The network between slices is slow: only the sum over "data" crosses it.
     within, across = (len(devices) // fsdp // slices, fsdp), (slices, 1)
     grid = mesh_utils.create_hybrid_device_mesh(within, across, devices, allow_split_physical_axes=True)
     return Mesh(grid, **axes)
@@ -63,7 +63,7 @@ def placement(tree):
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """All of an array on every device."""
+    """The whole array on every device."""
     return NamedSharding(mesh, P())
 
 
@@ -75,8 +75,8 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 def data_parallel_grad(value_and_grad, params, batch, *, parts: int, mesh: Mesh):
     """Mean of `value_and_grad(params, rows)` -> (scalar, tree like params) over all rows of a batch, inside jit.
 
-    Split parameters are gathered once. Each device sums the gradients of its rows over `parts` micro-batches, one after
-    the other. A single reduction over the devices follows, whatever the number of micro-batches; it leaves each device
+    Sharded parameters are gathered once. Each device sums the gradients of its rows over `parts` sequential
+    micro-batches. A single reduction over the devices follows, for any number of micro-batches. It leaves each device
     with the part of the gradient that `state_sharding` assigns to it.
     """
     places = jax.tree.map(lambda place: place.spec, state_sharding(mesh, params))
@@ -105,7 +105,7 @@ def data_parallel_grad(value_and_grad, params, batch, *, parts: int, mesh: Mesh)
 
 
 def put(tree, placed):
-    """NumPy arrays that are equal on every host -> global arrays, placed by a tree of shardings (or one sharding)."""
+    """Make global arrays from NumPy arrays that are equal on every host, by a tree of shardings or a single one."""
 
     def one(array, place):
         array = np.asarray(array)
@@ -115,6 +115,6 @@ def put(tree, placed):
 
 
 def to_global(mesh: Mesh, batch):
-    """This host's rows of a batch (NumPy arrays [B / hosts, ...]) -> global arrays [B, ...]."""
+    """Make global arrays [B, ...] from this host's rows of a batch, NumPy arrays [B / hosts, ...]."""
     sharding = batch_sharding(mesh)
     return jax.tree.map(lambda rows: jax.make_array_from_process_local_data(sharding, rows), batch)

@@ -1,1 +1,1 @@
-"""Checks before a run, and the cost of compiled programs."""
+"""Preflight checks, and the cost of compiled programs."""

@@ -40,7 +40,7 @@ CHIPS = {
     "NVIDIA H200": Chip(989e12, 141_000_000_000),
 }
 
-# libtpu as a compiler alone: ask no metadata server where this machine is, and hold no chip.
+# Use libtpu only as a compiler: query no metadata server, and lock no chip.
 _COMPILER_ONLY = {
     "TPU_SKIP_MDS_QUERY": "1",
     "TPU_WORKER_HOSTNAMES": "localhost",
@@ -58,7 +58,7 @@ class Cost:
     chips: int
     kind: str  # JAX's device kind
     batch: int  # images over all chips
-    limit: int | None  # bytes of memory of a chip; None where it is unknown
+    limit: int | None  # bytes of memory of a chip; None if unknown
     state: int  # bytes of arguments and results: parameters, EMA, moments, the batch
     temporary: int  # peak temporary bytes
     flops: float  # of the algorithm, recomputation included
@@ -71,19 +71,19 @@ class Cost:
 
     @property
     def fits(self) -> bool | None:
-        """Whether the memory suffices; None where its size is unknown."""
+        """Whether the program fits into memory; None if its size is unknown."""
         return None if self.limit is None else self.memory <= self.limit
 
     @property
     def seconds(self) -> float | None:
-        """The least time of an execution by its arithmetic; None where the chip's peak is unknown."""
+        """Time of the FLOPs at the chip's peak, a lower bound; None if the peak is unknown."""
         return self.flops / CHIPS[self.kind].flops if self.kind in CHIPS else None
 
 
 def topology_devices(topology: str) -> list:
     """Devices of a TPU topology, such as v5e:16x16 or 2*v5e:16x16 (two slices), or of this machine for `local`.
 
-    For a topology, sets environment variables that libtpu reads.
+    For a topology, this sets environment variables for libtpu.
 
     Raises:
       CostError: the topology is unknown, or libtpu is not installed.
@@ -105,11 +105,11 @@ def topology_devices(topology: str) -> list:
 
 
 def training_step(config: Config, name: str, devices: list, batch_size: int) -> Cost:
-    """Cost of a training step of stage `name` with another batch size, which must divide over the devices.
+    """Cost of a training step of stage `name` with a given batch size, which the number of devices must divide.
 
     Raises:
       CostError: it does not fit into memory, or the compiler refuses.
-      ConfigError: the batch or the mesh do not divide.
+      ConfigError: the batch or the mesh does not divide over the devices.
     """
     alone = _with_batch(config, name, batch_size)
     mesh = make_run_mesh(alone, devices)
@@ -140,12 +140,12 @@ def evaluations(config: Config) -> int:
 
 
 def count_flops(config: Config, name: str, images: int) -> float:
-    """FLOPs of a training step of stage `name` on so many images; nothing is compiled."""
+    """FLOPs of a training step of stage `name` on this number of images; compiles nothing."""
     return trace_step(config, name, images).lower().cost_analysis()["flops"]
 
 
 def count_forward_flops(config: Config, images: int) -> float:
-    """FLOPs of a forward pass of the network on so many whole images; nothing is compiled."""
+    """FLOPs of a forward pass of the network on this number of whole images; compiles nothing."""
     return trace_forward(config, images).lower().cost_analysis()["flops"]
 
 
@@ -170,9 +170,9 @@ def round_up_batch(config: Config, name: str, chips: int) -> int:
 
 
 def largest_batch(config: Config, name: str, devices: list, progress=None) -> int:
-    """The largest batch of a stage that fits into the chips' memory, to one part in eight.
+    """The largest batch of a stage that fits into the chips' memory, up to a tolerance of 1/8.
 
-    progress: called with each batch size tried and its `Cost`, None if it does not fit.
+    progress: called with each batch size that is tried, and its `Cost` or None if it does not fit.
 
     Raises:
       CostError: not even one image per chip and micro-batch fits, or the size of the memory is unknown.
@@ -207,13 +207,13 @@ def largest_batch(config: Config, name: str, devices: list, progress=None) -> in
 def memory_bytes(compiled: jax.stages.Compiled) -> tuple[int, int]:
     """Bytes per device of a program's arguments and results, and its peak temporary bytes."""
     memory = compiled.memory_analysis()
-    # Results are written over donated arguments: they count once.
+    # Results overwrite donated arguments, which therefore count once.
     state = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
     return state, memory.temp_size_in_bytes
 
 
 def _with_batch(config: Config, name: str, batch_size: int, **changes) -> Config:
-    """A config of that stage alone."""
+    """A config with only this stage."""
     stage = dataclasses.replace(config.stage[name], batch_size=batch_size, **changes)
     return dataclasses.replace(config, stages=(name,), stage={name: stage})
 
@@ -228,7 +228,7 @@ def _trace_step(config: Config, name: str, mesh) -> jax.stages.Traced:
 
 
 def _compile(lowered: jax.stages.Lowered, mesh, batch: int, flops: float) -> Cost:
-    """Compile a program and read off its cost.
+    """Compile a program and compute its cost.
 
     Raises:
       CostError: it does not fit into the chip's memory, or the compiler refuses.

@@ -51,7 +51,7 @@ def examine(config: Config, workdir, say) -> bool:
     for name, check in checks.items():
         try:
             passed, text = True, check()
-        except Exception as error:  # whatever the cause, the other checks still run
+        except Exception as error:  # any failure, so that the other checks still run
             passed, text = False, (str(error).strip().splitlines() or [type(error).__name__])[0]
         if text and (processes.is_first() if passed else text not in failures):
             say(name, passed, text)
@@ -126,7 +126,7 @@ def _evaluation(config: Config) -> str:
 
 
 def _folder(config: Config, workdir) -> str:
-    """Check that the run folder can hold what the run will write, and that its checkpoint fits; create nothing."""
+    """Check the space in the run folder, and that its checkpoint fits; create nothing."""
     workdir = run_folder(workdir)
     existing = next(path for path in (workdir, *workdir.parents) if path.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):

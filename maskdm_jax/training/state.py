@@ -26,8 +26,8 @@ def make_optimizer(stage) -> optax.GradientTransformation:
     """AdamW of a `config.Stage`: decay on every tensor, clipping by global norm when `clip_norm` is positive.
 
     The learning rate is learning_rate * min(step / warmup_steps, 1) with the step counted from 0, so the first update
-    of a stage with warm-up has rate 0, as in the reference. A step whose batch gives one of the two tensors of the label
-    token no gradient (all labels hidden, or none) does not update that tensor; each of the two has its own step count.
+    of a stage with warm-up has rate 0, as in the reference. If a batch gives one of the two tensors of the label token
+    no gradient (all labels hidden, or none), the step does not update it; each of the two has its own step count.
     """
     # The state is the same with and without clipping, so that a resumed run can change the setting.
     clip = _clip_by_global_norm(stage.clip_norm) if stage.clip_norm else optax.identity()
@@ -91,8 +91,8 @@ def new_state(params, optimizer: optax.GradientTransformation, key) -> TrainStat
 def ema_step_size(step, *, decay: float, every: int):
     """1 - decay of the EMA at its call number `step` (0, 1, ...): 1 copies the parameters, 0 keeps the EMA.
 
-    As in the reference, the EMA is updated when `step` is a multiple of `every`. Up to step 100 it copies; then its decay
-    is min(decay, 1 - (1 + e)^(-2/3)) with e = step - 100.
+    As in the reference, the EMA is updated when `step` is a multiple of `every`. Up to step 100 it copies; then its
+    decay is min(decay, 1 - (1 + e)^(-2/3)) with e = step - 100.
     """
     step = jnp.asarray(step)
     e = jnp.maximum(step - EMA_COPY_STEPS, 0)
