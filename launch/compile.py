@@ -1,9 +1,9 @@
 """Cost of a recipe: python launch/compile.py --config=configs/NAME.py --topology=v5e:16x16
 
-Compiles the real training steps and the sampling program for a TPU topology, on a machine without TPUs, or for the
-devices of this machine (--topology=local), and prints per chip: memory, arithmetic, and the time that the arithmetic
-takes at the chip's peak. --find_batch looks for the largest batch that fits. A step takes longer where memory or
-interconnect limit it: benchmarks/recipe_costs.py adds their bounds.
+Compiles the training steps and the sampling program and prints, per chip, memory, FLOPs, and the time of the FLOPs at the
+chip's peak. It compiles for a TPU topology, on a machine without TPUs, or for the devices of this machine
+(--topology=local). --find_batch finds the largest batch that fits. HBM or the interconnect can make a step slower;
+benchmarks/recipe_costs.py computes their bounds, too.
 """
 
 import json
@@ -16,10 +16,10 @@ from ml_collections import config_flags
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "Config file of the run.")
 TOPOLOGY = flags.DEFINE_string("topology", "local", "TPU topology such as v5e:4x4, v5p:4x4x4, 2*v6e:16x16; or local.")
-STAGES = flags.DEFINE_list("stages", None, "Stages to compile; all of the config when not given.")
-SAMPLES = flags.DEFINE_integer("samples", 16, "Images per chip that are sampled together; 0 leaves sampling out.", 0)
+STAGES = flags.DEFINE_list("stages", None, "Stages to compile; default: all of the config.")
+SAMPLES = flags.DEFINE_integer("samples", 16, "Images per chip and sampling call; 0: no sampling.", 0)
 FIND_BATCH = flags.DEFINE_bool("find_batch", False, "Find the largest batch of each stage that fits.")
-JSON = flags.DEFINE_string("json", None, "Append the numbers to this file too, one JSON object per line.")
+JSON = flags.DEFINE_string("json", None, "Also append the numbers to this file, one JSON object per line.")
 
 
 def main(argv):
@@ -75,7 +75,7 @@ def report(config, devices) -> bool:
 
 
 def choose_batch(config, name: str, devices) -> int:
-    """The stage's batch size, made divisible, or the largest that fits if wanted."""
+    """The stage's batch size, rounded up to divide over the chips, or with --find_batch the largest that fits."""
     from maskdm_jax.tools import cost
 
     n, wanted = len(devices), config.stage[name].batch_size
@@ -91,7 +91,7 @@ def choose_batch(config, name: str, devices) -> int:
 
 
 def attempt(what: str, advice: str, compile_it):
-    """Print and return the `cost.Cost` that `compile_it` gives; None, with the advice printed, if it does not fit."""
+    """Print and return the `cost.Cost` from `compile_it`. If it does not fit, print `advice` and return None."""
     from maskdm_jax.errors import CostError
 
     try:

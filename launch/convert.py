@@ -1,7 +1,7 @@
 """Convert a checkpoint: python launch/convert.py --src=model-20.pt --dst=runs/official --num_heads=12
 
-The paths tell the kinds: a run folder or one of its checkpoints, an official .pt, or a .safetensors (weights
-only). Needs neither PyTorch nor an accelerator. docs/checkpoints.md says what carries over.
+The paths determine the formats: a run folder or one of its checkpoints, an official .pt, or a .safetensors (weights
+only). Needs neither PyTorch nor an accelerator. docs/checkpoints.md lists what carries over.
 """
 
 from absl import app, flags, logging
@@ -9,10 +9,10 @@ from ml_collections import config_flags
 
 SRC = flags.DEFINE_string("src", None, "Run folder, checkpoint folder, .pt or .safetensors.", required=True)
 DST = flags.DEFINE_string("dst", None, "Run folder, .pt or .safetensors; must not exist yet.", required=True)
-HEADS = flags.DEFINE_integer("num_heads", None, "Attention heads: the one thing that a file does not show.")
-CONFIG = config_flags.DEFINE_config_file("config", None, "Config of the run, to train it further.")
-STAGE = flags.DEFINE_string("stage", None, "Stage of --config that the file belongs to; the first when not given.")
-WEIGHTS = flags.DEFINE_enum("weights", "ema", ["ema", "params"], "What a .safetensors gets: averaged or raw weights.")
+HEADS = flags.DEFINE_integer("num_heads", None, "Number of attention heads, which official files do not contain.")
+CONFIG = config_flags.DEFINE_config_file("config", None, "Config of the run; needed to train it further.")
+STAGE = flags.DEFINE_string("stage", None, "Stage of --config that the file belongs to; default: the first.")
+WEIGHTS = flags.DEFINE_enum("weights", "ema", ["ema", "params"], "Weights to write to a .safetensors: ema (averaged) or params (raw).")
 
 
 def main(argv):

@@ -1,7 +1,7 @@
 """Compare images: python launch/evaluate.py --reference=DIR --samples=DIR [--report=report.html]
 
-Either side is a folder or .zip of images, a prepared set, an .npz (images, or statistics mu and sigma), or a run folder
-or checkpoint, from which --n images are generated. The last line of the output is a JSON object. The Inception weights
+Both can be a folder or .zip of images, a prepared set, an .npz (images, or statistics mu and sigma), or a run folder or
+checkpoint, from which --n images are generated. The last line of the output is a JSON object. The Inception weights
 are those of pytorch-fid, pt_inception-2015-12-05-6726825d.pth, downloaded once unless --inception_weights is given.
 """
 
@@ -26,7 +26,7 @@ SAVE = flags.DEFINE_string("save_statistics", None, "Write mu and sigma of the r
 ALLOW_MISMATCH = flags.DEFINE_bool(
     "allow_mismatch", False, "Compare images even if their sizes, crops, filters or colours differ."
 )
-REPORT = flags.DEFINE_string("report", None, "Write an HTML page with numbers, samples, nearest images and curves.")
+REPORT = flags.DEFINE_string("report", None, "Write an HTML page with metrics, samples, nearest images and curves.")
 
 
 def main(argv):

@@ -1,7 +1,7 @@
 """Interpolate between two images: python launch/interpolate.py --run=runs/mine --images=a.png,b.png --out=between.png
 
-Both are noised to step --start (0 to 999), mixed and denoised. The higher the step, the more the images in between may
-differ from both; a few hundred steps keep the layout. The grid has a row for each of --seeds.
+Adds noise to both up to time step --start (0 to 999), mixes them, and denoises the mixtures. At higher steps, results
+resemble the two images less; a few hundred of 1000 keep the layout. The grid has --seeds rows with different noise.
 """
 
 import pathlib
@@ -14,7 +14,7 @@ IMAGES = flags.DEFINE_list(
 )
 OUT = flags.DEFINE_string("out", "interpolation.png", "PNG file to write; its outer columns are the two images.")
 N = flags.DEFINE_integer("n", 9, "Images per row between the outer columns.", lower_bound=2)
-START = flags.DEFINE_integer("start", 500, "Diffusion step that both images are noised to.")
+START = flags.DEFINE_integer("start", 500, "Time step to which both images are noised.")
 SEEDS = flags.DEFINE_integer("seeds", 3, "Number of rows, each with its own noise.", lower_bound=1)
 LABEL = flags.DEFINE_string("label", None, "Class of a conditional model, by name or number; default: no label.")
 WEIGHTS = flags.DEFINE_enum("weights", "ema", ["ema", "params"], "Averaged (ema) or raw weights (params).")

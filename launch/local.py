@@ -1,8 +1,8 @@
-"""A pod on one machine: start several processes of a program, stop all when one ends, and start them again.
+"""Simulate a pod on one machine: start several processes of a program; if one fails, stop and restart all.
 
     python launch/local.py --processes=4 --devices=2 --restarts=3 -- launch/train.py --config=configs/demo.py
 
-Each process has --devices CPU devices and stands for a host of the pod. SIGTERM and Ctrl-C are passed on to all.
+Each process has --devices CPU devices and acts as a host of the pod. SIGTERM and Ctrl-C are sent to all processes.
 """
 
 import os
@@ -16,8 +16,8 @@ from absl import app, flags
 
 PROCESSES = flags.DEFINE_integer("processes", 2, "Number of processes.", lower_bound=1)
 DEVICES = flags.DEFINE_integer("devices", 1, "CPU devices per process.", lower_bound=1)
-RESTARTS = flags.DEFINE_integer("restarts", 0, "Number of restarts of all processes after one failed.", lower_bound=0)
-GRACE = flags.DEFINE_float("grace", 30.0, "Seconds until the others are killed after one failed.")
+RESTARTS = flags.DEFINE_integer("restarts", 0, "How often to restart all processes after one failed.", lower_bound=0)
+GRACE = flags.DEFINE_float("grace", 30.0, "Seconds from the failure of one process until the others are killed.")
 
 
 def main(argv):
@@ -50,7 +50,7 @@ def run(command: list[str], stop: list[int]) -> int:
             "JAX_NUM_PROCESSES": str(PROCESSES.value),
             "JAX_PROCESS_ID": str(number),
         }
-        # Processes have groups of their own, so that a terminal's Ctrl-C reaches them through this program alone.
+        # Each process has its own group, so that a terminal's Ctrl-C reaches it only through this program.
         processes.append(subprocess.Popen([sys.executable, *command], env=environment, start_new_session=True))
     failed, deadline, passed_on = 0, None, 0
     while None in [process.poll() for process in processes]:

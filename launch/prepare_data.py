@@ -3,9 +3,9 @@
     python launch/prepare_data.py --src=DIR_OR_ZIP --out=data/mine256 --size=256 [--labels]
     python launch/prepare_data.py --dataset=celeba --src=DOWNLOADS --out=data/celeba64
 
-Every image is decoded, rotated as EXIF says, cropped, resized and stored losslessly in ArrayRecord files, with a data
-card (card.json) that records how. After an interruption the same command resumes. Training and evaluation take the
-folder like any other: --config.data.path=data/mine256. docs/data.md lists the published sets and their files.
+Every image is decoded, rotated by its EXIF orientation, cropped, resized and stored losslessly in ArrayRecord files. A
+data card (card.json) records these steps. After an interruption, the same command resumes. Training and evaluation read
+the set like any folder: --config.data.path=data/mine256. docs/data.md lists the published sets and their files.
 """
 
 import dataclasses
@@ -27,14 +27,14 @@ SRC = flags.DEFINE_string(
     "src", None, "Folder, .zip or .tar of images, LMDB, address (gs://...), tfds:NAME, or a published set's files."
 )
 OUT = flags.DEFINE_string("out", None, "Folder for the prepared set: new, empty, or with an unfinished set.")
-SIZE = flags.DEFINE_integer("size", None, "Side of the images in pixels; the default of a published set is its own.")
+SIZE = flags.DEFINE_integer("size", None, "Side of the images in pixels; published sets have a default.")
 SPLIT = flags.DEFINE_string("split", "", "Split of a published or TFDS set: train, valid, test or all.")
-LABELS = flags.DEFINE_bool("labels", None, "Keep class labels; in a folder, the first level that differs is the class.")
+LABELS = flags.DEFINE_bool("labels", None, "Keep class labels; of a folder, the first level at which paths differ is the class.")
 GREY = flags.DEFINE_bool("grey", False, "Store one channel instead of three.")
 CROP = flags.DEFINE_string("crop", None, "centre (the largest square), centre:SIDE or LEFT,TOP,SIDE, in pixels.")
 FILTER = flags.DEFINE_enum("filter", None, list(FILTERS), "Filter for resizing, with antialiasing.")
 FRACTION = flags.DEFINE_float(
-    "fraction", 1.0, "Fraction of the images, drawn by --seed; those of a smaller fraction are among a larger one's."
+    "fraction", 1.0, "Fraction of the images, drawn by --seed; a smaller fraction is a subset of a larger one."
 )
 SEED = flags.DEFINE_integer("seed", 0, "Seed of --fraction.", lower_bound=0, upper_bound=2**32 - 1)
 ANY_COUNT = flags.DEFINE_bool("any_count", False, "Accept a published set with another number of images.")

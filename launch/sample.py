@@ -1,8 +1,8 @@
 """Sample: python launch/sample.py --run=runs/demo --n=100 --out=samples/demo
 
-Writes 000000.png, ... and samples.json into the folder and a grid beside it (samples/demo.png); --format=npz packs the
-images into samples.npz instead. After an interruption the same command resumes; a larger --n adds images. Several
-checkpoints in one call get a folder each:
+Writes 000000.png, ... and samples.json to the folder, and a grid beside it (samples/demo.png). --format=npz writes
+samples.npz instead of single images. After an interruption, the same command resumes; a larger --n adds images. With
+several checkpoints, each gets its own folder:
 
     python launch/sample.py --run='runs/mine/checkpoints/*' --n=1000 --out=samples/mine
 """
@@ -21,7 +21,7 @@ BATCH = flags.DEFINE_integer("batch", 64, "Images per device and call.", lower_b
 FORMAT = flags.DEFINE_enum("format", "png", ["png", "npz"], "One file per image, or one array.")
 WEIGHTS = flags.DEFINE_enum("weights", "ema", ["ema", "params"], "Averaged (ema) or raw weights (params).")
 LABELS = flags.DEFINE_list("labels", None, "Classes to cycle through, by name or number; default: all.")
-# The defaults of these six are the run's own settings (config.sampling).
+# The run's own settings (config.sampling) are the defaults of these six flags.
 METHOD = flags.DEFINE_string("method", None, "Sampler: ddim, ddpm or dpm_solver.")
 STEPS = flags.DEFINE_integer("steps", None, "Steps of ddim and dpm_solver.")
 ETA = flags.DEFINE_float("eta", None, "Noise of ddim, from 0 (deterministic) to 1.")

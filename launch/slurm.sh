@@ -5,7 +5,7 @@
 #     --workdir=/shared/runs/celebahq
 #
 # The repository, its .venv (make .venv/.installed, then .venv/bin/pip install -e ".[cuda]") and the run folder must be on
-# a disk that all nodes see. Every task sees all GPUs of its node and takes the one with its local rank.
+# a disk that all nodes see. Every task sees all GPUs of its node and uses the one with its local rank.
 #SBATCH --job-name=maskdm
 #SBATCH --requeue
 #SBATCH --open-mode=append

@@ -4,8 +4,8 @@
 #   launch/tpu_vm.sh NAME ZONE launch/train.py --config=configs/celebahq.py --workdir=/mnt/shared/runs/celebahq
 #
 # The committed state of this repository is copied to the hosts and installed there, once per commit. The run folder must
-# be on a disk that all hosts see: Filestore, or a bucket mounted by gcsfuse. When a host fails, the others notice within
-# two minutes and end; then all are restarted, RESTARTS times (default 100). Create the slice first:
+# be on a disk that all hosts see: Filestore, or a bucket mounted by gcsfuse. When a host fails, the others notice it within
+# two minutes and exit. Then all are restarted, up to RESTARTS times (default 100). Create the slice first:
 #
 #   gcloud compute tpus tpu-vm create NAME --zone=ZONE --accelerator-type=v5litepod-16 --version=v2-alpha-tpuv5-lite
 set -euo pipefail

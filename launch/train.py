@@ -1,7 +1,7 @@
 """Train: python launch/train.py --config=configs/NAME.py [--workdir=DIR] [--config.key=value ...]
 
-Run it again with the same command to go on after a stop. --dry_run checks what the run needs and trains nothing;
---print_config shows every setting of the recipe with its meaning.
+After a stop, the same command resumes the run. --dry_run checks everything that the run needs, without training.
+--print_config prints every setting of the recipe with its meaning.
 """
 
 import pathlib
@@ -10,10 +10,10 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "Config file of the run.")
-DRY_RUN = flags.DEFINE_bool("dry_run", False, "Check on every host what the run needs, and train nothing.")
-PRINT_CONFIG = flags.DEFINE_bool("print_config", False, "Print every setting with its comment, and train nothing.")
-PROFILE = flags.DEFINE_integer("profile", 0, "Number of steps to trace, soon after the start.", 0)
-WORKDIR = flags.DEFINE_string("workdir", None, "Run folder; runs/NAME of the config by default.")
+DRY_RUN = flags.DEFINE_bool("dry_run", False, "Check everything that the run needs, on every host, without training.")
+PRINT_CONFIG = flags.DEFINE_bool("print_config", False, "Print every setting with its meaning, without training.")
+PROFILE = flags.DEFINE_integer("profile", 0, "Number of steps to trace, shortly after the start.", 0)
+WORKDIR = flags.DEFINE_string("workdir", None, "Run folder; default: runs/NAME, after the name of the config.")
 
 
 def main(argv):

@@ -22,7 +22,7 @@ def initialize(*, catch_sigterm: bool = False) -> None:
     """Join the other processes of this run, if there are any. Call it before anything uses a device.
 
     The first of these that exists determines the processes: the variables JAX_COORDINATOR_ADDRESS (HOST:PORT of process
-    0), JAX_NUM_PROCESSES and JAX_PROCESS_ID; a SLURM step with one task per GPU; the hosts of one or several TPU slices.
+    0), JAX_NUM_PROCESSES and JAX_PROCESS_ID; a SLURM step with one task per GPU; the hosts of one or more TPU slices.
 
     Args:
       catch_sigterm: SIGTERM to any process does not end it, but makes `stop_requested` true at the same step in all
@@ -138,7 +138,7 @@ def stop_requested() -> bool:
     """
     if not jax.distributed.is_initialized() or not jax.config.jax_enable_preemption_service:
         return False
-    # JAX stops at the step after the last one that was passed here, or at step 1 before the first call. A resumed run that
+    # JAX stops at the step after the last one that was passed here; before the first call, at step 1. A resumed run that
     # passed its own step numbers would skip step 1, and never stop after a SIGTERM before its first step.
     return multihost_utils.reached_preemption_sync_point(next(_asked))
 
