@@ -1,7 +1,7 @@
 """Cost of a recipe: python launch/compile.py --config=configs/NAME.py --topology=v5e:16x16
 
-Compiles the training steps and the sampling program and prints, per chip, memory, FLOPs, and the time of the FLOPs at the
-chip's peak. It compiles for a TPU topology, on a machine without TPUs, or for the devices of this machine
+Compiles the training steps and the sampling program and prints, per chip, memory, FLOPs, and the time of the FLOPs at
+the chip's peak. It compiles for a TPU topology, on a machine without TPUs, or for the devices of this machine
 (--topology=local). --find_batch finds the largest batch that fits. HBM or the interconnect can make a step slower;
 benchmarks/recipe_costs.py computes their bounds, too.
 """

@@ -12,7 +12,7 @@ DST = flags.DEFINE_string("dst", None, "Run folder, .pt or .safetensors; must no
 HEADS = flags.DEFINE_integer("num_heads", None, "Number of attention heads, which official files do not contain.")
 CONFIG = config_flags.DEFINE_config_file("config", None, "Config of the run; needed to train it further.")
 STAGE = flags.DEFINE_string("stage", None, "Stage of --config that the file belongs to; default: the first.")
-WEIGHTS = flags.DEFINE_enum("weights", "ema", ["ema", "params"], "Weights to write to a .safetensors: ema (averaged) or params (raw).")
+WEIGHTS = flags.DEFINE_enum("weights", "ema", ["ema", "params"], "Of a .safetensors to write: averaged or raw weights.")
 
 
 def main(argv):

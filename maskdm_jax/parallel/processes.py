@@ -138,8 +138,8 @@ def stop_requested() -> bool:
     """
     if not jax.distributed.is_initialized() or not jax.config.jax_enable_preemption_service:
         return False
-    # JAX stops at the step after the last one that was passed here; before the first call, at step 1. A resumed run that
-    # passed its own step numbers would skip step 1, and never stop after a SIGTERM before its first step.
+    # JAX stops at the step after the last one that was passed here; before the first call, at step 1. A resumed run
+    # that passed its own step numbers would skip step 1, and never stop after a SIGTERM before its first step.
     return multihost_utils.reached_preemption_sync_point(next(_asked))
 
 
