@@ -1,4 +1,4 @@
-"""Denoising error of a network on images that it was not trained on, by noise level."""
+"""Denoising error of a network on held-out images, by noise level."""
 
 import jax
 import jax.numpy as jnp
@@ -11,15 +11,15 @@ from maskdm_jax.sampling import Loaded
 
 
 def denoising_by_level(loaded: Loaded, images, *, levels: int = 10, seed: int = 0, batch_size: int = 64) -> np.ndarray:
-    """Mean squared error of the predicted objective over whole images, nothing hidden, float64 [levels].
+    """Mean squared error of the predicted objective on unmasked images, float64 [levels].
 
-    Level k is the middle of the k-th of `levels` equal parts of the diffusion's time; level 0 has the least noise. The
-    noise of image i at a level depends on the seed, i and the level alone, so all networks see the same inputs.
+    Level k is the middle of the k-th of `levels` equal parts of the time steps; level 0 has the least noise. The noise
+    of image i at a level depends only on the seed, i and the level, so that all networks see the same inputs.
 
     Args:
       loaded: an unconditional network, from `sampling.load`.
       images: uint8 [n, S, S, C].
-      batch_size: images per call; on one device.
+      batch_size: images per call, on one device.
     """
     config, network = loaded.config, loaded.network
     space, schedule, key = make_representation(config), noise_schedule(config), jax.random.key(seed)

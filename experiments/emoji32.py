@@ -3,9 +3,9 @@
     python experiments/run_study.py --config=experiments/emoji32.py:convergence --config.sets.noto=NOTO.zip \
         --evaluator=EVALUATOR.py
 
-`convergence` trains on one set; `transfer` trains on that set and then on a tenth of the other; `rates` tries learning
-rates and batch sizes, the same ones with and without masks. A run is a row of phases, each with a share of the budget.
-Its settings are those of `base()` except where a phase changes them. The report compares all runs with the first.
+`convergence` trains on one set. `transfer` trains on that set and then on a tenth of the other. `rates` compares learning
+rates and batch sizes with and without masks. A run is a sequence of phases, each with a share of the budget. Its settings
+are those of `base()`, except where a phase changes them. The report compares all runs with the first.
 """
 
 from ml_collections import ConfigDict
@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 from maskdm_jax import config
 
 RATES = ((5e-4, 16), (1e-3, 16), (2e-3, 16), (1e-3, 32))  # learning rates and batch sizes tried
-HIGHER = {"train.learning_rate": 2e-3}  # the best of them without masks; with masks the best is that of `base()`
+HIGHER = {"train.learning_rate": 2e-3}  # the best of them without masks; with masks, the best is that of `base()`
 
 
 def base():
@@ -21,7 +21,7 @@ def base():
     c = config.default()
     c.data.update(image_size=32, fraction=0.9, threads=2)
     c.model.update(patch_size=4, width=128, depth=5, heads=4)
-    c.diffusion.objective = "x0"  # with "noise", patches of a sample do not fit together until much later
+    c.diffusion.objective = "x0"  # with "noise", it takes much longer until the patches of a sample fit together
     c.sampling.update(method="dpm_solver", steps=25)
     c.stages = ("train",)
     c.train = config.stage(batch_size=16, learning_rate=1e-3, warmup_steps=200)
@@ -29,14 +29,14 @@ def base():
 
 
 def phase(share, points=1, data="noto", hidden=0.0, block=1, **settings):
-    """A share of the budget, evaluated at so many evenly spaced points, with that share of the patches hidden."""
+    """A phase with a share of the budget, evaluated at evenly spaced points; `hidden` is the share of hidden patches."""
     kind = "none" if not hidden else "patch" if block == 1 else "block"
     mask = {"train.mask.kind": kind, "train.mask.rate": hidden, "train.mask.block": block}
     return dict(share=share, points=points, data=data, settings=mask | settings)
 
 
 def run(name, *phases, seeds=(0, 1, 2)):
-    """Runs of that name, one for each seed."""
+    """Runs with the same phases, one per seed."""
     return dict(name=name, seeds=seeds, phases=phases)
 
 

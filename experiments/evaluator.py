@@ -15,7 +15,7 @@ from maskdm_jax.evaluation.evaluate import Evaluator, compare
 from maskdm_jax.evaluation.features import Images, transform
 from maskdm_jax.sampling import generate_batches, load
 
-SHOWN = 24  # samples in the picture of a run
+SHOWN = 24  # samples shown per run
 BATCH = 64  # images per call when sampling and extracting features
 
 
@@ -33,7 +33,7 @@ class StudyEvaluator:
           configs: of all phases. Held out are those images of the set that all of them leave out.
 
         Raises:
-          ConfigError, DataError: there is no such file, no such set, or nothing is held out.
+          ConfigError, DataError: the file or the set does not exist, or no image is held out.
         """
         self._settings, self.names = study.evaluation, ()
         if self._settings.on not in study.sets:
@@ -51,7 +51,7 @@ class StudyEvaluator:
         self._compare = _module_comparison(path, real) if path else _inception_comparison(real, configs[0])
 
     def __call__(self, checkpoint: pathlib.Path, picture: pathlib.Path | None) -> dict:
-        """Numbers of a checkpoint's EMA; the first samples are saved as `picture`, if it is given."""
+        """Evaluate the EMA of a checkpoint; if `picture` is given, save the first samples there."""
         loaded, index = load(checkpoint), np.arange(self._settings.samples)
         batches = generate_batches(loaded, index, None, seed=0, batch_size=min(BATCH, len(index)))
         samples = np.concatenate([images for _, images in batches])
@@ -64,7 +64,7 @@ class StudyEvaluator:
 
 
 def _strip(images: np.ndarray) -> Image.Image:
-    """Images uint8 [n, S, S, C] in rows of twelve, not enlarged."""
+    """Images uint8 [n, S, S, C] in rows of twelve, in their own size."""
     n, side = images.shape[:2]
     page = Image.new("RGB", (min(n, 12) * side, -(-n // 12) * side), "white")
     for i, image in enumerate(images):

@@ -1,8 +1,8 @@
 """Compare trainings at equal compute: python experiments/run_study.py --config=experiments/emoji32.py:convergence
 
-Runs the study that the file describes, or what is left of it, and appends every evaluated point to --results. Several
-of these commands may work at one study, with different --only or --seeds. --dry_run shows the plan. --report=DIR draws
-the results so far: curves.png, samples.png, and table.md with this command, without --report.
+Runs the study in the config file, or the rest of it, and appends every evaluated point to --results. Several of these
+commands can work on one study, with different --only or --seeds. --dry_run prints the plan. --report=DIR writes a report of
+the results so far: curves.png, samples.png, and table.md with the command.
 """
 
 import functools
@@ -14,14 +14,14 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "Study file, such as experiments/emoji32.py:convergence.")
-BUDGET = flags.DEFINE_enum("budget", "flops", ["flops", "seconds"], "Unit of the budget: FLOPs, or this device's time.")
-WORKDIR = flags.DEFINE_string("workdir", "runs/study", "Folder of the trainings; studies may share it.")
-RESULTS = flags.DEFINE_string("results", None, "File of results; WORKDIR/NAME.jsonl of the study when not given.")
-EVALUATOR = flags.DEFINE_string("evaluator", "", "Python file that compares images; FID's Inception when not given.")
-ONLY = flags.DEFINE_string("only", "*", "Names of the runs; * and ? stand for any letters.")
-SEEDS = flags.DEFINE_list("seeds", [], "Seeds of the runs; all when not given.")
-DRY_RUN = flags.DEFINE_bool("dry_run", False, "Show the plan and train nothing.")
-REPORT = flags.DEFINE_string("report", None, "Draw the results into this folder and train nothing.")
+BUDGET = flags.DEFINE_enum("budget", "flops", ["flops", "seconds"], "Unit of the budget: FLOPs, or seconds on this machine's devices.")
+WORKDIR = flags.DEFINE_string("workdir", "runs/study", "Folder for runs; studies may share it.")
+RESULTS = flags.DEFINE_string("results", None, "File of results; default: WORKDIR/NAME.jsonl, after the study.")
+EVALUATOR = flags.DEFINE_string("evaluator", "", "Python file that compares images; default: FID's Inception.")
+ONLY = flags.DEFINE_string("only", "*", "Pattern of run names, with * and ? as wildcards.")
+SEEDS = flags.DEFINE_list("seeds", [], "Seeds to run; default: all.")
+DRY_RUN = flags.DEFINE_bool("dry_run", False, "Print the plan, without training.")
+REPORT = flags.DEFINE_string("report", None, "Write a report to this folder, without training.")
 
 
 def main(argv):

@@ -1,9 +1,9 @@
 """Studies: runs with the same budget of compute, evaluated along the way.
 
-A study is a config file (see `experiments/emoji32.py`): `base`, a whole training config of one stage; `runs`, each a
-row of phases with a share of the budget and settings of their own; `sets` of images by name; and `evaluation`. A phase
-starts from the weights of the phase before, with a new optimizer. Equal phases, in one study or in several, are trained
-once. Every evaluated point is a line in a file of results, and a point that has its line is not computed again.
+A study is a config (see `experiments/emoji32.py`) with `base`, a training config of one stage; `runs`, each a sequence of
+phases with a share of the budget and changes to the settings; `sets` of images by name; and `evaluation`. A phase starts
+from the weights of the previous phase with a new optimizer. Equal phases, in one study or in several, are trained once.
+Every evaluated point is a line in a file of results; a point with a line is not computed again.
 """
 
 import dataclasses
@@ -32,7 +32,7 @@ from maskdm_jax.training.loop import make_run_mesh, run_folder
 from maskdm_jax.training.start import abstract_state, fresh_state
 from maskdm_jax.training.step import abstract_batch, jit_step
 
-_SAVES = 4  # checkpoints between two points, which bound how much an interruption costs
+_SAVES = 4  # checkpoints between two points, which limit the loss by an interruption
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,7 +53,7 @@ class Phase:
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """Phases in a row, from one seed."""
+    """A sequence of phases, with one seed."""
 
     name: str
     seed: int
@@ -64,18 +64,18 @@ class Run:
 
 
 def plan(study, *, unit: str = "flops", seconds_of=None, only: str = "*", seeds=()) -> list[Run]:
-    """The runs of a study, seed by seed, so that an interrupted study has whole comparisons.
+    """The runs of a study, ordered by seed, so that an interrupted study has complete comparisons.
 
     Args:
       study: the ConfigDict of a study file.
       unit: of the budget: `flops` of the training steps, as XLA counts them before fusion, or `seconds` of this
         machine's devices.
       seconds_of: (config, key) -> seconds of a step; for `seconds`.
-      only: a pattern of run names, with * and ? for any letters.
+      only: a pattern of run names, with * and ? as wildcards.
       seeds: those to plan; all when empty.
 
     Raises:
-      ConfigError: a setting is unknown or cannot work, a phase is too short for its points, or no run is left.
+      ConfigError: a setting is unknown or invalid, a phase is too short for its points, or no run is selected.
     """
     budget = study.budget[unit]
     if not budget > 0:
@@ -147,8 +147,8 @@ _IGNORED = {
     "": ("init_from", "sampling", "preview", "evaluation", "checkpoint", "log", "mesh", "stage"),
     "data": ("path", "threads", "workers"),
 }
-# The settings of the first recorded studies, which every key holds. A setting added later is part of a key only where
-# it differs from its default, so that recorded results stay valid.
+# Settings that are part of every key. A setting that was added later is part of a key only if it differs from its default,
+# so that recorded results stay valid.
 _RECORDED = {
     "": "seed stages data model diffusion",
     "data": "split image_size channels classes fraction fraction_seed labels label_dropout flip",
@@ -162,9 +162,9 @@ _RECORDED = {
 
 
 def phase_key(config: Config, data: str, before: str) -> str:
-    """Hash of all that decides the weights at the end of a phase: its settings, its set and the key of the one before.
+    """Hash of all that determines the weights after a phase: its settings, its set and the key of the previous phase.
 
-    The same training has the same key on every machine: file paths, logging, saving and evaluation do not count.
+    Equal phases have equal keys on every machine: file paths, logging, saving and evaluation are not included.
     """
     raw = _keyed(config, "") | {name: _keyed(stage, "stage") for name, stage in config.stage.items()}
     raw["data"]["path"] = data
@@ -191,7 +191,7 @@ class StepSeconds:
         self._known = json.loads(self._path.read_text()) if self._path.exists() else {}
 
     def __call__(self, config: Config, key: str) -> float:
-        """Median of 20 steps after 3 steps of warm-up. Keep the machine free of other work meanwhile."""
+        """Median of 20 steps after 3 warm-up steps. Run nothing else on the machine during it."""
         if key not in self._known:
             self._known[key] = _measure_step(config)
             self._path.parent.mkdir(parents=True, exist_ok=True)
@@ -217,10 +217,10 @@ def _measure_step(config: Config) -> float:
 
 
 class Results:
-    """A file of evaluated points, a line of JSON each. Several processes may add to it.
+    """A file of evaluated points, one line of JSON each. Several processes can append to it.
 
-    Its keys are those of the recorded files: `leg` is the number of the phase, `judged` the settings of the evaluation
-    with the evaluator's name as `judge`.
+    Its keys are those of recorded files: `leg` is the number of the phase; `judged` contains the settings of the
+    evaluation, with the name of the evaluator as `judge`.
     """
 
     def __init__(self, path):
@@ -232,7 +232,7 @@ class Results:
         return logs.read_metrics(self.path) if self.path.exists() else []
 
     def has(self, key: str, step: int, judged: dict) -> bool:
-        """Whether a point was evaluated with these settings."""
+        """Whether a point has been evaluated with these settings."""
         return any((row["key"], row["step"], row["judged"]) == (key, step, judged) for row in self.rows())
 
     def add(self, row: dict) -> None:
@@ -248,7 +248,7 @@ def picture_name(run: str, seed: int) -> str:
 
 
 def provenance() -> dict[str, str]:
-    """Commit (with + if files were changed), date and devices."""
+    """Commit (with + if files are changed), date and devices."""
     here = pathlib.Path(__file__).parent
     ask = lambda *args: subprocess.run(["git", *args], cwd=here, capture_output=True, text=True, check=False).stdout
     commit = ask("rev-parse", "--short", "HEAD").strip()
@@ -262,29 +262,29 @@ def provenance() -> dict[str, str]:
 
 
 def run_study(runs: list[Run], study, workdir, results: Results, evaluator_path: str = "", say=print) -> None:
-    """Train and evaluate what has no result yet.
+    """Train and evaluate all points without a result.
 
     Args:
       runs: from `plan`.
       study: the ConfigDict.
-      workdir: run folders of the phases go to its `phases`; pictures of samples go beside the results.
+      workdir: its folder `phases` contains the run folders of the phases.
       evaluator_path: see `StudyEvaluator`.
       say: called with a line of text for every run and result.
 
     Raises:
-      ConfigError, DataError, CheckpointError: something cannot work.
+      ConfigError, DataError, CheckpointError: settings, data or a checkpoint are invalid.
     """
     workdir = run_folder(workdir)
     name = pathlib.Path(evaluator_path).stem if evaluator_path else "inception"
     judged = dict(study.evaluation.to_dict(), judge=name)
-    made_by = provenance()  # now, because files may change during the study
+    made_by = provenance()  # now, because the files may change during the study
     missing = lambda run: [
         number
         for number, phase in enumerate(run.phases)
         for step in phase.points
         if not results.has(phase.key, step, judged)
     ]
-    if any(map(missing, runs)):  # before training, so that an evaluator that cannot work costs no time
+    if any(map(missing, runs)):  # before training, so that an invalid evaluator costs no time
         evaluate = StudyEvaluator(evaluator_path, study, [phase.config for run in runs for phase in run.phases])
     for i, run in enumerate(runs):
         todo = missing(run)
@@ -308,7 +308,7 @@ def run_study(runs: list[Run], study, workdir, results: Results, evaluator_path:
 
 
 def _row(run: Run, number: int, step: int) -> dict:
-    """What a point is, by the plan; see `Results`."""
+    """Identity and cost of a point, by the plan; see `Results`."""
     phase = run.phases[number]
     flops, images = phase.before
     row = dict(run=run.name, seed=run.seed, leg=number + 1, key=phase.key, step=step)
@@ -316,7 +316,7 @@ def _row(run: Run, number: int, step: int) -> dict:
 
 
 def _train_to(phase: Phase, step: int, folder: pathlib.Path, before: str) -> pathlib.Path:
-    """The phase's checkpoint at a step, after training up to there if it does not exist.
+    """The phase's checkpoint at a step; train to that step if it does not exist.
 
     Raises:
       ConfigError: the phase was trained beyond that step, and its checkpoint was removed.
@@ -335,7 +335,7 @@ def _train_to(phase: Phase, step: int, folder: pathlib.Path, before: str) -> pat
 
 
 def _seconds(workdir: pathlib.Path, run: Run, number: int, step: int) -> float:
-    """Seconds of training up to a step of a phase, by the rates in the logs: without starts, saving and evaluation."""
+    """Seconds of training up to a step of a phase, from the logged rates: without startup, saving and evaluation."""
     total = 0.0
     for i, phase in enumerate(run.phases[: number + 1]):
         done = 0

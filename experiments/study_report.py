@@ -14,7 +14,7 @@ DISTANCES = dict(fd="Fréchet distance", fid="FID")  # titles, by their name in 
 
 
 def describe(runs: list[Run]) -> list[str]:
-    """Describe a plan, in lines."""
+    """Describe a plan in lines of text."""
     lines = []
     for run in runs:
         lines.append(f"{run.name}, seed {run.seed}")
@@ -34,12 +34,12 @@ def write(runs: list[Run], rows: list[dict], folder, pictures, command: str) -> 
 
     Args:
       runs: the plan.
-      rows: of `study.Results`. Rows of other plans are ignored, and those whose evaluation differs from the last row's.
+      rows: of `study.Results`. Rows of other plans, or with another evaluation than the last row, are ignored.
       pictures: folder of the runs' samples.
       command: the command of the study, for the table.
 
     Raises:
-      ConfigError: no run of this plan has all its results.
+      ConfigError: no run of this plan is complete.
     """
     found = _by_run(runs, rows)
     folder = pathlib.Path(folder).expanduser()
@@ -56,13 +56,13 @@ def write(runs: list[Run], rows: list[dict], folder, pictures, command: str) -> 
 
 
 def _by_run(runs, rows) -> dict[str, dict[int, list[dict]]]:
-    """Name -> seed -> rows by increasing cost, for the seeds whose runs have ended."""
+    """Name -> seed -> rows by increasing cost, for completed runs."""
     points = {(row["key"], row["step"]): row for row in rows if row["judged"] == rows[-1]["judged"]}
     found = {}
     for run in runs:
         wanted = [(phase.key, step) for phase in run.phases for step in phase.points]
         if all(point in points for point in wanted):
-            # Name, seed and cost are the plan's: a phase of several runs has one result.
+            # Name, seed and cost come from the plan, because runs that share a phase share its results.
             costs = [(phase.before[0] + step * phase.flops) for phase in run.phases for step in phase.points]
             of_seed = [points[point] | dict(flops=cost) for point, cost in zip(wanted, costs, strict=True)]
             found.setdefault(run.name, {})[run.seed] = of_seed
@@ -119,7 +119,7 @@ def _ends(found) -> dict[str, list[dict]]:
 
 
 def _sentences(found, distance) -> list[str]:
-    """Compare each run with the first, by the ranges over seeds."""
+    """Compare each run with the first one, including the ranges over seeds."""
     (first, ours), *others = _ends(found).items()
     lines = []
     for name, ends in others:
@@ -135,7 +135,7 @@ def _sentences(found, distance) -> list[str]:
 
 
 def _draw(found, path: pathlib.Path) -> None:
-    """Distance and held-out loss against compute; held-out loss by noise level at the end, against the first run."""
+    """Plot distance and held-out loss by compute, and the final held-out loss by noise level, relative to the first run."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -183,7 +183,7 @@ def _read(path: pathlib.Path) -> Image.Image:
 
 
 def _page_of_strips(strips: dict[str, pathlib.Path]) -> Image.Image:
-    """The samples of each run below its name, enlarged twice."""
+    """The samples of each run below its name, enlarged by a factor of 2."""
     pictures = {name: _read(path) for name, path in strips.items()}
     font, gap = ImageFont.load_default(size=16), 26
     width = max(2 * picture.width for picture in pictures.values())
