@@ -16,8 +16,7 @@ import sys
 
 from absl import app, flags, logging
 
-from maskdm_jax.data import published, sources
-from maskdm_jax.data.images import FILTERS, Framing
+from maskdm_jax.data import images, published, sources
 from maskdm_jax.errors import DataError, MaskDMError, prefixed
 
 DATASET = flags.DEFINE_enum(
@@ -32,12 +31,15 @@ SPLIT = flags.DEFINE_string("split", "", "Split of a published or TFDS set: trai
 LABELS = flags.DEFINE_bool("labels", None, "Keep class labels; in folders, the first level that differs is the class.")
 GREY = flags.DEFINE_bool("grey", False, "Store one channel instead of three.")
 CROP = flags.DEFINE_string("crop", None, "centre (the largest square), centre:SIDE or LEFT,TOP,SIDE, in pixels.")
-FILTER = flags.DEFINE_enum("filter", None, list(FILTERS), "Filter for resizing, with antialiasing.")
+FILTER = flags.DEFINE_enum("filter", None, list(images.FILTERS), "Filter for resizing, with antialiasing.")
 FRACTION = flags.DEFINE_float(
     "fraction", 1.0, "Fraction of the images, drawn by --seed; a smaller fraction is a subset of a larger one."
 )
 SEED = flags.DEFINE_integer("seed", 0, "Seed of --fraction.", lower_bound=0, upper_bound=2**32 - 1)
 ANY_COUNT = flags.DEFINE_bool("any_count", False, "Accept a published set with another number of images.")
+MAX_PIXELS = flags.DEFINE_integer(
+    "max_pixels", images.MAX_PIXELS, "Limit for an encoded image, against decompression bombs.", lower_bound=1
+)
 THREADS = flags.DEFINE_integer("threads", 0, "Decoding threads; 0 uses two per core.", lower_bound=0)
 
 
@@ -92,6 +94,7 @@ def prepare(scratch: pathlib.Path) -> dict:
 def open_source(scratch: pathlib.Path):
     """The source, its framing and its split."""
     chosen = {"size": SIZE.value, "crop": CROP.value, "filter": FILTER.value, "channels": 1 if GREY.value else None}
+    chosen |= {"max_pixels": MAX_PIXELS.value}
     chosen = {key: value for key, value in chosen.items() if value is not None}
     if DATASET.value:
         framing = dataclasses.replace(published.SETS[DATASET.value].framing, **chosen)
@@ -100,7 +103,7 @@ def open_source(scratch: pathlib.Path):
         return source, framing, split
     if SIZE.value is None:
         raise DataError("how large? give --size=PIXELS, or --dataset=NAME for a published set")
-    framing, split, labels = Framing(**chosen), SPLIT.value, bool(LABELS.value)
+    framing, split, labels = images.Framing(**chosen), SPLIT.value, bool(LABELS.value)
     if SRC.value.startswith("tfds:"):
         return published.open_tfds(SRC.value, labels, split), framing, split
     return sources.open_source(SRC.value, labels, split, scratch), framing, split

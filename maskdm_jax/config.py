@@ -58,6 +58,7 @@ class Data:
     flip: Probability = 0.0  # probability of a horizontal flip
     threads: Count = 16  # reading threads per process
     workers: Natural = 0  # reading processes; 0: the main process reads
+    max_pixels: Count = 178_956_970  # of an encoded image; larger ones are unreadable, as decompression bombs
 
 
 @dataclasses.dataclass(frozen=True)

@@ -63,5 +63,9 @@ def prefixed(kind: type[Exception], prefix: str, causes=ValueError, suffix: str 
     except MaskDMError:
         raise
     except causes as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
-        raise kind(prefix + reason + suffix) from error
+        raise kind(prefix + first_line(error) + suffix) from error
+
+
+def first_line(error: Exception) -> str:
+    """The first line of an error's message, at most 300 characters; without a message, the name of its type."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]

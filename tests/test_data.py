@@ -1,9 +1,13 @@
 import io
+import json
 import logging
 import os
 import pickle
+import shutil
+import tarfile
 import zipfile
 
+import fsspec
 import numpy as np
 import pytest
 import tiny
@@ -32,9 +36,9 @@ FILES = {
 }
 
 
-@pytest.fixture(params=["folder", "zip"])
+@pytest.fixture(params=["folder", "zip", "tar"])
 def stored(request, tmp_path):
-    """FILES as a folder or as a zip."""
+    """FILES as a folder, a zip or a tar."""
 
     def store(files):
         if request.param == "zip":
@@ -42,6 +46,13 @@ def stored(request, tmp_path):
                 for name, content in files.items():
                     archive.writestr(name, content)
             return str(tmp_path / "images.zip")
+        if request.param == "tar":
+            with tarfile.open(tmp_path / "images.tar", "w") as archive:
+                for name, content in files.items():
+                    entry = tarfile.TarInfo(name)
+                    entry.size = len(content)
+                    archive.addfile(entry, io.BytesIO(content))
+            return str(tmp_path / "images.tar")
         for name, content in files.items():
             path = tmp_path / "images" / name
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -77,6 +88,143 @@ def test_without_labels_any_layout_will_do(stored):
 def test_labels_of_a_set_without_class_folders_are_refused(stored, files, message):
     with pytest.raises(DataError, match=message):
         open_source(stored(files), labels=True)
+
+
+FLAT = {f"set/00000/{i}.png": png(i) for i in range(3)} | {f"set/00001/{i}.png": png(i) for i in range(3, 6)}
+LABELS = {"00000/0.png": 2, "00000/1.png": 0, "00000/2.png": 0, "00001/3.png": 2, "00001/4.png": 0, "00001/5.png": 2}
+PETS = {name: {0: "dog", 2: "cat"}[label] for name, label in LABELS.items()}
+
+
+def dataset_json(labels):
+    return json.dumps({"labels": [[name.replace("/", "\\"), label] for name, label in labels.items()]}).encode()
+
+
+def metadata_csv(labels, column="label", mark=""):
+    lines = [f'"{name}",a caption,{label}' for name, label in labels.items()]
+    return "\r\n".join([f"{mark}file_name,text,{column}", *lines]).encode()
+
+
+def metadata_jsonl(labels):
+    return "\n".join(json.dumps({"file_name": name, "label": label}) for name, label in labels.items()).encode()
+
+
+@pytest.mark.parametrize(
+    ("files", "classes"),
+    [
+        ({"dataset.json": dataset_json(LABELS)}, ["0", "1", "2"]),
+        ({"metadata.csv": metadata_csv(LABELS, "class", mark="\ufeff")}, ["0", "1", "2"]),
+        ({"metadata.jsonl": metadata_jsonl(LABELS)}, ["0", "1", "2"]),
+        ({"metadata.csv": metadata_csv({name: f"{label}.0" for name, label in LABELS.items()})}, ["0", "1", "2"]),
+        ({"metadata.csv": metadata_csv(PETS)}, ["cat", "dog"]),
+        ({"metadata.jsonl": metadata_jsonl(PETS), "dataset.json": b'{"name": "pets"}'}, ["cat", "dog"]),
+        (
+            {
+                f"0000{n}/metadata.csv": metadata_csv({k[6:]: v for k, v in PETS.items() if k.startswith(f"0000{n}")})
+                for n in range(2)
+            },
+            ["cat", "dog"],
+        ),
+    ],
+)
+def test_labels_beside_the_images_come_before_folders(stored, caplog, files, classes):
+    source = open_source(stored(FLAT | {f"set/{name}": content for name, content in files.items()}), labels=True)
+    assert source.classes == classes
+    assert [source.classes[label] for label in source.labels] == [
+        str(LABELS[name[4:]]) if "0" in classes else PETS[name[4:]] for name in source.names
+    ]
+    assert [source.read(i)[1] for i in range(6)] == source.labels
+    assert source.left_aside == ({".json": 1} if len(files) == 2 and "dataset.json" in files else {})
+    assert "are taken for classes" not in caplog.text
+
+
+def test_labels_on_an_object_store():
+    files = fsspec.filesystem("memory")
+    for name, content in (FLAT | {"set/dataset.json": dataset_json(LABELS)}).items():
+        files.pipe(f"/labels/{name}", content)
+    source = open_source("memory://labels/set", labels=True)
+    assert source.labels == list(LABELS.values())
+    files.rm("/labels", recursive=True)
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        (
+            {"dataset.json": b'{"labels": null}'},
+            "dataset.json cannot be used for labels .of its columns .'file_name'. no",
+        ),
+        ({"dataset.json": b'{"labels": [["a.png", [0.1, 0.9]]]}'}, "'a.png' is .0.1, 0.9., not the number or name of"),
+        ({"dataset.json": b'{"labels": [["a.png"'}, "dataset.json cannot be used for labels"),
+        ({"dataset.json": b"\xff"}, "dataset.json cannot be used for labels"),
+        ({"metadata.csv": metadata_csv(LABELS, "kind")}, "columns .'file_name', 'text', 'kind'. none is named label"),
+        ({"metadata.csv": metadata_csv(dict(LABELS, **{"00000/0.png": ""}))}, "label of '00000/0.png' is '', not the"),
+        ({"metadata.jsonl": b'{"file_name": "a.png"}\n{"file_name": "b.png", "label": 1}'}, "label of 'a.png' is None"),
+        (
+            {"metadata.csv": metadata_csv({k: LABELS[k] for k in list(LABELS)[:4]})},
+            "metadata.csv lack a label for 'set/00001/4.png' .2 of 6 images.; add it, or do without labels",
+        ),
+        (
+            {"metadata.csv": metadata_csv(LABELS), "dataset.json": dataset_json(LABELS | {"00000/1.png": 1})},
+            "set/dataset.json and set/metadata.csv give different labels to 'set/00000/1.png'; remove one",
+        ),
+    ],
+)
+def test_labels_beside_the_images_are_never_guessed(stored, files, message):
+    place = stored(FLAT | {f"set/{name}": content for name, content in files.items()})
+    with pytest.raises(DataError, match=message):
+        open_source(place, labels=True)
+    assert len(open_source(place)) == 6
+
+
+def test_folders_that_may_be_buckets_are_not_taken_for_classes_in_silence(stored, caplog):
+    assert open_source(stored(FLAT), labels=True).classes == ["00000", "00001"]
+    assert "so the folders 00000, 00001 are taken for classes. If they only divide the files, do without" in caplog.text
+
+
+def test_labels_of_images_that_are_not_there_are_counted(stored, caplog):
+    labels = dataset_json(LABELS | {"00007/lost.png": 9})
+    assert open_source(stored(FLAT | {"set/dataset.json": labels}), labels=True).classes == ["0", "1", "2"]
+    assert "set/dataset.json list 1 images that are not there" in caplog.text
+
+
+def test_what_pillow_decodes_is_used_and_the_rest_is_counted(stored, caplog):
+    kinds = dict(jfif="JPEG", jpe="JPEG", avif="AVIF", jp2="JPEG2000", tga="TGA", apng="PNG", pnm="PPM", ico="ICO")
+    images = {f"a.{suffix}": png((9, 9, 9), (16, 16), kind=kind) for suffix, kind in kinds.items()}
+    others = {"b.heic": b"x", "c.HEIC": b"x", "README": b"", ".hidden/d.png": png(), "e.mpg": b"", "f.pdf": b""}
+    source = open_source(stored(images | others))
+    assert source.names == sorted(images)
+    assert [int(decode(source.read(i)[0], Framing(16)).mean().round()) for i in range(8)] == [9] * 8
+    left_aside = {".heic": 2, "without suffix": 1, "hidden": 1, ".mpg": 1, ".pdf": 1}
+    assert source.left_aside == left_aside
+    assert "left aside 6 files: 2 .heic" in caplog.text
+    assert sources.card_of(source, Framing(8))["left_aside"] == left_aside
+    assert select(source, fraction=0.5).left_aside == left_aside
+
+
+def test_equal_files_have_equal_hashes_and_other_files_have_others(stored, tmp_path):
+    def hash_of(files):
+        shutil.rmtree(tmp_path / "images", ignore_errors=True)
+        source = open_source(stored(files))
+        assert sources.card_of(source, Framing(8))["files_hash"] == source.files_hash
+        return source.files_hash
+
+    known = hash_of(FILES)
+    (tmp_path / "elsewhere").mkdir()
+    for place in ("images", "images.zip", "images.tar"):
+        if (tmp_path / place).exists():
+            (tmp_path / place).rename(tmp_path / "elsewhere" / place)
+            assert open_source(str(tmp_path / "elsewhere" / place)).files_hash == known
+    renamed = {name.replace("cat", "car"): content for name, content in FILES.items()}
+    resized = FILES | {"set/cat/a.png": FILES["set/cat/a.png"] + b"x"}
+    assert hash_of(FILES | {"set/notes.txt": b""}) == known, "of the images alone"
+    assert len({known, hash_of(renamed), hash_of(resized), hash_of({"set/cat/a.png": png()})}) == 4
+
+
+def test_parts_of_a_set_have_hashes_of_their_own():
+    whole = sources.Digits()
+    parts = [whole, select(whole, fraction=0.5), select(whole, fraction=0.5, seed=1)]
+    assert len({part.files_hash for part in parts}) == 3
+    assert select(whole, fraction=0.5).files_hash == parts[1].files_hash
 
 
 def test_links_are_followed_or_named(tmp_path):
@@ -138,8 +286,8 @@ def test_batches_of_one(batch_size, hosts):
 def test_bad_paths_are_named(tmp_path, stored):
     with pytest.raises(DataError, match="'nowhere' does not exist; give a folder or .zip"):
         open_source("nowhere")
-    with pytest.raises(DataError, match="holds no images; looked through 1 files"):
-        open_source(stored({"a.txt": b"text"}))
+    with pytest.raises(DataError, match="holds no images that Pillow can decode; it holds 2 .txt, 1 without suffix"):
+        open_source(stored({"a.txt": b"text", "b.txt": b"", "b": png()}))
     (tmp_path / "broken.zip").write_bytes(b"PK\x03\x04 not really")
     with pytest.raises(DataError, match="broken.zip is not a readable zip"):
         open_source(str(tmp_path / "broken.zip"))
@@ -386,14 +534,16 @@ def test_unreadable_images_are_named_and_replaced_by_their_neighbour(stored, cap
     seen = np.bincount(np.concatenate([b["image"][:, 0, 0, 0] for b in runs[0]]), minlength=200)
     assert seen[[7, 8, 9]].tolist() == [0, 0, 3], "both neighbours stand in"
     assert np.delete(seen, [7, 8, 9]).tolist() == [1] * 197
-    assert data.unreadable == {7, 8}
-    assert "0007.png" in caplog.text
+    assert set(data.unreadable) == {7, 8}
+    assert "0007.png: not an image of a known kind" in caplog.text
     assert caplog.text.count("unreadable image") == 2, "each is named once"
 
 
 def test_more_than_one_percent_unreadable_stops(stored):
     batches = TrainingData(colour(stored(numbered(200, [3, 50, 120])))).batches(batch_size=50, seed=0)
-    with pytest.raises(DataError, match=r"3 of 200 images are unreadable, more than 1% \(0003.png, 0050.png, 0120.png"):
+    with pytest.raises(
+        DataError, match=r"3 of 200 images are unreadable, more than 1% \(0003.png: not an image of a kn"
+    ):
         take(batches, 4)
     batches.close()
 

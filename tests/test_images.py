@@ -1,11 +1,14 @@
 """Crops and filters against Pillow by hand; colour modes and rotation are in test_data."""
 
 import io
+import struct
+import zlib
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageOps
 
+from maskdm_jax.config import Data
 from maskdm_jax.data.images import FILTERS, Framing, decode
 
 PIXELS = np.random.RandomState(0).randint(0, 256, (40, 30, 3)).astype(np.uint8)
@@ -63,6 +66,78 @@ def test_what_is_no_image_of_eight_bits_is_named():
     for content in (b"", b"hello"):
         with pytest.raises(ValueError, match="not an image of a known kind"):
             decode(content, Framing(8))
+
+
+def chunk(kind, data, checksum=None) -> bytes:
+    checksum = zlib.crc32(kind + data) if checksum is None else checksum
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", checksum)
+
+
+TURNED = Image.Exif()
+TURNED[0x0112] = 3  # stored upside down
+BIG = zlib.compress(bytes(3 << 20))
+
+
+@pytest.mark.parametrize(
+    "chunks",
+    [
+        chunk(b"zTXt", b"a\0\0" + BIG),
+        chunk(b"iCCP", b"a\0\0" + BIG),
+        chunk(b"iCCP", b""),
+        chunk(b"tEXt", b"a\0b", checksum=5),
+        chunk(b"eXIf", b"MM\0*", checksum=5),
+        chunk(b"zTXt", b"Raw profile type exif\0\0" + zlib.compress(b"\nexif\n      5\nzz")),
+        chunk(b"gAMA", b"a") + chunk(b"acTL", b"abc"),
+    ],
+)
+def test_damaged_chunks_of_a_png_do_not_matter(chunks):
+    """What is sound among them, such as the rotation, counts."""
+    pixels, after_header = png(PIXELS[:30]), 8 + 25
+    damaged = pixels[:after_header] + chunks + pixels[after_header:]
+    np.testing.assert_array_equal(decode(damaged, Framing(30)), PIXELS[:30])
+    turned = pixels[:after_header] + chunks + chunk(b"eXIf", TURNED.tobytes()[6:]) + pixels[after_header:]
+    np.testing.assert_array_equal(decode(turned, Framing(30)), PIXELS[29::-1, ::-1])
+
+
+@pytest.mark.parametrize("kind", ["PNG", "WEBP", "JPEG"])
+def test_damaged_exif_counts_as_none(kind):
+    buffers = [io.BytesIO(), io.BytesIO()]
+    for buffer, exif in zip(buffers, (b"", b"IIjunk"), strict=True):
+        Image.fromarray(PIXELS[:30]).save(buffer, kind, exif=exif)
+    np.testing.assert_array_equal(*(decode(buffer.getvalue(), Framing(30)) for buffer in buffers))
+
+
+@pytest.mark.parametrize("orientation", range(10))
+def test_every_rotation_is_that_of_pillow(orientation):
+    exif, buffer = Image.Exif(), io.BytesIO()
+    exif[0x0112] = orientation
+    Image.fromarray(PIXELS[:30]).save(buffer, "PNG", exif=exif)
+    np.testing.assert_array_equal(decode(buffer.getvalue(), Framing(30)), ImageOps.exif_transpose(Image.open(buffer)))
+
+
+def test_damaged_segments_of_a_jpeg_do_not_matter():
+    buffer = io.BytesIO()
+    Image.fromarray(PIXELS[:30]).save(buffer, "JPEG", exif=TURNED)
+    whole = buffer.getvalue()
+    at = whole.index(b"\xff\xdb")
+    damaged = whole[:at] + b"\xff\xe2\0\x0eICC_PROFILE\0" + whole[at:]
+    with pytest.raises(OSError, match="cannot identify"):
+        Image.open(io.BytesIO(damaged))
+    np.testing.assert_array_equal(decode(damaged, Framing(30)), decode(whole, Framing(30)))
+
+
+def test_the_limit_of_pixels_is_a_setting():
+    framing = Framing.of(Data(image_size=30, max_pixels=30 * 40))
+    np.testing.assert_array_equal(decode(png(PIXELS), framing), decode(png(PIXELS), Framing(30)))
+    with pytest.raises(
+        ValueError, match=r"30 x 40 pixels, more than data.max_pixels 1199, .* raise --config.data.max_p"
+    ):
+        decode(png(PIXELS), Framing.of(Data(image_size=30, max_pixels=30 * 40 - 1)))
+    buffer = io.BytesIO()
+    Image.new("1", (13_400, 13_400)).save(buffer, "PNG", compress_level=1)
+    with pytest.raises(ValueError, match="13400 x 13400 pixels, more than data.max_pixels 178956970"):
+        decode(buffer.getvalue(), Framing(8))
+    assert decode(buffer.getvalue(), Framing(8, 1, max_pixels=2**30)).shape == (8, 8, 1)
 
 
 def test_framings_are_told_apart():

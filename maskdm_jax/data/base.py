@@ -1,6 +1,7 @@
 """What every source of images has; the kinds of sources build on it."""
 
 import collections.abc
+import hashlib
 
 CARD = "card.json"  # the data card, which a prepared set has; see `data.prepared`
 WITHOUT_LABELS = (
@@ -15,10 +16,14 @@ class Source:
       names: one per image.
       labels: class numbers, one per image; empty without labels.
       classes: class names; empty without labels.
+      files_hash: SHA-256 of the files' names and sizes, in hex. It is equal for equal files wherever they are, and is
+        found without reading images; empty if nothing is known.
+      left_aside: numbers of the files that are no images, by suffix.
     """
 
-    def __init__(self, names, labels=(), classes=()):
+    def __init__(self, names, labels=(), classes=(), files_hash: str = "", left_aside=()):
         self.names, self.labels, self.classes = names, labels, list(classes)
+        self.files_hash, self.left_aside = files_hash, dict(left_aside)
 
     def __len__(self):
         return len(self.names)
@@ -34,6 +39,11 @@ class Source:
     def stamp(self, i: int) -> str:
         """Text that changes when image i changes, from metadata alone; empty for images that never change."""
         return ""
+
+
+def hash_texts(texts) -> str:
+    """SHA-256 of texts in their order, in hex."""
+    return hashlib.sha256("\0".join(texts).encode("utf-8", "surrogateescape")).hexdigest()
 
 
 class LazySequence(collections.abc.Sequence):

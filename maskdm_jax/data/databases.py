@@ -15,7 +15,7 @@ import zipfile
 import lmdb
 import numpy as np
 
-from maskdm_jax.data.base import WITHOUT_LABELS, LazySequence, Source
+from maskdm_jax.data.base import WITHOUT_LABELS, LazySequence, Source, hash_texts
 from maskdm_jax.data.files import file_stamp
 from maskdm_jax.data.images import is_image
 from maskdm_jax.errors import DataError, prefixed
@@ -58,7 +58,9 @@ class LmdbImages(Source):
         broken = prefixed(DataError, f"{path} is not a readable LMDB (", lmdb.Error, "); copy it again")
         with broken, self._open().begin() as transaction:
             keys = [str(key, "utf-8", "surrogateescape") for key in transaction.cursor().iternext(values=False)]
-        super().__init__([key for key in keys if key not in _NOT_IMAGES])
+        names = [key for key in keys if key not in _NOT_IMAGES]
+        size = os.path.getsize(os.path.join(self._path, "data.mdb"))
+        super().__init__(names, files_hash=hash_texts([*names, str(size)]))
         if not self.names:
             raise DataError(f"{path} is empty; copy it again")
         first = self._value(0)
@@ -116,6 +118,8 @@ class TfdsImages(Source):
             raise DataError(f"{path} has {len(kinds)} class labels ({', '.join(kinds)}), not one; {WITHOUT_LABELS}")
         self._image, self._label = images[0], kinds[0] if labels else None
         self._info = os.path.join(path, "dataset_info.json")
+        known = builder.info.full_name, split, str(len(self._records)), str(int(builder.info.dataset_size))
+        self.files_hash, self.left_aside = hash_texts(known), {}
         self.names = [f"{pathlib.Path(path).parent.name}/{split}[{i}]" for i in range(len(self._records))]
         self.classes = list(features[self._label].names) if labels else []
 
@@ -164,7 +168,9 @@ class ArrayBatches(Source):
                 )
         if classes and labels and not 0 <= min(labels) <= max(labels) < len(classes):
             raise DataError(f"{files[0][0]}: labels {min(labels)} to {max(labels)} are not {len(classes)} classes")
-        super().__init__(LazySequence(self._starts[-1], self._name), labels if classes else [], classes)
+        sizes = (f"{self._file_name(i)} {os.path.getsize(path)}" for i, (path, _) in enumerate(files))
+        names = LazySequence(self._starts[-1], self._name)
+        super().__init__(names, labels if classes else [], classes, hash_texts(sizes))
 
     def _name(self, i: int) -> str:
         number = self._number(i)

@@ -1,38 +1,91 @@
 """Images as files: folders, zip and tar archives, object stores."""
 
 import bz2
+import collections
 import gzip
-import itertools
+import logging
 import lzma
 import os
 import pathlib
 import posixpath
 import shutil
+import stat
 import tarfile
 import zipfile
 import zlib
 
 import fsspec
 
-from maskdm_jax.data.base import WITHOUT_LABELS, Source
+from maskdm_jax.data.base import Source, hash_texts
+from maskdm_jax.data.images import SUFFIXES
+from maskdm_jax.data.labels import find_labels
 from maskdm_jax.errors import DataError, prefixed
 from maskdm_jax.storage import atomic_path
 
 _OPENERS = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ": lzma.open}
 _ZSTD = b"\x28\xb5\x2f\xfd"
-SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"}
+
+log = logging.getLogger(__name__)
 
 
-class ImageFolder(Source):
-    """All images under a folder, nested or flat."""
+class Files(Source):
+    """Images that are files, nested or flat: all that have a suffix that Pillow can decode. A subclass reads them."""
 
-    def __init__(self, path, labels: bool = False):
-        self._root = pathlib.Path(path)
-        super().__init__(*index_names(path, list(_walk(str(self._root), "", ())), labels))
+    def __init__(self, path, sizes: dict[str, int], labels: bool):
+        """Sort images from other files and find their labels.
+
+        Args:
+          path: of the whole set, for messages.
+          sizes: bytes of each file, by its name relative to `path`.
+          labels: whether to find labels; see `labels.find_labels`.
+
+        Raises:
+          DataError: there is no image, or labels are wanted and not defined.
+        """
+        kinds = {name: _kind(name) for name in sorted(sizes)}
+        names = [name for name, kind in kinds.items() if kind in SUFFIXES]
+        others = [name for name, kind in kinds.items() if kind not in SUFFIXES and kind != "hidden"]
+        numbers, classes, used = find_labels(path, names, others, self.content) if labels and names else ([], [], [])
+        left_aside = collections.Counter(
+            kinds[name] for name in kinds if kinds[name] not in SUFFIXES and name not in used
+        )
+        counted = ", ".join(f"{count} {kind}" for kind, count in left_aside.most_common())
+        if not names:
+            raise DataError(f"{path} holds no images that Pillow can decode; it holds {counted or 'no files'}")
+        if left_aside:
+            log.warning("%s: left aside %d files: %s", path, left_aside.total(), counted)
+        if used:
+            log.info("%s: labels of %d classes from %s", path, len(classes), ", ".join(used))
+        files_hash = hash_texts(f"{name} {sizes[name]}" for name in names)
+        super().__init__(names, numbers, classes, files_hash, left_aside)
+
+    def content(self, name: str) -> bytes:
+        """The content of a file."""
+        raise NotImplementedError
 
     def image(self, i: int) -> bytes:
         """Encoded bytes."""
-        return (self._root / self.names[i]).read_bytes()
+        return self.content(self.names[i])
+
+
+def _kind(name: str) -> str:
+    """The suffix of a file in lower case, "without suffix", or "hidden" for the files of operating systems."""
+    path = pathlib.PurePosixPath(name)
+    if any(part.startswith((".", "__MACOSX")) for part in path.parts if part != ".."):
+        return "hidden"
+    return path.suffix.lower() or "without suffix"
+
+
+class ImageFolder(Files):
+    """All images under a folder."""
+
+    def __init__(self, path, labels: bool = False):
+        self._root = pathlib.Path(path)
+        super().__init__(path, dict(_walk(str(self._root), "", ())), labels)
+
+    def content(self, name: str) -> bytes:
+        """The content of a file."""
+        return (self._root / name).read_bytes()
 
     def stamp(self, i: int) -> str:
         """Size and modification time of the file."""
@@ -40,7 +93,7 @@ class ImageFolder(Source):
 
 
 def _walk(folder: str, prefix: str, above: tuple):
-    """Yield the names of the files under a folder.
+    """Yield the names and sizes of the files under a folder.
 
     Links are followed, but not to a folder that contains them. Broken links are listed too, so that reading them
     fails and they are reported.
@@ -51,10 +104,15 @@ def _walk(folder: str, prefix: str, above: tuple):
     above = (*above, (status.st_dev, status.st_ino))
     with os.scandir(folder) as entries:
         for entry in sorted(entries, key=lambda entry: entry.name):
-            if os.path.isdir(entry.path):
+            try:
+                status = entry.stat()
+            except OSError:
+                yield prefix + entry.name, 0
+                continue
+            if stat.S_ISDIR(status.st_mode):
                 yield from _walk(entry.path, f"{prefix}{entry.name}/", above)
-            elif os.path.isfile(entry.path) or not os.path.exists(entry.path):  # not a pipe: reading one would block
-                yield prefix + entry.name
+            elif stat.S_ISREG(status.st_mode):  # not a pipe: reading one would block
+                yield prefix + entry.name, status.st_size
 
 
 def file_stamp(path) -> str:
@@ -66,19 +124,20 @@ def file_stamp(path) -> str:
     return f"{status.st_size} {status.st_mtime_ns}"
 
 
-class RemoteFolder(Source):
-    """All images under an address of an object store, such as gs://bucket/images, nested or flat."""
+class RemoteFolder(Files):
+    """All images under an address of an object store, such as gs://bucket/images."""
 
     def __init__(self, url: str, labels: bool = False):
         self._store, self._root = connect(url)
-        found = [name.removeprefix(self._root).lstrip("/") for name in self._store.find(self._root)]
+        found = self._store.find(self._root, detail=True)
         if not found:
             raise DataError(f"{url} does not exist or is empty; give a folder of images or a prepared set")
-        super().__init__(*index_names(url, found, labels))
+        sizes = {name.removeprefix(self._root).lstrip("/"): entry.get("size") for name, entry in found.items()}
+        super().__init__(url, sizes, labels)
 
-    def image(self, i: int) -> bytes:
-        """Encoded bytes."""
-        return self._store.cat_file(f"{self._root}/{self.names[i]}")
+    def content(self, name: str) -> bytes:
+        """The content of a file."""
+        return self._store.cat_file(f"{self._root}/{name}")
 
     def stamp(self, i: int) -> str:
         """The store's key for this version of the file."""
@@ -97,8 +156,8 @@ def connect(url: str):
     return store, root.rstrip("/")
 
 
-class ZipImages(Source):
-    """All images in a zip file, nested or flat, read in place. The file may be on an object store."""
+class ZipImages(Files):
+    """All images in a zip file, read in place. The file may be on an object store."""
 
     def __init__(self, path, labels: bool = False):
         self._path, self._archive = str(path), None
@@ -110,12 +169,11 @@ class ZipImages(Source):
         locked = [info.filename for info in entries if info.flag_bits & 1]
         if locked:
             raise DataError(f"{path} is encrypted ({locked[0]!r} needs a password); unpack it and give the folder")
-        found = list(dict.fromkeys(info.filename for info in entries))  # of entries with one name, the last counts
-        super().__init__(*index_names(path, found, labels))
+        super().__init__(path, {info.filename: info.file_size for info in entries}, labels)  # of one name, the last
 
-    def image(self, i: int) -> bytes:
-        """Encoded bytes."""
-        return self._open().read(self.names[i])
+    def content(self, name: str) -> bytes:
+        """The content of a file."""
+        return self._open().read(name)
 
     def stamp(self, i: int) -> str:
         """Checksum of the file."""
@@ -134,8 +192,8 @@ class ZipImages(Source):
         return self.__dict__ | {"_archive": None}
 
 
-class TarImages(Source):
-    """All images in a tar file, nested or flat, read in place. Links among its members are followed."""
+class TarImages(Files):
+    """All images in a tar file, read in place. Links among its members are followed."""
 
     def __init__(self, path, labels: bool = False, scratch=None):
         """Read the headers.
@@ -158,15 +216,14 @@ class TarImages(Source):
         if ends > os.path.getsize(self._path):
             raise DataError(f"{path} is cut short; copy it again")
         found = [name for name, m in members.items() if (m.isreg() and not m.issparse()) or m.issym() or m.islnk()]
-        super().__init__(*index_names(path, found, labels))
-        self._places = [_place(members, members[name]) for name in self.names]
-        self._stamp = file_stamp(path)
+        self._places, self._stamp = {name: _place(members, members[name]) for name in found}, file_stamp(path)
+        super().__init__(path, {name: members[name].size for name in found}, labels)
 
-    def image(self, i: int) -> bytes:
-        """Encoded bytes."""
-        if self._places[i] is None:
+    def content(self, name: str) -> bytes:
+        """The content of a file."""
+        if self._places[name] is None:
             raise DataError("a link to no file of the archive")
-        offset, size = self._places[i]
+        offset, size = self._places[name]
         with open(self._path, "rb") as file:  # opened for each read, because threads would share the position
             file.seek(offset)
             return file.read(size)
@@ -216,39 +273,3 @@ def _decompressed(path, scratch) -> pathlib.Path:
     with broken, atomic_path(scratch) as temporary, opener(path) as packed, open(temporary, "wb") as plain:
         shutil.copyfileobj(packed, plain, 1 << 20)
     return scratch
-
-
-def index_names(path, found: list[str], labels: bool):
-    """Sorted image names, the label of each, and the class names; no labels and classes if `labels` is False.
-
-    The classes are the folders of the first level at which the images' folders differ.
-
-    Raises:
-      DataError: there is no image, or labels are wanted and the folders do not define them.
-    """
-    names = sorted(
-        name
-        for name in found
-        if pathlib.PurePosixPath(name).suffix.lower() in SUFFIXES
-        and not any(part.startswith((".", "__MACOSX")) for part in pathlib.PurePosixPath(name).parts if part != "..")
-    )
-    if not names:
-        kinds = ", ".join(sorted(SUFFIXES))
-        raise DataError(f"{path} holds no images; looked through {len(found)} files for {kinds}")
-    if not labels:
-        return names, [], []
-    folders = [pathlib.PurePosixPath(name).parts[:-1] for name in names]
-    shared = sum(1 for _ in itertools.takewhile(lambda level: len(set(level)) == 1, zip(*folders, strict=False)))
-    if len(set(folders)) == 1 and folders[0]:
-        raise DataError(
-            f"{path} has only one class folder, {'/'.join(folders[0])!r}; labels need two, or {WITHOUT_LABELS}"
-        )
-    stray = [name for name, parts in zip(names, folders, strict=True) if len(parts) <= shared]
-    if stray:
-        raise DataError(
-            f"{path} has no class folder for {stray[0]!r}; put every image into a folder per class, at least two of "
-            f"them, or {WITHOUT_LABELS}"
-        )
-    classes = sorted({parts[shared] for parts in folders})
-    number = {name: i for i, name in enumerate(classes)}
-    return names, [number[parts[shared]] for parts in folders], classes

@@ -1,16 +1,34 @@
 """Images as arrays: decoding, colour, crop and resize; PNG files and grids."""
 
+import contextlib
 import dataclasses
 import io
 import pathlib
 import re
+import zlib
 
 import numpy as np
 import PIL
-from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageDraw, ImageFont, UnidentifiedImageError
 
 from maskdm_jax.storage import atomic_path
 
+Image.init()
+# Pillow recognizes these formats, but decodes none of them without another program or handler.
+_UNDECODED = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}
+_FORMATS = {*Image.OPEN, "MPO"} - _UNDECODED
+SUFFIXES = {suffix for suffix, kind in Image.registered_extensions().items() if kind in _FORMATS}
+MAX_PIXELS = 178_956_970  # Pillow's limit against decompression bombs
+Image.MAX_IMAGE_PIXELS = None  # `open_image` checks its own limit, which can be set
+_ROTATIONS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}  # by EXIF orientation
 DECODER = f"Pillow {PIL.__version__}"
 FILTERS = {
     "bicubic": Image.Resampling.BICUBIC,
@@ -32,12 +50,14 @@ class Framing:
     crop: `centre` resizes the short side to `size`, then crops the centre, as torchvision's Resize and CenterCrop do.
       `centre:SIDE` (the centred square) and `LEFT,TOP,SIDE`, in pixels, crop first and resize after.
     filter: one of `FILTERS`, with antialiasing. A crop that already has the right size is not resampled.
+    max_pixels: of an encoded image; larger ones are refused before they are decoded.
     """
 
     size: int
     channels: int = 3
     crop: str = "centre"
     filter: str = "bicubic"
+    max_pixels: int = MAX_PIXELS
 
     def __post_init__(self):
         if self.size < 1 or self.channels < 1:
@@ -49,7 +69,7 @@ class Framing:
     @classmethod
     def of(cls, settings) -> "Framing":
         """The framing that a `config.Data` asks for."""
-        return cls(settings.image_size, settings.channels)
+        return cls(settings.image_size, settings.channels, max_pixels=settings.max_pixels)
 
     def _parse_crop(self) -> tuple[int, int, int] | int:
         """(left, top, side), or the side of a centred crop; 0 for the short side."""
@@ -89,26 +109,23 @@ class Framing:
         )
 
 
-def open_image(image, channels: int) -> Image.Image:
+def open_image(image, channels: int, max_pixels: int = MAX_PIXELS) -> Image.Image:
     """Open encoded bytes or uint8 [H, W, 1 or 3] as an 8-bit image, RGB (3 channels) or grey (1), in its own size.
 
-    EXIF rotation is applied and transparency is laid on white.
+    EXIF rotation is applied and transparency is composited on white.
 
     Raises:
-      ValueError: the bytes are no image, or one of floating-point or 32-bit numbers.
+      ValueError: the bytes are no image, one of floating-point or 32-bit numbers, or one of more than `max_pixels`.
       ChannelsError: the array has another number of channels than 1 or 3.
     """
     if isinstance(image, np.ndarray):
         _check_channels(image, channels)
         image = to_pil(image)
     else:
-        try:
-            opened = Image.open(io.BytesIO(image))
-        except UnidentifiedImageError:  # its message names a memory address
-            raise ValueError("not an image of a known kind") from None
-        image = ImageOps.exif_transpose(opened)
-        if image.mode == "F" or (image.mode == "I" and opened.format not in ("PPM", "PNG")):
+        image = _read_file(image, max_pixels)
+        if image.mode == "F" or (image.mode == "I" and image.format not in ("PPM", "PNG")):
             raise ValueError("images of floating-point or 32-bit numbers have no agreed range")
+        image = _rotate(image)
     if image.mode.startswith("I"):  # 16-bit grey, which convert() would clip at 255
         pixels = np.asarray(image)
         clear = pixels == image.info.get("transparency", -1)
@@ -117,6 +134,62 @@ def open_image(image, channels: int) -> Image.Image:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image.convert("RGB" if channels == 3 else "L")
+
+
+def _read_file(content: bytes, max_pixels: int) -> Image.Image:
+    """The first frame of an image file. Damaged metadata do not matter."""
+
+    def read(content):
+        try:
+            image = Image.open(io.BytesIO(content))
+        except UnidentifiedImageError:  # its message names a memory address
+            raise ValueError("not an image of a known kind") from None
+        if image.width * image.height > max_pixels:
+            raise ValueError(
+                f"it has {image.width} x {image.height} pixels, more than data.max_pixels {max_pixels}, the limit "
+                "against decompression bombs; raise --config.data.max_pixels, or prepare the images with --max_pixels"
+            )
+        image.load()
+        return image
+
+    try:
+        return read(content)
+    except Exception:  # decoders raise any type
+        with contextlib.suppress(Exception):
+            return read(_without_metadata(content))
+        raise
+
+
+def _without_metadata(content: bytes) -> bytes:
+    """A PNG or JPEG file without text, colour profiles and the like; other files as they are. Sound EXIF is kept."""
+    if content.startswith(b"\x89PNG\r\n\x1a\n"):
+        kept, start = [content[:8]], 8
+        while start + 12 <= len(content):  # a chunk: length, kind, data, checksum
+            end = start + 12 + int.from_bytes(content[start : start + 4])
+            kind, checksum = content[start + 4 : start + 8], int.from_bytes(content[end - 4 : end])
+            sound_exif = kind == b"eXIf" and zlib.crc32(content[start + 4 : end - 4]) == checksum
+            if kind[:1].isupper() or kind == b"tRNS" or sound_exif:  # upper case: needed for the pixels
+                kept.append(content[start:end])
+            start = end
+        return b"".join(kept)
+    if content.startswith(b"\xff\xd8"):
+        kept, start = [content[:2]], 2
+        while (marker := content[start : start + 2]).startswith(b"\xff") and marker != b"\xff\xda":  # up to the scan
+            end = start + 2 + int.from_bytes(content[start + 2 : start + 4])
+            if not b"\xff\xe2" <= marker <= b"\xff\xed" and marker not in (b"\xff\xef", b"\xff\xfe"):
+                kept.append(content[start:end])  # all but APP2 to APP13, APP15 and comments
+            start = end
+        return b"".join(kept) + content[start:]
+    return content
+
+
+def _rotate(image: Image.Image) -> Image.Image:
+    """Apply the EXIF orientation; damaged EXIF counts as none."""
+    try:
+        rotation = _ROTATIONS.get(image.getexif().get(ExifTags.Base.Orientation))
+    except Exception:  # Pillow raises many types
+        return image
+    return image if rotation is None else image.transpose(rotation)
 
 
 def is_image(content: bytes) -> bool:
@@ -135,11 +208,11 @@ def decode(image, framing: Framing) -> np.ndarray:
     so many channels, each of which is cropped and resized.
 
     Raises:
-      ValueError: the bytes are no image, or the crop exceeds it.
+      ValueError: the bytes are no image, it has more than `framing.max_pixels`, or the crop exceeds it.
       ChannelsError: the image has another number of channels.
     """
     if framing.channels in (1, 3):
-        fitted = np.asarray(_fit(open_image(image, framing.channels), framing))
+        fitted = np.asarray(_fit(open_image(image, framing.channels, framing.max_pixels), framing))
         return fitted.reshape(framing.size, framing.size, framing.channels)
     _check_channels(image, framing.channels)
     return np.stack([_fit(Image.fromarray(plane), framing) for plane in np.moveaxis(image, -1, 0)], axis=-1)

@@ -16,7 +16,7 @@ from absl import flags
 
 from maskdm_jax.data.images import ChannelsError, Framing, decode
 from maskdm_jax.data.sources import card_of, open_source, read_patiently, select
-from maskdm_jax.errors import DataError
+from maskdm_jax.errors import DataError, first_line
 
 UNREADABLE_LIMIT = 0.01  # fraction of the images; more means that the data set is broken
 _STREAM_LENGTH = 2**40  # examples, more than any run takes
@@ -39,19 +39,19 @@ class _ReadBatch:
     size: int
 
     def __call__(self, batch: int) -> dict:
-        """Decode a batch; `unreadable` holds the record that a neighbour replaces, else -1."""
+        """Decode a batch; `unreadable` holds the records that a neighbour replaces, with the reasons."""
         start = self.first + int(batch) * self.size
         side, channels = self.framing.size, self.framing.channels
         out = dict(
             image=np.empty((self.size, side, side, channels), np.uint8),
             label=np.empty(self.size, np.int32),
             index=np.arange(start, start + self.size).astype(np.uint32),
-            unreadable=np.full(self.size, -1),
+            unreadable={},
         )
         for i, record in enumerate(self._records(start)):
-            out["image"][i], out["label"][i], replaced = self._readable(record)
-            if replaced:
-                out["unreadable"][i] = record
+            out["image"][i], out["label"][i], reason = self._readable(record)
+            if reason:
+                out["unreadable"][record] = reason
         return out
 
     def _records(self, start: int) -> list[int]:
@@ -63,18 +63,27 @@ class _ReadBatch:
         return records
 
     def _readable(self, record: int):
-        """Pixels and label of a record or of its next readable neighbour, and whether it is a neighbour."""
-        n = len(self.source)
+        """Pixels and label of a record or of its next readable neighbour, and why it is a neighbour."""
+        n, reason = len(self.source), ""
         for step in range(min(n, _MAX_NEIGHBOURS)):
             number = (record + step) % n
             try:
                 image, label = read_patiently(self.source, number)
-                return decode(image, self.framing), label, step > 0
+                return decode(image, self.framing), label, reason
             except ChannelsError as error:
                 raise DataError(f"{self.source.names[number]} does not fit: {error}") from None
             except Exception as error:  # decoders raise any type on a damaged file
-                cause = error
-        raise DataError(f"{self.source.names[record]} and its {step} neighbours are all unreadable; the last: {cause}")
+                reason = reason or first_line(error)
+        raise DataError(f"{self.source.names[record]} ({reason}) and its {step} neighbours are all unreadable")
+
+
+def check_unreadable(unreadable: list[str], images: int) -> None:
+    """Raise DataError if there are too many unreadable images; each is given with its name and the reason."""
+    if len(unreadable) > UNREADABLE_LIMIT * images:
+        raise DataError(
+            f"{len(unreadable)} of {images} images are unreadable, more than {UNREADABLE_LIMIT:.0%} "
+            f"({'; '.join(unreadable[:3])}); repair or remove them"
+        )
 
 
 @functools.lru_cache(maxsize=4)
@@ -96,7 +105,7 @@ class TrainingData:
         chosen = settings.classes, settings.fraction, settings.fraction_seed, settings.labels
         self.settings, self.source = settings, select(source, *chosen)
         self.classes, self.card = self.source.classes, card_of(self.source, Framing.of(settings))
-        self.unreadable = set()  # records found unreadable so far, over all stages
+        self.unreadable = {}  # records found unreadable so far, over all stages: their names and the reasons
 
     def __len__(self):
         return len(self.source)
@@ -160,15 +169,10 @@ class Batches:
             stream = stream.mp_prefetch(grain.MultiprocessingOptions(num_workers=settings.workers))
         return iter(stream)
 
-    def _report(self, records) -> None:
+    def _report(self, records: dict[int, str]) -> None:
         """Log records that were found unreadable for the first time; stop if there are too many."""
         source, known = self._data.source, self._data.unreadable
-        for record in sorted(set(records[records >= 0].tolist()) - known):
-            known.add(record)
-            log.warning("unreadable image %s: replaced by its neighbour (%d so far)", source.names[record], len(known))
-        if len(known) > UNREADABLE_LIMIT * len(source):
-            names = ", ".join(source.names[record] for record in sorted(known)[:5])
-            raise DataError(
-                f"{len(known)} of {len(source)} images are unreadable, more than {UNREADABLE_LIMIT:.0%} "
-                f"({names}, ...); repair or remove them"
-            )
+        for record in sorted(records.keys() - known.keys()):
+            known[record] = f"{source.names[record]}: {records[record]}"
+            log.warning("unreadable image %s; replaced by its neighbour (%d so far)", known[record], len(known))
+        check_unreadable([known[record] for record in sorted(known)], len(source))

@@ -14,12 +14,12 @@ import pathlib
 import numpy as np
 from array_record.python.array_record_module import ArrayRecordWriter
 
-from maskdm_jax.data.base import CARD
+from maskdm_jax.data.base import CARD, hash_texts
 from maskdm_jax.data.images import DECODER, Framing, decode, to_pil
-from maskdm_jax.data.pipeline import UNREADABLE_LIMIT
+from maskdm_jax.data.pipeline import check_unreadable
 from maskdm_jax.data.prepared import LABELS, encode_record, image_digest, read_card, shard_hash, shard_name
 from maskdm_jax.data.sources import read_patiently
-from maskdm_jax.errors import DataError, prefixed
+from maskdm_jax.errors import DataError, first_line, prefixed
 from maskdm_jax.storage import atomic_path, lock_dir, write_atomically
 
 PER_SHARD = 2048  # images of the source; an interruption loses the work on at most one shard
@@ -55,7 +55,7 @@ def prepare(
         raise DataError(f"a prepared set holds PNG images, of 1 or 3 channels, not {framing.channels}")
     out = pathlib.Path(out).expanduser().absolute()
     out.mkdir(parents=True, exist_ok=True)
-    plan = dict(source=name, names_hash=_sha256("\0".join(source.names)), split=split, image=framing.describe())
+    plan = dict(source=name, names_hash=hash_texts(source.names), split=split, image=framing.describe())
     plan |= dict(classes=source.classes, images=len(source), per_shard=per_shard)
     with lock_dir(out), concurrent.futures.ThreadPoolExecutor(threads or 2 * (os.cpu_count() or 1)) as pool:
         return _Preparation(source, out, framing, plan, pool, progress or (lambda done: None)).run()
@@ -78,7 +78,7 @@ class _Preparation:
         for i in range(self._shards):
             notes.append(self._valid_note(i) or self._write_shard(i))
             self._progress(self._numbers(i).stop)
-            self._check_unreadable(notes)
+            check_unreadable([entry for note in notes for entry in note["left_out"]], self._plan["images"])
         self._verify(notes)
         return self._finish(notes)
 
@@ -89,7 +89,7 @@ class _Preparation:
             card = read_card(out)
             keys = ("source", "names_hash", "split", "image", "classes")
             changed = [key for key in keys if card[key] != plan[key]]
-            if not changed and card["source_stamp"] == _sha256("".join(map(self._stamps, range(self._shards)))):
+            if not changed and card["source_stamp"] == hash_texts(["".join(map(self._stamps, range(self._shards)))]):
                 return card
             raise DataError(
                 f"{out} holds a finished set of {card['source']} at {card['image']['size']} px, which differs in "
@@ -117,7 +117,7 @@ class _Preparation:
 
     def _stamps(self, i: int) -> str:
         """Short hashes of the stamps of a shard's images, joined."""
-        return "".join(self._pool.map(lambda number: _sha256(self._source.stamp(number))[:16], self._numbers(i)))
+        return "".join(self._pool.map(lambda number: hash_texts([self._source.stamp(number)])[:16], self._numbers(i)))
 
     def _path(self, i: int) -> pathlib.Path:
         return self._out / shard_name(i, self._shards)
@@ -148,8 +148,7 @@ class _Preparation:
             try:
                 for number, (image, label, digest) in zip(numbers, self._pool.map(self._encode, numbers), strict=True):
                     if isinstance(image, Exception):
-                        reason = str(image).strip().splitlines() or [type(image).__name__]
-                        left_out.append(f"{self._source.names[number]}: {reason[0][:200]}")
+                        left_out.append(f"{self._source.names[number]}: {first_line(image)}")
                     else:
                         record = encode_record(self._source.names[number], label, image)
                         with failed():
@@ -174,14 +173,6 @@ class _Preparation:
         except Exception as error:  # decoders raise any type on a damaged file
             return error, -1, b""
 
-    def _check_unreadable(self, notes: list[dict]) -> None:
-        left_out, images = [entry for note in notes for entry in note["left_out"]], self._plan["images"]
-        if len(left_out) > UNREADABLE_LIMIT * images:
-            raise DataError(
-                f"{len(left_out)} of {images} images are unreadable, more than {UNREADABLE_LIMIT:.0%} "
-                f"({'; '.join(left_out[:3])}); repair or remove them"
-            )
-
     def _verify(self, notes: list[dict]) -> None:
         """Read all shards back. Drop the notes of those that differ, so that the next call rewrites them."""
         damaged = [i for i, note in enumerate(notes) if shard_hash(self._path(i)) != note["hash"]]
@@ -205,12 +196,13 @@ class _Preparation:
         card = dict(format="maskdm-jax prepared images, version 1")
         card |= {key: self._plan[key] for key in ("source", "names_hash", "split", "image", "classes")}
         card |= dict(
-            source_stamp=_sha256("".join(note["stamps"] for note in notes)),
+            source_stamp=hash_texts(["".join(note["stamps"] for note in notes)]),
             decoder=DECODER,
             encoding="PNG",
             count=len(labels),
             count_by_class={name: counts[label] for label, name in enumerate(classes)},
             left_out=[entry for note in notes for entry in note["left_out"]],
+            left_aside=self._source.left_aside,
             content_hash=hashlib.sha256(bytes.fromhex("".join(note["digests"] for note in notes))).hexdigest(),
             shards=self._shards,
             shard_hashes=[note["hash"] for note in notes],
@@ -224,10 +216,6 @@ class _Preparation:
         for path in (*map(self._note_path, range(self._shards)), out / _PLAN, *out.glob(".*.tmp")):
             path.unlink(missing_ok=True)  # the .tmp files are of killed processes
         return card
-
-
-def _sha256(text: str) -> str:
-    return hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()
 
 
 def _png(image: np.ndarray) -> bytes:

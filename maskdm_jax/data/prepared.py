@@ -158,11 +158,9 @@ class PreparedImages(Source):
             found = len(self._records)
         if found != count:
             raise DataError(f"{path} has {found} images, its card says {count}; copy or prepare it again")
-        names = LazySequence(count, self._name)
-        if labels:
-            super().__init__(names, _read_labels(pathlib.Path(path) / LABELS, count, len(classes)), classes)
-        else:
-            super().__init__(names)
+        names, classes = LazySequence(count, self._name), classes if labels else []
+        numbers = _read_labels(pathlib.Path(path) / LABELS, count, len(classes)) if labels else []
+        super().__init__(names, numbers, classes, self.card["content_hash"])
 
     def _name(self, i: int) -> str:
         return decode_record(self._records[i])[0]

@@ -7,7 +7,7 @@ import time
 
 import numpy as np
 
-from maskdm_jax.data.base import CARD, LazySequence, Source
+from maskdm_jax.data.base import CARD, LazySequence, Source, hash_texts
 from maskdm_jax.data.images import Framing
 from maskdm_jax.errors import DataError
 
@@ -22,10 +22,8 @@ class Digits(Source):
             stored = np.load(io.BytesIO(file.read()))
         self._images = stored["images"]
         names = [f"digits[{i}]" for i in range(len(self._images))]
-        if labels:
-            super().__init__(names, stored["labels"].tolist(), map(str, range(10)))
-        else:
-            super().__init__(names)
+        numbers, classes = (stored["labels"].tolist(), map(str, range(10))) if labels else ([], [])
+        super().__init__(names, numbers, classes, hash_texts(names))
 
     def image(self, i: int):
         """uint8 [8, 8, 1]."""
@@ -39,7 +37,9 @@ class Selection(Source):
         self._source, self._numbers = source, np.asarray(numbers)
         new = {source.classes.index(name): i for i, name in enumerate(classes)}
         labels = [new[source.labels[i]] for i in self._numbers] if new else []
-        super().__init__(LazySequence(len(self._numbers), self._name), labels, classes)
+        files = hash_texts([source.files_hash, *map(str, self._numbers)]) if source.files_hash else ""
+        names = LazySequence(len(self._numbers), self._name)
+        super().__init__(names, labels, classes, files, source.left_aside)
         if hasattr(source, "card"):  # it holds for the selected images too, except for the content hash
             self.card = source.card | dict(source=f"part of {source.card['source']}", count=len(self), content_hash="")
 
@@ -156,13 +156,16 @@ def card_of(source, framing: Framing) -> dict:
     """What is known of a source's images after a framing; runs and samples carry it, and evaluation compares it.
 
     Returns:
-      `image`, how the images were made (see `Framing.describe`); for a prepared set also `source`, `split`, `count`
-      and, if the framing does not change its images, `content_hash`.
+      `image`, how the images were made (see `Framing.describe`), `count`, `files_hash` and `left_aside` (see
+      `Source`); for a prepared set also `source`, `split` and, if the framing does not change its images,
+      `content_hash`.
     """
     prepared, image = getattr(source, "card", None), framing.describe()
+    known = dict(count=len(source), files_hash=source.files_hash, left_aside=source.left_aside)
     if prepared is None:
-        return dict(image=image)
-    known, before = {key: prepared[key] for key in ("source", "split", "count")}, prepared["image"]
+        return known | dict(image=image)
+    before = prepared["image"]
+    known |= dict(source=prepared["source"], split=prepared["split"])
     if (before["size"], before["channels"]) == (framing.size, framing.channels):
         return known | dict(image=before, content_hash=prepared["content_hash"])
     return known | dict(image=image | dict(crop=f"{before['crop']} at {before['size']}, then {image['crop']}"))
