@@ -3,9 +3,9 @@
     python experiments/run_study.py --config=experiments/emoji32.py:convergence --config.sets.noto=NOTO.zip \
         --evaluator=EVALUATOR.py
 
-`convergence` trains on one set. `transfer` trains on that set and then on a tenth of the other. `rates` compares learning
-rates and batch sizes with and without masks. A run is a sequence of phases, each with a share of the budget. Its settings
-are those of `base()`, except where a phase changes them. The report compares all runs with the first.
+`convergence` trains on one set. `transfer` trains on that set and then on a tenth of the other. `rates` compares
+learning rates and batch sizes with and without masks. A run is a sequence of phases, each with a share of the budget.
+Its settings are those of `base()`, except where a phase changes them. The report compares all runs with the first.
 """
 
 from ml_collections import ConfigDict
@@ -29,7 +29,7 @@ def base():
 
 
 def phase(share, points=1, data="noto", hidden=0.0, block=1, **settings):
-    """A phase with a share of the budget, evaluated at evenly spaced points; `hidden` is the share of hidden patches."""
+    """A phase with a share of the budget and a share of hidden patches, evaluated at evenly spaced points."""
     kind = "none" if not hidden else "patch" if block == 1 else "block"
     mask = {"train.mask.kind": kind, "train.mask.rate": hidden, "train.mask.block": block}
     return dict(share=share, points=points, data=data, settings=mask | settings)

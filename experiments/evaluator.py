@@ -28,9 +28,8 @@ class StudyEvaluator:
         Args:
           path: a Python file with `features(images, batch)` -> float [n, d], `frechet(a, b)`, `kid(a, b)` and
             `manifold(reference, samples)` -> dict of floats; "" takes FID's Inception network.
-          study: its `sets` and `evaluation`: number of samples, the set to compare with, numbers of held-out images and
-            noise levels.
-          configs: of all phases. Held out are those images of the set that all of them leave out.
+          study: a study config, of which `sets` and `evaluation` are used.
+          configs: of all phases. The held-out images are those images of the set that no phase trains on.
 
         Raises:
           ConfigError, DataError: the file or the set does not exist, or no image is held out.

@@ -1,8 +1,8 @@
 """Compare trainings at equal compute: python experiments/run_study.py --config=experiments/emoji32.py:convergence
 
 Runs the study in the config file, or the rest of it, and appends every evaluated point to --results. Several of these
-commands can work on one study, with different --only or --seeds. --dry_run prints the plan. --report=DIR writes a report of
-the results so far: curves.png, samples.png, and table.md with the command.
+commands can work on one study, with different --only or --seeds. --dry_run prints the plan. --report=DIR writes a
+report of the results so far: curves.png, samples.png, and table.md with the command.
 """
 
 import functools
@@ -14,7 +14,7 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "Study file, such as experiments/emoji32.py:convergence.")
-BUDGET = flags.DEFINE_enum("budget", "flops", ["flops", "seconds"], "Unit of the budget: FLOPs, or seconds on this machine's devices.")
+BUDGET = flags.DEFINE_enum("budget", "flops", ["flops", "seconds"], "Unit of the budget: FLOPs or device time.")
 WORKDIR = flags.DEFINE_string("workdir", "runs/study", "Folder for runs; studies may share it.")
 RESULTS = flags.DEFINE_string("results", None, "File of results; default: WORKDIR/NAME.jsonl, after the study.")
 EVALUATOR = flags.DEFINE_string("evaluator", "", "Python file that compares images; default: FID's Inception.")

@@ -1,9 +1,9 @@
 """Studies: runs with the same budget of compute, evaluated along the way.
 
-A study is a config (see `experiments/emoji32.py`) with `base`, a training config of one stage; `runs`, each a sequence of
-phases with a share of the budget and changes to the settings; `sets` of images by name; and `evaluation`. A phase starts
-from the weights of the previous phase with a new optimizer. Equal phases, in one study or in several, are trained once.
-Every evaluated point is a line in a file of results; a point with a line is not computed again.
+A study is a config (see `experiments/emoji32.py`) with `base`, a training config of one stage; `runs`, each a sequence
+of phases with a share of the budget and changes to the settings; `sets` of images by name; and `evaluation`. A phase
+starts from the weights of the previous phase with a new optimizer. Equal phases, in one study or in several, are
+trained once. Every evaluated point is a line in a file of results; a point with a line is not computed again.
 """
 
 import dataclasses
@@ -147,8 +147,8 @@ _IGNORED = {
     "": ("init_from", "sampling", "preview", "evaluation", "checkpoint", "log", "mesh", "stage"),
     "data": ("path", "threads", "workers"),
 }
-# Settings that are part of every key. A setting that was added later is part of a key only if it differs from its default,
-# so that recorded results stay valid.
+# Settings that are part of every key. A setting that was added later is part of a key only if it differs from its
+# default, so that recorded results stay valid.
 _RECORDED = {
     "": "seed stages data model diffusion",
     "data": "split image_size channels classes fraction fraction_seed labels label_dropout flip",

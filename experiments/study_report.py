@@ -135,7 +135,7 @@ def _sentences(found, distance) -> list[str]:
 
 
 def _draw(found, path: pathlib.Path) -> None:
-    """Plot distance and held-out loss by compute, and the final held-out loss by noise level, relative to the first run."""
+    """Plot distance and held-out loss by compute, and the final loss by noise level, relative to the first run."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -1,8 +1,8 @@
 """Why masked pre-training can help, in two dimensions: python experiments/swiss_roll.py --out=swiss_roll.png
 
 Masked training sees only parts of images, so it learns marginal distributions. The paper calls the distribution that
-pre-training learns the primer (Figure 2). Here, the data is a Swiss roll in two dimensions, and the primer is the product
-of the roll's two marginals: the two coordinates of a point come from independent points of the roll.
+pre-training learns the primer (Figure 2). Here, the data is a Swiss roll in two dimensions, and the primer is the
+product of the roll's two marginals: the two coordinates of a point come from independent points of the roll.
 
 The experiment trains a small diffusion model on the roll, from scratch and after pre-training on the primer. The plot
 shows the Chamfer distance between generated points and points of the roll against the number of training steps on the
