@@ -1,39 +1,39 @@
-"""One GPU in nine minutes: training steps against PyTorch's, sampling, attention kernels, memory, a profile.
+"""Benchmark for one GPU, in nine minutes: training steps in JAX and PyTorch, sampling, attention, memory, a profile.
 
-    PYTHONPATH=. python benchmarks/accelerator.py --out=DIR           # measure what DIR/accelerator.json lacks
-    PYTHONPATH=. python benchmarks/accelerator.py --out=DIR --table   # print its tables again, as Markdown
-    PYTHONPATH=. python benchmarks/accelerator.py --out=DIR --small   # rehearse in half a minute, on a CPU too
+    PYTHONPATH=. python benchmarks/accelerator.py --out=DIR           # run the rows that are missing
+    PYTHONPATH=. python benchmarks/accelerator.py --out=DIR --table   # print the results as Markdown
+    PYTHONPATH=. python benchmarks/accelerator.py --out=DIR --small   # rehearse in half a minute, also on CPU
 
-Run it in the root of the repository; nothing is installed, downloaded or prepared. It needs jax (0.10 to 0.12, with
-CUDA), flax, optax, ml_collections and numpy. Without PyTorch, or with one that sees no GPU, the measurements of PyTorch
-are left out and the reason is given. Where the checkout has no .git, name the commit by `--commit`.
+Run it in the root of the repository; it installs, downloads and prepares nothing. It needs jax (0.10 to 0.12, with
+CUDA), flax, optax, ml_collections and numpy. If PyTorch is missing or sees no GPU, its measurements are left out and
+the reason is printed. If the checkout has no .git, give the commit as `--commit`.
 
-Rows come in order of importance. Each is written to DIR/accelerator.json (of a rehearsal, DIR/small.json) when it is
-done, with device, versions, commit and date. A row is skipped and named when too little is left of `--budget` (540
-seconds, imports not counted); the same command then goes on where this one stopped. Failed rows are recorded with their
-error, and tried again at the end of the next call. `--cache=FOLDER` keeps JAX's compiled programs, which makes later
-calls faster; their compile times then mean nothing.
+Rows run in order of importance. Each is written to DIR/accelerator.json (DIR/small.json in a rehearsal) when it is
+complete, with device, versions, commit and date. If too little is left of `--budget` (540 seconds without imports), a
+row is skipped and named, and the next call of the same command runs it. Failed rows are recorded with their error and
+run again at the end of the next call. `--cache=FOLDER` keeps compiled JAX programs, which makes later calls faster and
+their compile times meaningless.
 
-JAX and PyTorch share the GPU's memory: JAX allocates as needed, up to 45% of it, and keeps what it has once allocated;
-PyTorch has the rest. XLA_PYTHON_CLIENT_PREALLOCATE and XLA_CLIENT_MEM_FRACTION in the environment change that.
+JAX and PyTorch share the GPU's memory: JAX allocates up to 45% of it as needed, and never frees it; PyTorch uses the
+rest. The environment variables XLA_PYTHON_CLIENT_PREALLOCATE and XLA_CLIENT_MEM_FRACTION change that.
 
-What is measured:
+The rows are:
 
-- peak, copy: a matrix product and a copy that are large enough to be bound by arithmetic and by memory.
-- attention: the fused kernel and the plain one; largest errors of values and gradients against plain attention in
-  float32, in units of the standard deviation.
-- step: a whole training step on uint8 images that are already on the device: drawing times, masks and noise, loss,
-  gradients, clipping, AdamW, EMA. `torch_uvit.py` says which forms PyTorch's step has.
+- peak, copy: a matrix product and a copy, large enough to be bound by arithmetic and by memory.
+- attention: the fused kernel and the plain one, with the largest errors of values and gradients compared with plain
+  attention in float32, in standard deviations.
+- step: a training step on uint8 images that are already on the device: draw time steps, masks and noise; loss,
+  gradients, clipping, AdamW, EMA. `torch_uvit.py` describes the variants of PyTorch's step.
 - sampling: whole DDIM trajectories.
-- profile: the kernels of a few steps, their share of the time, and the trace (profile.trace.json.gz for
-  ui.perfetto.dev, profile.xplane.pb for xprof) where it is below 8 MiB. `--skip=profile` leaves it out.
+- profile: the kernels of a few steps, their share of the time, and the trace, if it is smaller than 8 MiB
+  (profile.trace.json.gz for ui.perfetto.dev, profile.xplane.pb for xprof). `--skip=profile` leaves it out.
 
-All forms of a row take turns, after a warm-up: each turn launches executions for half a second and waits for the last;
-the table shows the median of the turns and their range. TFLOP/s count the multiplications and additions of matrix
-products and attention by formula, 3 times the forward pass for a step, and are equal for all forms: work done twice
-does not count. Memory is what XLA plans for the program (arguments, results, temporary buffers), and for PyTorch the
-growth of `torch.cuda.max_memory_allocated` from before the model is made. JAX cannot reset its peak: the file has
-`jax_peak_bytes_so_far`, the highest since the start of the program, after each row.
+After a warm-up, the variants of a row alternate: each turn runs executions for half a second and waits for the last.
+The table shows the median and the range of the turns. TFLOP/s are computed by a formula for the multiplications and
+additions of matrix products and attention, 3 times the forward pass for a step. The FLOPs are the same for all
+variants; recomputation does not count. Memory is XLA's plan for the program (arguments, results, temporary buffers),
+and for PyTorch the increase of `torch.cuda.max_memory_allocated` since before the model was made. JAX cannot reset its
+peak: `jax_peak_bytes_so_far` in the file is the highest value since the start of the program.
 """
 
 import argparse
@@ -142,7 +142,7 @@ class Row:
     """One entry of the JSON file."""
 
     name: str
-    seconds: float  # it takes about so long
+    seconds: float  # approximate duration
     run: typing.Callable  # () -> dict
 
 
@@ -195,11 +195,11 @@ def parse_args(argv):
     flags = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     flags.add_argument("--out", type=pathlib.Path, required=True, help="folder for accelerator.json and the profile")
     flags.add_argument("--budget", type=float, default=540, help="seconds for all rows together")
-    flags.add_argument("--small", action="store_true", help="tiny networks and few executions, to rehearse")
-    flags.add_argument("--table", action="store_true", help="only print the tables of the results that are there")
-    flags.add_argument("--skip", action="append", default=[], help="leave out rows that start like this; repeatable")
+    flags.add_argument("--small", action="store_true", help="rehearse with tiny networks and few executions")
+    flags.add_argument("--table", action="store_true", help="only print the results so far")
+    flags.add_argument("--skip", action="append", default=[], help="leave out rows whose names start with this; repeatable")
     flags.add_argument("--cache", type=pathlib.Path, help="folder to keep compiled JAX programs in")
-    flags.add_argument("--commit", help="commit to record, where the repository has no .git")
+    flags.add_argument("--commit", help="commit to record, if the repository has no .git")
     return flags.parse_args(argv)
 
 
@@ -207,7 +207,7 @@ def parse_args(argv):
 
 
 def run_rows(rows: list[Row], path: pathlib.Path, *, budget: float, about: dict) -> dict[str, str]:
-    """Run the rows that the file lacks and that fit into the budget; returns the others, with the reason."""
+    """Run the missing rows that fit into the budget; returns the others with the reasons."""
     begun, results, skipped = time.monotonic(), read(path), {}
     open_rows = [row for row in rows if "error" in results.get(row.name, {"error": None})]
     open_rows.sort(key=lambda row: row.name in results)  # failed ones go last
@@ -250,13 +250,13 @@ def one_line(error: Exception) -> str:
 def release_memory() -> None:
     gc.collect()
     if "torch._dynamo" in sys.modules:
-        sys.modules["torch._dynamo"].reset()  # or the next row compiles for shapes that vary
+        sys.modules["torch._dynamo"].reset()  # else the next row compiles for varying shapes
     if "torch" in sys.modules:
         sys.modules["torch"].cuda.empty_cache()
 
 
 def about(commit: str | None) -> dict:
-    """What a figure depends on, besides the date."""
+    """Device, commit and versions, on which the numbers depend."""
     versions = dict(python=platform.python_version())
     for name in ("jax", "jaxlib", "flax", "optax", "numpy", "torch"):
         try:
@@ -283,23 +283,23 @@ def git_commit() -> str:
 
 @dataclasses.dataclass
 class Subject:
-    """Something to be timed."""
+    """A program to be timed."""
 
     start: typing.Callable  # () -> launches one execution
-    wait: typing.Callable = jax.block_until_ready  # takes what the last `start` returned
+    wait: typing.Callable = jax.block_until_ready  # called with the result of the last `start`
     batch: int = 0  # images of one execution
     flops: float = 0  # of one execution
     moved: int = 0  # bytes read and written by one execution
     memory: int | None = None  # bytes
     compile_seconds: float | None = None
     note: str = ""
-    loss: typing.Callable | None = None  # what `start` returned -> float
+    loss: typing.Callable | None = None  # result of `start` -> float
     repeats: int = 0  # executions of a turn
     seconds: list[float] = dataclasses.field(default_factory=list)  # of an execution, by turn
     last: float | None = None  # loss
 
     def turn(self, length: float) -> None:
-        """Time one execution after the other for about `length` seconds; the first turn only warms up."""
+        """Time successive executions for about `length` seconds; the first turn only warms up."""
         self._run(1)
         if not self.repeats:
             self.repeats = max(1, math.ceil(length / self._run(1)))
@@ -319,7 +319,7 @@ class Subject:
         return seconds
 
     def facts(self) -> dict:
-        """Medians and what belongs to them, for the JSON file."""
+        """Medians and their conditions, for the JSON file."""
         median = statistics.median(self.seconds)
         found = dict(seconds=median, turns=self.seconds, executions_per_turn=self.repeats)
         found |= dict(batch=self.batch, images_per_second=self.batch / median) if self.batch else {}
@@ -330,9 +330,9 @@ class Subject:
 
 
 def take_turns(makers: dict[str, typing.Callable], sizes: Sizes) -> dict[str, dict]:
-    """Make a subject by each maker and time all of them in turns. A form that raises is recorded; the others go on.
+    """Make a subject by each maker and time them in turns. If one raises, record the error and continue with the others.
 
-    A maker is () -> Subject, or a string: why there is none.
+    A maker is () -> Subject, or a string, the reason why there is none.
     """
     subjects, found = {}, {by: dict(skipped=maker) for by, maker in makers.items() if isinstance(maker, str)}
 
@@ -346,7 +346,7 @@ def take_turns(makers: dict[str, typing.Callable], sizes: Sizes) -> dict[str, di
 
     def prepare(by):
         subjects[by] = makers[by]()
-        subjects[by].turn(sizes.turn)  # JAX takes its memory before PyTorch caches what is free
+        subjects[by].turn(sizes.turn)  # JAX allocates before PyTorch caches the free memory
 
     for by in makers:
         if by not in found:
@@ -360,7 +360,7 @@ def take_turns(makers: dict[str, typing.Callable], sizes: Sizes) -> dict[str, di
 
 @functools.cache
 def torch_problem() -> str | None:
-    """Why PyTorch cannot be measured here, or None."""
+    """The reason why PyTorch cannot be measured here, or None."""
     try:
         import torch
     except ImportError as error:
@@ -456,7 +456,7 @@ def attention_row(shape: tuple[int, int, int, int], sizes: Sizes) -> dict:
 
 
 def compiled_subject(compiled, seconds: float, start, **facts) -> Subject:
-    """A subject of JAX, with the memory that XLA planned; compiling took `seconds`."""
+    """A subject of JAX, with the memory planned by XLA; `seconds` is the compile time."""
     plan = compiled.memory_analysis()
     memory = plan.argument_size_in_bytes + plan.output_size_in_bytes - plan.alias_size_in_bytes
     return Subject(start, memory=memory + plan.temp_size_in_bytes, compile_seconds=seconds, **facts)
@@ -485,7 +485,7 @@ def random_batch(case: Case) -> dict:
 
 @functools.cache
 def compiled_step(case: Case, kernel: str):
-    """The step, compiled, and the seconds that this took."""
+    """The compiled step and its compile time in seconds."""
     settings, mesh = case.config(kernel=kernel), one_device()
     place = lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding.replicated(mesh))
     abstract = jax.tree.map(place, jax.eval_shape(initial_state(make_network(settings))))
@@ -508,7 +508,7 @@ def our_step(case: Case, kernel: str = "auto") -> Subject:
 
 
 def our_step_or_plain(case: Case) -> Subject:
-    """Our step; with plain attention where the platform's own kernel does not work, which the note then says."""
+    """Our step. If the platform's attention kernel fails, use plain attention and say so in the note."""
     try:
         return our_step(case)
     except Exception as error:
@@ -575,7 +575,7 @@ def forward_flops(settings: config.Config, *, visible: bool = True) -> float:
     tokens, width, half = patches + 1, model.width, model.depth // 2
     of_block = 2 * tokens * width**2 * (4 + 2 * model.mlp_ratio) + 4 * tokens**2 * width
     of_skip = 2 * tokens * 2 * width**2
-    of_patch = 2 * width * model.patch_size**2 * settings.data.channels  # embedding, and as much in the head
+    of_patch = 2 * width * model.patch_size**2 * settings.data.channels  # embedding; the head has as many
     return (2 * half + 1) * of_block + half * of_skip + 2 * patches * of_patch
 
 
@@ -583,7 +583,7 @@ def forward_flops(settings: config.Config, *, visible: bool = True) -> float:
 
 
 def profile_row(sizes: Sizes, out: pathlib.Path) -> dict:
-    """Trace a few steps of the first case; the kernels that take longest, and the trace as files in `out`."""
+    """Trace a few steps of the first case: time by kernel, and the trace as files in `out`."""
     subject = our_step_or_plain(sizes.cases[0])
     subject.turn(0)
     options = jax.profiler.ProfileOptions()
@@ -608,7 +608,7 @@ def profile_row(sizes: Sizes, out: pathlib.Path) -> dict:
 
 
 def kernels_of(trace: pathlib.Path, steps: int) -> list[dict]:
-    """Seconds of each kind of kernel in a trace, longest first; on a CPU, of what XLA's threads do."""
+    """Seconds of each kind of kernel in a trace, longest first; on CPU, of each operation on XLA's threads."""
     total, count = collections.Counter(), collections.Counter()
     where = ("/device:GPU", "Stream") if jax.default_backend() == "gpu" else ("/host:CPU", "tf_XLA")  # plane, line
     for plane in jax.profiler.ProfileData.from_file(str(trace)).planes:
@@ -639,7 +639,7 @@ def table(results: dict[str, dict]) -> str:
 
 
 def best(results: dict, row: str, key: str) -> float | None:
-    """The highest rate of a row, over all forms."""
+    """The highest rate of a row, over all variants."""
     return max((facts[key] for facts in results.get(row, {}).get("by", {}).values() if key in facts), default=None)
 
 

@@ -1,10 +1,10 @@
-"""Do the demo's samples show the digit they were asked for?
+"""Classify the demo's samples: do they show the requested digits?
 
     python benchmarks/demo_quality.py --run=runs/demo [--n=1000]
 
-Trains a logistic regression on half of the real digits, and prints as JSON its accuracy and mean top probability on the
-other half and on samples of the run; `ratio` is that of the two probabilities. A good demo reaches an accuracy and a
-ratio of 0.85. Needs scikit-learn (`pip install -e .[test]`).
+Trains a logistic regression on half of the real digits. Prints its accuracy and its mean top probability on the other
+half and on samples of the run as JSON; `ratio` is the ratio of the two probabilities. A good demo reaches an accuracy
+and a ratio of 0.85. Needs scikit-learn (`pip install -e .[test]`).
 """
 
 import argparse

@@ -1,10 +1,10 @@
-"""Kill processes of a run again and again, and compare its result with that of an undisturbed run.
+"""Kill processes of a run repeatedly, and compare its result with that of an uninterrupted run.
 
     python benchmarks/faults.py --kills=30 --processes=2
 
-Trains a tiny network on the digits in several processes. Each time, a random process gets SIGKILL or SIGTERM at a
-random moment, and all are started again. At the end every logged step, and parameters, EMA and moments, must equal
-those of the undisturbed run bit for bit. Prints a line per kill, and a JSON object last.
+Trains a tiny network on the digits in several processes. Repeatedly, a random process receives SIGKILL or SIGTERM at a
+random moment, and all processes are restarted. At the end, every logged step, parameters, EMA and moments must equal
+those of the uninterrupted run bit for bit. Prints a line per kill and, as the last line, a JSON object.
 """
 
 import json
@@ -20,11 +20,11 @@ import time
 
 from absl import app, flags
 
-KILLS = flags.DEFINE_integer("kills", 30, "Processes to kill.", lower_bound=0)
-PROCESSES = flags.DEFINE_integer("processes", 2, "Of the run.", lower_bound=1)
-DEVICES = flags.DEFINE_integer("devices", 1, "CPU devices of each.", lower_bound=1)
-STEPS = flags.DEFINE_integer("steps", 2000, "Of the run.", lower_bound=10)
-SEED = flags.DEFINE_integer("seed", 0, "Of the kills.")
+KILLS = flags.DEFINE_integer("kills", 30, "Number of kills.", lower_bound=0)
+PROCESSES = flags.DEFINE_integer("processes", 2, "Processes of the run.", lower_bound=1)
+DEVICES = flags.DEFINE_integer("devices", 1, "CPU devices per process.", lower_bound=1)
+STEPS = flags.DEFINE_integer("steps", 2000, "Steps of the run.", lower_bound=10)
+SEED = flags.DEFINE_integer("seed", 0, "Seed of the kills.")
 ROOT = pathlib.Path(__file__).parent.parent
 
 
@@ -37,7 +37,7 @@ def main(_):
 
 
 def compare(folder) -> bool:
-    """Train undisturbed and with kills; print the comparison. True if all is equal and all kills happened."""
+    """Train without and with kills; print the comparison. True if all is equal and all kills happened."""
     draw, begun = random.Random(SEED.value), time.perf_counter()
     calm, killed = folder / "calm", folder / "killed"
     if start(calm).wait():
@@ -49,7 +49,7 @@ def compare(folder) -> bool:
         lost += before - saved
         process = start(killed)
         aim = before + draw.randint(1, max(1, STEPS.value // (2 * KILLS.value or 1)))
-        # A third of the kills come at any moment of the start, the others some steps after it.
+        # A third of the kills come during startup, the others some steps later.
         patience = time.monotonic() + (draw.uniform(0, 15) if draw.random() < 1 / 3 else 300)
         while process.poll() is None and steps_of(killed) < aim and time.monotonic() < patience:
             time.sleep(0.01)
@@ -104,7 +104,7 @@ def start(workdir):
 
 
 def workers(process) -> list[int]:
-    """Process numbers of the living children."""
+    """Process ids of the running children."""
     children = pathlib.Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
     return [int(pid) for pid in children]
 

@@ -1,9 +1,9 @@
-"""Throughput of the loader compared with bare decoding of the same images, and its memory over an epoch.
+"""Throughput of the loader compared with decoding alone, and its memory over an epoch.
 
     python benchmarks/loader.py --data=data/mine256 --size=256
 
-Both use the same number of threads and alternate for several rounds; medians are compared. Bare decoding reads the
-records and decodes them to pixels, and nothing else. The last line is JSON.
+Both use the same number of threads and alternate for several rounds; the medians are compared. Decoding alone reads
+the same records and decodes them to pixels. The last line is JSON.
 """
 
 import concurrent.futures
@@ -18,7 +18,7 @@ DATA = flags.DEFINE_string("data", None, "Prepared set, folder or archive.", req
 SIZE = flags.DEFINE_integer("size", None, "Side of the images in pixels.", required=True)
 CHANNELS = flags.DEFINE_enum("channels", "3", ["1", "3"], "3 colour, 1 grey.")
 BATCH = flags.DEFINE_integer("batch", 64, "Images per batch.", lower_bound=1)
-THREADS = flags.DEFINE_integer("threads", 4, "Threads of the loader and of bare decoding.", lower_bound=1)
+THREADS = flags.DEFINE_integer("threads", 4, "Threads of each of the two.", lower_bound=1)
 ROUNDS = flags.DEFINE_integer("rounds", 5, "Rounds.", lower_bound=1)
 SECONDS = flags.DEFINE_float("seconds", 4.0, "Seconds per round for each of the two.")
 
@@ -31,7 +31,7 @@ def main(_):
         Data(path=DATA.value, image_size=SIZE.value, channels=int(CHANNELS.value), threads=THREADS.value)
     )
     subjects = {"bare": bare, "loader": loader}
-    for measure in subjects.values():  # fill the disk's cache and import everything
+    for measure in subjects.values():  # fill the disk cache and finish imports
         measure(data, 1.0)
     rates = {name: [] for name in subjects}
     for _ in range(ROUNDS.value):
@@ -69,7 +69,7 @@ def bare(data, seconds: float) -> float:
 def loader(data, seconds: float) -> float:
     """Images per second of the loader in its steady state."""
     batches = data.batches(batch_size=BATCH.value, seed=0)
-    for _ in range(3 * THREADS.value):  # batches that were read ahead before the clock starts do not count
+    for _ in range(3 * THREADS.value):  # exclude batches that were read ahead
         next(batches)
     done, start = 0, time.perf_counter()
     while time.perf_counter() < start + seconds:
@@ -88,7 +88,7 @@ def memory_growth(data) -> float:
         next(batches)
         memory.append(resident())
     batches.close()
-    quarter = len(memory) // 8  # of an epoch: caches are full
+    quarter = len(memory) // 8  # of an epoch; then caches are full
     growth = (statistics.median(memory[-quarter:]) - statistics.median(memory[quarter : 2 * quarter])) / 2**20
     print(f"memory over two epochs: {memory[-1] / 2**20:,.0f} MiB, {growth:+.1f} MiB from the first quarter epoch on")
     return growth

@@ -2,10 +2,11 @@
 
     python benchmarks/precision.py --config=configs/celeba64_pretrain.py --config.data.path=DIR_OR_ZIP --out=precision
 
-Trains the first stage `--steps` steps three times: in float32, in bfloat16 from the same seed, and in float32 from
-another seed, as a measure of chance. Writes OUT.png, the curves, and OUT.json: the losses, smoothed over `--window`
-steps, and the deviation of each of the last two runs from the first, at the median step and at the worst. bfloat16 is
-within noise where it deviates less than the other seed does. The last line is JSON. Needs matplotlib.
+Trains the first stage for `--steps` steps, three times: in float32, in bfloat16 with the same seed, and in float32 with
+another seed, as a measure of random variation. Writes the curves to OUT.png. Writes the losses, averaged over
+`--window` steps, and the median and largest deviation of the last two runs from the first to OUT.json. The effect of
+bfloat16 is within random variation if it is smaller than that of the other seed. The last line is JSON. Needs
+matplotlib.
 """
 
 import json
@@ -20,7 +21,7 @@ from ml_collections import config_flags
 CONFIG = config_flags.DEFINE_config_file("config", None, "Config file; its first stage is trained.")
 STEPS = flags.DEFINE_integer("steps", 500, "Steps of each run.", lower_bound=2)
 WINDOW = flags.DEFINE_integer("window", 25, "Steps over which losses are averaged.", lower_bound=1)
-OUT = flags.DEFINE_string("out", "precision", "Files to write, without .png and .json.")
+OUT = flags.DEFINE_string("out", "precision", "Path of the files to write, without .png and .json.")
 RUNS = {"float32": ("float32", 0), "bfloat16": ("bfloat16", 0), "float32, another seed": ("float32", 1)}
 
 
@@ -70,7 +71,7 @@ def run(settings, dtype: str, seed: int) -> list[float]:
 
 
 def plot(curves: dict, path: pathlib.Path) -> None:
-    """Draw all curves, and below them their deviation from the first."""
+    """Plot all curves, and below them their deviation from the first."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -2,8 +2,8 @@
 
     python benchmarks/recipe_costs.py --json=costs.jsonl > table.md
 
-Compiles the training steps, and on the first topology the sampling program, for each config and topology that the file
-does not have yet (a minute or two each), then prints the table. Needs libtpu: pip install -e ".[tpu]".
+Compiles the programs of each config and topology that the file lacks, in a minute or two each, and then prints the
+table. Sampling is compiled for the first topology only. Needs libtpu: pip install -e ".[tpu]".
 """
 
 import json
@@ -13,12 +13,12 @@ import sys
 
 from absl import app, flags
 
-JSON = flags.DEFINE_string("json", "costs.jsonl", "File of the numbers, which is added to.")
+JSON = flags.DEFINE_string("json", "costs.jsonl", "File of results, to which new ones are appended.")
 TOPOLOGIES = flags.DEFINE_list("topologies", ["v5e:4x4", "v5e:16x16", "v5p:4x4x4"], "TPU topologies, or local.")
-CONFIGS = flags.DEFINE_list("configs", None, "Names of configs; all when not given.")
-SAMPLES = flags.DEFINE_integer("samples", 16, "Images per chip that are sampled together, on the first topology.", 0)
+CONFIGS = flags.DEFINE_list("configs", None, "Names of configs; default: all.")
+SAMPLES = flags.DEFINE_integer("samples", 16, "Images per chip and sampling call, on the first topology.", 0)
 ROOT = pathlib.Path(__file__).parent.parent
-STAGES_OF_CELEBAHQ = {"celebahq_pretrain", "celebahq_pretrain_50", "celebahq_finetune"}  # have its costs
+STAGES_OF_CELEBAHQ = {"celebahq_pretrain", "celebahq_pretrain_50", "celebahq_finetune"}  # stages of `celebahq`, with the same costs
 
 
 def main(_):
@@ -35,13 +35,13 @@ def main(_):
 
 
 def rows() -> list[dict]:
-    """All numbers of the file."""
+    """All rows of the file."""
     path = pathlib.Path(JSON.value)
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
 def add(name: str, topology: str, samples: int) -> None:
-    """Compile the programs of a config, and add a line to the file for each."""
+    """Compile the programs of a config, and append a row for each to the file."""
     import jax
     import roofline
 
@@ -54,7 +54,7 @@ def add(name: str, topology: str, samples: int) -> None:
         jax.config.update("jax_enable_compilation_cache", False)  # programs for absent chips cannot be read back
     config = config_lib.parse(runpy.run_path(str(ROOT / "configs" / f"{name}.py"))["get_config"]())
     devices = cost.topology_devices(topology)
-    programs = {}  # by name: images, function that compiles
+    programs = {}  # name -> (images, function that compiles)
     for stage in config.stages:
         batch = cost.round_up_batch(config, stage, len(devices))
         programs[stage] = batch, lambda stage=stage, n=batch: roofline.training_step(config, stage, devices, n)
@@ -83,7 +83,7 @@ def numbers(found) -> dict:
 
 
 def table(found: list[dict]) -> str:
-    """Markdown, a line for each program, by recipe."""
+    """Markdown table with a row per program, ordered by recipe."""
     columns = ("recipe", "program", "topology", "images", "memory, GiB", "TFLOP", "HBM, GB", "interconnect, MB")
     columns += ("ms at best", "images/s")
     lines = ["| " + " | ".join(columns) + " |", "|---|---|---|" + "--:|" * 7]
@@ -100,7 +100,7 @@ def table(found: list[dict]) -> str:
 
 
 def at_best(row: dict) -> list[str]:
-    """The largest of the bounds, with its name, and the images per second that it allows."""
+    """The largest bound with its name, and the corresponding images per second."""
     if not row["bounds"]:
         return ["", ""]
     binding = max(row["bounds"], key=row["bounds"].get)

@@ -16,7 +16,7 @@ class Bandwidth:
     """Published figures of a chip, in bytes per second."""
 
     hbm: float
-    interconnect: float  # all connections of a chip to others, in one direction
+    interconnect: float  # sum over the links of a chip, in one direction
 
 
 # By JAX's device kind; sources as for `cost.CHIPS`.
@@ -37,15 +37,16 @@ class Roofline:
 
     cost: cost.Cost
     hbm_bytes: int  # read and written in main memory
-    least_hbm_bytes: int  # if each matrix product read and wrote memory once (`product_bytes`), and the state, twice
+    least_hbm_bytes: int  # if each matrix product accesses memory once (`product_bytes`), and the state twice
     collectives: dict[str, tuple[int, int]]  # kind -> (number, bytes of results)
 
     def bounds(self) -> dict[str, float]:
-        """Least seconds by arithmetic, HBM and interconnect; {} where the chip is unknown."""
+        """Lower bounds in seconds by arithmetic, HBM and interconnect; {} if the chip is unknown."""
         kind, n = self.cost.kind, self.cost.chips
         if kind not in BANDWIDTHS:
             return {}
-        # A ring moves (n - 1) / n of the result, for an all-reduce twice; a scatter moves more than its result.
+        # A ring moves (n - 1) / n of the result, twice for an all-reduce, and n - 1 times the result for a
+        # reduce-scatter.
         factor = {"all-reduce": 2 * (n - 1) / n, "reduce-scatter": n - 1}
         moved = sum(factor.get(name, (n - 1) / n) * size for name, (_, size) in self.collectives.items())
         return dict(
@@ -56,19 +57,19 @@ class Roofline:
 
     @property
     def seconds(self) -> float:
-        """The least time of an execution: the largest bound."""
+        """The largest bound."""
         return max(self.bounds().values(), default=math.nan)
 
 
 def training_step(config: Config, name: str, devices: list, batch_size: int) -> Roofline:
-    """Of a training step; see `cost.training_step`."""
+    """Roofline of a training step; see `cost.training_step`."""
     found = cost.training_step(config, name, devices, batch_size)
     products = product_bytes(cost.trace_step(config, name, batch_size // len(devices)).jaxpr.jaxpr)
     return _roofline(found, products, loops=config.stage[name].micro_batches)
 
 
 def sampling(config: Config, devices: list, per_device: int) -> Roofline:
-    """Of whole trajectories of `per_device` images on each device; see `cost.sampling`."""
+    """Roofline of whole trajectories of `per_device` images on each device; see `cost.sampling`."""
     found = cost.sampling(config, devices, per_device)
     products = product_bytes(cost.trace_forward(config, per_device).jaxpr.jaxpr) * cost.evaluations(config)
     return _roofline(found, products, loops=cost.sampling_steps(config))
@@ -82,7 +83,8 @@ def _roofline(found: cost.Cost, products: int, *, loops: int) -> Roofline:
 def product_bytes(jaxpr) -> int:
     """Bytes of the operands and results of all matrix products of a traced program.
 
-    Logits are left out, because a fused kernel keeps them on the chip; they have two equal sides besides the batch.
+    Attention logits are excluded, because a fused kernel keeps them on the chip. They are recognized by two equal sides
+    besides the batch.
     """
     total = 0
     for equation in jaxpr.eqns:
@@ -113,7 +115,7 @@ def _array_bytes(dtype: str, sides: str, layout: str = "") -> int:
 
 
 _INSTRUCTION = re.compile(r"\s+(?:ROOT )?%?([\w.\-]+) = (\(.*?\)|\S+) ([\w\-]+)\(([^)]*)\)(.*)")
-# Instructions that move nothing, and the ends of asynchronous ones, which are counted at their start.
+# Instructions that move no bytes, and the ends of asynchronous ones, which are counted at their start.
 _FREE = {"parameter", "get-tuple-element", "tuple", "bitcast", "constant", "after-all", "partition-id", "replica-id"}
 _FREE |= {"copy-done", "slice-done", "async-update", "async-done", "all-reduce-done", "all-gather-done", "send-done"}
 _FREE |= {"collective-permute-done", "recv-done", "opt-barrier"}
@@ -122,8 +124,8 @@ _FREE |= {"collective-permute-done", "recv-done", "opt-barrier"}
 def hbm_bytes(text: str, *, loops: int = 1) -> int:
     """Bytes that a compiled program reads and writes in main memory, by its HLO text.
 
-    The operands and results of all instructions count, without those that the compiler keeps on the chip; XLA's own
-    estimate ("bytes accessed") includes them. `loops` is the trip count of loops whose text gives none.
+    It counts the operands and results of all instructions except those that the compiler keeps on the chip; XLA's own
+    estimate ("bytes accessed") includes the latter. `loops` is the trip count of loops without one in the text.
     """
     bodies, types, body = {}, {}, []
     for line in text.splitlines():
@@ -148,7 +150,7 @@ def hbm_bytes(text: str, *, loops: int = 1) -> int:
             elif operation in ("call", "conditional"):
                 total += max(map(total_of, _called(rest)), default=0)
             elif operation.endswith("-start") and operation.split("-")[0] in ("copy", "slice"):
-                # The results are destination and source (of a slice, source and destination); the part's size moves.
+                # The results are destination and source (for a slice, source and destination); the smaller one moves.
                 ends = _ARRAY.findall(kind)[:2]
                 size = min(_array_bytes(*end) for end in ends)
                 total += sum(0 if "S(" in end[2] else size for end in ends)

@@ -1,19 +1,19 @@
-"""Speed of all parts of a run on this machine's devices, against PyTorch if wanted.
+"""Speed of all parts of a run on this machine's devices, optionally compared with PyTorch.
 
     python benchmarks/speed.py --config=configs/celeba64_pretrain.py --batch=8 --config.data.path=DIR_OR_ZIP
     python benchmarks/speed.py --config=configs/celeba64_pretrain.py --batch=8 --torch=eager --torch=fused
 
-Measures whole training steps (noise, masks, loss, gradients, clipping, AdamW, EMA) with 10%, 50% and 100% of the
-patches visible, a forward pass of the network, and sampling, on random images; loading, where config.data.path
-exists; the Inception features of evaluation, where its weights exist (config.evaluation.inception_weights). All take
-turns, `--rounds` times, and medians are printed. A checkpoint follows: how long the run waits for it, and when it is
-on disk.
+Measures training steps (noise, masks, loss, gradients, clipping, AdamW, EMA) with 10%, 50% and 100% of the patches
+visible, a forward pass of the network, and sampling, on random images. Measures loading if config.data.path exists, and
+the Inception features of evaluation if their weights exist (config.evaluation.inception_weights). The measurements
+alternate for `--rounds` rounds, and medians are printed. Then it measures how long a run waits for a checkpoint, and
+how long it takes until the checkpoint is on disk.
 
-"of peak" is the share of the rate that a large matrix product reaches, measured in the same rounds. "of roof" is the
-least time, by that rate for the arithmetic or by a large copy's rate for the HBM bytes, whichever is more, over the
-time taken; the bytes are estimated from the compiled program, and on CPU they ignore caches. `--torch` adds the
-official step in PyTorch, as published (eager), with fused attention, or compiled; ratios are of its seconds over ours.
-`--json` keeps the numbers. The last line is JSON, too.
+"of peak" is the throughput divided by that of a large matrix product, measured in the same rounds. "of roof" is a lower
+bound of the time divided by the measured time. The bound is the larger one of two: FLOPs at the rate of the large
+product, and HBM bytes at the rate of a large copy. The bytes are estimated from the compiled program; on CPU, the
+estimate ignores caches. `--torch` adds the official step in PyTorch, as published (eager), with fused attention, or
+compiled; ratios are PyTorch's seconds divided by ours. `--json` writes the numbers to a file. The last line is JSON.
 """
 
 import dataclasses
@@ -50,12 +50,12 @@ from maskdm_jax.training.start import abstract_state, fresh_state
 from maskdm_jax.training.step import jit_step
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "Config file; its model, batch, optimizer and mask are used.")
-BATCH = flags.DEFINE_integer("batch", None, "Images of a step; the config's when not given.", lower_bound=1)
+BATCH = flags.DEFINE_integer("batch", None, "Batch size of a step; default: the config's.", lower_bound=1)
 VISIBLE = flags.DEFINE_list("visible", ["10", "50", "100"], "Shares of visible patches, in percent.")
-SAMPLING_STEPS = flags.DEFINE_integer("sampling_steps", 5, "Steps of a trajectory; 0 leaves sampling out.", 0)
-ROUNDS = flags.DEFINE_integer("rounds", 7, "Turns of each.", lower_bound=1)
-SECONDS = flags.DEFINE_float("seconds", 0.5, "Least length of a turn.")
-TORCH = flags.DEFINE_multi_enum("torch", [], ["eager", "fused", "compiled"], "Measure PyTorch's, too; needs torch.")
+SAMPLING_STEPS = flags.DEFINE_integer("sampling_steps", 5, "Steps of a trajectory; 0: no sampling.", 0)
+ROUNDS = flags.DEFINE_integer("rounds", 7, "Rounds of measurements.", lower_bound=1)
+SECONDS = flags.DEFINE_float("seconds", 0.5, "Minimum seconds per measurement and round.")
+TORCH = flags.DEFINE_multi_enum("torch", [], ["eager", "fused", "compiled"], "Also measure PyTorch; needs torch.")
 JSON = flags.DEFINE_string("json", None, "Write the numbers to this file.")
 
 
@@ -76,8 +76,8 @@ class Subject:
     repeats: int = 0  # executions of a turn
 
     def turn(self) -> None:
-        """Time as many executions as fill the least length, one after the other, waiting at the end."""
-        self.wait(self.start())  # not timed; in a run, too, the execution before is of the same program
+        """Time successive executions for at least --seconds, waiting only at the end."""
+        self.wait(self.start())  # not timed: in a run, too, the same program ran just before
         if not self.repeats:
             self.repeats = 1
             self.repeats = max(1, math.ceil(SECONDS.value / self._run()))
@@ -96,7 +96,7 @@ def main(argv):
         raise app.UsageError("give --config=configs/NAME.py; its settings as --config.key=value")
     logging.set_verbosity(logging.ERROR)
     with runtime.program(distributed=False), tempfile.TemporaryDirectory() as cache:
-        # A cache of its own: compile times are true, and a program compiled for its cost is not compiled again to run.
+        # A new cache: compile times are real, and a program that was compiled for its cost is not compiled again.
         jax.config.update("jax_compilation_cache_dir", cache)
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
         result = report(measure(CONFIG.value))
@@ -106,7 +106,7 @@ def main(argv):
 
 
 def measure(settings) -> list[Subject]:
-    """Time everything, in turns."""
+    """Run all measurements, alternating."""
     stage = settings.stages[0]
     settings.stages = (stage,)
     settings[stage].batch_size = BATCH.value or settings[stage].batch_size
@@ -123,7 +123,7 @@ def measure(settings) -> list[Subject]:
 
 
 def with_visible(settings, stage: str, percent: str) -> Config:
-    """The config with that share of the patches visible, by the stage's kind of mask where that has a rate."""
+    """The config with a share of visible patches, by the stage's kind of mask if that has a rate."""
     mask = settings[stage].mask
     mask.kind = "none" if percent == "100" else "patch" if mask.kind in ("none", "crop") else mask.kind
     mask.rate = 1 - float(percent) / 100
@@ -212,7 +212,7 @@ def costs(found: cost.Cost, *, loops: int) -> dict:
 
 
 def loading_subjects(settings, stage: str) -> list[Subject]:
-    """Batches read, decoded and stacked, where there is data; so many per turn that those read ahead count little."""
+    """Loading of batches, if there is data; with so many per turn that batches read ahead hardly matter."""
     config = with_visible(settings, stage, "100")
     try:
         data = TrainingData(config.data)
@@ -226,7 +226,7 @@ def loading_subjects(settings, stage: str) -> list[Subject]:
 
 
 def evaluation_subjects(settings) -> list[Subject]:
-    """Inception features of random images, where the network's weights exist."""
+    """Inception features of random images, if the network's weights exist."""
     path = settings.evaluation.inception_weights or cache_dir("weights") / inception.FILE
     if not pathlib.Path(path).exists():
         print(f"evaluation is left out: {path} is not there; give config.evaluation.inception_weights")

@@ -1,13 +1,13 @@
-"""The training step in PyTorch, for comparison: as published, with PyTorch's fused parts, or compiled as well.
+"""The training step in PyTorch, for comparison: as published, with fused operations, or also compiled.
 
-The network is that of `tests/torch_twin.py`, which the tests prove equal to ours. All forms use autocast where
-`config.model.dtype` is bfloat16: weights, residual stream, LayerNorm, softmax and loss stay in float32.
+The network is that of `tests/torch_twin.py`, which tests compare with ours. If `config.model.dtype` is bfloat16, all
+variants use autocast; weights, residual stream, LayerNorm, softmax and loss stay in float32.
 
 - eager: as published. Every patch is embedded, a boolean mask picks the visible tokens before the first block,
   attention writes its weights to memory, AdamW and EMA are PyTorch's and the reference's defaults.
-- fused: the fastest known without a compiler. Visible patches are picked first, as in our step;
+- fused: the fastest known variant without a compiler. It picks the visible patches first, as our step does, and uses
   `scaled_dot_product_attention`, fused AdamW, and the EMA as one multi-tensor operation.
-- compiled: fused, with the network through `torch.compile`.
+- compiled: the fused variant, with the network compiled by `torch.compile`.
 """
 
 import pathlib
@@ -25,7 +25,7 @@ FORMS = ("eager", "fused", "compiled")
 
 
 class VisibleUViT(torch_twin.UViT):
-    """The U-ViT on visible patches [B, V, p*p*C] at positions [B, V], or on all of them where those are None."""
+    """The U-ViT on visible patches [B, V, p*p*C] at positions [B, V], or on all patches if positions are None."""
 
     def forward(self, patches, t, positions=None):
         """The objective for each patch, [B, V, p*p*C]."""
@@ -64,7 +64,7 @@ class Trainer:
         if form == "eager":
             ema = torch_twin.Ema(self.network, self.average, self.stage.ema_decay, self.stage.ema_every)
             ema.initted.fill_(True)
-            ema.step.fill_(200)  # past the steps in which it copies
+            ema.step.fill_(200)  # after the steps in which it copies
             self.ema = ema.to(device)
         self.autocast = torch.autocast(device, torch.bfloat16, enabled=model.dtype == "bfloat16")
         (self.plan,) = mask_plans(config, stage)
@@ -108,7 +108,7 @@ class Trainer:
         return F.mse_loss(found.float(), wanted)
 
     def loss_of_visible(self, t):
-        """The same loss, with hidden patches left out from the start."""
+        """The same loss, without processing the hidden patches."""
         patches, positions = self.patches(self.images), None
         if not self.plan.hides_nothing:
             positions = self.draw_positions()
