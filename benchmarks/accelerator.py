@@ -197,7 +197,7 @@ def parse_args(argv):
     flags.add_argument("--budget", type=float, default=540, help="seconds for all rows together")
     flags.add_argument("--small", action="store_true", help="rehearse with tiny networks and few executions")
     flags.add_argument("--table", action="store_true", help="only print the results so far")
-    flags.add_argument("--skip", action="append", default=[], help="leave out rows whose names start with this; repeatable")
+    flags.add_argument("--skip", action="append", default=[], help="leave out rows with this prefix; repeatable")
     flags.add_argument("--cache", type=pathlib.Path, help="folder to keep compiled JAX programs in")
     flags.add_argument("--commit", help="commit to record, if the repository has no .git")
     return flags.parse_args(argv)
@@ -330,7 +330,7 @@ class Subject:
 
 
 def take_turns(makers: dict[str, typing.Callable], sizes: Sizes) -> dict[str, dict]:
-    """Make a subject by each maker and time them in turns. If one raises, record the error and continue with the others.
+    """Make a subject by each maker and time them in turns. An error of one is recorded; the others continue.
 
     A maker is () -> Subject, or a string, the reason why there is none.
     """

@@ -18,7 +18,7 @@ TOPOLOGIES = flags.DEFINE_list("topologies", ["v5e:4x4", "v5e:16x16", "v5p:4x4x4
 CONFIGS = flags.DEFINE_list("configs", None, "Names of configs; default: all.")
 SAMPLES = flags.DEFINE_integer("samples", 16, "Images per chip and sampling call, on the first topology.", 0)
 ROOT = pathlib.Path(__file__).parent.parent
-STAGES_OF_CELEBAHQ = {"celebahq_pretrain", "celebahq_pretrain_50", "celebahq_finetune"}  # stages of `celebahq`, with the same costs
+STAGES_OF_CELEBAHQ = {"celebahq_pretrain", "celebahq_pretrain_50", "celebahq_finetune"}  # in `celebahq`
 
 
 def main(_):
