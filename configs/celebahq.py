@@ -3,8 +3,8 @@
     python launch/train.py --config=configs/celebahq.py --config.data.path=DIR_OR_ZIP
 
 Data: python launch/prepare_data.py --dataset=celebahq --src=DOWNLOADS --out=data/celebahq256
-Hardware: 8 accelerators of 80 GB as it stands; fewer or smaller ones with micro_batches, remat or mesh.fsdp.
-Expected cost, by arithmetic, not measured: 200k x 256 images x 0.269 TFLOP
+Hardware: 8 accelerators of 80 GB; fewer or smaller ones with micro_batches, remat or mesh.fsdp.
+Expected cost, computed, not measured: 200k x 256 images x 0.269 TFLOP
  + 200k x 64 images x 1.72 TFLOP
  + 200k x 32 images x 4.45 TFLOP
 = 64.3 EFLOP, about 45.1 hours of one H100 in bfloat16 at 40% of its peak (989 TFLOP/s).
@@ -32,7 +32,7 @@ def get_config():
         mask=config.block(rate=0.5, block=4),  # 2,048 of 4,096 patches
     )
     c.finetune = config.stage(
-        steps=200_000,  # the paper names no number: stop when the samples stop improving
+        steps=200_000,  # the paper gives no number: stop when samples no longer improve
         batch_size=32,
         learning_rate=1e-5,
         warmup_steps=5000,

@@ -3,8 +3,8 @@
     python launch/train.py --config=configs/celebahq_finetune.py --config.data.path=DIR_OR_ZIP
 
 Data: python launch/prepare_data.py --dataset=celebahq --src=DOWNLOADS --out=data/celebahq256
-Hardware: 8 accelerators of 80 GB as it stands; fewer or smaller ones with micro_batches, remat or mesh.fsdp.
-Expected cost, by arithmetic, not measured: 200k x 32 images x 4.45 TFLOP
+Hardware: 8 accelerators of 80 GB; fewer or smaller ones with micro_batches, remat or mesh.fsdp.
+Expected cost, computed, not measured: 200k x 32 images x 4.45 TFLOP
 = 28.5 EFLOP, about 20 hours of one H100 in bfloat16 at 40% of its peak (989 TFLOP/s).
 """
 
@@ -18,7 +18,7 @@ def get_config():
     c.model.update(width=768, depth=12, heads=12)
     c.stages = ("finetune",)
     c.finetune = config.stage(
-        steps=200_000,  # the paper names no number: stop when the samples stop improving
+        steps=200_000,  # the paper gives no number: stop when samples no longer improve
         batch_size=32,
         learning_rate=1e-5,
         warmup_steps=5000,

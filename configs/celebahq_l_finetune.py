@@ -3,8 +3,8 @@
     python launch/train.py --config=configs/celebahq_l_finetune.py --config.data.path=DIR_OR_ZIP
 
 Data: python launch/prepare_data.py --dataset=celebahq --src=DOWNLOADS --out=data/celebahq256
-Hardware: 8 accelerators of 80 GB as it stands; fewer or smaller ones with micro_batches, remat or mesh.fsdp.
-Expected cost, by arithmetic, not measured: 550k x 16 images x 3.71 TFLOP
+Hardware: 8 accelerators of 80 GB; fewer or smaller ones with micro_batches, remat or mesh.fsdp.
+Expected cost, computed, not measured: 550k x 16 images x 3.71 TFLOP
 = 32.7 EFLOP, about 23 hours of one H100 in bfloat16 at 40% of its peak (989 TFLOP/s).
 Before: configs/celebahq_l_pretrain.py.
 """

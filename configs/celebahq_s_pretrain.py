@@ -4,7 +4,7 @@
 
 Data: python launch/prepare_data.py --dataset=celebahq --src=DOWNLOADS --out=data/celebahq256
 Hardware: one accelerator of 80 GB or 8 of 16 GB; less with micro_batches or remat.
-Expected cost, by arithmetic, not measured: 200k x 256 images x 0.124 TFLOP
+Expected cost, computed, not measured: 200k x 256 images x 0.124 TFLOP
 = 6.36 EFLOP, about 4.47 hours of one H100 in bfloat16 at 40% of its peak (989 TFLOP/s).
 """
 

@@ -1,9 +1,9 @@
-"""Handwritten digits, in minutes, on two CPU cores: masked pre-training, fine-tuning, samples by class.
+"""Handwritten digits in minutes on two CPU cores: masked pre-training, fine-tuning, samples by class.
 
     python launch/train.py --config=configs/demo.py --workdir=runs/demo
 
 Hardware: two CPU cores. Expected cost: 2.7 minutes, of which the masked stage takes 50 seconds.
-Expected result: a grid in runs/demo/samples that reads 0 to 9, row by row; the loss ends near 0.16.
+Expected result: the rows of the last grid in runs/demo/samples show the digits 0 to 9; the final loss is near 0.16.
 """
 
 from maskdm_jax import config

@@ -3,10 +3,10 @@
     python launch/train.py --config=configs/lsun_church_finetune.py --config.data.path=DIR_OR_ZIP --config.init_from=RUN
 
 Data: python launch/prepare_data.py --dataset=lsun_church --src=DOWNLOADS --out=data/lsun_church256
-Hardware: 8 accelerators of 80 GB as it stands; fewer or smaller ones with micro_batches, remat or mesh.fsdp.
-Expected cost, by arithmetic, not measured: 200k x 64 images x 4.45 TFLOP
+Hardware: 8 accelerators of 80 GB; fewer or smaller ones with micro_batches, remat or mesh.fsdp.
+Expected cost, computed, not measured: 200k x 64 images x 4.45 TFLOP
 = 56.9 EFLOP, about 40 hours of one H100 in bfloat16 at 40% of its peak (989 TFLOP/s).
-The recipe has no pre-training stage of its own; configs/celebahq_pretrain.py with this data path makes one.
+This recipe has no pre-training stage: use configs/celebahq_pretrain.py with this data path.
 """
 
 from maskdm_jax import config

@@ -59,7 +59,7 @@ def _generator(config: Config, mesh, batch_size: int):
     def generate(params, seed: int, index, labels=None) -> np.ndarray:
         n = len(index)
         if n > batch_size:
-            raise ValueError(f"{n} images asked of a generator for {batch_size}")
+            raise ValueError(f"{n} images were requested from a generator for at most {batch_size}")
         fill = lambda a: sharding.put(np.resize(np.asarray(a, np.int32), padded), place)
         args = params, jax.random.key(seed), fill(index), None if labels is None else fill(labels)
         if (labels is None) not in compiled:
