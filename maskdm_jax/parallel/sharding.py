@@ -24,8 +24,7 @@ def make_mesh(data: int = -1, fsdp: int = 1, devices=None) -> Mesh:
     """
     devices = jax.devices() if devices is None else devices
     if fsdp < 1 or len(devices) % fsdp or (data != -1 and data * fsdp != len(devices)):
-        raise ValueError(f"mesh data={data}, fsdp={fsdp} does not fit {len(devices)} devices; data * fsdp must equal
-        their number")
+        raise ValueError(f"mesh data={data}, fsdp={fsdp} does not fit {len(devices)} devices; their product must")
     # Auto axes, because explicit axes, the default of jax.make_mesh, reject the gather of visible patches.
     axes = dict(axis_names=("data", "fsdp"), axis_types=(AxisType.Auto,) * 2)
     slices = len({getattr(device, "slice_index", 0) for device in devices if device.platform == "tpu"} or {0})
@@ -33,7 +32,7 @@ def make_mesh(data: int = -1, fsdp: int = 1, devices=None) -> Mesh:
         return jax.make_mesh((len(devices) // fsdp, fsdp), devices=devices, **axes)
     if len(devices) // fsdp % slices:
         raise ValueError(
-            f"mesh fsdp={fsdp} does not fit into one of {slices} TPU slices of {len(devices) // slices} chips"
+            f"mesh fsdp={fsdp} reaches beyond one of {slices} TPU slices of {len(devices) // slices} chips"
         )
     # The network between slices is slow: only the sum over "data" crosses it.
     within, across = (len(devices) // fsdp // slices, fsdp), (slices, 1)
