@@ -65,7 +65,7 @@ def add(name: str, topology: str, samples: int) -> None:
         try:
             row |= numbers(compile_it())
             over = row["hbm_bytes"] / row["least_hbm_bytes"]
-            told = f"{over:.1f} times the HBM bytes that products and state move if each moves once"
+            told = f"{over:.1f} times the least HBM bytes, in which matrix products and state access memory once"
         except CostError as error:
             row |= dict(fits=False)
             told = f"does not fit ({error})"

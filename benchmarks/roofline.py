@@ -84,7 +84,7 @@ def product_bytes(jaxpr) -> int:
     """Bytes of the operands and results of all matrix products of a traced program.
 
     Attention logits are excluded, because a fused kernel keeps them on the chip. They are recognized by two equal sides
-    besides the batch.
+    in addition to the batch.
     """
     total = 0
     for equation in jaxpr.eqns:

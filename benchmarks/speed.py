@@ -131,7 +131,7 @@ def with_visible(settings, stage: str, percent: str) -> Config:
 
 
 def peak(dtype: str) -> Subject:
-    """A matrix product on one device that is large enough to be bound by arithmetic alone."""
+    """A matrix product on one device, large enough to be bound by arithmetic."""
     n = 2048 if jax.default_backend() == "cpu" else 8192
     x = jnp.ones((n, n), dtype)
     product = jax.jit(functools.partial(jnp.matmul, preferred_element_type=jnp.float32))
@@ -139,7 +139,7 @@ def peak(dtype: str) -> Subject:
 
 
 def copy() -> Subject:
-    """A pass over one device's memory that is bound by its bytes alone."""
+    """A copy on one device, bound by memory bandwidth."""
     x = jnp.ones(2**26 if jax.default_backend() == "cpu" else 2**28, jnp.float32)
     negated = jax.jit(jnp.negative)
     return Subject("copy", "jax", lambda: negated(x), jax.block_until_ready, hbm_bytes=2.0 * x.nbytes)
@@ -245,7 +245,7 @@ def checkpoint_subjects(settings) -> list[Subject]:
     network, mesh = make_network(config), make_run_mesh(config)
     state = fresh_state(config, network, abstract_state(config, 0, network, mesh))
     size = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
-    stall = Subject("checkpoint", "until the run goes on", None, None, memory=size)
+    stall = Subject("checkpoint", "until training continues", None, None, memory=size)
     whole = Subject("checkpoint", "until it is on disk", None, None, memory=size)
     with tempfile.TemporaryDirectory() as folder:
         checkpoints = checkpoint.Checkpoints(folder, keep=1)
@@ -305,7 +305,7 @@ class OfficialStep:
         self.wait = torch.cuda.synchronize if device == "cuda" else lambda: None
 
     def step(self, visible: int):
-        """Take an optimizer step with so many patches visible, and return its loss."""
+        """Take an optimizer step with a number of visible patches, and return its loss."""
         torch, images, total = self._torch, self._images, self._grid**2
         hidden = torch.ones(len(images), total, dtype=torch.bool, device=images.device)
         for row in hidden:

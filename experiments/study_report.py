@@ -81,7 +81,7 @@ def _denoising(row: dict) -> float:
 
 
 def _spread(values, digits=1) -> str:
-    """Mean (lowest-highest), or the value alone."""
+    """Mean (lowest-highest), or a single value."""
     mean = f"{statistics.mean(values):.{digits}f}"
     return mean if len(values) == 1 else f"{mean} ({min(values):.{digits}f}-{max(values):.{digits}f})"
 

@@ -62,10 +62,10 @@ def report(config, devices) -> bool:
             steps = config.stage[name].steps
             hours = found.seconds * steps * n / 3600
             total += hours
-            print(f"  {steps:,} such steps are {hours:,.1f} chip-hours at best")
+            print(f"  {steps:,} steps take at least {hours:,.1f} chip-hours")
         write(name, batch, found)
     if total and len(config.stages) > 1:
-        print(f"all stages: {total:,.1f} chip-hours at best")
+        print(f"all stages take at least {total:,.1f} chip-hours")
     if SAMPLES.value:
         what = f"sampling {SAMPLES.value * n:,} images by {config.sampling.method}"
         found = attempt(what, "lower --samples", lambda: cost.sampling(config, devices, SAMPLES.value))

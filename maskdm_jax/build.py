@@ -50,7 +50,7 @@ def make_network(config: Config, *, remat: bool = False) -> Network:
     """Build the network of a config; `remat` recomputes its blocks in the backward pass.
 
     Raises:
-      ConfigError: the attention kernel is unknown or cannot work with the model's dtype or head size.
+      ConfigError: the attention kernel is unknown or does not support the model's dtype or head size.
     """
     model = config.model
     if model.attention not in ("auto", *KERNELS):

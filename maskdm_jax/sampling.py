@@ -298,7 +298,7 @@ def _claim(folder: pathlib.Path, settings: dict) -> None:
             raise SamplingError(f"{path} is damaged ({error}); give another folder") from None
         if there != json.loads(json.dumps(settings)):
             changes = "; ".join(differences(there, json.loads(json.dumps(settings))))
-            raise SamplingError(f"{folder} holds samples of other settings ({changes}); give another folder")
+            raise SamplingError(f"{folder} holds samples with other settings ({changes}); give another folder")
         return
     if folder.exists() and any(not p.name.endswith(".tmp") for p in folder.iterdir()):
         raise SamplingError(f"{folder} is not empty and holds no samples.json; give a new or empty folder")

@@ -37,7 +37,7 @@ def image_noise(key, index, shape: tuple[int, ...]):
 
 
 def ddim_times(timesteps: int, steps: int) -> np.ndarray:
-    """Time steps of DDIM, descending int32 [steps + 1]; the last one, -1, stands for x0.
+    """Time steps of DDIM, descending int32 [steps + 1]; the last one, -1, means x0.
 
     Raises:
       ValueError: there are fewer time steps than `steps`, or `steps` is below 1.
@@ -99,9 +99,9 @@ def ddpm(predict, x, noise, schedule: Schedule, *, objective="noise", clip=(-1.0
 def dpm_solver_times(schedule: Schedule, steps: int, spacing: str) -> tuple[np.ndarray, np.ndarray]:
     """Continuous times, 1 - 1/n down to 0, and log(alpha) at them, both float64 [steps + 1].
 
-    The n time steps whose log-SNR is high enough lie at (i + 1)/n; between them log(alpha) is linear in t. Returned
-    times are smaller by 1/n, so that T times them are the network's time steps. This is exact only if n = T: with the
-    cosine schedule n is 996 of 1,000, and the network's times are 0.4% too late, as in the reference.
+    The n time steps whose log-SNR is high enough have times (i + 1)/n; between them, log(alpha) is interpolated linearly.
+    The returned times are smaller by 1/n, so that T times them are the network's time steps. This is exact only if n = T.
+    With the cosine schedule, n is 996 of 1,000, and the network's times are 0.4% too late, as in the reference.
 
     Args:
       steps: calls of the network.

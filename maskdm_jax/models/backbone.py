@@ -19,7 +19,7 @@ class Backbone(nnx.Module):
       mlp_ratio: hidden width of an MLP, divided by `width`.
       qv_bias: give queries and values a bias.
       num_classes: 0 for an unconditional model.
-      unconditional_token: give a conditional model a learned token that stands for "no label".
+      unconditional_token: give a conditional model a learned token for "no label".
       time_mlp: pass the time embedding through a two-layer MLP before it becomes a token.
       dtype: dtype of the computation; parameters are float32.
       attention: name of the kernel, see `ops.attention.attention`.

@@ -237,7 +237,7 @@ def _is_checkpoint(path: pathlib.Path) -> bool:
 
 def _reading(checkpoint: pathlib.Path):
     """Context for reading a checkpoint; any exception becomes a `CheckpointError` of one line."""
-    return prefixed(CheckpointError, f"{checkpoint} is damaged (", Exception, "); an earlier one may be whole")
+    return prefixed(CheckpointError, f"{checkpoint} is damaged (", Exception, "); an earlier one may be intact")
 
 
 def compare(message: str, stored, abstract) -> None:

@@ -248,7 +248,7 @@ class StageReport:
         return self._rate.paused()
 
     def close(self) -> None:
-        """Leave the progress bar as it is."""
+        """Finish the progress bar."""
         self._progress.close()
 
 
@@ -299,7 +299,7 @@ def run_folder(workdir) -> pathlib.Path:
 
 
 def make_run_mesh(config: Config, devices=None):
-    """The mesh that a config asks for.
+    """Make the mesh of a config.
 
     Raises:
       ConfigError: the devices do not form it, a batch does not divide over it, or the attention kernel is for another
