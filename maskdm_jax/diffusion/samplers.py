@@ -99,9 +99,10 @@ def ddpm(predict, x, noise, schedule: Schedule, *, objective="noise", clip=(-1.0
 def dpm_solver_times(schedule: Schedule, steps: int, spacing: str) -> tuple[np.ndarray, np.ndarray]:
     """Continuous times, 1 - 1/n down to 0, and log(alpha) at them, both float64 [steps + 1].
 
-    The n time steps whose log-SNR is high enough have times (i + 1)/n; between them, log(alpha) is interpolated linearly.
-    The returned times are smaller by 1/n, so that T times them are the network's time steps. This is exact only if n = T.
-    With the cosine schedule, n is 996 of 1,000, and the network's times are 0.4% too late, as in the reference.
+    The n time steps whose log-SNR is high enough have times (i + 1)/n; between them, log(alpha) is interpolated
+    linearly. The returned times are smaller by 1/n, so that T times them are the network's time steps. This is exact
+    only if n = T. With the cosine schedule, n is 996 of 1,000, and the network's times are 0.4% too late, as in the
+    reference.
 
     Args:
       steps: calls of the network.
