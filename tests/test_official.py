@@ -1,10 +1,14 @@
+import argparse
+import json
 import random
+import re
 
 import golden
 import jax
 import numpy as np
 import pytest
 import tiny
+from safetensors.numpy import save_file
 
 from maskdm_jax.build import make_network
 from maskdm_jax.config import parse, to_dict
@@ -94,11 +98,162 @@ def test_what_does_not_fit_is_named(official, images, tmp_path):
     with pytest.raises(CheckpointError, match="none.pt' is not a file"):
         train(tiny.config(init_from=str(tmp_path / "none.pt")), tmp_path / "b", devices=jax.devices()[:1])
     torch_file.write(tmp_path / "other.pt", {"weights": np.ones(3, np.float32)})
-    with pytest.raises(TorchFileError, match="has no .model.; a checkpoint of the official trainer is a dict of"):
+    with pytest.raises(
+        TorchFileError, match="no tensors of a U-ViT; a checkpoint of the official trainer is a dict of"
+    ):
         official_file.load_weights(tmp_path / "other.pt", "params")
-    torch_file.write(tmp_path / "resnet.pt", {"model": {"model.conv1.weight": np.ones(3, np.float32)}})
-    with pytest.raises(TorchFileError, match="'conv1.weight' is not the name of a U-ViT tensor"):
+    model = {"model.conv1.weight": np.ones(3, np.float32), "model.encoder.norm.bias": np.ones(3, np.float32)}
+    torch_file.write(tmp_path / "resnet.pt", {"model": model})
+    with pytest.raises(TorchFileError, match="'model.model.conv1.weight' is not the name of a U-ViT tensor"):
         official_file.load_weights(tmp_path / "resnet.pt", "params")
+
+
+def renamed(base, rename):
+    """The file with its tensors' names changed, in the EMA after the name of the EMA's part."""
+    in_ema = lambda name: ".".join((*name.split(".", 1)[:1], *map(rename, name.split(".", 1)[1:])))
+    return base | {"model": {rename(k): v for k, v in base["model"].items()}} | {
+        "ema": {in_ema(k): v for k, v in base["ema"].items()}
+    }  # fmt: skip
+
+
+def average(base):
+    return {k.removeprefix("ema_model."): v for k, v in base["ema"].items() if k.startswith("ema_model.")}
+
+
+def bare(state):
+    return {k.removeprefix("model."): v for k, v in state.items() if k.startswith("model.")}
+
+
+def in_groups(base, **changes):
+    (group,) = base["opt"]["param_groups"]
+    parts = group | {"params": group["params"][:20]}, group | {"params": group["params"][20:]} | changes
+    return base | {"opt": {"state": base["opt"]["state"], "param_groups": list(parts)}}
+
+
+FULL, WEIGHTS, EMA = {"params", "ema", "moments"}, {"params"}, {"params", "ema"}
+OF_OTHERS = {  # how others save the same checkpoint; which parts can be read; what the notes say
+    "parallel": (lambda base: renamed(base, "module.{}".format), FULL, []),
+    "compiled": (lambda base: renamed(base, "_orig_mod.{}".format), FULL, []),
+    "compiled network": (lambda base: renamed(base, lambda k: k.replace("model.", "model._orig_mod.", 1)), FULL, []),
+    "compiled and parallel": (lambda base: renamed(base, "_orig_mod.module.{}".format), FULL, []),
+    "sharded": (lambda base: renamed(base, "_fsdp_wrapped_module.{}".format), FULL, []),
+    "nested": (lambda base: {"checkpoint": {"state": base["model"]}, "step": base["step"]}, WEIGHTS, []),
+    "under another key": (lambda base: {"state_dict": base["model"]}, WEIGHTS, []),
+    "bare": (lambda base: bare(base["model"]), WEIGHTS, []),
+    "bare in a dict": (lambda base: {"net": bare(base["model"]), "epoch": 3}, WEIGHTS, ["'epoch' of the file .int"]),
+    "EMA alone": (lambda base: base["ema"], EMA, ["no 'model'"]),
+    "EMA and step": (lambda base: {"ema": base["ema"], "step": base["step"]}, EMA, ["no 'model'"]),
+    "EMA as a state dict": (lambda base: base | {"ema": average(base)}, FULL, []),
+    "EMA of bare weights": (lambda base: base | {"ema": None, "params_ema": bare(average(base))}, FULL, []),
+    "EMA by its state dict's name": (
+        lambda base: {"state_dict": base["model"], "state_dict_ema": average(base), "global_step": 130}, EMA, []
+    ),
+    "AveragedModel": (
+        lambda base: {"step": 130, "model": base["model"]}
+        | {"swa": {"module." + k: v for k, v in average(base).items()} | {"n_averaged": np.array(30)}},
+        EMA, ["'swa.n_averaged' of the file"],
+    ),
+    "optimizer under another key": (
+        lambda base: {k: v for k, v in base.items() if k != "opt"} | {"optimizer": base["opt"]}, FULL, []
+    ),
+    "equal groups": (in_groups, FULL, ["optimizer's 2 groups of equal settings become one"]),
+    "unequal groups": (lambda base: in_groups(base, weight_decay=0.5), EMA, ["2 groups of tensors have different"]),
+    "float64": (
+        lambda base: base | {"model": {k: v.astype(np.float64) for k, v in base["model"].items()}}, FULL, ["rounded"]
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", OF_OTHERS)
+def test_files_of_others(official, tmp_path, case):
+    """The same tensors, wherever they are; what is not read is named, and nothing else is."""
+    change, parts, notes = OF_OTHERS[case]
+    base, expected = torch_file.read(official), official_file.read(official)
+    torch_file.write(tmp_path / "x.pt", change(base))
+    found = official_file.read(tmp_path / "x.pt")
+    jax.tree.map(np.testing.assert_array_equal, found.model, expected.model)
+    assert list(found.model) == list(expected.model)
+    if "ema" in parts:
+        jax.tree.map(np.testing.assert_array_equal, found.ema, expected.ema)
+        assert found.ema_step == 130
+    if "moments" in parts:
+        jax.tree.map(np.testing.assert_array_equal, found.moments, expected.moments)
+        assert found.group == expected.group
+    assert (found.ema is not None, found.moments is not None) == ("ema" in parts, "moments" in parts)
+    said = [note for note in (*found.notes, found.optimizer_problem) if note]
+    assert len(said) == len(notes)
+    for note, line in zip(notes, said, strict=True):
+        assert re.search(note, line)
+    assert (found.buffers is None) == case.startswith("bare")
+
+
+def test_unknown_content_is_skipped_and_named(official, tmp_path, torch):
+    content = torch.load(official, weights_only=True)
+    content |= {"args": argparse.Namespace(lr=1e-4), "best_fid": np.float64(3.2), "seen": {1}, "mean": np.ones(3)}
+    content |= {"device": torch.device("cpu"), "rng": ("MT19937", np.arange(3)), "empty": None}
+    torch.save(content, tmp_path / "x.pt")
+    found, expected = official_file.read(tmp_path / "x.pt"), official_file.read(official)
+    jax.tree.map(np.testing.assert_array_equal, found.moments, expected.moments)
+    kinds = dict(
+        args="argparse.Namespace", best_fid="float", seen="__builtin__.set", device="torch.device", rng="tuple"
+    )
+    kinds["mean"] = "numpy._core.multiarray._reconstruct"
+    assert sorted(found.notes) == sorted(f"left out: {name!r} of the file ({kind})" for name, kind in kinds.items())
+
+
+def test_numbers_of_numpy_serve_as_numbers(official, tmp_path, torch):
+    content = torch.load(official, weights_only=True)
+    content["step"] = np.int64(content["step"])
+    content["opt"]["param_groups"][0]["lr"] = np.float64(3e-4)
+    torch.save(content, tmp_path / "x.pt")
+    found = official_file.read(tmp_path / "x.pt")
+    assert (found.step, found.group["lr"], found.notes) == (130, 3e-4, [])
+
+
+def test_numbers_of_8_bits_are_refused_by_name(official, tmp_path, torch):
+    from safetensors.torch import save_file
+
+    weights = bare(torch.load(official, weights_only=True)["model"])
+    weights["encoder.norm.weight"] = weights["encoder.norm.weight"].to(torch.float8_e4m3fn)
+    torch.save(weights, tmp_path / "x.pt")
+    with pytest.raises(TorchFileError, match="x.pt: encoder.norm.weight is a torch.float8_e4m3fn tensor, not a"):
+        official_file.read(tmp_path / "x.pt")
+    save_file(weights, tmp_path / "x.safetensors")
+    with pytest.raises(TorchFileError, match="x.safetensors: encoder.norm.weight is a F8_E4M3 tensor, not a tensor of"):
+        official_file.read_safetensors(tmp_path / "x.safetensors")
+
+
+def test_an_object_in_place_of_weights_is_named(tmp_path, torch):
+    torch.save(torch.nn.Linear(1, 1), tmp_path / "x.pt")
+    with pytest.raises(TorchFileError, match="x.pt: it holds a torch.nn.modules.linear.Linear; a checkpoint of the"):
+        official_file.read(tmp_path / "x.pt")
+
+
+def test_safetensors_in_several_files(official, tmp_path):
+    weights = bare(torch_file.read(official)["model"])
+    names = list(weights)
+    where = {name: f"model-0000{1 + (i > 30)}-of-00002.safetensors" for i, name in enumerate(names)}
+    index = tmp_path / "model.safetensors.index.json"
+    for file in set(where.values()):
+        save_file({name: weights[name] for name in names if where[name] == file}, tmp_path / file)
+    for given in (tmp_path, index):  # the first without an index
+        found, _ = official_file.read_safetensors(given)
+        jax.tree.map(np.testing.assert_array_equal, found.model, weights)
+        index.write_text(json.dumps({"metadata": {}, "weight_map": where}))
+    params = official_file.load_weights(tmp_path, "ema")
+    jax.tree.map(np.testing.assert_array_equal, params, official_file.params_from_state_dict(weights))
+    for changed, message in [
+        ({"extra": where[names[0]]}, "its index names .'extra'., which are in none of the files"),
+        ({"extra": "../x.safetensors"}, "its index names files of other folders"),
+        ({"extra": 3}, "damaged or not"),
+    ]:
+        index.write_text(json.dumps({"weight_map": where | changed}))
+        with pytest.raises(TorchFileError, match=message):
+            official_file.read_safetensors(index)
+    index.unlink()
+    save_file({names[0]: weights[names[0]]}, tmp_path / "again.safetensors")
+    with pytest.raises(TorchFileError, match=f"two of its files hold '{names[0]}'"):
+        official_file.read_safetensors(tmp_path)
 
 
 JUNK = [None, -1, 2**40, 1e300, float("nan"), True, "x", b"", [], [0], {}, {"a": 1}, {0: 1}, (), (1, 2, 3)]
@@ -132,6 +287,7 @@ def test_content_of_any_kind_gives_an_official_file_or_one_clear_error(official,
             found = official_file.read("odd.pt")
             official_file.architecture(found.model)
             official_file.params_from_state_dict(found.model)
+            messages += [message for message in (found.optimizer_problem, *found.notes) if message]
         except (TorchFileError, ValueError) as error:
             messages.append(str(error))
     assert 1_000 < len(messages) < 2_000

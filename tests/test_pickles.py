@@ -38,6 +38,34 @@ def test_only_stand_ins_are_called_and_only_their_state_is_set():
         pickles.load(b"\x80\x02]}X\x01\x00\x00\x00aK\x01sb.", {})
 
 
+class Object:
+    """Pickled by a call with arguments or keywords, a state, items and keys, as protocol and methods have it."""
+
+    def __init__(self, *new, **keywords):
+        self.new, self.keywords = new, keywords
+
+    def __getnewargs_ex__(self):
+        return self.new, self.keywords
+
+    def __reduce_ex__(self, protocol):
+        make, args, state, *_ = super().__reduce_ex__(protocol)
+        return make, args, state, iter([1, 2]), iter([("a", 1)])
+
+
+@pytest.mark.parametrize("protocol", [2, 4, 5])
+def test_objects_without_a_stand_in_are_skipped_on_demand(protocol):
+    value = [Object(), Object(1, b=2), {3}, frozenset([4]), {(5, (6,)): 7}, Object, 8]
+    read = pickles.load(pickle.dumps(value, protocol), {}, skip=True)
+    assert read[6] == 8
+    kinds = [one.kind for one in (*read[:4], *read[4], read[5])]
+    sets = ["__builtin__.set", "__builtin__.frozenset"] if protocol == 2 else ["set", "frozenset"]
+    made = f"{__name__}.Object"
+    partial = "functools.partial" if protocol == 2 else made
+    assert kinds == [made, partial, *sets, "tuple", made]
+    with pytest.raises(pickle.UnpicklingError, match="Object|partial"):
+        pickles.load(pickle.dumps(value, protocol), {})
+
+
 @pytest.mark.parametrize(
     "bomb",
     [

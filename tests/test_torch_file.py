@@ -1,3 +1,4 @@
+import argparse
 import collections
 import contextlib
 import os
@@ -6,6 +7,7 @@ import random
 import resource
 import struct
 import time
+import tracemalloc
 import zipfile
 
 import ml_dtypes
@@ -14,6 +16,7 @@ import pytest
 
 from maskdm_jax.errors import TorchFileError
 from maskdm_jax.interop import torch_file
+from maskdm_jax.interop.pickles import Skipped
 
 torch = pytest.importorskip("torch", reason="compares with PyTorch, which requirements-test.txt installs on 3.11")
 
@@ -104,26 +107,58 @@ class Attack:
         return self.call
 
 
+class Settings(dict):
+    """An object with a state, items and a key of its own."""
+
+
 @pytest.mark.parametrize("new_format", [True, False])
 @pytest.mark.parametrize(
-    ("value", "name"),
+    ("value", "kind"),
     [
         (Attack(os.system, "touch hacked"), "posix.system"),
         (Attack(eval, "1"), "__builtin__.eval"),
-        ({"a": [Attack(getattr, "x", "y")]}, "__builtin__.getattr"),
-        ({"a": Attack(bytearray, 10**12)}, "__builtin__.bytearray"),
-        ({"x": np.ones(3)}, "numpy._core.multiarray._reconstruct"),
-        ({"x": os.system}, "posix.system"),
-        ({"x": {1, 2}}, "__builtin__.set"),
-        ({"x": b"bytes"}, "_codecs.encode"),
+        (Attack(getattr, "x", "y"), "__builtin__.getattr"),
+        (Attack(bytearray, 10**12), "__builtin__.bytearray"),
+        (os.system, "posix.system"),
+        (np.ones(3), "numpy._core.multiarray._reconstruct"),
+        ({1, 2}, "__builtin__.set"),
+        (b"bytes that are long", "bytes"),
+        (argparse.Namespace(lr=1e-4), "argparse.Namespace"),
+        (Settings(a=Attack(os.system, "touch hacked")), "test_torch_file.Settings"),
+        (torch.device("cpu"), "torch.device"),
+        (torch.float32, "torch.float32"),
     ],
+    ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_what_is_not_a_tensor_or_container_is_refused_by_name(tmp_path, monkeypatch, value, name, new_format):
+def test_what_is_not_a_tensor_or_container_is_skipped_by_name(tmp_path, monkeypatch, value, kind, new_format):
     monkeypatch.chdir(tmp_path)
-    torch.save(value, "x.pt", _use_new_zipfile_serialization=new_format)
-    with pytest.raises(TorchFileError, match=name):
-        torch_file.read("x.pt")
+    torch.save({"a": [value], "b": torch.ones(2)}, "x.pt", _use_new_zipfile_serialization=new_format)
+    read = torch_file.read("x.pt")
+    assert isinstance(read["a"][0], Skipped)
+    assert read["a"][0].kind == kind
+    assert read["b"].tolist() == [1, 1]
     assert os.listdir() == ["x.pt"], "nothing was executed"
+
+
+@pytest.mark.parametrize("protocol", [2, 4])
+def test_what_is_skipped_in_a_dict_leaves_the_rest(tmp_path, protocol):
+    value = {"sets": [{1}, frozenset([2])], (1, 2): 3, "rng": ("MT19937", np.arange(3)), "last": 4.5, b"k": b"v"}
+    value |= {"default": collections.defaultdict(int, a=1), "fid": np.float64(3.2), "n": np.int64(7), "ok": np.bool_(1)}
+    torch.save(value, tmp_path / "x.pt", pickle_protocol=protocol)
+    read = torch_file.read(tmp_path / "x.pt")
+    assert [(read[key], type(read[key])) for key in ("fid", "n", "ok")] == [(3.2, float), (7, int), (True, bool)]
+    assert (read["default"], read["last"], read[b"k"]) == ({"a": 1}, 4.5, b"v")
+    assert all(isinstance(skipped, Skipped) for skipped in (*read["sets"], read["rng"][1]))
+    assert len(read) == len(value)
+
+
+def test_tensors_of_other_types_are_skipped_by_type(tmp_path):
+    torch.save({"w": torch.ones(2).to(torch.float8_e4m3fn), "v": torch.ones(2)}, tmp_path / "x.pt")
+    read = torch_file.read(tmp_path / "x.pt")
+    assert read["w"].kind == "torch.float8_e4m3fn tensor"
+    assert read["v"].tolist() == [1, 1]
+    archive(tmp_path / "q.pt", tensor_pickle(storage="QInt8Storage"), data__0=bytes(2))
+    assert torch_file.read(tmp_path / "q.pt").kind == "torch.QInt8Storage"
 
 
 def archive(path, data=b"", compress=zipfile.ZIP_STORED, **entries):
@@ -152,7 +187,6 @@ def tensor_pickle(shape=(2,), stride=(1,), offset=0, size=2, key="0", storage="F
         (dict(shape=(2, 1)), "description is damaged"),
         (dict(size=10**15), "has 8 bytes, not 1000000000000000 numbers"),
         (dict(key="../x"), "is missing"),
-        (dict(storage="QInt8Storage"), "names torch.QInt8Storage"),
     ],
 )
 def test_impossible_tensors_are_refused(tmp_path, pickled, message):
@@ -183,6 +217,18 @@ def test_archives_that_unfold_are_refused(tmp_path):
     archive(path, b"\x80\x02]q\x00" + b"".join(b"](" + b"h%c" % i * 10 + b"eq%c" % (i + 1) for i in range(60)) + b".")
     read = torch_file.read(path)
     assert read[0] is read[9], "it is not unfolded, which would take forever"
+
+
+@pytest.mark.parametrize("call", [b"h\x00h\x01h\x02\x86R", b"h\x03h\x01\x85R", b"h\x01h\x01\x93"])
+def test_a_long_text_that_is_used_again_and_again_is_not_copied(tmp_path, call):
+    text = b"X" + struct.pack("<I", 100_000) + b"x" * 100_000
+    content = b"\x80\x04c_codecs\nencode\nq\x00" + text + b"q\x01X\x06\x00\x00\x00latin1q\x02cnumpy\ndtype\nq\x03"
+    archive(tmp_path / "x.pt", content + b"](" + call * 10_000 + b"e.")
+    tracemalloc.start()
+    assert len(torch_file.read(tmp_path / "x.pt")) == 10_000
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 10_000_000
 
 
 def test_other_files_are_told_apart(tmp_path):
@@ -217,6 +263,7 @@ def test_twenty_thousand_mutated_files(tmp_path):
         "step": 3,
         "state": {"w": torch.arange(6.0).reshape(2, 3), "b": torch.ones(2)},
         "groups": [{"betas": (0.9, 0.99)}],
+        "skipped": (argparse.Namespace(lr=1e-4), {1}, np.float64(3.2)),
     }
     originals = []
     for new_format in (True, False):

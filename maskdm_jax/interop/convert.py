@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import json
+import operator
 import os
 import pathlib
 import shutil
@@ -27,8 +28,8 @@ from maskdm_jax.training.loop import stage_ends
 from maskdm_jax.training.start import abstract_state
 from maskdm_jax.training.state import EMA_COPY_STEPS, TrainState, learning_rate, make_optimizer
 
-_FILE_KINDS = {".pt": "pt", ".pth": "pt", ".safetensors": "safetensors"}
-_OTHER_FILES = (".ckpt", ".bin", ".npz", ".npy", ".h5", ".msgpack", ".pkl", ".onnx", ".zip", ".tar")
+_TORCH_FILES = (".pt", ".pth", ".ckpt", ".bin")
+_OTHER_FILES = (".npz", ".npy", ".h5", ".msgpack", ".pkl", ".onnx", ".zip", ".tar", ".json")
 
 
 @dataclasses.dataclass
@@ -39,7 +40,7 @@ class _Source:
     config: Config | None = None  # of the run; None if the file does not say
     stage: str = ""  # of the config
     classes: list[str] = dataclasses.field(default_factory=list)
-    notes: list[str] = dataclasses.field(default_factory=list)  # lines for the user
+    goes_on: bool = False  # whether a config was given, to train further
 
 
 def convert(
@@ -48,9 +49,11 @@ def convert(
     """Convert `src` into `dst`; the paths tell the kinds.
 
     Args:
-      src: a run folder or one of its checkpoints, an official `.pt` (or `.pth`), or a `.safetensors`.
-      dst: the same kinds; must not exist yet. A folder becomes a run folder with one checkpoint.
-      heads: attention heads, the one setting of the network that its tensors do not show.
+      src: a run folder or one of its checkpoints; an official `.pt` (or another file with such weights); or a
+        `.safetensors`, the index of several, or their folder.
+      dst: a run folder with one checkpoint, a `.pt` or a `.safetensors`; must not exist yet.
+      heads: attention heads, the one setting of the network that its tensors do not show. Where neither it nor a config
+        is known, width / 64 is assumed, as in the official models.
       config: ConfigDict or dict of the run that a file belongs to, to train it further; must agree with the file.
         Without it the checkpoint gets a config made from the file, good for sampling.
       stage: of `config`, the one that the file belongs to; the first when not given.
@@ -69,73 +72,77 @@ def convert(
     if weights not in ("ema", "params"):
         raise ConfigError(f"weights {weights!r} are unknown; choose ema or params (the raw ones)")
     given = None if config is None else config_lib.parse(config)
-    readers = {"folder": _from_folder, "pt": _from_pt, "safetensors": _from_safetensors}
+    readers = {
+        "folder": _from_folder,
+        "pt": lambda path: _Source(official_file.read(path)),
+        "safetensors": _from_safetensors,
+    }
     writers = {"folder": _to_folder, "pt": _to_pt, "safetensors": _to_safetensors}
     with prefixed(TorchFileError, f"{src}: "):
         with prefixed(CheckpointError, f"{src} cannot be read: ", OSError):
-            if kinds[0] != "folder" and not src.is_file():
+            if kinds[0] != "folder" and not src.exists():
                 raise CheckpointError(f"{src} is not a file")
-            source = readers[kinds[0]](src, weights_only=kinds[1] == "safetensors")
+            source = readers[kinds[0]](src)
         _settle_config(source, src, heads, given, stage)
         with prefixed(CheckpointError, f"{dst} cannot be written: ", OSError):
             if os.path.lexists(dst) and not (kinds[1] == "folder" and dst.is_dir() and not any(dst.iterdir())):
                 raise ConfigError(f"{dst} exists already; give another --dst or move it away")
             dst.parent.mkdir(parents=True, exist_ok=True)
             lines = writers[kinds[1]](dst, source, weights)
-    return [*lines, *source.notes, *(f"left out: {what}" for what in source.official.left_out)]
+    return [*lines, *source.official.notes]
 
 
 def _kind(path: pathlib.Path) -> str:
     suffix = path.suffix.lower()
+    if official_file.is_safetensors(path):
+        return "safetensors"
     if suffix in _OTHER_FILES:
         raise ConfigError(f"{path}: {suffix} is not known; give a .pt, a .safetensors or a run folder")
-    return _FILE_KINDS.get(suffix, "folder")
+    return "pt" if suffix in _TORCH_FILES else "folder"
 
 
 # --- Reading ------------------------------------------------------------------------------------
 
 
-def _from_pt(path: pathlib.Path, weights_only: bool) -> _Source:
-    return _Source(official_file.read(path, weights_only=weights_only))
-
-
-def _from_safetensors(path: pathlib.Path, weights_only: bool) -> _Source:
+def _from_safetensors(path: pathlib.Path) -> _Source:
     official, noted = official_file.read_safetensors(path)
     if not noted:
         return _Source(official)
-    try:
-        config, stage = config_lib.parse(noted["config"]), noted["stage"]
-        if stage not in config.stages:
-            raise ConfigError(f"stage {stage!r} is not in the config")
-        return _Source(official, config, stage, [str(name) for name in noted["classes"]])
-    except (ConfigError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"its header does not hold a config of this project ({error})") from error
+    with prefixed(ValueError, "its header does not hold a config of this project (", (LookupError, TypeError), ")"):
+        return _source_of(official, noted, "its header")
 
 
-def _from_folder(path: pathlib.Path, weights_only: bool) -> _Source:
-    found = checkpoint.find(path)
-    meta = checkpoint.load_meta(found)
+def _source_of(official: Official, meta: dict, where) -> _Source:
+    """A source that comes with its config, stage and classes."""
     config, stage = config_lib.parse(meta["config"]), meta["stage"]
     if stage not in config.stages:
-        raise CheckpointError(f"{found} is damaged: its stage {stage!r} is not in its config")
-    index, mesh = config.stages.index(stage), make_mesh(devices=jax.devices()[:1])
+        raise CheckpointError(f"{where} is damaged: its stage {stage!r} is not in its config")
+    return _Source(official, config, stage, [str(name) for name in meta["classes"]])
+
+
+def _from_folder(path: pathlib.Path) -> _Source:
+    found = checkpoint.find(path)
+    meta = checkpoint.load_meta(found)
+    source = _source_of(Official({}), meta, found)
+    config, stage = source.config, source.config.stage[source.stage]
+    index, mesh = config.stages.index(source.stage), make_mesh(devices=jax.devices()[:1])
     state = checkpoint.load_state(found, abstract_state(config, index, make_network(config), mesh))
     named = lambda tree: official_file.state_dict_from_params(tree, config.model.patch_size, config.model.wavelet_scale)
-    step, of_stage = int(state.step), config.stage[stage]
+    step = int(state.step)
     official = Official(
         named(state.params),
         ema=named(state.ema),
         ema_step=step,
         ema_initted=step > 0,
         moments=_moments(state.opt_state, named),
-        group=_group(of_stage) | {"lr": float(learning_rate(of_stage)(step))},
+        group=_group(stage) | {"lr": float(learning_rate(stage)(step))},
         step=step,
     )
     kept = meta.get("official")  # of the file that this checkpoint was made from
     if kept:
         group = kept["group"] and kept["group"] | {"betas": tuple(kept["group"]["betas"])}
         official = dataclasses.replace(official, **kept | {"group": group})
-    return _Source(official, config, stage, meta["classes"])
+    return dataclasses.replace(source, official=official)
 
 
 def _moments(opt_state, named) -> dict[str, Moment]:
@@ -154,20 +161,9 @@ def _is_adam(node) -> bool:
 
 def _group(stage) -> dict:
     """AdamW's settings as PyTorch keeps them."""
-    return dict(
-        lr=stage.learning_rate,
-        betas=(stage.b1, stage.b2),
-        eps=1e-8,
-        weight_decay=stage.weight_decay,
-        amsgrad=False,
-        maximize=False,
-        foreach=None,
-        capturable=False,
-        differentiable=False,
-        fused=None,
-        decoupled_weight_decay=True,
-        initial_lr=stage.learning_rate,
-    )
+    switches = dict(amsgrad=False, maximize=False, foreach=None, capturable=False, differentiable=False, fused=None)
+    rates = dict(lr=stage.learning_rate, betas=(stage.b1, stage.b2), eps=1e-8, weight_decay=stage.weight_decay)
+    return rates | switches | dict(decoupled_weight_decay=True, initial_lr=stage.learning_rate)
 
 
 # --- The config ---------------------------------------------------------------------------------
@@ -176,34 +172,43 @@ def _group(stage) -> dict:
 def _settle_config(
     source: _Source, path: pathlib.Path, heads: int | None, given: Config | None, stage: str | None
 ) -> None:
-    """Find the config of the run: the source's own, the one given, or one made from the file."""
-    official, found = source.official, official_file.architecture(source.official.model)
-    if source.config is not None:
-        own = dataclasses.asdict(source.config.diffusion)
-        found |= {name: own[name] for name in ("schedule", "shift_size", "timesteps", "objective")}
-        found["heads"] = source.config.model.heads
+    """Find the config of the run: the one given, the source's own, or one made from the file."""
+    official, own = source.official, source.config
+    shown = official_file.architecture(official.model)
+    if own is not None:
+        shown |= {f"diffusion.{name}": getattr(own.diffusion, name) for name in ("timesteps", "schedule", "objective")}
+        shown |= (
+            {"diffusion.shift_size": own.diffusion.shift_size} if own.diffusion.schedule == "shifted_cosine" else {}
+        )
+        shown["model.heads"] = own.model.heads
     elif official.buffers is not None:
-        found |= _schedule_of(official.buffers["betas"])
+        shown |= _schedule_of(official.buffers["betas"])
     if given is not None:
-        _compare(given, found, heads)
-        source.config, source.stage = given, stage or given.stages[0]
+        _compare(given, shown)
+        source.config, source.stage, source.goes_on = given, stage or given.stages[0], True
         if source.stage not in given.stages:
             raise ConfigError(f"--stage {source.stage!r} is not one of config.stages {given.stages}")
     elif stage is not None:
         raise ConfigError("--stage names a stage of a --config; give both")
-    elif source.config is None:
-        source.config, source.stage = _config_of(official, found, heads), "stage"
+    elif own is None:
+        source.config, source.stage = _config_of(official, shown, heads), "stage"
         if official.buffers is None:
-            source.notes.append("note: the file does not show its noise schedule; cosine is assumed (or give --config)")
-    elif heads not in (None, source.config.model.heads):
-        raise ConfigError(f"--num_heads={heads}, but the checkpoint was made with {source.config.model.heads} heads")
+            note = "note: the file does not show its noise schedule; cosine is assumed (or give --config)"
+            official.notes.append(note)
+    used = source.config.model.heads
+    if heads not in (None, used):
+        raise ConfigError(f"--num_heads is {heads}, but {'config.model.heads' if given else 'the source'} has {used}")
+    if own is None and (heads, given) == (None, None):
+        official.notes.append(f"note: the file does not show its attention heads; width / 64 = {used} is assumed")
+    elif own is None and shown["model.width"] != 64 * used:
+        official.notes.append(f"note: {used} attention heads are taken as given; official models have width / 64")
     steps = source.config.stage[source.stage].steps
     if official.step > steps:
         raise ConfigError(
             f"the file is at step {official.step}, but config.{source.stage}.steps is {steps}; give the stage "
             f"that it belongs to with --stage (config.stages is {source.config.stages}) or a config with enough steps"
         )
-    source.classes = source.classes or [str(i) for i in range(found["num_classes"])]
+    source.classes = source.classes or [str(i) for i in range(shown["model.num_classes"])]
     params, wanted = params_from_state_dict(official.model), make_network(source.config).abstract_params()
     checkpoint.compare(f"the weights in {path} are not those of a whole U-ViT", params, wanted)
 
@@ -226,40 +231,37 @@ def _schedule_of(betas: np.ndarray) -> dict:
             [("cosine", 64), ("linear", 64), *(("shifted_cosine", s) for s in range(1, 2049))], key=distance
         )
         if distance((name, size)) < 1:
-            return dict(schedule=name, shift_size=size, timesteps=values.size)
+            shift = {"diffusion.shift_size": size} if name == "shifted_cosine" else {}
+            return {"diffusion.schedule": name, "diffusion.timesteps": values.size} | shift
     raise ValueError("its betas are those of no noise schedule that is known here (linear, cosine, shifted cosine)")
 
 
-def _compare(config: Config, found: dict, heads: int | None) -> None:
-    """Check that a config agrees with the file."""
+def _compare(config: Config, shown: dict) -> None:
+    """Check that a config agrees with the settings that a file shows."""
     problems = []
-    for name, value in found.items():
-        section = next(s for s in ("data", "model", "diffusion") if hasattr(getattr(config, s), name))
-        ours = getattr(getattr(config, section), name)
-        if name == "depth":
+    for name, value in shown.items():
+        ours = operator.attrgetter(name)(config)
+        if name == "model.depth":
             ours = ours // 2 * 2  # 2k and 2k + 1 are the same network
-        if name == "mlp_ratio":
-            ours = int(ours * found["width"]) / found["width"]
-        if name == "shift_size" and found["schedule"] != "shifted_cosine":
-            continue
+        if name == "model.mlp_ratio":
+            ours = int(ours * config.model.width) / config.model.width
         if ours != value:
-            problems.append(f"config.{section}.{name} is {ours}, the file has {value}")
-    if heads not in (None, config.model.heads):
-        problems.append(f"config.model.heads is {config.model.heads}, --num_heads is {heads}")
+            problems.append(f"config.{name} is {ours}, the file has {value}")
     if problems:
         raise ConfigError("; ".join(problems))
 
 
-def _config_of(official: Official, found: dict, heads: int | None) -> Config:
+def _config_of(official: Official, shown: dict, heads: int | None) -> Config:
     """A config with all that the file shows; the rest (data, batch, mask, EMA) has the defaults."""
-    if heads is None:
-        width = found["width"]
-        hint = f"; the official models have width / 64 = {width // 64}" if width % 64 == 0 else ""
-        raise ConfigError(f"the number of attention heads cannot be seen in the file: pass --num_heads=H{hint}")
+    width = shown["model.width"]
+    if heads is None and width % 64:
+        raise ConfigError(
+            "the number of attention heads cannot be seen in the file: pass --num_heads=H "
+            f"(the official models have width / 64, but the width of this one is {width})"
+        )
     c = config_lib.default()
-    for section in (c.data, c.model, c.diffusion):
-        section.update({name: value for name, value in found.items() if name in section})
-    c.data.path, c.data.labels, c.model.heads = "unknown", found["num_classes"] > 0, heads
+    c.update_from_flattened_dict(shown | {"model.heads": heads or width // 64})
+    c.data.path, c.data.labels = "unknown", shown["model.num_classes"] > 0
     c.stages, c.stage = ("stage",), config_lib.stage(steps=max(official.step, 1))
     if official.group:
         group = official.group
@@ -277,7 +279,7 @@ def _to_folder(dst: pathlib.Path, source: _Source, weights: str) -> list[str]:
     index, stage = config.stages.index(name), config.stage[name]
     params = params_from_state_dict(official.model)
     ema = params if official.ema is None else params_from_state_dict(official.ema)
-    opt_state = _optimizer_state(make_optimizer(stage).init(params), official)
+    opt_state = _optimizer_state(make_optimizer(stage).init(params), source)
     key = jax.random.fold_in(jax.random.key(config.seed), index)
     state = TrainState(np.int32(official.step), params, ema, opt_state, key)
     meta = dict(
@@ -332,20 +334,37 @@ def _differences(official: Official, config: Config) -> typing.Iterator[str]:
         )
 
 
-def _optimizer_state(fresh, official: Official):
-    """A fresh optimizer state, filled with the file's."""
-    moments = official.moments or {}
+def _optimizer_state(fresh, source: _Source):
+    """A fresh optimizer state, filled with the file's; left fresh, with a note, if the file's cannot be continued.
 
+    Raises:
+      ConfigError: it cannot, but a config was given, to train further.
+    """
+    official = source.official
+    try:
+        if official.optimizer_problem:
+            raise ValueError(official.optimizer_problem)
+        return _filled(fresh, official.moments or {}, official.step)
+    except ValueError as error:
+        if source.goes_on:
+            advice = "leave --config out to sample, or start from the weights alone with --config.init_from"
+            raise ConfigError(f"the file's optimizer cannot be continued ({error}); {advice}") from error
+        official.moments = None
+        official.notes.append(f"left out: the optimizer ({error})")
+        return _filled(fresh, {}, official.step)
+
+
+def _filled(fresh, moments: dict[str, Moment], step: int):
     def fill(node):
         if isinstance(node, optax.ScaleByScheduleState):  # the rate follows the training step
-            return optax.ScaleByScheduleState(np.int32(official.step))
+            return optax.ScaleByScheduleState(np.int32(step))
         if not _is_adam(node):
             return node
         # The tensors have counts of their own: half-precision training skips steps, and a tensor may rest in one.
         names = [_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(node.mu)]
         steps = {moments[name].step if name in moments else 0 for name in names}
         if len(steps) > 1:
-            raise ValueError(f"the optimizer has done {sorted(steps)} steps on different tensors; one number is wanted")
+            raise ValueError(f"it has done {sorted(steps)} steps on different tensors; one number is wanted")
 
         def values(field):
             def value(path, leaf):
@@ -385,7 +404,7 @@ def _to_safetensors(dst: pathlib.Path, source: _Source, weights: str) -> list[st
     noted = dict(config=config_lib.to_dict(source.config), stage=source.stage, classes=source.classes, weights=which)
     official_file.write_safetensors(dst, official.ema if which == "ema" else official.model, noted)
     if which != weights:
-        source.notes.append("note: the source has one set of weights, no EMA")
+        official.notes.append("note: the source has one set of weights, no EMA")
     return [f"{dst} holds the {'EMA' if which == 'ema' else 'raw weights'} (--weights chooses)"]
 
 

@@ -2,7 +2,8 @@
 
 A file of the official trainer is a dict of `step`, `model` and `ema` (state dicts of the diffusion wrapper: 13
 schedule buffers and, under `model.`, the network), `opt` (AdamW, by position of the tensors) and `scaler`.
-A `.safetensors` file holds the network's tensors alone, under the same names.
+A `.safetensors` file holds the network's tensors alone, under the same names. Other files are read wherever they keep
+such tensors: those whose names differ from the official ones by the same prefix are a set of weights.
 
 Conversion renames, transposes and reshapes, nothing else, so it is exact in both directions.
 """
@@ -11,6 +12,7 @@ import collections
 import dataclasses
 import json
 import math
+import os
 import pathlib
 import re
 import reprlib
@@ -25,6 +27,7 @@ import safetensors.numpy
 from maskdm_jax.diffusion.gaussian import Schedule
 from maskdm_jax.errors import TorchFileError, prefixed
 from maskdm_jax.interop import torch_file
+from maskdm_jax.interop.pickles import Skipped
 from maskdm_jax.storage import write_atomically
 
 # --- Names and layouts --------------------------------------------------------------------------
@@ -173,7 +176,13 @@ BUFFERS = {  # of the official diffusion wrapper, in its order -> column of `gau
     "posterior_mean_coef2": "posterior_mean_xt",
 }
 _METADATA = "maskdm_jax"  # key in the header of a .safetensors file
+INDEX = ".safetensors.index.json"  # ending of the file that says which of several files holds a tensor
+_READABLE = ("F64", "F32", "F16", "BF16", "I64", "I32", "I16", "I8", "U8", "BOOL")  # types of safetensors
 _WANTED = "a checkpoint of the official trainer is a dict of step, model, opt, ema and scaler"
+# Modules that PyTorch wraps around others put these into the names of tensors.
+_WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
+_MAX_PARTS = max(name.count(".") for name in _NAMES) + 1  # of an official name
+_EMA = re.compile(r"(?:^|[._])(?:ema|swa|avg|averaged?|shadow)(?:[._\d]|$)")  # in the prefix of averaged weights
 
 
 class Moment(typing.NamedTuple):
@@ -197,7 +206,8 @@ class Official:
     step: int = 0
     scaler: dict | None = None
     buffers: dict[str, np.ndarray] | None = None  # of the noise schedule, `betas` at least
-    left_out: tuple[str, ...] = ()  # descriptions of the file's other content
+    optimizer_problem: str = ""  # why the file's optimizer was not read, if it has one
+    notes: list[str] = dataclasses.field(default_factory=list)  # lines for the user: what was left out or changed
 
 
 def schedule_buffers(schedule: Schedule) -> dict[str, np.ndarray]:
@@ -205,11 +215,11 @@ def schedule_buffers(schedule: Schedule) -> dict[str, np.ndarray]:
     return {name: getattr(schedule, column) for name, column in BUFFERS.items()}
 
 
-def read(path, *, weights_only: bool = False) -> Official:
-    """Read a checkpoint of the official trainer, or a bare state dict, from a `.pt` file.
+def read(path) -> Official:
+    """Read a checkpoint of the official trainer, or another `.pt` file with the weights of such a network.
 
-    Nothing in the file is executed. Half-precision tensors become float32. With `weights_only` the optimizer is not
-    read, and may be of any kind.
+    Nothing in the file is executed. Half-precision tensors become float32; float64 is rounded to it. An optimizer that
+    training here cannot continue is not read, and content that is not known here is left out; both are described.
 
     Raises:
       TorchFileError: the file is damaged or of another kind; the message says how.
@@ -217,83 +227,187 @@ def read(path, *, weights_only: bool = False) -> Official:
     content = torch_file.read(path)
     with prefixed(TorchFileError, f"{path}: "):
         if not isinstance(content, dict):
-            raise ValueError(f"it holds a {type(content).__name__}; {_WANTED}")
-        if "model" not in content:
-            if not any("encoder" in str(name) for name in content):
-                raise ValueError(f"it has no 'model'; {_WANTED}")
-            model, buffers = _split(content, "")
-            return Official(model, buffers=buffers)
-        model, buffers = _split(_part(content, "model"), "model: ")
-        official = Official(model, buffers=buffers, step=_count(content.get("step", 0), "step"))
+            raise ValueError(f"it holds a {_kind(content)}; {_WANTED}")
+        optimizers = [key for key, value in content.items() if isinstance(value, dict) and "param_groups" in value]
+        steps = [key for key in ("step", "global_step") if key in content]
+        official = _find_weights(content, {*optimizers[:1], *steps[:1], "scaler"})
         official.scaler = _plain(official, "scaler", content.get("scaler"))
-        known = ("step", "model", "opt", "ema", "scaler")
-        official.left_out += tuple(f"{key!r} of the file" for key in content if key not in known)
-        if not _is_empty(content.get("ema")):
-            _read_ema(official, _part(content, "ema"))
-        if not weights_only and not _is_empty(content.get("opt")):
-            _read_optimizer(official, _part(content, "opt"))
+        try:
+            for key in optimizers[:1]:
+                _read_optimizer(official, content[key])
+        except ValueError as error:
+            official.optimizer_problem = f"{optimizers[0]!r}: {error}"
+        if steps:
+            official.step = _count(content[steps[0]], steps[0])
+        elif official.moments:
+            official.step = max(moment.step for moment in official.moments.values())
+        official.ema_step = official.step if official.ema_step < 0 else official.ema_step
         return official
 
 
-def _read_ema(official: Official, ema: dict) -> None:
-    parts = {"ema_model": {}, "online_model": {}}
-    for name, tensor in ema.items():
-        part, _, rest = name.partition(".")
-        if part in parts:
-            parts[part][rest] = tensor
-        elif name not in ("initted", "step"):
-            raise ValueError(f"'ema' holds {name!r}, which is not known here")
-    official.ema, _ = _split(parts["ema_model"], "ema: ema_model.")
-    wrong = [name for name in official.ema.keys() ^ official.model.keys()]
-    wrong += [
-        name for name, t in official.ema.items() if name in official.model and t.shape != official.model[name].shape
-    ]
+def _find_weights(content: dict, known: set) -> Official:
+    """Find raw and averaged weights in nested dicts; what belongs to neither, nor to the keys `known`, gets a note."""
+    others, sets, keys = {}, {}, set(known)
+    for name, (key, value) in _leaves(content).items():
+        prefix, tensor_name = _divide(name)
+        if tensor_name:
+            sets.setdefault(prefix, {})[tensor_name] = value
+            keys.add(key)
+        else:
+            others[name] = (key, value)
+    roles = {}
+    for prefix in sets:
+        role = "online" if "online_model." in prefix else "ema" if _EMA.search(prefix) else "model"
+        if role in roles:
+            both = " and ".join(f"{found + '*'!r} ({len(sets[found])} tensors)" for found in (roles[role], prefix))
+            raise ValueError(f"it holds several networks, {both}; save the one that is meant in a file of its own")
+        roles[role] = prefix
+    raw = next((role for role in ("model", "online", "ema") if role in roles), None)
+    if raw is None:
+        raise ValueError(f"it holds no tensors of a U-ViT; {_WANTED}")
+    weights = {role: _all_float32(prefix, sets[prefix]) for role, prefix in roles.items()}
+
+    def take(name):
+        key, value = others.pop(name, (None, None))
+        keys.add(key)
+        return value
+
+    buffers = {role: _take_buffers(take, roles[role]) for role in sorted(roles, key=lambda role: role != raw)}
+    official = Official(weights[raw], buffers=buffers[raw])
+    if raw == "online":
+        official.notes.append("note: the file has no 'model'; the raw weights are those of the EMA's online_model")
+    if raw != "ema" and "ema" in roles:
+        _add_ema(official, weights["ema"], roles["ema"], take)
+    if raw == "model" and "online" in roles and not _equal(official.model, weights["online"]):
+        official.notes.append("left out: ema.online_model, which differs from the weights of 'model' here")
+    if any(tensor.dtype == np.float64 for found in sets.values() for tensor in found.values()):
+        official.notes.append("note: float64 weights are rounded to float32")
+    official.notes += _left_out(content, others, sets, keys, known)
+    return official
+
+
+def _leaves(content: dict) -> dict:
+    """{name: (key in `content`, value)}; a name joins the keys that lead to a value, without PyTorch's wrappers.
+
+    Names and the search are bounded: a small file can hold a dict or a text any number of times.
+    """
+    leaves, seen = {}, set()
+
+    def walk(node, prefix, home, depth):
+        seen.add(id(node))
+        for key, value in node.items():
+            if not isinstance(key, str):
+                continue
+            name = f"{prefix}{key[:128]}"
+            if isinstance(value, dict) and depth < 4:
+                if id(value) not in seen:
+                    walk(value, f"{name}.", home if depth else key, depth + 1)
+                continue
+            name = ".".join(part for part in name.split(".") if part not in _WRAPPERS)
+            if name in leaves and _divide(name)[1]:
+                raise ValueError(f"there are two tensors {name!r}, with and without a wrapper's name")
+            leaves[name] = (home if depth else key, value)
+
+    walk(content, "", None, 0)
+    return leaves
+
+
+def _divide(name: str) -> tuple[str, str | None]:
+    """Prefix of a name, and the official name of a tensor that it ends with."""
+    parts = name.split(".")
+    for i in range(max(0, len(parts) - _MAX_PARTS), len(parts)):
+        official = ".".join(parts[i:])
+        if _pattern(official)[0] in _NAMES:
+            return name.removesuffix(official), official
+    return name, None
+
+
+def _take_buffers(take, prefix: str) -> dict | None:
+    """The schedule's buffers, which are beside the network or in it; None without betas."""
+    parent = prefix[: prefix[:-1].rfind(".") + 1]
+    found = [(name, take(home + name)) for home in (prefix, parent) for name in BUFFERS]
+    buffers = {name: value for name, value in found if isinstance(value, np.ndarray)}
+    return buffers if "betas" in buffers else None
+
+
+def _add_ema(official: Official, ema: dict, prefix: str, take) -> None:
+    """Add averaged weights, and the calls of the EMA where the file counts them (else -1)."""
+    shapes = lambda weights: {(name, tensor.shape) for name, tensor in weights.items()}
+    wrong = sorted(shapes(ema) ^ shapes(official.model))
     if wrong:
-        raise ValueError(f"ema_model and the weights of 'model' differ in names or shapes: {sorted(wrong)[:3]}")
-    if parts["online_model"]:
-        online, _ = _split(parts["online_model"], "ema: online_model.")
-        if not all(np.array_equal(online.get(name), t, equal_nan=True) for name, t in official.model.items()):
-            official.left_out += ("ema.online_model, which differs from the weights of 'model' here",)
-    official.ema_step = _count(ema.get("step", official.step), "ema.step")
-    official.ema_initted = bool(_count(ema.get("initted", True), "ema.initted"))
+        raise ValueError(f"{prefix}* and the raw weights differ in names or shapes: {wrong[:3]}")
+    official.ema = ema
+    wrapper = prefix.partition("ema_model.")[0]
+    step, initted = take(f"{wrapper}step"), take(f"{wrapper}initted")
+    official.ema_step = -1 if step is None else _count(step, f"{wrapper}step")
+    official.ema_initted = True if initted is None else bool(_count(initted, f"{wrapper}initted"))
+
+
+def _equal(a: dict, b: dict) -> bool:
+    return all(np.array_equal(a[name], b.get(name), equal_nan=True) for name in a)
+
+
+def _left_out(content: dict, others: dict, sets: dict, keys: set, known: set) -> list[str]:
+    """Notes about content that is not used. Tensors beside a network's own mean that it is another network."""
+    for name, (_, value) in others.items():
+        if isinstance(value, np.ndarray) and value.size > 1 and any(name.startswith(prefix) for prefix in sets):
+            raise ValueError(f"{name!r} is not the name of a U-ViT tensor")
+    found = {name: value for name, (key, value) in others.items() if key in keys and key not in known}
+    empty = lambda value: value is None or (isinstance(value, (dict, list, tuple)) and not value)
+    found |= {key: value for key, value in content.items() if key not in keys and not empty(value)}
+    notes = [f"left out: {reprlib.repr(name)} of the file ({_kind(value)})" for name, value in found.items()]
+    return notes[:20] + [f"left out: {len(notes) - 20} more parts of the file"] * (len(notes) > 20)
+
+
+def _kind(value) -> str:
+    return value.kind if isinstance(value, Skipped) else type(value).__name__
 
 
 def _read_optimizer(official: Official, opt: dict) -> None:
-    state, groups, names = opt.get("state"), opt.get("param_groups"), list(official.model)
+    """Add AdamW's moments and settings.
+
+    Raises:
+      ValueError: training here cannot continue this optimizer.
+    """
+    state, groups, names = opt.get("state"), opt["param_groups"], list(official.model)
     if not isinstance(state, dict) or not isinstance(groups, list) or not all(isinstance(g, dict) for g in groups):
-        raise ValueError("'opt' lacks state or param_groups")
-    if len(groups) != 1:
-        raise ValueError(f"'opt' has {len(groups)} groups of parameters; the official trainer makes one")
-    numbers = groups[0].get("params")
-    if not isinstance(numbers, list) or not all(type(n) is int for n in numbers) or len(numbers) != len(names):
-        known = len(numbers) if isinstance(numbers, list) else "no"
-        raise ValueError(f"'opt' knows {known} tensors, the network has {len(names)}")
-    official.group = _read_group(official, groups[0])
-    official.moments = {}
+        raise ValueError("it lacks state or param_groups")
+    lists = [group.get("params") for group in groups]
+    numbers = [number for params in lists if isinstance(params, list) for number in params]
+    if len(numbers) != len(names) or not all(type(number) is int for number in numbers):
+        raise ValueError(f"it knows {len(numbers)} tensors, the network has {len(names)}")
+    settings = [_read_group(official, group) for group in groups]
+    if any(group != settings[0] for group in settings):
+        raise ValueError(f"its {len(groups)} groups of tensors have different settings; here all tensors share one")
+    moments = {}
     for name, entry in ((name, state[number]) for name, number in zip(names, numbers, strict=True) if number in state):
         if not isinstance(entry, dict) or entry.keys() != {"step", "exp_avg", "exp_avg_sq"}:
-            raise ValueError(f"the optimizer's state of {name} is not that of AdamW (step, exp_avg, exp_avg_sq)")
-        step = _count(entry["step"], f"the optimizer's step of {name}")
+            raise ValueError(f"the state of {name} is not that of AdamW (step, exp_avg, exp_avg_sq)")
         pair = [_float32(f"{kind} of {name}", entry[kind]) for kind in ("exp_avg", "exp_avg_sq")]
         for tensor in pair:
             if tensor.shape != official.model[name].shape:
                 raise ValueError(f"a moment of {name} is {tensor.shape}, the tensor {official.model[name].shape}")
-        official.moments[name] = Moment(step, *pair)
+        moments[name] = Moment(_count(entry["step"], f"the step of {name}"), *pair)
+    if len(groups) > 1:
+        official.notes.append(f"note: the optimizer's {len(groups)} groups of equal settings become one")
+    official.moments, official.group = moments, settings[0]
 
 
 def _read_group(official: Official, group: dict) -> dict:
     """AdamW's settings, as plain numbers and text."""
     betas = group.get("betas")
     if not isinstance(betas, (tuple, list)) or len(betas) != 2:
-        raise ValueError(f"opt.param_groups betas is {reprlib.repr(betas)}; two numbers are wanted")
-    others = {key: value for key, value in group.items() if key not in ("params", "betas")}
-    plain = {key: _plain(official, f"opt.param_groups {key}", value) for key, value in others.items()}
-    plain["betas"] = tuple(_plain(official, "opt.param_groups betas", beta) for beta in betas)
+        raise ValueError(f"its betas is {reprlib.repr(betas)}; two numbers are wanted")
+    plain = {}
+    for key in (key for key in group if key != "params"):
+        value = tuple(map(_scalar, betas)) if key == "betas" else _plain(official, f"the optimizer's {key}", group[key])
+        if value is not None or group[key] is None:
+            plain[key] = value
     numbers = [(name, plain.get(name, 0.0)) for name in ("lr", "initial_lr", "weight_decay")]
     for name, value in [*numbers, *(("betas", beta) for beta in plain["betas"])]:
         if not isinstance(value, (int, float)) or isinstance(value, bool) or not abs(value) < 1e300:
-            raise ValueError(f"opt.param_groups {name} is {value!r}, which is not a number")
-    return {key: plain[key] for key in group if key != "params"}
+            raise ValueError(f"its {name} is {reprlib.repr(value)}, which is not a number")
+    return plain
 
 
 def write(path, official: Official) -> None:
@@ -321,25 +435,53 @@ def write(path, official: Official) -> None:
 
 
 def read_safetensors(path) -> tuple[Official, dict]:
-    """Read one set of weights, with the schedule's buffers if they are there, and the notes of `write_safetensors`.
+    """Read weights, with the schedule's buffers if they are there, and the notes of `write_safetensors`.
+
+    path: a file, the `.safetensors.index.json` of several, or the folder of either.
 
     Raises:
-      TorchFileError: the file is damaged, or not of a U-ViT.
+      TorchFileError: a file is damaged, or not of a U-ViT.
       OSError: it cannot be opened.
     """
-    path = pathlib.Path(path)
-    path.open("rb").close()  # raises the ordinary errors of a missing or forbidden file
-    damage = (safetensors.SafetensorError, ValueError, TypeError, AttributeError, RecursionError)
+    tensors, noted, damage = (
+        {},
+        {},
+        (safetensors.SafetensorError, ValueError, TypeError, AttributeError, RecursionError),
+    )
     with prefixed(TorchFileError, f"{path}: it is damaged or not a .safetensors file (", damage, ")"):
-        with safetensors.safe_open(path, framework="numpy") as file:
-            header = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in list(file.keys())}
-        noted = json.loads(header.get(_METADATA, "{}"))
+        files, wanted = _shards(pathlib.Path(path))
+        for file in files:
+            file.open("rb").close()  # raises the ordinary errors of a missing or forbidden file
+            with safetensors.safe_open(file, framework="numpy") as opened:
+                noted |= json.loads((opened.metadata() or {}).get(_METADATA, "{}"))
+                for name in list(opened.keys()):
+                    if name in tensors:
+                        raise TorchFileError(f"{path}: two of its files hold {name!r}; give the one that is meant")
+                    kind = opened.get_slice(name).get_dtype()
+                    tensors[name] = opened.get_tensor(name) if kind in _READABLE else Skipped(f"{kind} tensor")
     with prefixed(TorchFileError, f"{path}: "):
-        if not isinstance(noted, dict):
-            raise ValueError(f"its header's {_METADATA!r} is damaged")
-        model, buffers = _split(tensors, "")
-        return Official({name: model[name] for name in sorted(model, key=official_rank)}, buffers=buffers), noted
+        missing = sorted(wanted - tensors.keys())
+        if missing:
+            raise ValueError(f"its index names {missing[:3]}, which are in none of the files")
+        official = _find_weights(tensors, set())
+        official.model = {name: official.model[name] for name in sorted(official.model, key=official_rank)}
+        return official, noted
+
+
+def _shards(path: pathlib.Path) -> tuple[list[pathlib.Path], set[str]]:
+    """The files that make up a `.safetensors`, and names of tensors that must be in them."""
+    if path.is_dir():
+        indices = sorted(path.glob(f"*{INDEX}"))
+        if not indices:
+            return sorted(path.glob("*.safetensors")), set()
+        path = indices[0]
+    if not path.name.endswith(INDEX):
+        return [path], set()
+    where = json.loads(path.read_bytes())["weight_map"]
+    names = sorted(set(where.values()))
+    if any(pathlib.Path(name).name != name for name in names):
+        raise ValueError("its index names files of other folders")
+    return [path.with_name(name) for name in names], set(where)
 
 
 def write_safetensors(path, model: dict[str, np.ndarray], noted: dict) -> None:
@@ -354,57 +496,31 @@ def load_weights(path, which: str = "params") -> dict:
     Raises:
       TorchFileError: the file is damaged or of another kind; the message says how.
     """
-    if str(path).lower().endswith(".safetensors"):
-        weights = read_safetensors(path)[0].model
-    else:
-        official = read(path, weights_only=True)
-        weights = official.model if which == "params" else official.ema
+    path = pathlib.Path(path)
+    official = read_safetensors(path)[0] if is_safetensors(path) else read(path)
+    weights = official.model if which == "params" or is_safetensors(path) else official.ema
     with prefixed(TorchFileError, f"{path}: "):
         if weights is None:
             raise ValueError(f"it has no 'ema'; {_WANTED}")
         return params_from_state_dict(weights)
 
 
-def _is_empty(part) -> bool:
-    return part is None or (isinstance(part, dict) and not part)
+def is_safetensors(path: pathlib.Path) -> bool:
+    """Whether `read_safetensors` reads this path."""
+    name = path.name.lower()
+    return name.endswith((".safetensors", INDEX)) or (os.path.isdir(path) and any(path.glob("*.safetensors")))
 
 
-def _part(content: dict, key: str) -> dict:
-    part = content[key]
-    if not isinstance(part, dict) or not part or not all(isinstance(name, str) for name in part):
-        raise ValueError(f"{key!r} is not what the official trainer writes; {_WANTED}")
-    return part
-
-
-def _split(state_dict: dict, where: str) -> tuple[dict, dict | None]:
-    """Split a state dict into the network's tensors and the schedule's buffers (None without betas)."""
-    network, buffers = {}, {}
-    for full, tensor in state_dict.items():
-        inner = str(full).removeprefix("module.")  # of a model that was saved while wrapped for several devices
-        name = inner.removeprefix("model.")
-        if not isinstance(tensor, np.ndarray):
-            raise ValueError(f"{where}{full} is a {type(tensor).__name__}, not a tensor")
-        if inner in BUFFERS:
-            buffers[inner] = tensor
-        elif _pattern(name)[0] not in _NAMES:
-            raise ValueError(f"{where}{name[:100]!r} is not the name of a U-ViT tensor")
-        elif name in network:
-            raise ValueError(f"{where}there are two tensors {name!r}, with and without a prefix")
-        else:
-            network[name] = _float32(f"{where}{full}", tensor)
-    if not network:
-        raise ValueError(f"{where}there are no tensors of a U-ViT")
-    return network, buffers if "betas" in buffers else None
+def _all_float32(prefix: str, tensors: dict) -> dict[str, np.ndarray]:
+    return {name: _float32(f"{prefix}{name}", tensor) for name, tensor in tensors.items()}
 
 
 def _float32(name: str, tensor) -> np.ndarray:
     if not isinstance(tensor, np.ndarray):
-        raise ValueError(f"{name} is a {type(tensor).__name__}, not a tensor")
-    if tensor.dtype in (np.float16, ml_dtypes.bfloat16):
-        return tensor.astype(np.float32)
-    if tensor.dtype != np.float32:
+        raise ValueError(f"{name} is a {_kind(tensor)}, not a tensor of floating-point numbers of 16 to 64 bits")
+    if tensor.dtype not in (np.float16, ml_dtypes.bfloat16, np.float32, np.float64):
         raise ValueError(f"{name} is {tensor.dtype}; float32 is wanted")
-    return tensor
+    return tensor.astype(np.float32, copy=False)
 
 
 def _count(value, name: str) -> int:
@@ -425,7 +541,7 @@ def _plain(official: Official, name: str, value):
     items = [*plain, *plain.values()] if isinstance(plain, dict) else [plain]
     if all(item is None or isinstance(item, (bool, int, float, str)) for item in items):
         return plain
-    official.left_out += (f"{name}, which is not made of plain numbers and words",)
+    official.notes.append(f"left out: {name}, which is not made of plain numbers and words")
     return None
 
 
@@ -433,7 +549,7 @@ def _plain(official: Official, name: str, value):
 
 
 def architecture(model: dict[str, np.ndarray]) -> dict:
-    """Settings of the network with these tensors, as `config.Model` and `config.Data` name them, without `heads`.
+    """Settings of the network with these tensors, such as "model.width"; all but `model.heads`.
 
     Raises:
       ValueError: the tensors do not make a U-ViT; the message names one.
@@ -459,15 +575,15 @@ def architecture(model: dict[str, np.ndarray]) -> dict:
     if side < 1 or side * side != patches or (wavelet and not scale):
         raise ValueError(f"'encoder.encoder_pos_embed' has {tokens} positions, which are not those of square images")
     blocks = {int(name.split(".")[2]) for name in model if name.startswith("encoder.in_blocks.")}
-    return dict(
-        image_size=side * patch_size * (2 if wavelet else 1),
-        channels=channels,
-        patch_size=patch_size,
-        wavelet_scale=scale,
-        width=width,
-        depth=2 * len(blocks),
-        mlp_ratio=shape("encoder.mid_block.mlp.fc1.weight", 2)[0] / width,
-        qv_bias="encoder.mid_block.attn.q_bias" in model,
-        num_classes=shape("encoder.label_emb.weight", 2)[0] if conditional else 0,
-        time_mlp="encoder.time_embed.0.weight" in model,
-    )
+    return {
+        "data.image_size": side * patch_size * (2 if wavelet else 1),
+        "data.channels": channels,
+        "model.patch_size": patch_size,
+        "model.wavelet_scale": scale,
+        "model.width": width,
+        "model.depth": 2 * len(blocks),
+        "model.mlp_ratio": shape("encoder.mid_block.mlp.fc1.weight", 2)[0] / width,
+        "model.qv_bias": "encoder.mid_block.attn.q_bias" in model,
+        "model.num_classes": shape("encoder.label_emb.weight", 2)[0] if conditional else 0,
+        "model.time_mlp": "encoder.time_embed.0.weight" in model,
+    }

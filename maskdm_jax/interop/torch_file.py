@@ -1,8 +1,8 @@
 """PyTorch's checkpoint files, read and written without PyTorch.
 
 Both formats are read: the zip archive of PyTorch 1.6 and later, and the stream before it. The zip archive is written,
-in the form that `torch.load(weights_only=True)` accepts. Reading executes nothing, and refuses by name everything that
-is not a tensor or a plain container.
+in the form that `torch.load(weights_only=True)` accepts. Reading executes nothing: a `Skipped` takes the place of
+everything that is not a tensor, a number, a text or a plain container.
 
 Memory stays within a small multiple of the file's size: see `interop.pickles`; tensors are views of their storages, and
 entries of an archive may neither overlap nor be compressed.
@@ -22,6 +22,7 @@ import numpy as np
 
 from maskdm_jax.errors import TorchFileError, prefixed
 from maskdm_jax.interop import pickles
+from maskdm_jax.interop.pickles import Skipped
 from maskdm_jax.storage import atomic_path
 
 STORAGES = {
@@ -45,9 +46,10 @@ _DAMAGE = (zipfile.BadZipFile, EOFError, LookupError, TypeError, ValueError, str
 
 
 def read(path):
-    """Read a `.pt` file: nested dicts, lists, tuples, numbers, strings, None and NumPy arrays.
+    """Read a `.pt` file: nested dicts, lists, tuples, numbers, strings, None, NumPy arrays, and `Skipped` for the rest.
 
-    Arrays are read-only views of the file's content; bfloat16 comes as `ml_dtypes.bfloat16`.
+    Arrays are read-only views of the file's content; bfloat16 comes as `ml_dtypes.bfloat16`. NumPy's numbers come as
+    Python's.
 
     Raises:
       TorchFileError: the message names the file and what is wrong with it.
@@ -69,10 +71,8 @@ def _need(ok, message: str) -> None:
 
 
 def _check(value, depth: int, heights: dict) -> int:
-    """Refuse what is not plain or nested too deeply, as a loop is; return how deeply `value` is nested itself."""
+    """Refuse containers that are nested too deeply, as a loop is; return how deeply `value` is nested itself."""
     if not isinstance(value, (dict, list, tuple)):
-        plain = value is None or isinstance(value, (bool, int, float, str, np.ndarray))
-        _need(plain, f"it holds a {type(value).__name__}, which is not a tensor or a plain container; refused")
         return 0
     # A container is visited once: a few nested references would unfold without end.
     height = heights.get(id(value), 0)
@@ -100,6 +100,8 @@ class _Storage:
 
 def _tensor(storage, offset, shape, strides, *_) -> np.ndarray:
     """The stand-in for PyTorch's `_rebuild_tensor_v2`; offset and strides count numbers."""
+    if isinstance(storage, Skipped):
+        return storage
     sound = isinstance(storage, _Storage) and isinstance(shape, tuple) and isinstance(strides, tuple)
     sound = sound and all(type(n) is int for n in (offset, *shape, *strides))
     _need(sound and len(shape) == len(strides) <= 32, "a tensor's description is damaged")
@@ -111,8 +113,39 @@ def _tensor(storage, offset, shape, strides, *_) -> np.ndarray:
     return np.lib.stride_tricks.as_strided(storage.numbers[offset:], shape, strides, writeable=False)
 
 
-_CONTAINERS = {
+# What follows is bounded: a pickle can ask again and again for the same conversion of the same long text.
+
+
+def _encoded(text, _):
+    """The stand-in for `_codecs.encode`, by which pickles of protocol 2 keep bytes; long ones are not needed here."""
+    return text.encode("latin1") if len(text) <= 16 else Skipped("bytes")
+
+
+class _NumpyType:
+    """The stand-in for NumPy's `dtype`; `code` is such as "f8"."""
+
+    def __init__(self, code, *_):
+        self.code = code
+
+    def set_state(self, state) -> None:
+        """Refuse numbers of big-endian machines, which would be read wrongly."""
+        _need(isinstance(state, tuple) and ">" not in state, "it holds a number of a big-endian machine")
+
+
+def _numpy_number(dtype, content=b""):
+    """The stand-in for NumPy's `scalar`."""
+    known = isinstance(dtype, _NumpyType) and dtype.code in _NUMBERS
+    return np.frombuffer(content, dtype.code)[0].item() if known else Skipped("numpy.scalar")
+
+
+_NUMBERS = ("f8", "f4", "f2", "i8", "i4", "i2", "i1", "u8", "u4", "u2", "u1", "b1")
+_STAND_INS = {
     "collections.OrderedDict": lambda: {},
+    "collections.defaultdict": lambda *_: {},
+    "_codecs.encode": _encoded,
+    "numpy.dtype": _NumpyType,
+    "numpy.core.multiarray.scalar": _numpy_number,
+    "numpy._core.multiarray.scalar": _numpy_number,
     "torch.Size": lambda sizes: sizes,
     "torch._utils._rebuild_parameter": lambda tensor, *_: tensor,
 } | {f"torch.{name}": dtype for name, dtype in STORAGES.items()}
@@ -120,17 +153,21 @@ _CONTAINERS = {
 
 def _load(content, find_storage, make_tensor=_tensor):
     """Read a pickle of containers and tensors; `find_storage(dtype, key, size, view)` gives a `_Storage`."""
+    tensors = {f"torch._utils._rebuild_tensor{version}": make_tensor for version in ("", "_v2")}
+    # Of types that NumPy lacks, such as 8-bit floating point.
+    tensors["torch._utils._rebuild_tensor_v3"] = lambda *args: Skipped(f"{getattr(args[6], 'kind', '')} tensor")
 
     def persistent_load(entry):
         sound = isinstance(entry, tuple) and len(entry) >= 5 and entry[0] == "storage"
         _need(sound, "the pickle refers to something outside it that is not a storage")
         _, dtype, key, _, size, *view = entry
+        if isinstance(dtype, Skipped):
+            return dtype
         sound = isinstance(dtype, np.dtype) and isinstance(key, str) and type(size) is int and size >= 0
         _need(sound, "a storage's description is damaged")
         return find_storage(dtype, key, size, view[0] if view else None)
 
-    tensors = {f"torch._utils._rebuild_tensor{version}": make_tensor for version in ("", "_v2")}
-    return pickles.load(content, _CONTAINERS | tensors, persistent_load=persistent_load)
+    return pickles.load(content, _STAND_INS | tensors, persistent_load=persistent_load, skip=True)
 
 
 def _read_zip(path: pathlib.Path):
