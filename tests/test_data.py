@@ -1,3 +1,4 @@
+import dataclasses
 import io
 import json
 import logging
@@ -191,7 +192,7 @@ def test_what_pillow_decodes_is_used_and_the_rest_is_counted(stored, caplog):
     kinds = dict(jfif="JPEG", jpe="JPEG", avif="AVIF", jp2="JPEG2000", tga="TGA", apng="PNG", pnm="PPM", ico="ICO")
     images = {f"a.{suffix}": png((9, 9, 9), (16, 16), kind=kind) for suffix, kind in kinds.items()}
     others = {"b.heic": b"x", "c.HEIC": b"x", "README": b"", ".hidden/d.png": png(), "e.mpg": b"", "f.pdf": b""}
-    source = open_source(stored(images | others))
+    source = open_source(place := stored(images | others))
     assert source.names == sorted(images)
     assert [int(decode(source.read(i)[0], Framing(16)).mean().round()) for i in range(8)] == [9] * 8
     left_aside = {".heic": 2, "without suffix": 1, "hidden": 1, ".mpg": 1, ".pdf": 1}
@@ -199,6 +200,8 @@ def test_what_pillow_decodes_is_used_and_the_rest_is_counted(stored, caplog):
     assert "left aside 6 files: 2 .heic" in caplog.text
     assert sources.card_of(source, Framing(8))["left_aside"] == left_aside
     assert select(source, fraction=0.5).left_aside == left_aside
+    line = f"8 images from {place}, left aside: 2 .heic, 1 without suffix, 1 .mpg, 1 .pdf, 1 hidden"
+    assert sorted(str(TrainingData(colour(place))).split(", ")) == sorted(line.split(", "))
 
 
 def test_equal_files_have_equal_hashes_and_other_files_have_others(stored, tmp_path):
@@ -545,6 +548,16 @@ def test_more_than_one_percent_unreadable_stops(stored):
         DataError, match=r"3 of 200 images are unreadable, more than 1% \(0003.png: not an image of a kn"
     ):
         take(batches, 4)
+    batches.close()
+
+
+def test_an_image_beyond_the_limit_of_pixels_names_the_setting(tmp_path):
+    (tmp_path / "a.png").write_bytes(png(7, (20, 10), "L"))
+    settings = colour(str(tmp_path))
+    assert take(TrainingData(settings).batches(batch_size=1, seed=0), 1)[0]["image"].min() == 7
+    batches = TrainingData(dataclasses.replace(settings, max_pixels=199)).batches(batch_size=1, seed=0)
+    with pytest.raises(DataError, match=r"a.png \(it has 20 x 10 pixels, .* raise --config.data.max_pixels"):
+        next(batches)
     batches.close()
 
 

@@ -3,6 +3,7 @@
 import io
 import os
 import pickle
+import shutil
 import tarfile
 import zipfile
 
@@ -45,6 +46,10 @@ def test_an_lmdb_of_encoded_images_or_of_pixels(tmp_path):
     bitmap += bytes(3 * 20 * 20 - len(bitmap))  # as long as bare pixels would be
     write_lmdb(tmp_path / "bitmaps", {b"0": bitmap})
     assert open_source(str(tmp_path / "bitmaps")).read(0)[0] == bitmap
+    shutil.copytree(tmp_path / "encoded", tmp_path / "copy")
+    hashes = [open_source(str(tmp_path / name)).files_hash for name in ("encoded", "copy", "pixels", "bitmaps")]
+    assert hashes[0] == hashes[1]
+    assert len(set(hashes)) == 3
     with pytest.raises(DataError, match="is an LMDB, which has no labels"):
         open_source(str(tmp_path / "pixels"), labels=True)
     write_lmdb(tmp_path / "empty", {})
@@ -115,6 +120,8 @@ def test_a_tfds_folder_is_read_without_tensorflow(tfds_folder):
     assert images == {encoded(i): i % 2 for i in range(7)}
     assert source.labels == [source.read(i)[1] for i in range(7)]
     assert pickle.loads(pickle.dumps(source)).read(3) == source.read(3)
+    test = open_source(str(tfds_folder), labels=True, split="test")
+    assert source.files_hash == open_source(str(tfds_folder)).files_hash != test.files_hash
     with pytest.raises(DataError, match="split 'validation': Unknown split"):
         open_source(str(tfds_folder), split="validation")
     data = tiny.config(data__path=str(tfds_folder), data__split="test", data__channels=3, model__num_classes=2).data
@@ -161,6 +168,7 @@ def test_batch_files(batches):
         np.testing.assert_array_equal(image, PLANES[i].reshape(3, 4, 4).transpose(1, 2, 0))
         assert label == source.labels[i]
     plain = ArrayBatches(batches, [])
+    assert source.files_hash == plain.files_hash != ArrayBatches(batches[:2], []).files_hash
     assert len(plain) == 5
     assert plain.labels == []
     assert plain.read(2)[1] == 0

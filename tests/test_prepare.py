@@ -118,6 +118,7 @@ def test_training_reads_it_like_the_folder(folder, prepared):
         for key in b:
             np.testing.assert_array_equal(a[key], b[key])
     pickle.loads(pickle.dumps(data[0].source)).read(3)
+    assert data[0].card["files_hash"] == data[0].card["content_hash"]
 
 
 def test_the_hash_is_of_the_content(folder, prepared, tmp_path):
@@ -242,9 +243,10 @@ def test_unreadable_images_are_named_and_few(tmp_path):
     for i in range(120):
         (root / f"{i:03d}.png").write_bytes(encoded("RGB", seed=i))
     (root / "007.png").write_bytes(encoded("RGB")[:50])
+    (root / "120.heic").write_bytes(b"")
     source = open_source(str(root))
     card = prepare.prepare(source, tmp_path / "out", Framing(8), name="x")
-    assert card["count"] == 119
+    assert (card["count"], card["left_aside"]) == (119, {".heic": 1})
     assert [entry.split(":")[0] for entry in card["left_out"]] == ["007.png"]
     assert len(open_source(str(tmp_path / "out"))) == 119
     (root / "008.png").write_bytes(b"not an image")
@@ -414,6 +416,8 @@ def test_from_the_command_line(root, folder, tmp_path, child_env):
     done = run(f"--src={folder}", f"--out={tmp_path / 'set'}", "--size=8", "--labels")
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith(f"done: 11 images in 2 classes in {tmp_path / 'set'}, content ")
+    done = run(f"--src={folder}", f"--out={tmp_path / 'small'}", "--size=8", "--max_pixels=400")
+    assert "1 of 11 images are unreadable, more than 1% (dog/wide.png: it has 300 x 9 pixels" in done.stderr
     done = run(f"--src={tmp_path / 'none'}", f"--out={tmp_path / 'other'}", "--size=8")
     assert done.returncode == 1
     assert done.stderr.startswith("error: '")

@@ -46,6 +46,11 @@ def hash_texts(texts) -> str:
     return hashlib.sha256("\0".join(texts).encode("utf-8", "surrogateescape")).hexdigest()
 
 
+def counted(numbers: dict[str, int]) -> str:
+    """Such as "3 .txt, 1 .heic"."""
+    return ", ".join(f"{number} {name}" for name, number in sorted(numbers.items(), key=lambda item: -item[1]))
+
+
 class LazySequence(collections.abc.Sequence):
     """A sequence whose elements are computed when they are asked for, such as names that would fill memory."""
 

@@ -56,11 +56,10 @@ class LmdbImages(Source):
             reason = lines[-1] if lines and walk.returncode > 0 else f"reading it ends in signal {-walk.returncode}"
             raise DataError(f"{path} is not a readable LMDB, cut short or damaged ({reason}); copy it again")
         broken = prefixed(DataError, f"{path} is not a readable LMDB (", lmdb.Error, "); copy it again")
-        with broken, self._open().begin() as transaction:
-            keys = [str(key, "utf-8", "surrogateescape") for key in transaction.cursor().iternext(values=False)]
-        names = [key for key in keys if key not in _NOT_IMAGES]
-        size = os.path.getsize(os.path.join(self._path, "data.mdb"))
-        super().__init__(names, files_hash=hash_texts([*names, str(size)]))
+        with broken, self._open().begin(buffers=True) as transaction:
+            sizes = {str(key, "utf-8", "surrogateescape"): len(value) for key, value in transaction.cursor()}
+        names = [key for key in sizes if key not in _NOT_IMAGES]
+        super().__init__(names, files_hash=hash_texts(f"{name} {sizes[name]}" for name in names))
         if not self.names:
             raise DataError(f"{path} is empty; copy it again")
         first = self._value(0)

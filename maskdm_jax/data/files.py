@@ -16,7 +16,7 @@ import zlib
 
 import fsspec
 
-from maskdm_jax.data.base import Source, hash_texts
+from maskdm_jax.data.base import Source, counted, hash_texts
 from maskdm_jax.data.images import SUFFIXES
 from maskdm_jax.data.labels import find_labels
 from maskdm_jax.errors import DataError, prefixed
@@ -49,13 +49,12 @@ class Files(Source):
         left_aside = collections.Counter(
             kinds[name] for name in kinds if kinds[name] not in SUFFIXES and name not in used
         )
-        counted = ", ".join(f"{count} {kind}" for kind, count in left_aside.most_common())
         if not names:
-            raise DataError(f"{path} holds no images that Pillow can decode; it holds {counted or 'no files'}")
+            raise DataError(
+                f"{path} holds no images that Pillow can decode; it holds {counted(left_aside) or 'no files'}"
+            )
         if left_aside:
-            log.warning("%s: left aside %d files: %s", path, left_aside.total(), counted)
-        if used:
-            log.info("%s: labels of %d classes from %s", path, len(classes), ", ".join(used))
+            log.warning("%s: left aside %d files: %s", path, left_aside.total(), counted(left_aside))
         files_hash = hash_texts(f"{name} {sizes[name]}" for name in names)
         super().__init__(names, numbers, classes, files_hash, left_aside)
 

@@ -14,6 +14,7 @@ import jax
 import numpy as np
 from absl import flags
 
+from maskdm_jax.data.base import counted
 from maskdm_jax.data.images import ChannelsError, Framing, decode
 from maskdm_jax.data.sources import card_of, open_source, read_patiently, select
 from maskdm_jax.errors import DataError, first_line
@@ -109,6 +110,13 @@ class TrainingData:
 
     def __len__(self):
         return len(self.source)
+
+    def __str__(self):
+        names = ", ".join(self.classes[:5]) + (", ..." if len(self.classes) > 5 else "")
+        parts = [f"{len(self)} images from {self.settings.path}"]
+        parts += [f"{len(self.classes)} classes ({names})"] if names else []
+        parts += [f"left aside: {counted(self.source.left_aside)}"] if self.source.left_aside else []
+        return ", ".join(parts)
 
     def batches(self, *, batch_size: int, seed: int, host: int | None = None, hosts: int | None = None) -> "Batches":
         """A host's part of global batches of `batch_size`, shuffled by `seed`; of this process and all by default."""

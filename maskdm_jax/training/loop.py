@@ -99,7 +99,7 @@ def train(config: Config, data, workdir, *, make_hooks=lambda run: (), devices=N
             return checkpoints.folder / str(done)
         log.info("parameters\n%s", logs.parameter_table(start.state.params))
         kind = mesh.devices.flat[0].device_kind
-        log.info("%d images from %s; %d x %s; run folder %s", len(data), config.data.path, mesh.size, kind, workdir)
+        log.info("%s; %d x %s; run folder %s", data, mesh.size, kind, workdir)
         metrics = logs.Metrics(workdir, config.log, step=done)
         closing.callback(metrics.close)
         tracing = logs.Profile(workdir / "profile", done + WARM_UP + 1, profile if processes.is_first() else 0)
