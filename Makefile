@@ -12,7 +12,7 @@ demo: .venv/.installed
 	$(BIN)/python launch/train.py --config=configs/demo.py --workdir=runs/demo
 
 test: .venv/.test-installed
-	$(BIN)/python -m pytest -n auto --maxprocesses=4 --dist loadfile
+	$(BIN)/python -m pytest -n auto --maxprocesses=4 --dist worksteal
 
 lint: .venv/.test-installed
 	$(BIN)/ruff check .

@@ -76,7 +76,7 @@ def start(workdir):
     """Start the run, or resume it."""
     settings = {
         "model.width": 32,
-        "model.depth": 3,
+        "model.depth": 1,
         "model.heads": 2,
         "stages": ("pretrain",),
         "pretrain.steps": STEPS.value,

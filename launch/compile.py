@@ -14,7 +14,11 @@ import sys
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-CONFIG = config_flags.DEFINE_config_file("config", None, "Config file of the run.")
+from maskdm_jax.parallel import runtime
+
+CONFIG = config_flags.DEFINE_config_file(
+    "config", None, "Config file of the run.", lock_config=False, accept_new_attributes=True
+)
 TOPOLOGY = flags.DEFINE_string("topology", "local", "TPU topology such as v5e:4x4, v5p:4x4x4, 2*v6e:16x16; or local.")
 STAGES = flags.DEFINE_list("stages", None, "Stages to compile; default: all of the config.")
 SAMPLES = flags.DEFINE_integer("samples", 16, "Images per chip and sampling call; 0: no sampling.", 0)
@@ -31,7 +35,6 @@ def main(argv):
     import jax
 
     from maskdm_jax import config
-    from maskdm_jax.parallel import runtime
     from maskdm_jax.tools import cost
 
     with runtime.program(distributed=False):
@@ -149,4 +152,4 @@ def write(stage: str, batch: int, found) -> None:
 
 
 if __name__ == "__main__":
-    app.run(main)
+    runtime.start(main)

@@ -7,10 +7,14 @@ only). Needs neither PyTorch nor an accelerator. docs/checkpoints.md lists what 
 from absl import app, flags, logging
 from ml_collections import config_flags
 
+from maskdm_jax.parallel import runtime
+
 SRC = flags.DEFINE_string("src", None, "Run folder, checkpoint folder, .pt or .safetensors.", required=True)
 DST = flags.DEFINE_string("dst", None, "Run folder, .pt or .safetensors; must not exist yet.", required=True)
 HEADS = flags.DEFINE_integer("num_heads", None, "Number of attention heads, which official files do not contain.")
-CONFIG = config_flags.DEFINE_config_file("config", None, "Config of the run; needed to train it further.")
+CONFIG = config_flags.DEFINE_config_file(
+    "config", None, "Config of the run; needed to train it further.", lock_config=False, accept_new_attributes=True
+)
 STAGE = flags.DEFINE_string("stage", None, "Stage of --config that the file belongs to; default: the first.")
 WEIGHTS = flags.DEFINE_enum("weights", "ema", ["ema", "params"], "Of a .safetensors to write: averaged or raw weights.")
 
@@ -23,7 +27,6 @@ def main(argv):
 
     jax.config.update("jax_platforms", "cpu")
     from maskdm_jax.interop.convert import convert
-    from maskdm_jax.parallel import runtime
 
     options = dict(heads=HEADS.value, config=CONFIG.value, stage=STAGE.value, weights=WEIGHTS.value)
     with runtime.program(distributed=False):
@@ -32,4 +35,4 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    app.run(main)
+    runtime.start(main)

@@ -13,6 +13,8 @@ import sys
 
 from absl import app, flags, logging
 
+from maskdm_jax.parallel import runtime
+
 REFERENCE = flags.DEFINE_string("reference", None, "Real images, or their statistics.")
 SAMPLES = flags.DEFINE_string("samples", None, "Images to evaluate.")
 WEIGHTS = flags.DEFINE_string("inception_weights", "", "Weights of FID's Inception network; downloaded by default.")
@@ -38,7 +40,7 @@ def main(argv):
         raise app.UsageError(f"--seeds={','.join(SEEDS.value)}: give numbers, such as 0,1,2")
     logging.set_verbosity(logging.WARNING)
     from maskdm_jax.evaluation import evaluate
-    from maskdm_jax.parallel import processes, runtime
+    from maskdm_jax.parallel import processes
 
     sys.stdout.reconfigure(errors="backslashreplace")  # file names need not be UTF-8
     sampling = {key: flag.value for key, flag in {"method": METHOD, "steps": STEPS}.items() if flag.value is not None}
@@ -77,4 +79,4 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    app.run(main)
+    runtime.start(main)

@@ -8,6 +8,8 @@ import pathlib
 
 from absl import app, flags, logging
 
+from maskdm_jax.parallel import runtime
+
 RUN = flags.DEFINE_string("run", None, "Run folder (its latest checkpoint is used) or checkpoint.", required=True)
 IMAGES = flags.DEFINE_list(
     "images", None, "Two image files, which are resized and cropped as in training.", required=True
@@ -31,7 +33,6 @@ def main(argv):
     from maskdm_jax import sampling
     from maskdm_jax.data.images import Framing, decode, sample_grid, save_png
     from maskdm_jax.errors import DataError, prefixed
-    from maskdm_jax.parallel import runtime
 
     with runtime.program(distributed=False):
         loaded, ends = sampling.load(RUN.value, weights=WEIGHTS.value), []
@@ -46,4 +47,4 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    app.run(main)
+    runtime.start(main)

@@ -14,6 +14,8 @@ import time
 
 from absl import app, flags
 
+from maskdm_jax.errors import ConfigError
+
 PROCESSES = flags.DEFINE_integer("processes", 2, "Number of processes.", lower_bound=1)
 DEVICES = flags.DEFINE_integer("devices", 1, "CPU devices per process.", lower_bound=1)
 RESTARTS = flags.DEFINE_integer("restarts", 0, "How often to restart all processes after one failed.", lower_bound=0)
@@ -28,10 +30,11 @@ def main(argv):
         signal.signal(number, lambda number, _: stop.append(number))
     for attempt in range(RESTARTS.value + 1):
         status = run(argv[1:], stop)
-        if status == 0 or stop:
+        if status in (0, ConfigError.status) or stop:  # wrong settings fail every time
             break
         if attempt < RESTARTS.value:
             print(f"ended with status {status}; start {attempt + 2} of {RESTARTS.value + 1}", file=sys.stderr)
+            time.sleep(min(2**attempt, 60))
     sys.exit(status if status >= 0 else 128 - status)  # after a signal, as shells do
 
 

@@ -18,6 +18,7 @@ from absl import app, flags, logging
 
 from maskdm_jax.data import images, published, sources
 from maskdm_jax.errors import DataError, MaskDMError, prefixed
+from maskdm_jax.parallel import runtime
 
 DATASET = flags.DEFINE_enum(
     "dataset", None, list(published.SETS), "Published set; it determines split, labels, crop and size."
@@ -36,10 +37,10 @@ FRACTION = flags.DEFINE_float(
     "fraction", 1.0, "Fraction of the images, drawn by --seed; a smaller fraction is a subset of a larger one."
 )
 SEED = flags.DEFINE_integer("seed", 0, "Seed of --fraction.", lower_bound=0, upper_bound=2**32 - 1)
-ANY_COUNT = flags.DEFINE_bool("any_count", False, "Accept a published set with another number of images.")
 MAX_PIXELS = flags.DEFINE_integer(
     "max_pixels", images.MAX_PIXELS, "Limit for an encoded image, against decompression bombs.", lower_bound=1
 )
+ANY_COUNT = flags.DEFINE_bool("any_count", False, "Accept a published set with another number of images.")
 THREADS = flags.DEFINE_integer("threads", 0, "Decoding threads; 0 uses two per core.", lower_bound=0)
 
 
@@ -54,7 +55,6 @@ def main(argv):
         raise app.UsageError(f"--fraction={FRACTION.value:g}: it must be in (0, 1]")
     logging.set_verbosity(logging.WARNING)
     sys.stdout.reconfigure(errors="backslashreplace")  # file names need not be UTF-8
-    from maskdm_jax.parallel import runtime
 
     # A decompressed archive stays beside the set until it is finished, under a name that depends on the archive's path.
     origin = hashlib.sha256(os.path.abspath(os.path.expanduser(SRC.value)).encode("utf-8", "replace")).hexdigest()
@@ -110,4 +110,4 @@ def open_source(scratch: pathlib.Path):
 
 
 if __name__ == "__main__":
-    app.run(main)
+    runtime.start(main)

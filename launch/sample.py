@@ -13,6 +13,8 @@ import pathlib
 
 from absl import app, flags, logging
 
+from maskdm_jax.parallel import runtime
+
 RUN = flags.DEFINE_list("run", None, "Run folders (their latest checkpoints) or checkpoints; * is expanded.")
 OUT = flags.DEFINE_string("out", None, "Folder for the samples; default: samples/NAME of the run.")
 N = flags.DEFINE_integer("n", 64, "Number of images.", lower_bound=1)
@@ -40,7 +42,6 @@ def main(argv):
     if "://" in (OUT.value or ""):
         raise app.UsageError(f"--out={OUT.value}: give a folder on a disk; a bucket can be mounted")
     logging.set_verbosity(logging.WARNING)
-    from maskdm_jax.parallel import runtime
 
     with runtime.program():
         for path, out in places(RUN.value, OUT.value).items():
@@ -106,4 +107,4 @@ def sample(path, out):
 
 
 if __name__ == "__main__":
-    app.run(main)
+    runtime.start(main)

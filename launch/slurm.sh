@@ -16,8 +16,12 @@ cd "${SLURM_SUBMIT_DIR:-.}"
 export XLA_FLAGS="--xla_gpu_enable_latency_hiding_scheduler=true ${XLA_FLAGS:-}"
 srun --kill-on-bad-exit=1 .venv/bin/python "$@"
 status=$?
-# 75: SIGTERM was received and the state saved. Any other status but 0 is a failure that a restart would repeat.
+# 0: done. 75: saved after SIGTERM. 78: wrong settings, which a restart would only repeat. Others: again, ten times.
+restarts=${SLURM_RESTART_COUNT:-0}
 if [ "$status" -eq 75 ]; then
+  scontrol requeue "$SLURM_JOB_ID"
+elif [ "$status" -ne 0 ] && [ "$status" -ne 78 ] && [ "$restarts" -lt 10 ]; then
+  sleep $((30 * (restarts + 1)))
   scontrol requeue "$SLURM_JOB_ID"
 fi
 exit "$status"

@@ -9,7 +9,11 @@ import pathlib
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-CONFIG = config_flags.DEFINE_config_file("config", None, "Config file of the run.")
+from maskdm_jax.parallel import runtime
+
+CONFIG = config_flags.DEFINE_config_file(
+    "config", None, "Config file of the run.", lock_config=False, accept_new_attributes=True
+)
 DRY_RUN = flags.DEFINE_bool("dry_run", False, "Check everything that the run needs, on every host, without training.")
 PRINT_CONFIG = flags.DEFINE_bool("print_config", False, "Print every setting with its meaning, without training.")
 PROFILE = flags.DEFINE_integer("profile", 0, "Number of steps to trace, shortly after the start.", 0)
@@ -23,7 +27,6 @@ def main(argv):
         raise app.UsageError("which run? give --config=configs/NAME.py, for example configs/demo.py")
     logging.set_verbosity(logging.WARNING)  # Orbax reports every file at INFO
     from maskdm_jax import config, run
-    from maskdm_jax.parallel import runtime
 
     name = pathlib.Path(config_flags.get_config_filename(flags.FLAGS["config"])).stem
     with runtime.program(distributed=not PRINT_CONFIG.value, catch_sigterm=True):
@@ -53,4 +56,4 @@ def check(config, workdir):
 
 
 if __name__ == "__main__":
-    app.run(main)
+    runtime.start(main)

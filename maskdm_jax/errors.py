@@ -4,11 +4,20 @@ import contextlib
 
 
 class MaskDMError(Exception):
-    """Base of all errors of this package; the message names the cause and says what would work."""
+    """Base of all errors of this package; the message names the cause and says what would work.
+
+    Attributes:
+      status: exit status of a program that ends with it (sysexits.h): 1 if starting again may help; 75, the state was
+        saved and the same command resumes; 78, the same command can only fail again.
+    """
+
+    status = 1
 
 
 class ConfigError(MaskDMError):
     """An invalid setting."""
+
+    status = 78
 
 
 class DataError(MaskDMError):
@@ -22,17 +31,25 @@ class CheckpointError(MaskDMError):
 class TorchFileError(MaskDMError):
     """A PyTorch or safetensors file that cannot be read, or a value that cannot be written to one."""
 
+    status = 78
+
 
 class SamplingError(MaskDMError):
     """A request for samples that is invalid."""
+
+    status = 78
 
 
 class EvaluationError(MaskDMError):
     """Sets of images that cannot be compared."""
 
+    status = 78
+
 
 class CostError(MaskDMError):
     """A program that does not compile, or does not fit into memory."""
+
+    status = 78
 
 
 class PreflightError(MaskDMError):
@@ -46,9 +63,13 @@ class DistributedError(MaskDMError):
 class NonFiniteLoss(MaskDMError):
     """Loss or gradient became NaN or infinite."""
 
+    status = 78
+
 
 class Preempted(MaskDMError):
     """SIGTERM received: the run saved its state and stopped."""
+
+    status = 75
 
 
 @contextlib.contextmanager

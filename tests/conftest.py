@@ -10,8 +10,7 @@ from maskdm_jax.parallel import sharding
 from maskdm_jax.training import loop, step
 
 ROOT = pathlib.Path(__file__).parent.parent
-# Of this worker alone: JAX does not write its entries in one go.
-CACHE = ROOT / ".pytest_cache" / f"xla-{os.environ.get('PYTEST_XDIST_WORKER', 'main')}"
+CACHE = ROOT / ".pytest_cache" / "xla"
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -76,6 +75,7 @@ def child_env():
     return os.environ | {
         "JAX_PLATFORMS": "cpu",
         "JAX_NUM_CPU_DEVICES": "1",
+        "XLA_FLAGS": "--xla_backend_optimization_level=0",
         "JAX_COMPILATION_CACHE_DIR": str(CACHE),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2",
     }

@@ -159,5 +159,5 @@ def test_from_the_command_line(root, child_env, tmp_path):
     assert training["memory"] == training["state"] + training["temporary"] > 0
     assert f"{training['flops'] / 1e6:8.2f} MFLOP" in done.stdout
     done = run("--stages=other")
-    assert done.returncode == 1
+    assert done.returncode == CostError.status
     assert done.stderr.strip().endswith("error: 'other' is not a stage of the config; it has pretrain, finetune")

@@ -88,10 +88,10 @@ def batch(n=6):
     return dict(image=image, label=np.arange(n, dtype=np.int32), index=np.arange(n, dtype=np.uint32))
 
 
-def draw(config, stage, batch):
-    """`draw_inputs` of key 0, as NumPy arrays."""
-    inputs = jax.jit(lambda batch: draw_inputs(config, stage, jax.random.key(0), batch))(batch)
-    return jax.tree.map(np.asarray, inputs)
+def draw(config, stage, batch, part=lambda inputs: inputs):
+    """`draw_inputs` of key 0, or a part of it, as NumPy arrays."""
+    drawn = jax.jit(lambda batch: part(draw_inputs(config, stage, jax.random.key(0), batch)))(batch)
+    return jax.tree.map(np.asarray, drawn)
 
 
 def test_each_band_is_masked_by_its_own_settings_and_draw():
@@ -104,19 +104,20 @@ def test_each_band_is_masked_by_its_own_settings_and_draw():
     whole = space.cut(space.encode(batch()["image"]))
     for band, all_patches, at in zip(inputs.x0, whole, inputs.positions, strict=True):
         np.testing.assert_allclose(band, masking.gather(all_patches, at), atol=1e-6)
+    positions_of = lambda config, stage: draw(config, stage, batch(), lambda inputs: inputs.positions)
     both = wavelet(pretrain__mask=mask, model__wavelet_scale=1)  # `mask` holds for the details too
-    positions = draw(both, "pretrain", batch()).positions
+    positions = positions_of(both, "pretrain")
     assert positions[0].shape == positions[1].shape
     assert (positions[0] != positions[1]).any()
     one_band = wavelet(pretrain__mask=mask, pretrain__detail_mask=mask | dict(kind="none"))
-    positions = draw(one_band, "pretrain", batch()).positions
+    positions = positions_of(one_band, "pretrain")
     np.testing.assert_array_equal(positions[1], np.tile(np.arange(16), (6, 1)))
-    assert draw(config, "finetune", batch()).positions is None
+    assert positions_of(config, "finetune") is None
 
 
 def test_bands_of_the_noise_are_independent():
-    inputs = draw(wavelet(model__wavelet_scale=1), "finetune", batch(64))
-    approx, detail = (band.reshape(64, -1)[:, :192] for band in inputs.eps)
+    eps = draw(wavelet(model__wavelet_scale=1), "finetune", batch(64), lambda inputs: inputs.eps)
+    approx, detail = (band.reshape(64, -1)[:, :192] for band in eps)
     assert abs(np.corrcoef(approx.ravel(), detail.ravel())[0, 1]) < 0.03
     np.testing.assert_allclose([approx.std(), detail.std()], 1, atol=0.03)
 

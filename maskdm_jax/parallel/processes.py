@@ -12,9 +12,8 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from maskdm_jax.errors import DistributedError, prefixed
+from maskdm_jax.errors import DistributedError, Preempted, prefixed
 
-PREEMPTED = 75  # exit status after SIGTERM, when the state was saved (sysexits' EX_TEMPFAIL)
 _VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 
 
@@ -147,7 +146,7 @@ def exit_all(message: str, status: int = 1) -> typing.NoReturn:
     """Exit with a message. One of several processes exits at once, without waiting for the others."""
     print(message, file=sys.stderr, flush=True)
     if jax.distributed.is_initialized() and jax.process_count() > 1:
-        if status == PREEMPTED:
+        if status == Preempted.status:
             jax.distributed.shutdown()  # wait for the others: the exit of the first process would abort them
         os._exit(status)
     sys.exit(status)

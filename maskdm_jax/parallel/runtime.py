@@ -1,19 +1,53 @@
-"""The start and end of a command-line program: compilation cache, host memory, processes, errors."""
+"""The start and end of a command-line program: flags, compilation cache, host memory, processes, errors."""
 
 import contextlib
 import ctypes
 import glob
 import os
+import re
+import sys
 import traceback
 
 import jax
+from absl import app, flags
 
-from maskdm_jax.errors import MaskDMError, Preempted
+from maskdm_jax.errors import ConfigError, MaskDMError, Preempted
 from maskdm_jax.parallel import processes
 from maskdm_jax.storage import cache_dir
 
 _TRIM_THRESHOLD, _MMAP_MAX, _ARENA_MAX = -1, -4, -8  # of glibc's malloc.h
 _DEVICE_FILES = ("/dev/nvidia[0-9]*", "/dev/kfd", "/dev/accel[0-9]*", "/dev/vfio/[0-9]*")
+
+
+def start(main) -> None:
+    """Run `main(argv)` with the flags of the command line; wrong flags and config files end it in one line."""
+
+    def run(argv):
+        try:
+            return main(argv)
+        except app.UsageError as error:
+            error.exitcode = ConfigError.status
+            raise
+
+    app.run(run, flags_parser=_parse_flags)
+
+
+def _parse_flags(argv: list[str]) -> list[str]:
+    """Parse the command line, and load the config file that it names; what remains are the arguments."""
+    named = [arg.partition("=")[2].split(":")[0] for arg in argv if arg.startswith("--config=")]
+    try:
+        for file in named:
+            open(file).close()  # ml_collections would say so in four lines
+        return flags.FLAGS(argv)
+    except Exception as error:  # of absl's parsers, of ml_collections, or of the user's config file
+        reason = re.sub(r"invalid literal for int\(\) with base 10: (.*)", r"\1 is not an integer", str(error).strip())
+        in_config = [f for f in traceback.extract_tb(error.__traceback__) if any(map(f.filename.endswith, named))]
+        if in_config:
+            reason = f"{in_config[-1].filename}, line {in_config[-1].lineno}: {type(error).__name__}: {reason}"
+        elif isinstance(error, KeyError | AttributeError):
+            reason = "the config has no " + " ".join(str(error.args[0]).split())
+        print(f"error: {reason}", file=sys.stderr)
+        sys.exit(ConfigError.status)
 
 
 @contextlib.contextmanager
@@ -31,8 +65,10 @@ def program(*, distributed: bool = True, catch_sigterm: bool = False):
             processes.initialize(catch_sigterm=catch_sigterm)
         yield
     except Preempted as stop:
-        processes.exit_all(str(stop), processes.PREEMPTED)
-    except (MaskDMError, OSError) as error:
+        processes.exit_all(str(stop), stop.status)
+    except MaskDMError as error:
+        processes.exit_all(f"error: {error}", error.status)
+    except OSError as error:
         processes.exit_all(f"error: {error}")
     except KeyboardInterrupt:
         processes.exit_all("interrupted; run the same command again to go on")

@@ -1,5 +1,6 @@
 """Where a run starts: its own newest checkpoint, else the weights of `init_from`, else fresh weights."""
 
+import dataclasses
 import logging
 import os
 import pathlib
@@ -40,6 +41,7 @@ def begin(config: Config, network: Network, mesh, checkpoints: checkpoint.Checkp
     if step is not None:
         meta = checkpoints.meta(step)
         index = resumed_stage(config, meta, checkpoints.folder / str(step))
+        check_trained_for(config, data.classes, meta, checkpoints.folder / str(step))
         state = checkpoints.restore(step, abstract_state(config, index, network, mesh))
         log.info(
             "start: resuming %s at step %d (%s, step %d)", checkpoints.folder, step, meta["stage"], meta["stage_step"]
@@ -50,7 +52,7 @@ def begin(config: Config, network: Network, mesh, checkpoints: checkpoint.Checkp
     if not config.init_from:
         log.info("start: fresh weights, seed %d", config.seed)
         return Start(0, fresh_state(config, network, abstract), {})
-    params, found = _initial_weights(config.init_from, abstract.params)
+    params, found = initial_weights(config, data.classes, abstract.params)
     log.info("start: weights of %s, new optimizer", found)
     return Start(0, _first_state(config, 0, abstract, params), {})
 
@@ -92,19 +94,97 @@ def _first_state(config: Config, index: int, abstract: TrainState, params) -> Tr
     return jax.jit(new_state, static_argnums=1, out_shardings=sharding.placement(abstract))(params, optimizer, key)
 
 
-def _initial_weights(path: str, abstract) -> tuple[dict, pathlib.Path]:
-    """Raw weights of a run folder, a checkpoint, an official `.pt` or a `.safetensors`, placed as `abstract` says."""
+def initial_weights(config: Config, classes: list[str], abstract) -> tuple[dict, pathlib.Path]:
+    """Raw weights of `config.init_from`: a run folder, a checkpoint, an official `.pt` or a `.safetensors`.
+
+    Args:
+      classes: names of the data's classes, in the order of their labels.
+      abstract: shapes, dtypes and placement of the parameters.
+
+    Returns:
+      the parameters, placed as `abstract` says, and the file or checkpoint that they are from.
+
+    Raises:
+      CheckpointError: there are no such weights, or they do not fit the network.
+      ConfigError: they were trained for other settings or classes; see `check_trained_for`.
+    """
+    path = config.init_from
     if not path.lower().endswith(TORCH_SUFFIXES):
         found = checkpoint.find(path)
+        check_trained_for(config, classes, checkpoint.load_meta(found), found)
         return checkpoint.load_item(found, "params", abstract), found
     from maskdm_jax.interop import official
 
     found = pathlib.Path(os.path.expanduser(path)).absolute()
     if not found.is_file():
         raise CheckpointError(f"config.init_from {path!r} is not a file")
-    params = official.load_weights(found)
+    if found.suffix.lower() == ".safetensors":
+        file, noted = official.read_safetensors(found)
+        params = official.params_from_state_dict(file.model)
+    else:
+        params, noted = official.load_weights(found), {}
+    if "config" in noted:
+        check_trained_for(config, classes, noted, found)
+    else:
+        _state_assumptions(config, found)
     checkpoint.compare(f"the weights of {found} do not fit config.model", params, abstract)
     return sharding.put(params, sharding.placement(abstract)), found
+
+
+def check_trained_for(config: Config, classes: list[str], source: dict, where) -> None:
+    """Compare a config and class names with those that weights were trained with; shapes show few of them.
+
+    Args:
+      classes: names of the data's classes, in the order of their labels.
+      source: `config` and `classes` that the weights come with.
+      where: where the weights are, for the message.
+
+    Raises:
+      ConfigError: the network, the noise or the objective differ, or the classes of a conditional model.
+    """
+    ours, theirs = _meaning(config), _meaning(config_lib.parse(source["config"]))
+    wrong = {name: value for name, value in theirs.items() if ours.get(name) != value}
+    if wrong:
+        differing = ", ".join(f"{name} {value} (now {ours.get(name)})" for name, value in wrong.items())
+        flags = " ".join(f"--config.{name}={value}" for name, value in wrong.items())
+        raise ConfigError(f"{where} was trained with {differing}; take its settings: {flags}")
+    if config.model.num_classes and list(source["classes"]) != list(classes):
+        _check_classes(list(source["classes"]), list(classes), where)
+
+
+def _meaning(config: Config) -> dict:
+    """The settings that give weights their meaning, by dotted name."""
+    model = {k: v for k, v in dataclasses.asdict(config.model).items() if k not in ("dtype", "attention")}
+    model["depth"] |= 1  # 2k and 2k + 1 are the same network
+    noise = ["timesteps", "schedule", "objective"] + ["shift_size"] * (config.diffusion.schedule == "shifted_cosine")
+    found = {f"model.{name}": value for name, value in model.items()}
+    return found | {f"diffusion.{name}": getattr(config.diffusion, name) for name in noise}
+
+
+def _check_classes(theirs: list[str], ours: list[str], where) -> None:
+    """Raise a ConfigError about class names that differ, or warn if the source has only numbers for names."""
+    shown = lambda names: ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
+    problem = f"{where} was trained on the classes {shown(theirs)}; the data has {shown(ours)}"
+    if theirs == [str(i) for i in range(len(theirs))]:
+        log.warning("%s, numbered in this order: make sure that these are the same classes", problem)
+        return
+    same = set(theirs) <= set(ours)
+    advice = f'--config.data.classes="{tuple(theirs)}"' if same else "the data with the names and the order of then"
+    raise ConfigError(f"{problem}, so that labels would mean other classes; give {advice}")
+
+
+def _state_assumptions(config: Config, found: pathlib.Path) -> None:
+    """Log what a file of bare weights cannot show."""
+    heads, diffusion = config.model.heads, config.diffusion
+    log.warning(
+        "%s does not hold its settings; assumed are model.heads=%d, diffusion.schedule=%s and objective=%s",
+        *(found, heads, diffusion.schedule, diffusion.objective),
+    )
+    if config.model.width != 64 * heads:
+        log.warning(
+            "model.heads=%d gives %g channels per head, the official models have 64 (model.heads=%d)",
+            *(heads, config.model.width / heads, max(1, config.model.width // 64)),
+        )
 
 
 def resumed_stage(config: Config, meta: dict, where: pathlib.Path) -> int:
