@@ -26,6 +26,7 @@ class Network:
     graphdef: nnx.GraphDef
     make: typing.Callable  # rngs -> module
     dtype: jnp.dtype  # of the computation
+    shapes: dict = dataclasses.field(compare=False)  # ShapeDtypeStructs of the parameters
 
     def init(self, key) -> dict:
         """Initial parameters, a nested dict of float32 arrays. Call it under `jax.jit` to place them."""
@@ -43,7 +44,7 @@ class Network:
 
     def abstract_params(self) -> dict:
         """ShapeDtypeStructs of the parameters; nothing is computed."""
-        return jax.eval_shape(self.init, jax.random.key(0))
+        return jax.tree.map(lambda leaf: leaf, self.shapes)
 
 
 def make_network(config: Config, *, remat: bool = False) -> Network:
@@ -70,7 +71,8 @@ def _network(model: Model, image_size: int, channels: int, remat: bool) -> Netwo
     def make(rngs):
         return WaveletUViT(scale=scale, **fields, rngs=rngs) if scale else UViT(**fields, rngs=rngs)
 
-    return Network(nnx.graphdef(nnx.eval_shape(lambda: make(nnx.Rngs(0)))), make, fields["dtype"])
+    abstract = nnx.eval_shape(lambda: make(nnx.Rngs(0)))
+    return Network(nnx.graphdef(abstract), make, fields["dtype"], nnx.to_pure_dict(nnx.state(abstract, nnx.Param)))
 
 
 def noise_schedule(config: Config) -> Schedule:

@@ -1,5 +1,6 @@
 """Checkpoints that go both ways. PyTorch is the judge: `torch_twin` is its side, with strict loading."""
 
+import contextlib
 import functools
 import json
 import os
@@ -7,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+import types
 
 import golden
 import jax
@@ -14,11 +16,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-import tiny
 
 from maskdm_jax import config as config_lib
 from maskdm_jax import sampling
-from maskdm_jax.build import make_network, mask_plans
+from maskdm_jax.build import make_network, mask_plans, noise_schedule
 from maskdm_jax.data.pipeline import TrainingData
 from maskdm_jax.diffusion import masking
 from maskdm_jax.diffusion.gaussian import make_schedule
@@ -28,7 +29,7 @@ from maskdm_jax.interop import torch_file
 from maskdm_jax.interop.convert import convert
 from maskdm_jax.models.representation import make_representation
 from maskdm_jax.parallel.sharding import make_mesh
-from maskdm_jax.training import checkpoint, loop
+from maskdm_jax.training import checkpoint, loop, start
 from maskdm_jax.training.start import abstract_state
 from maskdm_jax.training.state import ema_step_size
 from maskdm_jax.training.step import Inputs, make_loss, train_step
@@ -44,9 +45,9 @@ TINY = dict(
 KINDS = {  # official settings of every kind of network
     "plain": TINY,
     "conditional": TINY | dict(num_classes=5, mlp_time_embed=True, qkv_bias=True, encoder_depth=3, in_chans=4),
-    "wavelet": TINY | dict(in_chans=12, data_chans=3, scale=1, img_size=8, qkv_bias=True),
-    "wavelet_scale_2": TINY | dict(in_chans=8, data_chans=2, scale=2, img_size=16),
-    "wavelet_conditional": TINY | dict(in_chans=12, data_chans=3, scale=1, img_size=8, num_classes=5),
+    "wavelet": TINY | dict(in_chans=12, data_chans=3, scale=1, img_size=8, qkv_bias=True, encoder_depth=2),
+    "wavelet_scale_2": TINY | dict(in_chans=8, data_chans=2, scale=2, img_size=16, encoder_depth=2),
+    "wavelet_conditional": TINY | dict(in_chans=12, data_chans=3, scale=1, img_size=8, num_classes=5, encoder_depth=2),
 }
 
 
@@ -85,21 +86,26 @@ def train(config, workdir):
     return loop.train(config, TrainingData(config.data), workdir, devices=ONE)
 
 
-def twin_file(path, c, seed=0, schedule="linear", steps=3):
-    """A file as the official trainer writes it, made by PyTorch after a few steps."""
-    torch.manual_seed(seed)
-    buffers = official_file.schedule_buffers(make_schedule(schedule))
+def twin_file(path, c, schedule="linear", buffers=None, steps=3, counted=None, label_dropout=True):
+    """A file as the official trainer writes it, made by PyTorch after `steps` steps, which count as `counted`."""
+    torch.manual_seed(0)
+    buffers = buffers or official_file.schedule_buffers(make_schedule(schedule))
     model, average = torch_twin.Diffusion(c, buffers), torch_twin.Diffusion(c, buffers)
     ema = torch_twin.Ema(model, average, 0.9, 1)
     opt = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.99, 0.98), weight_decay=0.03)
     for step in range(steps):
         opt.zero_grad()
-        # The token for "no label" takes part in the first step only, so its optimizer state lags behind.
-        used = [p for name, p in model.named_parameters() if "uncond_embed" not in name or step == 0]
+        # The token for "no label" takes part in the first step at most, so its optimizer state lags behind.
+        without = label_dropout and step == 0
+        used = [p for name, p in model.named_parameters() if without or "uncond_embed" not in name]
         sum((p * torch.randn_like(p)).sum() for p in used).backward()
         opt.step()
         ema.update()
-    parts = dict(step=steps, model=model.state_dict(), opt=opt.state_dict(), ema=ema.state_dict(), scaler=None)
+    counted = counted or steps
+    ema.step.fill_(counted)  # the EMA has copied the weights up to here
+    for entry in opt.state.values():
+        entry["step"] += counted - steps if entry["step"] == steps else 0
+    parts = dict(step=counted, model=model.state_dict(), opt=opt.state_dict(), ema=ema.state_dict(), scaler=None)
     torch.save(parts, path)
     return path
 
@@ -156,75 +162,23 @@ def test_the_network_answers_as_in_pytorch(kind):
         answers(c, wrapper, apply, loaded[which].params, inputs(c))
 
 
-@pytest.fixture(scope="module", params=["uvit", "wavelet"])
-def exported(request, tmp_path_factory):
-    """A run trained here, exported to `.pt`: (config, checkpoint folder, file)."""
-    folder = tmp_path_factory.mktemp(request.param)
-    changes = dict(model__wavelet_scale=1, model__patch_size=1) if request.param == "wavelet" else {}
-    config = tiny.config(
-        stages=("pretrain",), diffusion__schedule="shifted_cosine", diffusion__shift_size=32, **changes
-    )
-    last = train(config, folder / "run")
-    lines = convert(folder / "run", folder / "model.pt")
-    assert f"  encoder_heads: {config.model.heads}" in lines
-    return config, last, folder / "model.pt"
-
-
-def official_settings(config):
-    c = dict(patch_size=config.model.patch_size, encoder_embed_dim=config.model.width)
-    c |= dict(encoder_depth=config.model.depth, encoder_heads=config.model.heads, mlp_ratio=config.model.mlp_ratio)
-    c |= dict(qkv_bias=True, num_classes=10, mlp_time_embed=True, img_size=config.data.image_size, in_chans=1)
-    return c | (dict(img_size=4, in_chans=4, data_chans=1, scale=1) if config.model.wavelet_scale else {})
-
-
-def test_an_exported_file_works_in_pytorch(exported):
-    """Strict loading of all parts, equal outputs of raw and EMA weights, and the optimizer goes on."""
-    config, last, file = exported
-    content = torch.load(file, weights_only=True, mmap=True)
-    c = official_settings(config)
-    buffers = official_file.schedule_buffers(make_schedule("shifted_cosine", size=32))
-    ema = torch_twin.Ema(torch_twin.Diffusion(c, buffers), torch_twin.Diffusion(c, buffers), 0.9, 1)
-    ema.load_state_dict(content["ema"], strict=True)
-    model = torch_twin.Diffusion(c, buffers)
-    model.load_state_dict(content["model"], strict=True)
-    assert content["step"] == int(ema.step) == config.stage["pretrain"].steps
-    assert ema.initted
-    for name, values in buffers.items():
-        np.testing.assert_array_equal(getattr(ema.ema_model, name), values)
-    loaded = {which: sampling.load(last, weights=which) for which in ("params", "ema")}
-    apply = jax.jit(loaded["ema"].network.apply)
-    for which, wrapper in [("params", model), ("params", ema.online_model), ("ema", ema.ema_model)]:
-        answers(c, wrapper, apply, loaded[which].params, inputs(c))
-    x, t, labels = map(torch.tensor, inputs(c))
-    opt = torch.optim.AdamW(model.parameters(), lr=1.0)
-    opt.load_state_dict(content["opt"])
-    assert opt.param_groups[0]["lr"] == pytest.approx(1e-3)
-    assert opt.param_groups[0]["betas"] == (0.9, 0.99)
-    before = [p.detach().clone() for p in model.parameters()]
-    model.model(x, t, labels=labels).square().mean().backward()
-    opt.step()
-    moved = [float((a - b.detach()).abs().max()) for a, b in zip(before, model.parameters(), strict=True)]
-    assert all(0 <= m < 0.1 for m in moved)
-    assert max(moved) > 1e-4
-    assert {float(entry["step"]) for entry in opt.state.values()} == {config.stage["pretrain"].steps + 1.0}
-    unused = "uncond_embed" in dict(model.model.encoder.named_parameters())  # no label was hidden
-    assert len(opt.state) == len(before) - unused
-
-
-@pytest.mark.parametrize("name", ["plain", "conditional", "wavelet"])
-def test_ten_steps_here_equal_ten_steps_there(name, tmp_path):
-    """From one official file, with its optimizer, EMA and step: losses, weights and EMA stay together."""
-    c = KINDS[name]
+@pytest.fixture(scope="module", params=["plain", "conditional", "wavelet"])
+def ten_steps(request, tmp_path_factory):
+    """Ten steps here and in PyTorch, from one official file with its optimizer, EMA and step."""
+    c, folder = KINDS[request.param] | dict(encoder_depth=2), tmp_path_factory.mktemp(request.param)
+    diffusion = dict(schedule="shifted_cosine", shift_size=32) if request.param == "conditional" else {}
     # 99 steps: the EMA's law changes at step 100, within the ten.
-    file = twin_file(tmp_path / "file.pt", c, schedule="cosine", steps=99)
+    buffers = official_file.schedule_buffers(noise_schedule(golden.config(c, diffusion=diffusion)))
+    file = twin_file(folder / "file.pt", c, buffers=buffers, counted=99)
     lr, clip, every = 2e-4, 1.0, 2
     stage = dict(steps=200, batch_size=4, learning_rate=lr, b1=0.99, b2=0.98, weight_decay=0.03, clip_norm=clip)
     stage |= dict(ema_decay=0.9, ema_every=every)
-    config = golden.config(c, stage, dict(kind="patch", ratio=[0.5, 0.25] if "data_chans" in c else 0.5))
-    convert(file, tmp_path / "run", config=config_lib.to_dict(config))
+    config = golden.config(c, stage, dict(kind="patch", ratio=[0.5, 0.25] if "data_chans" in c else 0.5), diffusion)
+    convert(file, folder / "run", config=config_lib.to_dict(config))
 
     network, mesh = make_network(config), make_mesh(devices=ONE)
-    state = checkpoint.load_state(checkpoint.find(tmp_path / "run"), abstract_state(config, 0, network, mesh))
+    found = checkpoint.find(folder / "run")
+    state = checkpoint.load_state(found, abstract_state(config, 0, network, mesh))
     space, plans = make_representation(config), mask_plans(config, "stage")
     step = jax.jit(
         functools.partial(
@@ -237,7 +191,6 @@ def test_ten_steps_here_equal_ten_steps_there(name, tmp_path):
     )
 
     content = torch.load(file, weights_only=True)
-    buffers = official_file.schedule_buffers(make_schedule("cosine"))
     model = torch_twin.Diffusion(c, buffers)
     ema = torch_twin.Ema(model, torch_twin.Diffusion(c, buffers), 0.9, every)
     ema.load_state_dict(content["ema"], strict=True)
@@ -245,7 +198,7 @@ def test_ten_steps_here_equal_ten_steps_there(name, tmp_path):
     opt.load_state_dict(content["opt"])
     opt.param_groups[0]["lr"] = lr
 
-    rng = np.random.RandomState(1)
+    rng, here, there = np.random.RandomState(1), [], []
     for i in range(10):
         shape = (4, c["in_chans"], c["img_size"], c["img_size"])
         x0, noise = (rng.standard_normal(shape).astype(np.float32) for _ in range(2))
@@ -276,16 +229,79 @@ def test_ten_steps_here_equal_ten_steps_there(name, tmp_path):
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
         opt.step()
         ema.update()
-        assert float(metrics["loss"]) == pytest.approx(loss.item(), rel=1e-5), i
-        assert float(metrics["grad_norm"]) == pytest.approx(norm.item(), rel=2e-5), i
+        here.append((float(metrics["loss"]), float(metrics["grad_norm"])))
+        there.append((loss.item(), norm.item()))
+    meta = {key: value for key, value in checkpoint.load_meta(found).items() if key != "official"}
+    return types.SimpleNamespace(
+        c=c, config=config, meta=meta, buffers=buffers, state=state, model=model, ema=ema, here=here, there=there
+    )
 
+
+def test_ten_steps_here_equal_ten_steps_there(ten_steps):
+    """Losses, gradient norms, weights and EMA stay together."""
+    for ours, theirs in zip(ten_steps.here, ten_steps.there, strict=True):
+        assert ours[0] == pytest.approx(theirs[0], rel=1e-5)
+        assert ours[1] == pytest.approx(theirs[1], rel=2e-5)
+    c, state = ten_steps.c, ten_steps.state
     named = lambda tree: official_file.state_dict_from_params(tree, c["patch_size"], c.get("scale", 1))
-    for tree, wrapper in [(state.params, model), (state.ema, ema.ema_model)]:
+    for tree, wrapper in [(state.params, ten_steps.model), (state.ema, ten_steps.ema.ema_model)]:
         theirs = dict(wrapper.model.named_parameters())
-        for name_, tensor in named(tree).items():
-            expected = theirs[name_].detach().numpy()
-            assert np.abs(tensor - expected).max() < 2e-5 * np.abs(expected).max(), name_
-    assert int(state.step) == 109 == int(ema.step)
+        for name, tensor in named(tree).items():
+            expected = theirs[name].detach().numpy()
+            assert np.abs(tensor - expected).max() < 2e-5 * np.abs(expected).max(), name
+    assert int(state.step) == 109 == int(ten_steps.ema.step)
+
+
+def test_an_exported_file_works_in_pytorch(ten_steps, tmp_path):
+    """Strict loading of all parts, equal outputs of raw and EMA weights, and the optimizer goes on."""
+    c, config, buffers = ten_steps.c, ten_steps.config, ten_steps.buffers
+    with contextlib.closing(checkpoint.Checkpoints(tmp_path / "run", keep=1)) as checkpoints:
+        checkpoints.save(109, ten_steps.state, ten_steps.meta | dict(stage_step=109))
+    lines = convert(tmp_path / "run", tmp_path / "model.pt")
+    assert f"  encoder_heads: {config.model.heads}" in lines
+    content = torch.load(tmp_path / "model.pt", weights_only=True, mmap=True)
+    ema = torch_twin.Ema(torch_twin.Diffusion(c, buffers), torch_twin.Diffusion(c, buffers), 0.9, 1)
+    ema.load_state_dict(content["ema"], strict=True)
+    model = torch_twin.Diffusion(c, buffers)
+    model.load_state_dict(content["model"], strict=True)
+    assert content["step"] == int(ema.step) == 109
+    assert ema.initted
+    for name, values in buffers.items():
+        np.testing.assert_array_equal(getattr(ema.ema_model, name), values)
+    loaded = {which: sampling.load(tmp_path / "run", weights=which) for which in ("params", "ema")}
+    apply = jax.jit(loaded["ema"].network.apply)
+    for which, wrapper in [("params", model), ("params", ema.online_model), ("ema", ema.ema_model)]:
+        answers(c, wrapper, apply, loaded[which].params, inputs(c))
+    x, t, labels = (None if part is None else torch.tensor(part) for part in inputs(c))
+    opt = torch.optim.AdamW(model.parameters(), lr=1.0)
+    opt.load_state_dict(content["opt"])
+    assert opt.param_groups[0]["lr"] == pytest.approx(2e-4)
+    assert opt.param_groups[0]["betas"] == (0.99, 0.98)
+    before, counts = [p.detach().clone() for p in model.parameters()], steps_of(opt)
+    assert max(counts.values()) == 109
+    model.model(x, t, labels=labels).square().mean().backward()
+    opt.step()
+    moved = [float((a - b.detach()).abs().max()) for a, b in zip(before, model.parameters(), strict=True)]
+    assert all(0 <= m < 0.01 for m in moved)
+    assert max(moved) > 1e-5
+    used = [p.grad is not None for p in model.parameters()]
+    assert [steps_of(opt)[i] - counts[i] for i in range(len(before))] == used
+    assert len(opt.state) == len(before)
+
+
+def steps_of(opt) -> dict:
+    """Steps that PyTorch's optimizer has done, by position of the tensor."""
+    return {i: int(entry["step"]) for i, entry in opt.state_dict()["state"].items()}
+
+
+def test_a_tensor_that_no_step_has_used_has_no_optimizer_state(tmp_path):
+    c = KINDS["conditional"]
+    file = twin_file(tmp_path / "twin.pt", c, label_dropout=False)
+    convert(file, tmp_path / "run", heads=4)
+    convert(tmp_path / "run", tmp_path / "back.pt")
+    same(torch_file.read(file), torch_file.read(tmp_path / "back.pt"))
+    opt = torch.load(tmp_path / "back.pt", weights_only=True)["opt"]
+    assert len(opt["state"]) == len(opt["param_groups"][0]["params"]) - 1
 
 
 def test_safetensors_go_both_ways(official, converted, tmp_path):
@@ -413,7 +429,7 @@ def test_an_unusual_optimizer_or_no_ema_does_not_keep_the_weights_back(official,
 
 def test_what_a_killed_call_left_is_not_taken_over(official, tmp_path):
     """A number of a process may come again, and with it the temporary folder's name."""
-    other = twin_file(tmp_path / "other.pt", TINY, steps=130)
+    other = twin_file(tmp_path / "other.pt", TINY, counted=130)
     convert(other, tmp_path / f".run.{os.getpid()}.tmp", heads=4)
     convert(official, tmp_path / "run", heads=4)
     expected = official_file.load_weights(official)
@@ -453,13 +469,18 @@ def test_a_converted_run_goes_on_and_init_from_takes_all_kinds(official, convert
     assert int(state.step) == 131 == int(optax.tree.get(state.opt_state, "ScaleByScheduleState").count)
     raw_weights = sampling.load(converted, weights="params").params
     same(jax.tree.map(np.asarray, state.params), jax.tree.map(np.asarray, raw_weights))
+    convert(tmp_path / "run", tmp_path / "trained.pt")
+    before, after = torch_file.read(official), torch_file.read(tmp_path / "trained.pt")
+    assert (after["step"], after["ema"]["step"], after["opt"]["state"][0]["step"]) == (131, 131, 131)
+    same(before["model"], after["model"])
 
     convert(official, tmp_path / "w.safetensors", heads=4, weights="params")
-    for start in (official, converted, tmp_path / "w.safetensors"):
-        name = f"from_{start.name}"
-        raw["init_from"], raw["stage"]["steps"] = str(start), 1
-        run = train(config_lib.parse(raw), tmp_path / name)
-        same(jax.tree.map(np.asarray, sampling.load(run, weights="params").params), raw_weights)
+    for init_from in (official, converted, tmp_path / "w.safetensors"):
+        raw["init_from"] = str(init_from)
+        begun = config_lib.parse(raw)
+        checkpoints, mesh = checkpoint.Checkpoints(tmp_path / f"from_{init_from.name}", keep=1), make_mesh(devices=ONE)
+        state = start.begin(begun, make_network(begun), mesh, checkpoints, TrainingData(begun.data)).state
+        same(jax.tree.map(np.asarray, state.params), raw_weights)
 
 
 def test_a_file_of_the_second_stage(official, tmp_path):
