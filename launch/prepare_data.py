@@ -29,7 +29,9 @@ SRC = flags.DEFINE_string(
 OUT = flags.DEFINE_string("out", None, "Folder for the prepared set: new, empty, or with an unfinished set.")
 SIZE = flags.DEFINE_integer("size", None, "Side of the images in pixels; published sets have a default.")
 SPLIT = flags.DEFINE_string("split", "", "Split of a published or TFDS set: train, valid, test or all.")
-LABELS = flags.DEFINE_bool("labels", None, "Keep class labels; in folders, the first level that differs is the class.")
+LABELS = flags.DEFINE_bool(
+    "labels", None, "Keep class labels: of dataset.json or metadata.csv/.jsonl, else folder names."
+)
 GREY = flags.DEFINE_bool("grey", False, "Store one channel instead of three.")
 CROP = flags.DEFINE_string("crop", None, "centre (the largest square), centre:SIDE or LEFT,TOP,SIDE, in pixels.")
 FILTER = flags.DEFINE_enum("filter", None, list(images.FILTERS), "Filter for resizing, with antialiasing.")

@@ -53,7 +53,7 @@ class Data:
     classes: tuple[str, ...] = ()  # names of the classes to use, numbered in this order; () for all
     fraction: Fraction = 1.0  # share of the images to use, drawn by fraction_seed
     fraction_seed: WideSeed = 0  # seed of that draw; the seed of the run does not affect it
-    labels: bool = False  # read class labels; of a folder, the first level at which paths differ is the class
+    labels: bool = False  # read class labels: of dataset.json or metadata.csv/.jsonl, else of the folders' names
     label_dropout: Decay = 0.0  # probability of hiding a label in training; above 0 allows guidance
     flip: Probability = 0.0  # probability of a horizontal flip
     threads: Count = 16  # reading threads per process

@@ -152,7 +152,7 @@ def test_labels_on_an_object_store():
     [
         (
             {"dataset.json": b'{"labels": null}'},
-            "dataset.json cannot be used for labels .of its columns .'file_name'. no",
+            "dataset.json cannot be used for labels .it lists none.; repair or remove",
         ),
         ({"dataset.json": b'{"labels": [["a.png", [0.1, 0.9]]]}'}, "'a.png' is .0.1, 0.9., not the number or name of"),
         ({"dataset.json": b'{"labels": [["a.png"'}, "dataset.json cannot be used for labels"),

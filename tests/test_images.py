@@ -115,6 +115,13 @@ def test_every_rotation_is_that_of_pillow(orientation):
     np.testing.assert_array_equal(decode(buffer.getvalue(), Framing(30)), ImageOps.exif_transpose(Image.open(buffer)))
 
 
+def test_a_rotation_counts_beside_a_field_that_pillow_cannot_write_anew():
+    fields = struct.pack(">HHIHH", 0x0112, 3, 1, 3, 0) + struct.pack(">HHII", 0x011A, 2, 1, 1)  # a resolution as text
+    exif, buffer = b"Exif\0\0MM\0*\0\0\0\x08\0\x02" + fields + bytes(4), io.BytesIO()
+    Image.fromarray(PIXELS[:30]).save(buffer, "PNG", exif=exif)
+    np.testing.assert_array_equal(decode(buffer.getvalue(), Framing(30)), PIXELS[29::-1, ::-1])
+
+
 def test_damaged_segments_of_a_jpeg_do_not_matter():
     buffer = io.BytesIO()
     Image.fromarray(PIXELS[:30]).save(buffer, "JPEG", exif=TURNED)

@@ -211,9 +211,6 @@ class TarImages(Files):
             archive.fileobj.seek(archive.offset)
             if archive.fileobj.read(512) != bytes(512):  # tarfile takes a damaged header for the end
                 raise DataError(f"{path} is cut short or damaged at byte {archive.offset}; copy it again")
-        ends = max((member.offset_data + member.size for member in members.values() if member.isreg()), default=0)
-        if ends > os.path.getsize(self._path):
-            raise DataError(f"{path} is cut short; copy it again")
         found = [name for name, m in members.items() if (m.isreg() and not m.issparse()) or m.issym() or m.islnk()]
         self._places, self._stamp = {name: _place(members, members[name]) for name in found}, file_stamp(path)
         super().__init__(path, {name: members[name].size for name in found}, labels)

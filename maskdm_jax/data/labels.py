@@ -22,7 +22,9 @@ def _read_dataset_json(text: str) -> list[dict]:
     found = json.loads(text)
     if not isinstance(found, dict) or "labels" not in found:
         return []
-    return [dict(file_name=name, label=label) for name, label in found["labels"] or []] or [dict(file_name="")]
+    if not found["labels"]:
+        raise ValueError("it lists none")
+    return [dict(file_name=name, label=label) for name, label in found["labels"]]
 
 
 # Each reader returns rows of columns, `file_name` among them; files without it have nothing to do with labels.

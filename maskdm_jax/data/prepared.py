@@ -108,23 +108,23 @@ def read_card(path) -> dict:
         ) from None
 
 
-_CARD_TYPES = dict(source=str, names_hash=str, source_stamp=str, split=str, image=dict, count=int, classes=list)
-_CARD_TYPES |= dict(left_out=list, shards=int, shard_hashes=list)
-_IMAGE_TYPES = dict(size=int, channels=int, crop=str, resize=str, colour=str)  # see `Framing.describe`
+_CARD = dict(source=str, names_hash=str, source_stamp=str, split=str, image=dict, count=int, classes=list)
+_CARD |= dict(left_out=list, shards=int, shard_hashes=list, content_hash=str)
+_IMAGE = dict(size=int, channels=int, crop=str, resize=str, colour=str)  # see `Framing.describe`
 
 
 def _parse_card(text: bytes, path) -> dict:
     with prefixed(DataError, f"{path}/{CARD} is damaged (", (ValueError, RecursionError), "); prepare the set again"):
         card = json.loads(text)
-    wrong = _wrong_types(card, _CARD_TYPES)
+    wrong = _wrong_types(card, _CARD)
     if not wrong:
         image = card["image"]
-        good = dict(
-            content_hash=re.fullmatch(r"[0-9a-f]{64}", str(card.get("content_hash"))),  # names a folder in the cache
+        checks = dict(
+            content_hash=re.fullmatch(r"[0-9a-f]{64}", card["content_hash"]),  # names a folder in the cache
             shards=len(card["shard_hashes"]) == card["shards"],
-            image=not _wrong_types(image, _IMAGE_TYPES) and image["size"] > 0 and image["channels"] in (1, 3),
+            image=not _wrong_types(image, _IMAGE) and image["size"] > 0 and image["channels"] in (1, 3),
         )
-        wrong = [key for key, fine in good.items() if not fine]
+        wrong = [key for key, holds in checks.items() if not holds]
     if wrong:
         raise DataError(f"{path}/{CARD} lacks or garbles {', '.join(wrong)}; prepare the set again")
     return card

@@ -70,54 +70,41 @@ def open_source(path: str, labels: bool = False, split: str = "", scratch=None) 
       DataError: nothing is there, it is of another kind, it holds no image, or it has no labels.
     """
     place = pathlib.Path(path).expanduser()
-    if path == "digits":
-        source = Digits(labels)
-    elif "://" in path:
-        source = _open_remote(path, labels)
-    elif (place / "dataset_info.json").exists() and not (place / CARD).exists():
+    if (place / "dataset_info.json").exists() and not (place / CARD).exists():
         from maskdm_jax.data.databases import TfdsImages
 
         return TfdsImages(place, labels, split)
-    else:
-        source = _open_local(place, labels, scratch)
+    source = _open(path, place, labels, scratch)
     if split:
         raise DataError(f"{path!r} has no splits; leave split empty, it is {split!r}")
     return source
 
 
-def _open_remote(url: str, labels: bool) -> Source:
-    from maskdm_jax.data import files
+def _open(path: str, place: pathlib.Path, labels: bool, scratch) -> Source:
+    from maskdm_jax.data import databases, files, prepared  # a second to import
 
-    if url.lower().endswith(".zip"):
-        return files.ZipImages(url, labels)
-    store, root = files.connect(url)
-    if store.exists(f"{root}/{CARD}"):
-        from maskdm_jax.data.prepared import PreparedImages, fetch
-
-        return PreparedImages(fetch(store, root), labels)
-    return files.RemoteFolder(url, labels)
-
-
-def _open_local(path: pathlib.Path, labels: bool, scratch) -> Source:
-    from maskdm_jax.data import files
-
-    if (path / CARD).exists():
-        from maskdm_jax.data.prepared import PreparedImages
-
-        return PreparedImages(path, labels)
-    if (path / "data.mdb").exists():
-        from maskdm_jax.data.databases import LmdbImages
-
-        return LmdbImages(path, labels)
-    if path.is_dir():
-        return files.ImageFolder(path, labels)
-    if path.is_file() and path.suffix.lower() == ".zip":
-        return files.ZipImages(path, labels)
-    if path.is_file() and files.is_tar(path):
-        return files.TarImages(path, labels, scratch)
-    if path.exists():
-        raise DataError(f"'{path}' is neither a folder nor a .zip or .tar of images")
-    raise DataError(f"'{path}' does not exist; give a folder or .zip of images, a prepared set, or 'digits'")
+    if path == "digits":
+        return Digits(labels)
+    if "://" in path:
+        if path.lower().endswith(".zip"):
+            return files.ZipImages(path, labels)
+        store, root = files.connect(path)
+        if store.exists(f"{root}/{CARD}"):
+            return prepared.PreparedImages(prepared.fetch(store, root), labels)
+        return files.RemoteFolder(path, labels)
+    if (place / CARD).exists():
+        return prepared.PreparedImages(place, labels)
+    if (place / "data.mdb").exists():
+        return databases.LmdbImages(place, labels)
+    if place.is_dir():
+        return files.ImageFolder(place, labels)
+    if place.is_file() and place.suffix.lower() == ".zip":
+        return files.ZipImages(place, labels)
+    if place.is_file() and files.is_tar(place):
+        return files.TarImages(place, labels, scratch)
+    if place.exists():
+        raise DataError(f"'{place}' is neither a folder nor a .zip or .tar of images")
+    raise DataError(f"'{place}' does not exist; give a folder or .zip of images, a prepared set, or 'digits'")
 
 
 def select(source, classes=(), fraction: float = 1.0, seed: int = 0, labels: bool = True, rest: bool = False):
