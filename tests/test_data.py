@@ -161,6 +161,12 @@ def test_labels_on_an_object_store():
         ({"metadata.csv": metadata_csv(dict(LABELS, **{"00000/0.png": ""}))}, "label of '00000/0.png' is '', not the"),
         ({"metadata.jsonl": b'{"file_name": "a.png"}\n{"file_name": "b.png", "label": 1}'}, "label of 'a.png' is None"),
         (
+            {"metadata.jsonl": b'{"file_name": "a.png", "label": 1}\n{"label": 1}'},
+            "metadata.jsonl cannot be used for labels",
+        ),
+        ({"metadata.jsonl": b'{"file_name": 3, "label": 1}\n[]'}, "metadata.jsonl cannot be used for labels"),
+        ({"metadata.csv": b"file_name,label\na.png,1,2,3\n"}, "metadata.csv cannot be used .* more fields than"),
+        (
             {"metadata.csv": metadata_csv({k: LABELS[k] for k in list(LABELS)[:4]})},
             "metadata.csv lack a label for 'set/00001/4.png' .2 of 6 images.; add it, or do without labels",
         ),
@@ -197,7 +203,7 @@ def test_what_pillow_decodes_is_used_and_the_rest_is_counted(stored, caplog):
     assert [int(decode(source.read(i)[0], Framing(16)).mean().round()) for i in range(8)] == [9] * 8
     left_aside = {".heic": 2, "without suffix": 1, "hidden": 1, ".mpg": 1, ".pdf": 1}
     assert source.left_aside == left_aside
-    assert "left aside 6 files: 2 .heic" in caplog.text
+    assert "left aside 2 .heic, 1 " in caplog.text
     assert sources.card_of(source, Framing(8))["left_aside"] == left_aside
     assert select(source, fraction=0.5).left_aside == left_aside
     line = f"8 images from {place}, left aside: 2 .heic, 1 without suffix, 1 .mpg, 1 .pdf, 1 hidden"

@@ -1,4 +1,4 @@
-"""What every source of images has; the kinds of sources build on it."""
+"""The base class of all image sources."""
 
 import collections.abc
 import hashlib

@@ -54,7 +54,7 @@ class Files(Source):
                 f"{path} holds no images that Pillow can decode; it holds {counted(left_aside) or 'no files'}"
             )
         if left_aside:
-            log.warning("%s: left aside %d files: %s", path, left_aside.total(), counted(left_aside))
+            log.warning("%s: left aside %s", path, counted(left_aside))
         files_hash = hash_texts(f"{name} {sizes[name]}" for name in names)
         super().__init__(names, numbers, classes, files_hash, left_aside)
 
@@ -69,10 +69,9 @@ class Files(Source):
 
 def _kind(name: str) -> str:
     """The suffix of a file in lower case, "without suffix", or "hidden" for the files of operating systems."""
-    path = pathlib.PurePosixPath(name)
-    if any(part.startswith((".", "__MACOSX")) for part in path.parts if part != ".."):
+    if any(part.startswith((".", "__MACOSX")) for part in name.split("/") if part not in (".", "..")):
         return "hidden"
-    return path.suffix.lower() or "without suffix"
+    return posixpath.splitext(name)[1].lower() or "without suffix"
 
 
 class ImageFolder(Files):
@@ -180,11 +179,8 @@ class ZipImages(Files):
 
     def _open(self):
         if self._archive is None:  # opened once per process; ZipFile serializes reads among threads
-            if "://" in self._path:
-                store, path = connect(self._path)
-                self._archive = zipfile.ZipFile(store.open(path))
-            else:
-                self._archive = zipfile.ZipFile(self._path)
+            store, path = connect(self._path) if "://" in self._path else (None, self._path)
+            self._archive = zipfile.ZipFile(store.open(path) if store else path)
         return self._archive
 
     def __getstate__(self):

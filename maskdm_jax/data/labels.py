@@ -50,11 +50,9 @@ def find_labels(path, names: list[str], others: list[str], read):
     Raises:
       DataError: neither label files nor folders define the label of every image.
     """
-    files, known = [], {}
-    for file in others:
-        found = _read_label_file(path, file, read) if posixpath.basename(file) in _LABEL_FILES else {}
-        if found:
-            files.append(file)
+    listed = {name: _read_label_file(path, name, read) for name in others if posixpath.basename(name) in _LABEL_FILES}
+    files, known = [name for name, found in listed.items() if found], {}
+    for found in listed.values():
         differing = [name for name in found if known.get(name, found[name]) != found[name]]
         if differing:
             raise DataError(f"{path}: {' and '.join(files)} give different labels to {differing[0]!r}; remove one")
@@ -80,13 +78,15 @@ def find_labels(path, names: list[str], others: list[str], read):
 
 def _read_label_file(path, file: str, read) -> dict[str, str]:
     """Label by normalized name of every image that a file lists; {} if the file is of another kind."""
-    causes = (ValueError, TypeError, RecursionError, csv.Error)
+    causes = (ValueError, TypeError, AttributeError, LookupError, RecursionError, csv.Error)
     hint = f"); repair or remove it, or {WITHOUT_LABELS}"
     with prefixed(DataError, f"{path}: {file} cannot be used for labels (", causes, hint):
         rows = _LABEL_FILES[posixpath.basename(file)](read(file).decode("utf-8-sig"))
         columns = list(dict.fromkeys(itertools.chain.from_iterable(rows)))
         if "file_name" not in columns:
             return {}
+        if None in columns:  # where `csv` puts them
+            raise ValueError("a line has more fields than the first one")
         column = next((name for name in LABEL_COLUMNS if name in columns), None)
         if column is None:
             raise ValueError(f"of its columns {columns} none is named {' or '.join(LABEL_COLUMNS)}")
