@@ -5,6 +5,7 @@ import functools
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -675,6 +676,27 @@ def test_a_full_disk_leaves_nothing(official, converted, tmp_path, monkeypatch, 
     with pytest.raises(CheckpointError, match=rf"{name} cannot be written: .*No space left"):
         convert(converted if name == "back.pt" else official, tmp_path / name, heads=4)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_file_given_as_a_run_names_the_command_that_makes_it_one(official, converted, tmp_path):
+    """It works as it is where the file shows the heads, or has 64 channels per head as the official models do."""
+    file = tmp_path / "model 20.pt"
+    twin_file(file, TINY | dict(encoder_embed_dim=64, encoder_heads=1, encoder_depth=2))
+    with pytest.raises(CheckpointError, match="model 20.pt is not a run of this project; .*, convert it: ") as caught:
+        sampling.load(file)
+    program, *flags = shlex.split(str(caught.value).partition("convert it: python ")[2])
+    src, dst = (flag.partition("=")[2] for flag in flags)
+    assert (program, src, dst) == ("launch/convert.py", str(file), "runs/model 20")
+    lines = convert(src, tmp_path / dst)
+    assert any("width / 64 = 1 is assumed" in line for line in lines)
+    assert sampling.load(tmp_path / dst).config.model.heads == 1
+    assert any("4 attention heads are taken" in line for line in convert(file, tmp_path / "other", heads=4))
+    shards = tmp_path / "shards"
+    shards.mkdir()
+    convert(converted, shards / "model.safetensors")
+    with pytest.raises(CheckpointError, match=f"convert.py --src={shards} --dst=runs/shards"):
+        checkpoint.find(shards)
+    assert not any("heads" in line for line in convert(shards, tmp_path / "run"))
 
 
 def test_from_the_command_line(root, official, tmp_path, child_env):

@@ -11,6 +11,7 @@ import json
 import logging
 import os
 import pathlib
+import shlex
 import shutil
 
 import jax
@@ -152,6 +153,11 @@ def find(path) -> pathlib.Path:
         steps = [int(p.name) for p in found if p.name.isdecimal() and _is_checkpoint(p)]
         if steps:
             return folder / str(max(steps))
+    if path.is_file() or any(path.glob("*.safetensors")):
+        command = f"python launch/convert.py --src={shlex.quote(str(path))} --dst=runs/{shlex.quote(path.stem)}"
+        raise CheckpointError(
+            f"{path} is not a run of this project; if it holds weights of PyTorch, convert it: {command}"
+        )
     raise CheckpointError(f"{path} holds no checkpoint; give a run folder or one of its {FOLDER}/STEP folders")
 
 
