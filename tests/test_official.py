@@ -1,4 +1,5 @@
 import argparse
+import dataclasses
 import json
 import random
 import re
@@ -12,7 +13,7 @@ from safetensors.numpy import save_file
 
 from maskdm_jax.build import make_network
 from maskdm_jax.config import parse, to_dict
-from maskdm_jax.errors import CheckpointError, TorchFileError
+from maskdm_jax.errors import CheckpointError, ConfigError, TorchFileError
 from maskdm_jax.interop import official as official_file
 from maskdm_jax.interop import torch_file
 from maskdm_jax.run import train
@@ -28,11 +29,16 @@ def official(root):
     return root / "tests" / "golden" / "official_tiny.pt"
 
 
+def raw_weights(path):
+    return official_file.params_from_state_dict(official_file.load(path)[0].model)
+
+
 @pytest.mark.parametrize(("which", "expected"), [("params", "out_model"), ("ema", "out_ema")])
 def test_official_weights_give_the_same_outputs(root, official, which, expected):
     recorded = np.load(root / "tests" / "golden" / "official_tiny_expected.npz")
     network = make_network(golden.config(TINY))
-    params = official_file.load_weights(official, which)
+    file = official_file.read(official)
+    params = official_file.params_from_state_dict(file.model if which == "params" else file.ema)
     out = jax.jit(network.apply)(params, golden.nhwc(recorded["x"]), recorded["t"])
     wanted = golden.nhwc(recorded[expected])
     assert np.abs(out - wanted).max() < 2e-5 * wanted.std()
@@ -81,7 +87,10 @@ def finetune(images, official, **model):
 
 def test_a_run_starts_from_an_official_file(official, images, tmp_path):
     last = train(finetune(images, official), tmp_path / "run", devices=jax.devices()[:1])
-    assert f"start: weights of {official}" in (tmp_path / "run" / "log.txt").read_text()
+    log = (tmp_path / "run" / "log.txt").read_text()
+    assert f"start: weights of {official}" in log
+    assert "assumed are model.heads=4, diffusion.objective=noise\n" in log
+    assert "model.heads=4 gives 8 channels per head, the official models have 64" in log
     abstract = jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(
             leaf.shape, leaf.dtype, sharding=jax.sharding.SingleDeviceSharding(jax.devices()[0])
@@ -89,10 +98,14 @@ def test_a_run_starts_from_an_official_file(official, images, tmp_path):
         make_network(golden.config(TINY)).abstract_params(),
     )
     trained = checkpoint.load_item(last, "params", abstract)  # with rate 0, the weights it started from
-    jax.tree.map(np.testing.assert_array_equal, trained, official_file.load_weights(official, "params"))
+    jax.tree.map(np.testing.assert_array_equal, trained, raw_weights(official))
 
 
 def test_what_does_not_fit_is_named(official, images, tmp_path):
+    config = finetune(images, official)
+    linear = dataclasses.replace(config, diffusion=dataclasses.replace(config.diffusion, schedule="linear"))
+    with pytest.raises(ConfigError, match=r"schedule cosine \(now linear\); .*--config.diffusion.schedule=cosine"):
+        train(linear, tmp_path / "linear", devices=jax.devices()[:1])
     with pytest.raises(CheckpointError, match=r"official_tiny.pt do not fit config.model: .*is \(.*there and"):
         train(finetune(images, official, width=64), tmp_path / "a", devices=jax.devices()[:1])
     with pytest.raises(CheckpointError, match="none.pt' is not a file"):
@@ -101,11 +114,11 @@ def test_what_does_not_fit_is_named(official, images, tmp_path):
     with pytest.raises(
         TorchFileError, match="no tensors of a U-ViT; a checkpoint of the official trainer is a dict of"
     ):
-        official_file.load_weights(tmp_path / "other.pt", "params")
+        official_file.read(tmp_path / "other.pt")
     model = {"model.conv1.weight": np.ones(3, np.float32), "model.encoder.norm.bias": np.ones(3, np.float32)}
     torch_file.write(tmp_path / "resnet.pt", {"model": model})
     with pytest.raises(TorchFileError, match="'model.model.conv1.weight' is not the name of a U-ViT tensor"):
-        official_file.load_weights(tmp_path / "resnet.pt", "params")
+        official_file.read(tmp_path / "resnet.pt")
 
 
 def renamed(base, rename):
@@ -240,8 +253,7 @@ def test_safetensors_in_several_files(official, tmp_path):
         found, _ = official_file.read_safetensors(given)
         jax.tree.map(np.testing.assert_array_equal, found.model, weights)
         index.write_text(json.dumps({"metadata": {}, "weight_map": where}))
-    params = official_file.load_weights(tmp_path, "ema")
-    jax.tree.map(np.testing.assert_array_equal, params, official_file.params_from_state_dict(weights))
+    jax.tree.map(np.testing.assert_array_equal, official_file.load(tmp_path)[0].model, weights)
     for changed, message in [
         ({"extra": where[names[0]]}, "its index names .'extra'., which are in none of the files"),
         ({"extra": "../x.safetensors"}, "its index names files of other folders"),

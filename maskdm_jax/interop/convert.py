@@ -10,14 +10,12 @@ import shutil
 import typing
 
 import jax
-import ml_dtypes
 import numpy as np
 import optax
 
 from maskdm_jax import config as config_lib
 from maskdm_jax.build import make_network, noise_schedule
 from maskdm_jax.config import Config
-from maskdm_jax.diffusion.gaussian import cosine_betas, linear_betas
 from maskdm_jax.errors import CheckpointError, ConfigError, TorchFileError, prefixed
 from maskdm_jax.interop import official as official_file
 from maskdm_jax.interop.official import Moment, Official, params_from_state_dict
@@ -72,17 +70,12 @@ def convert(
     if weights not in ("ema", "params"):
         raise ConfigError(f"weights {weights!r} are unknown; choose ema or params (the raw ones)")
     given = None if config is None else config_lib.parse(config)
-    readers = {
-        "folder": _from_folder,
-        "pt": lambda path: _Source(official_file.read(path)),
-        "safetensors": _from_safetensors,
-    }
     writers = {"folder": _to_folder, "pt": _to_pt, "safetensors": _to_safetensors}
     with prefixed(TorchFileError, f"{src}: "):
         with prefixed(CheckpointError, f"{src} cannot be read: ", OSError):
             if kinds[0] != "folder" and not src.exists():
                 raise CheckpointError(f"{src} is not a file")
-            source = readers[kinds[0]](src)
+            source = _from_folder(src) if kinds[0] == "folder" else _from_file(src)
         _settle_config(source, src, heads, given, stage)
         with prefixed(CheckpointError, f"{dst} cannot be written: ", OSError):
             if os.path.lexists(dst) and not (kinds[1] == "folder" and dst.is_dir() and not any(dst.iterdir())):
@@ -104,8 +97,8 @@ def _kind(path: pathlib.Path) -> str:
 # --- Reading ------------------------------------------------------------------------------------
 
 
-def _from_safetensors(path: pathlib.Path) -> _Source:
-    official, noted = official_file.read_safetensors(path)
+def _from_file(path: pathlib.Path) -> _Source:
+    official, noted = official_file.load(path)
     if not noted:
         return _Source(official)
     with prefixed(ValueError, "its header does not hold a config of this project (", (LookupError, TypeError), ")"):
@@ -181,8 +174,8 @@ def _settle_config(
             {"diffusion.shift_size": own.diffusion.shift_size} if own.diffusion.schedule == "shifted_cosine" else {}
         )
         shown["model.heads"] = own.model.heads
-    elif official.buffers is not None:
-        shown |= _schedule_of(official.buffers["betas"])
+    else:
+        shown |= official_file.schedule_settings(official)
     if given is not None:
         _compare(given, shown)
         source.config, source.stage, source.goes_on = given, stage or given.stages[0], True
@@ -211,29 +204,6 @@ def _settle_config(
     source.classes = source.classes or [str(i) for i in range(shown["model.num_classes"])]
     params, wanted = params_from_state_dict(official.model), make_network(source.config).abstract_params()
     checkpoint.compare(f"the weights in {path} are not those of a whole U-ViT", params, wanted)
-
-
-_ROUNDING = {np.dtype(np.float32): 1e-5, np.dtype(np.float64): 1e-5, np.dtype(np.float16): 1e-3}
-_ROUNDING |= {np.dtype(ml_dtypes.bfloat16): 1e-2}  # relative error of a stored schedule, by its dtype
-
-
-def _schedule_of(betas: np.ndarray) -> dict:
-    """Settings of the schedule with these betas [T]."""
-    if betas.ndim == 1 and 20 < betas.size <= 100_000 and betas.dtype in _ROUNDING:
-        rounding, values = _ROUNDING[betas.dtype], betas.astype(np.float64)
-
-        def distance(candidate):
-            name, size = candidate
-            known = linear_betas(values.size) if name == "linear" else cosine_betas(values.size, size=size)
-            return np.max(np.abs(known - values) / (rounding * known + 1e-7))
-
-        name, size = min(
-            [("cosine", 64), ("linear", 64), *(("shifted_cosine", s) for s in range(1, 2049))], key=distance
-        )
-        if distance((name, size)) < 1:
-            shift = {"diffusion.shift_size": size} if name == "shifted_cosine" else {}
-            return {"diffusion.schedule": name, "diffusion.timesteps": values.size} | shift
-    raise ValueError("its betas are those of no noise schedule that is known here (linear, cosine, shifted cosine)")
 
 
 def _compare(config: Config, shown: dict) -> None:

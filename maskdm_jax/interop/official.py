@@ -24,7 +24,7 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
-from maskdm_jax.diffusion.gaussian import Schedule
+from maskdm_jax.diffusion.gaussian import Schedule, cosine_betas, linear_betas
 from maskdm_jax.errors import TorchFileError, prefixed
 from maskdm_jax.interop import torch_file
 from maskdm_jax.interop.pickles import Skipped
@@ -490,19 +490,9 @@ def write_safetensors(path, model: dict[str, np.ndarray], noted: dict) -> None:
     write_atomically(path, safetensors.numpy.save(tensors, {"format": "pt", _METADATA: json.dumps(noted)}))
 
 
-def load_weights(path, which: str = "params") -> dict:
-    """Our parameters from a `.pt` (`params`, the raw weights, or `ema`) or from a `.safetensors`, which has one set.
-
-    Raises:
-      TorchFileError: the file is damaged or of another kind; the message says how.
-    """
-    path = pathlib.Path(path)
-    official = read_safetensors(path)[0] if is_safetensors(path) else read(path)
-    weights = official.model if which == "params" or is_safetensors(path) else official.ema
-    with prefixed(TorchFileError, f"{path}: "):
-        if weights is None:
-            raise ValueError(f"it has no 'ema'; {_WANTED}")
-        return params_from_state_dict(weights)
+def load(path: pathlib.Path) -> tuple[Official, dict]:
+    """Read either kind of file: `read_safetensors`, or `read` and no notes."""
+    return read_safetensors(path) if is_safetensors(path) else (read(path), {})
 
 
 def is_safetensors(path: pathlib.Path) -> bool:
@@ -545,7 +535,7 @@ def _plain(official: Official, name: str, value):
     return None
 
 
-# --- The network of a file ----------------------------------------------------------------------
+# --- The settings that a file shows -------------------------------------------------------------
 
 
 def architecture(model: dict[str, np.ndarray]) -> dict:
@@ -587,3 +577,33 @@ def architecture(model: dict[str, np.ndarray]) -> dict:
         "model.num_classes": shape("encoder.label_emb.weight", 2)[0] if conditional else 0,
         "model.time_mlp": "encoder.time_embed.0.weight" in model,
     }
+
+
+_ROUNDING = {np.dtype(np.float32): 1e-5, np.dtype(np.float64): 1e-5, np.dtype(np.float16): 1e-3}
+_ROUNDING |= {np.dtype(ml_dtypes.bfloat16): 1e-2}  # relative error of a stored schedule, by its dtype
+
+
+def schedule_settings(official: Official) -> dict:
+    """Settings of the noise schedule with the file's betas, such as "diffusion.schedule"; {} without them.
+
+    Raises:
+      ValueError: the betas are those of no schedule that is known here.
+    """
+    betas = (official.buffers or {}).get("betas")
+    if betas is None:
+        return {}
+    if betas.ndim == 1 and 20 < betas.size <= 100_000 and betas.dtype in _ROUNDING:
+        rounding, values = _ROUNDING[betas.dtype], betas.astype(np.float64)
+
+        def distance(candidate):
+            name, size = candidate
+            known = linear_betas(values.size) if name == "linear" else cosine_betas(values.size, size=size)
+            return np.max(np.abs(known - values) / (rounding * known + 1e-7))
+
+        name, size = min(
+            [("cosine", 64), ("linear", 64), *(("shifted_cosine", s) for s in range(1, 2049))], key=distance
+        )
+        if distance((name, size)) < 1:
+            shift = {"diffusion.shift_size": size} if name == "shifted_cosine" else {}
+            return {"diffusion.schedule": name, "diffusion.timesteps": values.size} | shift
+    raise ValueError("its betas are those of no noise schedule that is known here (linear, cosine, shifted cosine)")

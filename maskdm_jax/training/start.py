@@ -11,7 +11,7 @@ import jax
 from maskdm_jax import config as config_lib
 from maskdm_jax.build import Network
 from maskdm_jax.config import Config
-from maskdm_jax.errors import CheckpointError, ConfigError
+from maskdm_jax.errors import CheckpointError, ConfigError, TorchFileError, prefixed
 from maskdm_jax.parallel import sharding
 from maskdm_jax.training import checkpoint
 from maskdm_jax.training.state import TrainState, make_optimizer, new_state
@@ -108,25 +108,25 @@ def initial_weights(config: Config, classes: list[str], abstract) -> tuple[dict,
       CheckpointError: there are no such weights, or they do not fit the network.
       ConfigError: they were trained for other settings or classes; see `check_trained_for`.
     """
-    path = config.init_from
-    if not path.lower().endswith(TORCH_SUFFIXES):
-        found = checkpoint.find(path)
-        check_trained_for(config, classes, checkpoint.load_meta(found), found)
-        return checkpoint.load_item(found, "params", abstract), found
     from maskdm_jax.interop import official
 
-    found = pathlib.Path(os.path.expanduser(path)).absolute()
-    if not found.is_file():
-        raise CheckpointError(f"config.init_from {path!r} is not a file")
-    if found.suffix.lower() == ".safetensors":
-        file, noted = official.read_safetensors(found)
-        params = official.params_from_state_dict(file.model)
-    else:
-        params, noted = official.load_weights(found), {}
+    found = pathlib.Path(os.path.expanduser(config.init_from)).absolute()
+    if not found.exists() and found.suffix.lower() in TORCH_SUFFIXES:
+        raise CheckpointError(f"config.init_from {config.init_from!r} is not a file")
+    if not found.is_file() and not official.is_safetensors(found):
+        found = checkpoint.find(found)
+        check_trained_for(config, classes, checkpoint.load_meta(found), found)
+        return checkpoint.load_item(found, "params", abstract), found
+    file, noted = official.load(found)
+    for note in file.notes:
+        log.info("%s: %s", found, note)
+    with prefixed(TorchFileError, f"{found}: "):
+        params, schedule = official.params_from_state_dict(file.model), official.schedule_settings(file)
     if "config" in noted:
         check_trained_for(config, classes, noted, found)
     else:
-        _state_assumptions(config, found)
+        _compare(config, schedule, found)
+        _state_assumptions(config, found, schedule)
     checkpoint.compare(f"the weights of {found} do not fit config.model", params, abstract)
     return sharding.put(params, sharding.placement(abstract)), found
 
@@ -142,14 +142,19 @@ def check_trained_for(config: Config, classes: list[str], source: dict, where) -
     Raises:
       ConfigError: the network, the noise or the objective differ, or the classes of a conditional model.
     """
-    ours, theirs = _meaning(config), _meaning(config_lib.parse(source["config"]))
+    _compare(config, _meaning(config_lib.parse(source["config"])), where)
+    if config.model.num_classes and list(source["classes"]) != list(classes):
+        _check_classes(list(source["classes"]), list(classes), where)
+
+
+def _compare(config: Config, theirs: dict, where) -> None:
+    """Raise a ConfigError if settings with the names of `_meaning` differ from `theirs`."""
+    ours = _meaning(config)
     wrong = {name: value for name, value in theirs.items() if ours.get(name) != value}
     if wrong:
         differing = ", ".join(f"{name} {value} (now {ours.get(name)})" for name, value in wrong.items())
         flags = " ".join(f"--config.{name}={value}" for name, value in wrong.items())
         raise ConfigError(f"{where} was trained with {differing}; take its settings: {flags}")
-    if config.model.num_classes and list(source["classes"]) != list(classes):
-        _check_classes(list(source["classes"]), list(classes), where)
 
 
 def _meaning(config: Config) -> dict:
@@ -173,12 +178,13 @@ def _check_classes(theirs: list[str], ours: list[str], where) -> None:
     raise ConfigError(f"{problem}, so that labels would mean other classes; give {advice}")
 
 
-def _state_assumptions(config: Config, found: pathlib.Path) -> None:
-    """Log what a file of bare weights cannot show."""
+def _state_assumptions(config: Config, found: pathlib.Path, schedule: dict) -> None:
+    """Log what a file of bare weights cannot show; `schedule` is what it shows of its noise."""
     heads, diffusion = config.model.heads, config.diffusion
+    shown = "" if schedule else f", diffusion.schedule={diffusion.schedule}"
     log.warning(
-        "%s does not hold its settings; assumed are model.heads=%d, diffusion.schedule=%s and objective=%s",
-        *(found, heads, diffusion.schedule, diffusion.objective),
+        "%s does not hold its settings; assumed are model.heads=%d, diffusion.objective=%s%s",
+        *(found, heads, diffusion.objective, shown),
     )
     if config.model.width != 64 * heads:
         log.warning(
