@@ -9,9 +9,13 @@ from ml_collections import config_flags
 
 from maskdm_jax.parallel import runtime
 
-SRC = flags.DEFINE_string("src", None, "Run folder, checkpoint folder, .pt or .safetensors.", required=True)
+SRC = flags.DEFINE_string(
+    "src", None, "Run or checkpoint folder, .pt, or .safetensors (also the index or folder of several).", required=True
+)
 DST = flags.DEFINE_string("dst", None, "Run folder, .pt or .safetensors; must not exist yet.", required=True)
-HEADS = flags.DEFINE_integer("num_heads", None, "Number of attention heads, which official files do not contain.")
+HEADS = flags.DEFINE_integer(
+    "num_heads", None, "Number of attention heads, which official files do not contain; default: width / 64."
+)
 CONFIG = config_flags.DEFINE_config_file(
     "config", None, "Config of the run; needed to train it further.", lock_config=False, accept_new_attributes=True
 )
