@@ -175,6 +175,7 @@ BUFFERS = {  # of the official diffusion wrapper, in its order -> column of `gau
     "posterior_mean_coef1": "posterior_mean_x0",
     "posterior_mean_coef2": "posterior_mean_xt",
 }
+_FLOATS = (np.float16, ml_dtypes.bfloat16, np.float32, np.float64)
 _METADATA = "maskdm_jax"  # key in the header of a .safetensors file
 INDEX = ".safetensors.index.json"  # ending of the file that says which of several files holds a tensor
 _READABLE = ("F64", "F32", "F16", "BF16", "I64", "I32", "I16", "I8", "U8", "BOOL")  # types of safetensors
@@ -228,17 +229,18 @@ def read(path) -> Official:
     with prefixed(TorchFileError, f"{path}: "):
         if not isinstance(content, dict):
             raise ValueError(f"it holds a {_kind(content)}; {_WANTED}")
-        optimizers = [key for key, value in content.items() if isinstance(value, dict) and "param_groups" in value]
-        steps = [key for key in ("step", "global_step") if key in content]
-        official = _find_weights(content, {*optimizers[:1], *steps[:1], "scaler"})
+        is_optimizer = lambda value: isinstance(value, dict) and "param_groups" in value
+        optimizer = next((key for key, value in content.items() if is_optimizer(value)), None)
+        step = next((key for key in ("step", "global_step") if key in content), None)
+        official = _find_weights(content, {optimizer, step, "scaler"})
         official.scaler = _plain(official, "scaler", content.get("scaler"))
-        try:
-            for key in optimizers[:1]:
-                _read_optimizer(official, content[key])
-        except ValueError as error:
-            official.optimizer_problem = f"{optimizers[0]!r}: {error}"
-        if steps:
-            official.step = _count(content[steps[0]], steps[0])
+        if optimizer is not None:
+            try:
+                _read_optimizer(official, content[optimizer])
+            except ValueError as error:
+                official.optimizer_problem = f"{optimizer!r}: {error}"
+        if step is not None:
+            official.step = _count(content[step], step)
         elif official.moments:
             official.step = max(moment.step for moment in official.moments.values())
         official.ema_step = official.step if official.ema_step < 0 else official.ema_step
@@ -265,7 +267,7 @@ def _find_weights(content: dict, known: set) -> Official:
     raw = next((role for role in ("model", "online", "ema") if role in roles), None)
     if raw is None:
         raise ValueError(f"it holds no tensors of a U-ViT; {_WANTED}")
-    weights = {role: _all_float32(prefix, sets[prefix]) for role, prefix in roles.items()}
+    weights = {role: {n: _float32(prefix + n, t) for n, t in sets[prefix].items()} for role, prefix in roles.items()}
 
     def take(name):
         key, value = others.pop(name, (None, None))
@@ -278,7 +280,8 @@ def _find_weights(content: dict, known: set) -> Official:
         official.notes.append("note: the file has no 'model'; the raw weights are those of the EMA's online_model")
     if raw != "ema" and "ema" in roles:
         _add_ema(official, weights["ema"], roles["ema"], take)
-    if raw == "model" and "online" in roles and not _equal(official.model, weights["online"]):
+    online = weights.get("online", official.model)
+    if not all(np.array_equal(online.get(name), tensor, equal_nan=True) for name, tensor in official.model.items()):
         official.notes.append("left out: ema.online_model, which differs from the weights of 'model' here")
     if any(tensor.dtype == np.float64 for found in sets.values() for tensor in found.values()):
         official.notes.append("note: float64 weights are rounded to float32")
@@ -341,10 +344,6 @@ def _add_ema(official: Official, ema: dict, prefix: str, take) -> None:
     step, initted = take(f"{wrapper}step"), take(f"{wrapper}initted")
     official.ema_step = -1 if step is None else _count(step, f"{wrapper}step")
     official.ema_initted = True if initted is None else bool(_count(initted, f"{wrapper}initted"))
-
-
-def _equal(a: dict, b: dict) -> bool:
-    return all(np.array_equal(a[name], b.get(name), equal_nan=True) for name in a)
 
 
 def _left_out(content: dict, others: dict, sets: dict, keys: set, known: set) -> list[str]:
@@ -501,14 +500,10 @@ def is_safetensors(path: pathlib.Path) -> bool:
     return name.endswith((".safetensors", INDEX)) or (os.path.isdir(path) and any(path.glob("*.safetensors")))
 
 
-def _all_float32(prefix: str, tensors: dict) -> dict[str, np.ndarray]:
-    return {name: _float32(f"{prefix}{name}", tensor) for name, tensor in tensors.items()}
-
-
 def _float32(name: str, tensor) -> np.ndarray:
     if not isinstance(tensor, np.ndarray):
         raise ValueError(f"{name} is a {_kind(tensor)}, not a tensor of floating-point numbers of 16 to 64 bits")
-    if tensor.dtype not in (np.float16, ml_dtypes.bfloat16, np.float32, np.float64):
+    if tensor.dtype not in _FLOATS:
         raise ValueError(f"{name} is {tensor.dtype}; float32 is wanted")
     return tensor.astype(np.float32, copy=False)
 
@@ -579,10 +574,6 @@ def architecture(model: dict[str, np.ndarray]) -> dict:
     }
 
 
-_ROUNDING = {np.dtype(np.float32): 1e-5, np.dtype(np.float64): 1e-5, np.dtype(np.float16): 1e-3}
-_ROUNDING |= {np.dtype(ml_dtypes.bfloat16): 1e-2}  # relative error of a stored schedule, by its dtype
-
-
 def schedule_settings(official: Official) -> dict:
     """Settings of the noise schedule with the file's betas, such as "diffusion.schedule"; {} without them.
 
@@ -592,8 +583,8 @@ def schedule_settings(official: Official) -> dict:
     betas = (official.buffers or {}).get("betas")
     if betas is None:
         return {}
-    if betas.ndim == 1 and 20 < betas.size <= 100_000 and betas.dtype in _ROUNDING:
-        rounding, values = _ROUNDING[betas.dtype], betas.astype(np.float64)
+    if betas.ndim == 1 and 20 < betas.size <= 100_000 and betas.dtype in _FLOATS:
+        rounding, values = max(1e-5, float(ml_dtypes.finfo(betas.dtype).eps)), betas.astype(np.float64)
 
         def distance(candidate):
             name, size = candidate
