@@ -548,6 +548,14 @@ def test_unreadable_images_are_named_and_replaced_by_their_neighbour(stored, cap
     assert caplog.text.count("unreadable image") == 2, "each is named once"
 
 
+def test_worker_processes_report_why_an_image_is_unreadable(tmp_path):
+    for name, content in numbered(100, [7]).items():
+        (tmp_path / name).write_bytes(content)
+    data = TrainingData(dataclasses.replace(colour(str(tmp_path)), workers=1))
+    take(data.batches(batch_size=100, seed=0), 1)
+    assert data.unreadable == {7: "0007.png: not an image of a known kind"}
+
+
 def test_more_than_one_percent_unreadable_stops(stored):
     batches = TrainingData(colour(stored(numbered(200, [3, 50, 120])))).batches(batch_size=50, seed=0)
     with pytest.raises(
