@@ -55,7 +55,8 @@ def places(runs: list[str], out: str | None) -> dict[pathlib.Path, pathlib.Path]
 
     found = []
     for run in runs:
-        matches = sorted(glob.glob(os.path.expanduser(run)), key=lambda p: (len(p), p)) if "*" in run else [run]
+        literal = "*" not in run or os.path.exists(os.path.expanduser(run))
+        matches = [run] if literal else sorted(glob.glob(os.path.expanduser(run)), key=lambda p: (len(p), p))
         if not matches:
             raise CheckpointError(f"no checkpoint matches {run!r}")
         found += [checkpoint.find(match) for match in matches]

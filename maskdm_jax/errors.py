@@ -66,6 +66,12 @@ class NonFiniteLoss(MaskDMError):
     status = 78
 
 
+class Interrupted(MaskDMError):
+    """Ctrl-C stopped the run."""
+
+    status = 130
+
+
 class Preempted(MaskDMError):
     """SIGTERM received: the run saved its state and stopped."""
 

@@ -45,6 +45,11 @@ def check(config: Config) -> None:
     """
     from maskdm_jax.evaluation.metrics import check_settings
 
+    if config.log.wandb:
+        try:
+            import wandb  # noqa: F401
+        except ImportError:
+            raise ConfigError("config.log.wandb is True but wandb is not installed; pip install wandb") from None
     network = make_network(config)
     make_loss(config, network)
     make_sampler(config, network)

@@ -53,6 +53,13 @@ def lock_dir(folder):
 
 
 def cache_dir(kind: str) -> pathlib.Path:
-    """Folder `kind` of the cache: $MASKDM_CACHE, else maskdm_jax in $XDG_CACHE_HOME or ~/.cache."""
+    """Folder `kind` of the cache: $MASKDM_CACHE, else maskdm_jax in $XDG_CACHE_HOME or ~/.cache.
+
+    Raises:
+      OSError: this user has no home folder.
+    """
     default = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "maskdm_jax"
-    return pathlib.Path(os.environ.get("MASKDM_CACHE") or default).expanduser().absolute() / kind
+    try:
+        return pathlib.Path(os.environ.get("MASKDM_CACHE") or default).expanduser().absolute() / kind
+    except RuntimeError:
+        raise OSError("there is no home folder for the cache; set MASKDM_CACHE to a folder") from None

@@ -199,7 +199,10 @@ def test_batch_files_are_not_executed(tmp_path):
         (good[:-40], "damaged or of another kind"),
         (b"", "damaged or of another kind"),
         (pickle.dumps([1]), "damaged or of another kind"),
-        (pickle.dumps({"data": PLANES.astype(float), "labels": []}), "an array of shape .5, 48. has 1920 bytes, not rows of one byte per number"),
+        (
+            pickle.dumps({"data": PLANES.astype(float), "labels": []}),
+            "an array of shape .5, 48. has 1920 bytes, not rows of one byte per number",
+        ),
         (pickle.dumps({"data": np.array([[1, "x"]], object), "labels": [0]}), "damaged or of another kind"),
         (pickle.dumps({"data": PLANES, "labels": [0]}), "5 images and 1 labels"),
         (pickle.dumps({"data": PLANES, "labels": unfolding}), "damaged or of another kind"),

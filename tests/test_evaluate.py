@@ -17,7 +17,7 @@ from maskdm_jax.data import prepare
 from maskdm_jax.data.images import Framing, open_image, save_png, to_pil
 from maskdm_jax.data.prepared import read_card
 from maskdm_jax.data.sources import Digits, open_source, select
-from maskdm_jax.errors import DataError, EvaluationError
+from maskdm_jax.errors import DataError, EvaluationError, TorchFileError
 from maskdm_jax.evaluation import features, inception
 from maskdm_jax.evaluation.evaluate import Evaluator, check_comparable, compare, evaluate
 from maskdm_jax.evaluation.features import Extractor, Images, open_images
@@ -338,6 +338,6 @@ def test_from_the_command_line(root, folders, weights, child_env, tmp_path):
     assert (result["reference_n"], result["n"]) == (11, 9)
     assert f"{result['fid']:.4g}" in report.read_text()
     done = run(f"--samples={folders[1]}", f"--inception_weights={folders[0]}/000.png")
-    assert done.returncode == 1
+    assert done.returncode == TorchFileError.status
     assert "000.png" in done.stderr
     assert "Traceback" not in done.stderr

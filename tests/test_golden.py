@@ -18,6 +18,8 @@ from maskdm_jax.parallel.sharding import make_mesh
 from maskdm_jax.training.state import make_optimizer, new_state
 from maskdm_jax.training.step import Inputs, make_loss, train_step
 
+pytestmark = pytest.mark.usefixtures("optimized")
+
 
 def at_path(tree, path):
     return functools.reduce(lambda node, key: node[key], path, tree)

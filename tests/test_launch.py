@@ -62,7 +62,7 @@ def test_what_a_person_sees(demo):
     workdir, output = demo
     for said in (
         "start: fresh weights",
-        "Total: ",
+        " parameters",
         "1797 images",
         "from digits",
         "of 16 patches visible",

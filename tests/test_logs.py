@@ -1,35 +1,38 @@
-import builtins
-import dataclasses
 import io
+import sys
+import types
+from unittest import mock
 
 import numpy as np
 import pytest
 import tiny
 from PIL import Image
 
+from maskdm_jax import config as config_lib
+from maskdm_jax import run
 from maskdm_jax.data.images import sample_grid, save_png
 from maskdm_jax.errors import ConfigError
 from maskdm_jax.training import logs
 
-LOG = tiny.config().log
+CONFIG = tiny.config()
 
 
 def test_metrics_go_on_where_the_checkpoint_was(tmp_path):
     path = tmp_path / "metrics.jsonl"
-    metrics = logs.Metrics(tmp_path, LOG, step=0)
+    metrics = logs.Metrics(tmp_path, CONFIG, step=0)
     for step in (1, 2, 3):
         metrics.write(step, {"loss": step / 3, "stage": "pretrain"})
     metrics.close()
     with path.open("a") as file:
         file.write('{"step": 4, "lo')  # a kill in the middle of a line
-    metrics = logs.Metrics(tmp_path, LOG, step=2)
+    metrics = logs.Metrics(tmp_path, CONFIG, step=2)
     metrics.write(3, {"loss": 9.0})
     metrics.close()
     assert [(line["step"], line["loss"]) for line in logs.read_metrics(path)] == [(1, 1 / 3), (2, 2 / 3), (3, 9.0)]
 
 
 def test_tensorboard_gets_numbers_and_pictures(tmp_path):
-    metrics = logs.Metrics(tmp_path, dataclasses.replace(LOG, tensorboard=True), step=0)
+    metrics = logs.Metrics(tmp_path, tiny.config(log__tensorboard=True), step=0)
     metrics.write(1, {"loss": 0.5, "stage": "pretrain"})
     save_png(tmp_path / "a.png", Image.new("L", (4, 4)))
     metrics.image(1, "samples", tmp_path / "a.png")
@@ -39,17 +42,26 @@ def test_tensorboard_gets_numbers_and_pictures(tmp_path):
     assert b"samples" in written
 
 
-def test_wandb_must_be_installed_if_wanted(tmp_path, monkeypatch):
-    real = builtins.__import__
-
-    def without_wandb(name, *args, **kwargs):
-        if name == "wandb":
-            raise ImportError(name)
-        return real(name, *args, **kwargs)
-
-    monkeypatch.setattr(builtins, "__import__", without_wandb)
+def test_wandb_must_be_installed_if_wanted(monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(ConfigError, match="pip install wandb"):
-        logs.Metrics(tmp_path, dataclasses.replace(LOG, wandb=True), step=0)
+        run.check(tiny.config(log__wandb=True))
+
+
+def test_each_run_folder_has_a_wandb_id_of_its_own(tmp_path, monkeypatch):
+    asked = []
+    wandb = types.SimpleNamespace(init=lambda **options: asked.append(options) or mock.Mock())
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    config = tiny.config(log__wandb=True)
+    for folder in ("a/demo", "b/demo", "c/lr:1e-4", "a/demo"):
+        (tmp_path / folder).mkdir(parents=True, exist_ok=True)
+        logs.Metrics(tmp_path / folder, config, step=0).close()
+    ids = [options["id"] for options in asked]
+    assert ids[0] == ids[3], "resumed"
+    assert len(set(ids)) == 3
+    assert all(text.isalnum() for text in ids)
+    assert [options["name"] for options in asked[:3]] == ["demo", "demo", "lr:1e-4"]
+    assert asked[0]["config"] == config_lib.to_dict(config)
 
 
 @pytest.mark.parametrize(

@@ -325,6 +325,7 @@ def test_a_run_goes_on_from_the_newest_whole_checkpoint(whole_run, tmp_path):
     train(tiny.config(), workdir, devices=ONE)
     assert history(workdir) == history(whole_run)
     assert "checkpoints/6 is damaged (params has 0 of 54 arrays)" in (workdir / "log.txt").read_text()
+    checkpoint.check(workdir / "checkpoints" / "6")  # saved again, in spite of the empty folder
 
 
 def test_a_run_goes_on_with_what_the_advice_after_divergence_changes(whole_run, tmp_path):

@@ -1,18 +1,21 @@
 """The processes of a run: join, exchange values, and stop together."""
 
+import concurrent.futures
 import glob
 import importlib.util
 import itertools
 import os
 import socket
 import sys
+import threading
+import time
 import typing
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from maskdm_jax.errors import DistributedError, Preempted, prefixed
+from maskdm_jax.errors import DistributedError, Interrupted, Preempted, prefixed
 
 _VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 
@@ -115,6 +118,20 @@ def barrier(name: str) -> None:
         multihost.get_barrier_sync_fn()(key=name, timeout_ms=3_600_000)
 
 
+def in_thread(call):
+    """Return `call()`, made in a thread, so that Ctrl-C need not wait for C++ code that runs for minutes."""
+    result = concurrent.futures.Future()
+
+    def run():
+        try:
+            result.set_result(call())
+        except BaseException as error:
+            result.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    return result.result()
+
+
 def compile_together(jitted, mesh, *args):
     """Compile a jitted function for `args` in all processes of a mesh, before any of them runs it.
 
@@ -143,10 +160,16 @@ def stop_requested() -> bool:
 
 
 def exit_all(message: str, status: int = 1) -> typing.NoReturn:
-    """Exit with a message. One of several processes exits at once, without waiting for the others."""
-    print(message, file=sys.stderr, flush=True)
-    if jax.distributed.is_initialized() and jax.process_count() > 1:
-        if status == Preempted.status:
-            jax.distributed.shutdown()  # wait for the others: the exit of the first process would abort them
-        os._exit(status)
-    sys.exit(status)
+    """Exit with a message. One of several processes names itself, and exits without waiting for the others."""
+    if not jax.distributed.is_initialized() or jax.process_count() == 1:
+        print(message, file=sys.stderr, flush=True)
+        if status == Interrupted.status:
+            os._exit(status)  # a compiler may still be running, see `in_thread`
+        sys.exit(status)
+    print(f"process {jax.process_index()} ({socket.gethostname()}): {message}", file=sys.stderr, flush=True)
+    # The exit of the first process aborts the others, in the middle of a save or before a message of their own.
+    if status == Preempted.status:
+        jax.distributed.shutdown()  # wait for them
+    elif is_first():
+        time.sleep(2)
+    os._exit(status)

@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+import faulthandler
 import glob
 import os
 import re
@@ -11,7 +12,7 @@ import traceback
 import jax
 from absl import app, flags
 
-from maskdm_jax.errors import ConfigError, MaskDMError, Preempted
+from maskdm_jax.errors import ConfigError, Interrupted, MaskDMError, Preempted
 from maskdm_jax.parallel import processes
 from maskdm_jax.storage import cache_dir
 
@@ -63,15 +64,17 @@ def program(*, distributed: bool = True, catch_sigterm: bool = False):
     try:
         if distributed:
             processes.initialize(catch_sigterm=catch_sigterm)
+            if jax.process_count() > 1 and not os.environ.get("PYTHONFAULTHANDLER"):
+                faulthandler.disable()  # stack dumps of the others would hide the message of one that fails
         yield
-    except Preempted as stop:
+    except (Preempted, Interrupted) as stop:
         processes.exit_all(str(stop), stop.status)
     except MaskDMError as error:
         processes.exit_all(f"error: {error}", error.status)
     except OSError as error:
         processes.exit_all(f"error: {error}")
     except KeyboardInterrupt:
-        processes.exit_all("interrupted; run the same command again to go on")
+        processes.exit_all("interrupted", Interrupted.status)
     except jax.errors.JaxRuntimeError as error:
         reason = str(error).splitlines()[0]
         if "RESOURCE_EXHAUSTED" in reason:
@@ -91,7 +94,10 @@ def program(*, distributed: bool = True, catch_sigterm: bool = False):
 def keep_compiled_programs() -> None:
     """Keep compiled programs on disk, in the cache folder unless $JAX_COMPILATION_CACHE_DIR is set."""
     if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
-        jax.config.update("jax_compilation_cache_dir", str(cache_dir("xla")))
+        with contextlib.suppress(OSError):  # nobody asked for the cache; without a place for it, programs run as well
+            folder = cache_dir("xla")
+            folder.mkdir(parents=True, exist_ok=True)
+            jax.config.update("jax_compilation_cache_dir", str(folder))
 
 
 def keep_freed_memory() -> bool:

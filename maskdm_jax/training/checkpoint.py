@@ -7,6 +7,7 @@ and the class names. Sampling and resuming need no other file.
 """
 
 import dataclasses
+import itertools
 import json
 import logging
 import os
@@ -46,7 +47,8 @@ class Checkpoints:
     """The checkpoints of a run folder. Keeps the `keep` newest and those of the steps in `keep_steps`."""
 
     def __init__(self, workdir, *, keep: int, keep_steps=()):
-        self.folder = pathlib.Path(workdir).absolute() / FOLDER
+        check_path(workdir)
+        self.folder, self._verified = pathlib.Path(workdir).absolute() / FOLDER, False
         self._manager = _Manager(
             self.folder,
             item_names=(*ITEMS, "meta"),
@@ -72,8 +74,8 @@ class Checkpoints:
                     check(self.folder / str(step))
                     break
                 except CheckpointError as error:
-                    aside = self.folder / f"{step}.damaged"
-                    shutil.rmtree(aside, ignore_errors=True)
+                    names = (f"{step}.damaged" + f"-{n}" * (n > 1) for n in itertools.count(1))
+                    aside = next(self.folder / name for name in names if not (self.folder / name).exists())
                     os.replace(self.folder / str(step), aside)
                     self._manager.reload()
                     step = self.latest()
@@ -103,7 +105,13 @@ class Checkpoints:
                     optimizer=ocp.args.StandardSave(_rest(state)),
                     meta=ocp.args.JsonSave(meta),
                 ),
+                force=True,  # beside a stray folder of a higher number, Orbax would save nothing and say nothing
             )
+        if not self._verified:  # a disk that does not keep what is written to it shows now, not at the next start
+            self.wait()
+            if processes.is_first():
+                check(self.folder / str(step))
+            self._verified = True
 
     def meta(self, step: int) -> dict:
         """The JSON part of a checkpoint."""
@@ -137,6 +145,17 @@ class Checkpoints:
         resume = "there is none yet" if latest is None else f"the same command resumes from step {latest}"
         message = f"no checkpoint can be written to {self.folder} ("
         return prefixed(CheckpointError, message, Exception, f"); make room there; {resume}")
+
+
+def check_path(path) -> None:
+    """Refuse a path that Orbax would take for a pattern.
+
+    Raises:
+      CheckpointError: it has such characters.
+    """
+    patterns = sorted(set(str(pathlib.Path(path).absolute())) & set("[]*?"))
+    if patterns:
+        raise CheckpointError(f"{path}: no checkpoint can be kept below a folder with {' '.join(patterns)} in its name")
 
 
 def find(path) -> pathlib.Path:

@@ -6,6 +6,7 @@ import logging
 import pathlib
 import sys
 import time
+import uuid
 
 import jax
 import numpy as np
@@ -13,8 +14,8 @@ from clu import parameter_overview
 from PIL import Image
 from tqdm import tqdm
 
-from maskdm_jax.config import Log
-from maskdm_jax.errors import ConfigError
+from maskdm_jax import config as config_lib
+from maskdm_jax.config import Config
 from maskdm_jax.parallel import processes
 from maskdm_jax.storage import write_atomically
 
@@ -68,16 +69,11 @@ class Metrics:
     that of an uninterrupted one. Of several processes, only the first writes.
     """
 
-    def __init__(self, workdir, settings: Log, *, step: int):
+    def __init__(self, workdir, config: Config, *, step: int):
         self._file = self._board = self._wandb = None
         if not processes.is_first():
             return
-        if settings.wandb:
-            try:
-                import wandb
-            except ImportError:
-                raise ConfigError("config.log.wandb is True but wandb is not installed; pip install wandb") from None
-        workdir = pathlib.Path(workdir)
+        workdir, settings = pathlib.Path(workdir), config.log
         path = workdir / "metrics.jsonl"
         _keep_until(path, step)
         self._file = path.open("a")
@@ -86,9 +82,13 @@ class Metrics:
 
             self._board = tensorboardX.SummaryWriter(str(workdir / "tensorboard"), purge_step=step + 1)
         if settings.wandb:
-            self._wandb = wandb.init(
-                project="maskdm-jax", name=workdir.name, dir=workdir, id=workdir.name, resume="allow"
-            )
+            import wandb
+
+            known = workdir / "wandb_id.txt"  # a name can belong to several runs, and have characters that an id cannot
+            if not known.exists():
+                write_atomically(known, uuid.uuid4().hex.encode())
+            about = dict(project="maskdm-jax", name=workdir.name, dir=str(workdir), config=config_lib.to_dict(config))
+            self._wandb = wandb.init(**about, id=known.read_text().strip(), resume="allow")
 
     def write(self, step: int, values: dict) -> None:
         """Record numbers and strings of a step; strings go to metrics.jsonl only."""

@@ -14,10 +14,10 @@ import jax
 from maskdm_jax import config as config_lib
 from maskdm_jax.build import Network, make_network, mask_plans
 from maskdm_jax.config import Config
-from maskdm_jax.errors import ConfigError, NonFiniteLoss, Preempted
+from maskdm_jax.errors import ConfigError, Interrupted, NonFiniteLoss, Preempted
 from maskdm_jax.parallel import processes, sharding
 from maskdm_jax.storage import lock_dir, write_atomically
-from maskdm_jax.training import logs
+from maskdm_jax.training import checkpoint, logs
 from maskdm_jax.training.checkpoint import Checkpoints
 from maskdm_jax.training.start import begin, next_stage
 from maskdm_jax.training.state import TrainState
@@ -81,6 +81,7 @@ def train(config: Config, data, workdir, *, make_hooks=lambda run: (), devices=N
     Raises:
       ConfigError, DataError, CheckpointError: settings, data or checkpoint are invalid; raised before training.
       NonFiniteLoss: training diverged.
+      Interrupted: Ctrl-C.
       Preempted: SIGTERM was received and the state saved; only if `processes.initialize` catches SIGTERM.
     """
     workdir, network, mesh = run_folder(workdir), make_network(config), make_run_mesh(config, devices)
@@ -97,16 +98,22 @@ def train(config: Config, data, workdir, *, make_hooks=lambda run: (), devices=N
         if done == ends[-1]:
             log.info("nothing left to do: %s finished all %d steps", workdir, done)
             return checkpoints.folder / str(done)
-        log.info("parameters\n%s", logs.parameter_table(start.state.params))
+        log.debug("parameters\n%s", logs.parameter_table(start.state.params))  # into log.txt alone
+        log.info("%s parameters", f"{sum(leaf.size for leaf in jax.tree.leaves(start.state.params)):,}")
         kind = mesh.devices.flat[0].device_kind
         log.info("%s; %d x %s; run folder %s", data, mesh.size, kind, workdir)
-        metrics = logs.Metrics(workdir, config.log, step=done)
+        metrics = logs.Metrics(workdir, config, step=done)
         closing.callback(metrics.close)
         tracing = logs.Profile(workdir / "profile", done + WARM_UP + 1, profile if processes.is_first() else 0)
         closing.callback(tracing.close)
         run = Run(config, workdir, mesh, network, data, checkpoints, metrics, tracing)
         begun = time.perf_counter()
-        run_stages(run, start, (*make_hooks(run), Save(run)))
+        try:
+            run_stages(run, start, (*make_hooks(run), Save(run)))
+        except KeyboardInterrupt:
+            saved = checkpoints.latest()
+            text = "nothing was saved yet" if saved is None else f"the same command resumes from step {saved}"
+            raise Interrupted(f"interrupted; {text}") from None
         checkpoints.wait()
         took = logs.duration(time.perf_counter() - begun)
         log.info("done in %s: %s holds samples, checkpoints/%d, metrics.jsonl, log.txt", took, workdir, ends[-1])
@@ -129,7 +136,10 @@ def run_stage(run: Run, index: int, state: TrainState, meta: dict, hooks) -> Tra
     log.info("stage %s: %d steps of %d images; %s", name, stage.steps, stage.batch_size, describe_masks(run, name))
     if first == stage.steps:
         return state
+    log.info("compiling the step of %s", name)
+    begun = time.perf_counter()
     step_fn = compile_step(run.config, name, run.mesh, state)
+    log.info("compiled in %s", logs.duration(time.perf_counter() - begun))
     batches = run.data.batches(batch_size=stage.batch_size, seed=run.config.seed + index)
     if "data" in meta:
         batches.seek(meta["data"])
@@ -236,7 +246,9 @@ class StageReport:
         means = self.window.take()
         images = per_second * self._stage.batch_size
         left = (self._stage.steps - step + self._later) / max(per_second, 1e-9)
-        text = f"loss {means['loss']:.4f} | {images:,.0f} images/s | {self._visible} of {self._total} tokens | "
+        text = f"loss {means['loss']:.4f} | rate {means['learning_rate']:.1e} | {images:,.0f} images/s | "
+        text += f"{self._visible} of {self._total} tokens | "
+        text = (f"(run step {self._offset + step}) " if self._offset else "") + text
         text += f"{logs.duration(left)} left"
         text += f" | {waited:.0%} of the time waiting for data" if waited > 0.03 else ""
         self._progress.numbers(step, text)
@@ -295,6 +307,7 @@ def run_folder(workdir) -> pathlib.Path:
     """
     if "://" in str(workdir):
         raise ConfigError(f"--workdir={workdir}: give a folder on a disk that all hosts see; a bucket can be mounted")
+    checkpoint.check_path(workdir)
     return pathlib.Path(workdir).expanduser().absolute()
 
 

@@ -124,10 +124,11 @@ def jit_step(config: Config, name: str, mesh, abstract: TrainState):
 
 
 def compile_step(config: Config, name: str, mesh, state: TrainState):
-    """Compile the step of stage `name` for a state, in all processes of the mesh."""
-    return processes.compile_together(
-        jit_step(config, name, mesh, state), mesh, state, abstract_batch(config, name, mesh)
-    )
+    """Compile the step of stage `name` for a state, in all processes of the mesh. Ctrl-C interrupts it."""
+    lowered = jit_step(config, name, mesh, state).lower(state, abstract_batch(config, name, mesh))
+    compiled = processes.in_thread(lowered.compile)
+    processes.barrier("compiled")
+    return compiled
 
 
 def abstract_batch(config: Config, name: str, mesh) -> dict:
