@@ -251,7 +251,7 @@ def checkpoint_subjects(settings) -> list[Subject]:
         checkpoints = checkpoint.Checkpoints(folder, keep=1)
         for i in range(1 + min(ROUNDS.value, 3)):
             begun = time.perf_counter()
-            checkpoints.save(i, state, {})
+            checkpoints.save(i, state, dict.fromkeys(checkpoint.META))
             stalled = time.perf_counter() - begun
             checkpoints.wait()
             if i:  # the first one sets up threads and folders

@@ -13,7 +13,8 @@ import json, resource, statistics
 import jax, jax.numpy as jnp
 from maskdm_jax.parallel import runtime
 kept = runtime.keep_freed_memory()
-step = jax.jit(lambda x: jax.lax.optimization_barrier(x + 1)[::-1] + 1)  # buffers beyond 64 MiB
+twice = lambda x: x[:, :16] @ x[:16]  # buffers beyond 64 MiB
+step = jax.jit(lambda x: twice(twice(x)) * 1e-9)
 x = jnp.ones((4200, 4200))
 faults = []
 for _ in range(16):
