@@ -42,6 +42,7 @@ def main(argv):
 def check(config, workdir):
     import jax
 
+    from maskdm_jax import run
     from maskdm_jax.parallel import processes
     from maskdm_jax.tools import preflight
 
@@ -52,6 +53,8 @@ def check(config, workdir):
     if not preflight.examine(config, workdir, say):
         processes.exit_all("preflight checks failed")
     if processes.is_first():
+        for line in run.warnings_of(config):
+            print(f"note  {line}")
         print("preflight checks passed", flush=True)
 
 

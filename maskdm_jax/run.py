@@ -1,20 +1,24 @@
 """A whole run: open the data, train, and make previews and metrics by hooks of the training loop."""
 
+import hashlib
+import json
 import logging
 import pathlib
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from maskdm_jax.build import make_network, make_sampler, mask_plans
 from maskdm_jax.config import Config
 from maskdm_jax.data.images import sample_grid, save_png
 from maskdm_jax.data.pipeline import TrainingData
-from maskdm_jax.errors import ConfigError
+from maskdm_jax.errors import ConfigError, DataError
 from maskdm_jax.models.representation import make_representation
 from maskdm_jax.parallel import processes
 from maskdm_jax.sampling import make_generator
 from maskdm_jax.training import loop
+from maskdm_jax.training.state import EMA_COPY_STEPS
 from maskdm_jax.training.step import make_loss
 
 log = logging.getLogger(__name__)
@@ -26,6 +30,8 @@ def train(config: Config, workdir, *, devices=None, profile: int = 0) -> pathlib
     data = open_training_data(config)
 
     def make_hooks(run):
+        for line in warnings_of(config):
+            log.warning("%s", line)
         _warn_if_narrow(config)
         hooks = [Previews(run)]
         if config.evaluation.every:
@@ -50,6 +56,11 @@ def check(config: Config) -> None:
             import wandb  # noqa: F401
         except ImportError:
             raise ConfigError("config.log.wandb is True but wandb is not installed; pip install wandb") from None
+    if config.sampling.guidance and not config.data.label_dropout and not config.init_from:
+        raise ConfigError(
+            f"config.sampling.guidance is {config.sampling.guidance:g}, but training never hides a label; set "
+            "config.data.label_dropout above 0, such as 0.1"
+        )
     network = make_network(config)
     make_loss(config, network)
     make_sampler(config, network)
@@ -65,7 +76,7 @@ def open_training_data(config: Config) -> TrainingData:
       DataError: the images cannot be opened.
       ConfigError: their number of classes is not the model's.
     """
-    data = TrainingData(config.data)
+    data = _open_everywhere(config)
     found, wanted = len(data.classes), config.model.num_classes
     if config.data.labels and found != wanted:
         names = ", ".join(data.classes[:8]) + (", ..." if found > 8 else "")
@@ -74,6 +85,49 @@ def open_training_data(config: Config) -> TrainingData:
             f"pass --config.model.num_classes={found}"
         )
     return data
+
+
+def _open_everywhere(config: Config) -> TrainingData:
+    """Open the images in all processes, and check that they see the same ones.
+
+    Raises:
+      DataError: a process cannot open them, or sees others.
+    """
+    try:
+        data, problem = TrainingData(config.data), None
+    except DataError as error:
+        data, problem = None, error
+    counts = processes.gather(np.int64(-1 if data is None else len(data)))
+    if problem is not None:
+        raise problem
+    if (counts < 0).any():
+        raise DataError(f"process {np.argmin(counts)} cannot open the images; its message says why")
+    identity = json.dumps([len(data), data.card["files_hash"], list(data.classes)])
+    digests = processes.gather(np.frombuffer(hashlib.sha256(identity.encode()).digest(), np.uint8))
+    if (digests != digests[0]).any():
+        raise DataError(
+            f"the processes see different images: {', '.join(f'{count:,}' for count in counts)} of them; here {data}; "
+            "give all hosts the same files"
+        )
+    return data
+
+
+def warnings_of(config: Config) -> list[str]:
+    """Settings that work and that nobody is likely to want, one line each."""
+    lines, longest = [], max(config.stage[name].steps for name in config.stages)
+    if config.preview.every > longest:
+        lines.append(f"preview.every={config.preview.every} is beyond the end: each stage has one preview, at its end")
+    for name in config.stages:
+        stage = config.stage[name]
+        if stage.warmup_steps > stage.steps / 3:
+            lines.append(f"{name}.warmup_steps={stage.warmup_steps} is more than a third of its {stage.steps} steps")
+        share = stage.ema_decay ** (max(stage.steps - EMA_COPY_STEPS, 0) / stage.ema_every)
+        if stage.steps > EMA_COPY_STEPS and share > 0.05:
+            lines.append(
+                f"{share:.0%} of the EMA at the end of {name} are the weights of step {EMA_COPY_STEPS}: lower "
+                f"{name}.ema_decay={stage.ema_decay} or {name}.ema_every={stage.ema_every}, or train longer"
+            )
+    return lines
 
 
 class Previews:

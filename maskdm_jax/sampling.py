@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import hashlib
 import io
 import json
 import os
@@ -21,7 +22,7 @@ from maskdm_jax.diffusion import samplers
 from maskdm_jax.errors import SamplingError
 from maskdm_jax.models.representation import make_representation
 from maskdm_jax.parallel import processes, sharding
-from maskdm_jax.storage import write_atomically
+from maskdm_jax.storage import atomic_path, write_atomically
 from maskdm_jax.training import checkpoint
 
 
@@ -131,6 +132,12 @@ def load(path, *, weights: str = "ema", sampling: dict | None = None) -> Loaded:
     raw["sampling"] |= sampling or {}
     raw["mesh"] = {}  # the mesh of the machine that trained; this one may have other devices
     config = parse(raw)
+    # Of a converted file or of weights from elsewhere, it is not known whether labels were hidden.
+    if config.sampling.guidance and not (config.data.label_dropout or config.init_from or meta.get("official")):
+        raise SamplingError(
+            f"guidance={config.sampling.guidance:g} needs a network that was trained with hidden labels; {found} was "
+            "trained with data.label_dropout=0"
+        )
     network, mesh = make_network(config), _local_mesh()
     make_sampler(config, network)  # checks the sampling settings before weights are read
     place = sharding.replicated(mesh)
@@ -233,7 +240,10 @@ def _settings_of(loaded: Loaded) -> dict:
     """The settings that determine the images, for samples.json."""
     sampling = dataclasses.asdict(loaded.config.sampling)
     known = dict(weights=loaded.weights, sampling=sampling, classes=loaded.classes, card=loaded.card)
-    return known | dict(checkpoint=str(loaded.checkpoint))
+    digest = hashlib.sha256()
+    for leaf in jax.tree.leaves(loaded.params):
+        digest.update(np.asarray(leaf).tobytes())
+    return known | dict(checkpoint=str(loaded.checkpoint), weights_hash=digest.hexdigest())
 
 
 def _make_missing(loaded, n, folder, packed, of_image, seed, batch_size, progress) -> None:
@@ -257,13 +267,19 @@ def _make_missing(loaded, n, folder, packed, of_image, seed, batch_size, progres
 
 
 def _pack(folder: pathlib.Path, n: int, packed, of_image) -> None:
-    """Write samples.npz: the images `packed` by an earlier call, then those in `parts`."""
+    """Write samples.npz: the images `packed` by an earlier call, then those in `parts`, one at a time."""
     parts = folder / "parts"
-    images = np.stack([packed[i] if i < len(packed) else np.load(parts / f"{i:06d}.npy") for i in range(n)])
-    arrays = dict(images=images) if of_image is None else dict(images=images, labels=of_image)
-    buffer = io.BytesIO()
-    np.savez_compressed(buffer, **arrays)
-    write_atomically(folder / "samples.npz", buffer.getvalue())
+    image = lambda i: packed[i] if i < len(packed) else np.load(parts / f"{i:06d}.npy")
+    header = np.lib.format.header_data_from_array_1_0(image(0))
+    header["shape"] = (n, *header["shape"])
+    with atomic_path(folder / "samples.npz") as path, zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        with archive.open("images.npy", "w", force_zip64=True) as file:
+            np.lib.format.write_array_header_1_0(file, header)
+            for i in range(n):
+                file.write(image(i).tobytes())
+        if of_image is not None:
+            with archive.open("labels.npy", "w") as file:
+                np.lib.format.write_array(file, of_image)
     shutil.rmtree(parts)
 
 
@@ -296,8 +312,10 @@ def _claim(folder: pathlib.Path, settings: dict) -> None:
             there = json.loads(path.read_text())
         except json.JSONDecodeError as error:
             raise SamplingError(f"{path} is damaged ({error}); give another folder") from None
-        if there != json.loads(json.dumps(settings)):
-            changes = "; ".join(differences(there, json.loads(json.dumps(settings))))
+        # A run folder may have moved: its weights are known by their hash.
+        then, now = (stored | dict(checkpoint="") for stored in (there, json.loads(json.dumps(settings))))
+        if then != now:
+            changes = "; ".join(differences(then, now))
             raise SamplingError(f"{folder} holds samples with other settings ({changes}); give another folder")
         return
     if folder.exists() and any(not p.name.endswith(".tmp") for p in folder.iterdir()):

@@ -120,6 +120,12 @@ def test_a_full_disk_is_named(two, state, monkeypatch):
     assert two.latest_valid() == 4
 
 
+def test_paths_that_orbax_takes_for_patterns_are_refused(tmp_path):
+    with pytest.raises(CheckpointError, match=r"runs\[1\]: no checkpoint can be kept below a folder with \[ \] in its"):
+        checkpoint.Checkpoints(tmp_path / "runs[1]", keep=1)
+    assert not list(tmp_path.iterdir())
+
+
 def test_the_newest_whole_one_is_used_and_the_damaged_one_moved_aside(two, state, caplog):
     shutil.rmtree(two.folder / "4" / "ema" / "d")
     with caplog.at_level("WARNING"):

@@ -103,6 +103,27 @@ def test_images_may_differ_in_size_and_kind(folders, extractor, tmp_path):
     np.testing.assert_allclose(found, alone, atol=2e-4 * np.std(alone))
 
 
+def test_sizes_of_all_images_are_compared(folders, tmp_path):
+    shutil.copytree(folders[1], tmp_path / "mixed")
+    Image.new("RGB", (20, 30)).save(tmp_path / "mixed" / "last.png")
+    with pytest.raises(EvaluationError, match=r"made differently \(size: 24 and 20 x 30, 24 x 24\)"):
+        check_comparable(open_images(folders[0]), open_images(tmp_path / "mixed"), ("fid",))
+
+
+@pytest.mark.parametrize("shape", [(20, 30, 3), (400, 299, 1)])
+def test_an_image_is_resized_on_the_host_as_on_the_devices(shape):
+    image = np.random.RandomState(0).randint(0, 256, shape).astype(np.uint8)
+    np.testing.assert_allclose(inception.resize_on_host(image), inception.resize(image[None])[0], atol=2e-6)
+
+
+def test_files_of_others(folders, tmp_path):
+    np.savez(tmp_path / "adm.npz", pixels(folders[1]))  # the array's name becomes arr_0
+    assert open_images(tmp_path / "adm.npz").n == 9
+    np.savez(tmp_path / "features.npz", pool_3=np.zeros((8, 2048)))
+    with pytest.raises(EvaluationError, match="it holds pool_3; images or arr_0, or mu and sigma, are wanted"):
+        open_images(tmp_path / "features.npz")
+
+
 def prepared(source, out, **framing):
     prepare.prepare(source, out, Framing(**framing), name="digits")
     return out

@@ -160,7 +160,18 @@ def test_samples_from_a_run(launch, demo, tmp_path):
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (["--config=configs/demo.py", "--config.model.widht=3"], "widht"),
+        (["--config=configs/demo.py", "--config.model.widht=3"], "error: config.model.widht is not a setting; did you"),
+        (
+            ["--config=configs/demo.py", "--config.pretrain.lr=1"],
+            "error: config.pretrain.lr is not a setting; known keys",
+        ),
+        (["--config=configs/demo.py", "--config.none.x=1"], "error: the config has no 'none'"),
+        (
+            ["--config=configs/demo.py", "--config.pretrain.steps=1e3"],
+            "error: flag --config.pretrain.steps=1e3: '1e3' is not",
+        ),
+        (["--config=configs/nowhere.py"], "error: [Errno 2] No such file or directory: 'configs/nowhere.py'"),
+        (["--config=tests/conftest.py"], "error: tests/conftest.py"),
         (["--config=configs/demo.py", "--config.pretrain.mask.rate=1.5"], "error: config.pretrain.mask: mask rate 1.5"),
         (["--config=configs/demo.py", "--config.data.path=nowhere"], "error: 'nowhere' does not exist"),
         (

@@ -1,5 +1,6 @@
 """Preflight checks: what they report, and that they change nothing."""
 
+import contextlib
 import pathlib
 import shutil
 import types
@@ -9,8 +10,9 @@ import numpy as np
 import pytest
 import tiny
 
-from maskdm_jax.errors import CheckpointError, ConfigError, EvaluationError, PreflightError
-from maskdm_jax.run import train
+from maskdm_jax.data.pipeline import TrainingData
+from maskdm_jax.errors import CheckpointError, ConfigError, DataError, EvaluationError, PreflightError
+from maskdm_jax.run import open_training_data, train, warnings_of
 from maskdm_jax.tools import preflight
 
 CHANGES = dict(stages=("finetune",), model__depth=1)  # of one block: quick to compile
@@ -38,14 +40,59 @@ def test_a_healthy_run(tmp_path):
     assert "1,797 images in 10 classes from digits; 200 of them, evenly spread" in lines["data"][1]
     assert lines["folder"][1].endswith("it would start fresh")
     assert "GiB per device, compiled in" in lines["memory, finetune"][1]
+    assert lines["memory, finetune"][1].endswith(" s per step: 0s if data keeps up")
     assert not (tmp_path / "run").exists(), "nothing was created"
+
+
+def test_batches_of_worker_processes_fit_into_shared_memory(monkeypatch):
+    usage = shutil.disk_usage("/")
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=100 << 10))
+    config = tiny.config(data__workers=2, pretrain__batch_size=1024)
+    with pytest.raises(DataError, match="/dev/shm has 0.1 MiB free.* need 0.4; .*--config.data.workers=0"):
+        preflight._data(config)
+    with pytest.raises(DataError, match="/dev/shm has 0.1 MiB free"):
+        next(TrainingData(config.data).batches(batch_size=1024, seed=0))
+    assert preflight._data(tiny.config(data__workers=2))
+
+
+@pytest.mark.parametrize(
+    ("counts", "same", "message"),
+    [
+        ([1797, 1797], True, None),
+        ([1797, 5], False, "the processes see different images: 1,797, 5 of them; here 1797 images of 10 classes"),
+        ([1797, 1797], False, "the processes see different images"),
+        ([1797, -1], True, "process 1 cannot open the images"),
+    ],
+)
+def test_all_processes_must_see_the_same_images(monkeypatch, counts, same, message):
+    def gather(value):
+        return np.array(counts) if np.ndim(value) == 0 else np.stack([value, value if same else value[::-1]])
+
+    monkeypatch.setattr(preflight.processes, "gather", gather)
+    with pytest.raises(DataError, match=message) if message else contextlib.nullcontext():
+        open_training_data(tiny.config())
+
+
+def test_settings_that_nobody_wants_are_named():
+    assert not warnings_of(tiny.config(pretrain__warmup_steps=0, finetune__warmup_steps=0))
+    config = tiny.config(
+        preview__every=1000, pretrain__steps=600, pretrain__ema_decay=0.999, pretrain__warmup_steps=300
+    )
+    assert warnings_of(config) == [
+        "preview.every=1000 is beyond the end: each stage has one preview, at its end",
+        "pretrain.warmup_steps=300 is more than a third of its 600 steps",
+        "61% of the EMA at the end of pretrain are the weights of step 100: lower pretrain.ema_decay=0.999 or "
+        "pretrain.ema_every=1, or train longer",
+        "finetune.warmup_steps=2 is more than a third of its 2 steps",
+    ]
 
 
 def test_every_failure_is_named_and_stops_no_other_check(tmp_path, monkeypatch):
     (tmp_path / "images").mkdir()
     for i in range(4):
         (tmp_path / "images" / f"{i}.png").write_bytes(b"no image")
-    monkeypatch.setattr(preflight.processes, "gather", lambda value: np.array([value, value + 7.5]))
+    gather = lambda value: np.array([value, value + 7.5]) if isinstance(value, float) else np.asarray(value)[None]
+    monkeypatch.setattr(preflight.processes, "gather", gather)
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1000))
     too_much = types.SimpleNamespace(memory=1 << 50, limit=None)

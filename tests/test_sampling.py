@@ -1,5 +1,6 @@
 import dataclasses
 import json
+import shutil
 import socket
 import subprocess
 import sys
@@ -17,13 +18,13 @@ from maskdm_jax.errors import CheckpointError, ConfigError, SamplingError
 from maskdm_jax.evaluation import inception
 from maskdm_jax.evaluation.features import Extractor, sampled
 from maskdm_jax.parallel.sharding import make_mesh
-from maskdm_jax.run import train
+from maskdm_jax.run import check, train
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     workdir = tmp_path_factory.mktemp("run")
-    train(tiny.config(stages=("finetune",)), workdir, devices=jax.devices()[:1])
+    train(tiny.config(stages=("finetune",), data__label_dropout=0.1), workdir, devices=jax.devices()[:1])
     return workdir
 
 
@@ -201,6 +202,30 @@ def test_guidance_and_dpm_solver(loaded, run):
     solver = make(method="dpm_solver", steps=4)
     assert solver.shape == plain.shape
     assert (make(method="dpm_solver", steps=4, guidance=4.0) != solver).any()
+
+
+def test_guidance_needs_a_network_that_knows_no_label(run, tmp_path):
+    with pytest.raises(ConfigError, match="guidance is 2, but training never hides a label; set config.data"):
+        check(tiny.config(sampling__guidance=2.0))
+    shutil.copytree(run, tmp_path / "run")
+    path = tmp_path / "run" / "checkpoints" / "2" / "meta" / "metadata"
+    meta = json.loads(path.read_text())
+    meta["config"]["data"]["label_dropout"] = 0.0
+    path.write_text(json.dumps(meta))
+    with pytest.raises(SamplingError, match="guidance=1.5 needs a network that was trained with hidden labels; .*run"):
+        sampling.load(tmp_path / "run", sampling={"guidance": 1.5})
+
+
+def test_samples_of_a_run_that_moved_go_on(run, tmp_path):
+    shutil.copytree(run, tmp_path / "before")
+    sampling.generate_to_folder(sampling.load(tmp_path / "before"), tmp_path / "out", 2, batch_size=8)
+    (tmp_path / "before").rename(tmp_path / "after")
+    sampling.generate_to_folder(sampling.load(tmp_path / "after"), tmp_path / "out", 4, batch_size=8)
+    assert len(list((tmp_path / "out").glob("0*.png"))) == 4
+    loaded = sampling.load(tmp_path / "after")
+    other = dataclasses.replace(loaded, params=jax.tree.map(lambda leaf: leaf * 0, loaded.params))
+    with pytest.raises(SamplingError, match="other settings .*weights_hash"):
+        sampling.generate_to_folder(other, tmp_path / "out", 5, batch_size=8)
 
 
 def test_raw_weights_and_other_samplers(loaded, run):

@@ -5,9 +5,11 @@ k * B .. k * B + B - 1 of the stream for any number of hosts, worker processes a
 B / H of them.
 """
 
+import contextlib
 import dataclasses
 import functools
 import logging
+import shutil
 
 import grain
 import jax
@@ -124,6 +126,22 @@ class TrainingData:
         return Batches(self, batch_size, seed, host, hosts)
 
 
+def check_shared_memory(settings, batch_size: int) -> None:
+    """Check that worker processes can hand over their batches of `batch_size` images; settings: `config.Data`.
+
+    Raises:
+      DataError: /dev/shm is too small.
+    """
+    needed = 3 * settings.workers * batch_size * settings.image_size**2 * settings.channels  # of each worker: 3 batches
+    with contextlib.suppress(OSError):  # without a /dev/shm, another place is used
+        free = shutil.disk_usage("/dev/shm").free
+        if needed > free:
+            raise DataError(
+                f"/dev/shm has {free / 2**20:,.1f} MiB free, but batches of {settings.workers} worker processes "
+                f"need {needed / 2**20:,.1f}; enlarge it (docker run --shm-size) or pass --config.data.workers=0"
+            )
+
+
 class Batches:
     """Endless iterator over a host's batches: dicts of NumPy arrays.
 
@@ -172,6 +190,7 @@ class Batches:
         ahead = grain.ReadOptions(num_threads=settings.threads, prefetch_buffer_size=2 * settings.threads)
         stream = batches.to_iter_dataset(ahead)
         if settings.workers:
+            check_shared_memory(settings, local)
             if not flags.FLAGS.is_parsed():  # grain's workers read absl flags, which only absl.app parses
                 flags.FLAGS.mark_as_parsed()
             stream = stream.mp_prefetch(grain.MultiprocessingOptions(num_workers=settings.workers))

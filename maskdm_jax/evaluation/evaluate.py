@@ -22,6 +22,8 @@ from maskdm_jax.storage import cache_dir
 
 log = logging.getLogger(__name__)
 
+MEANINGFUL = 2048  # images; with fewer, the covariance of the features has no full rank
+
 
 class Evaluator:
     """Computes the features of references and samples, and caches the statistics of references."""
@@ -117,6 +119,10 @@ def evaluate(
     real = open_images(reference, n=n if is_checkpoint(reference) else None, **options)
     made = [open_images(samples, n=n, seed=seed, **options) for seed in seeds]
     check_comparable(real, made[0], wanted, allow_mismatch)
+    counts = {side.name: side.n for side in (real, *made[:1]) if side.n}
+    for name, count in counts.items() if "fid" in wanted else ():
+        if count < MEANINGFUL:
+            log.warning("FID of %d images (%s) means little: their covariance has 2,048 rows; use KID", count, name)
     evaluator = Evaluator(weights, batch_size=batch_size)
     real = evaluator.reference(real, wanted, keep)
     if statistics:
@@ -169,9 +175,13 @@ def known(side: Images | ImageSet) -> dict:
     if isinstance(side, ImageSet):
         return {}
     image = dict(side.card.get("image", {}))
-    if "size" not in image and side.get is not None:
-        height, width = side.get(0).shape[:2]
-        image["size"] = height if height == width else f"{width} x {height}"
+    if "size" not in image and side.size is not None:
+        sizes = sorted({side.size(i) for i in range(side.n)})
+        image["size"] = (
+            sizes[0][0]
+            if len(sizes) == 1 and sizes[0][0] == sizes[0][1]
+            else ", ".join(f"{width} x {height}" for width, height in sizes[:5]) + ", ..." * (len(sizes) > 5)
+        )
     return image
 
 

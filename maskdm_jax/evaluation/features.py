@@ -11,6 +11,7 @@ import typing
 
 import jax
 import numpy as np
+from PIL import Image
 
 from maskdm_jax.data.images import Framing, decode, open_image
 from maskdm_jax.data.sources import card_of, open_source, read_patiently
@@ -38,6 +39,7 @@ class Images:
     n: int
     iterate: typing.Callable  # (start, stop) -> iterator over those images
     get: typing.Callable | None = None  # number -> image, where that is cheap
+    size: typing.Callable | None = None  # number -> (width, height), where that is cheaper
     card: dict = dataclasses.field(default_factory=dict)  # see `data.sources.card_of`; {} if nothing is known
     made_by: dict = dataclasses.field(default_factory=dict)  # checkpoint, weights, sampling and seed of samples
 
@@ -118,16 +120,16 @@ class Extractor:
             )
 
     def _batches(self, images):
-        """Up to `batch_size` images of one size at a time, in order."""
-        for _, same in itertools.groupby(images, key=lambda image: image.shape):
-            while batch := list(itertools.islice(same, self._batch_size)):
-                yield batch
+        """Up to `batch_size` images at a time, in order."""
+        while batch := list(itertools.islice(images, self._batch_size)):
+            yield batch
 
     def _ready(self, batch):
-        """Resized on the devices, and padded to `batch_size` by repetition so that one program serves all batches."""
-        rows = np.stack(batch)
-        full = rows[np.arange(self._batch_size) % len(rows)]
-        return self._resize(jax.device_put(full, self._place))
+        """Resized, on the devices if all have one size, and padded to `batch_size` by repetition."""
+        mixed = len({image.shape for image in batch}) > 1
+        rows = np.stack([inception.resize_on_host(image) for image in batch] if mixed else batch)
+        full = jax.device_put(rows[np.arange(self._batch_size) % len(rows)], self._place)
+        return full if mixed else self._resize(full)
 
 
 def open_images(path, *, n: int | None = None, seed: int = 0, sampling=None, batch_size: int = 64):
@@ -258,7 +260,11 @@ def _read_npz(path) -> dict:
         raise EvaluationError(f"{path} does not exist")
     broken = prefixed(EvaluationError, f"{path} is damaged or not an .npz file (", Exception, ")")
     with broken, np.load(path, allow_pickle=False) as file:  # np.load raises many types
-        return {name: file[name] for name in file.files if name in ("mu", "sigma", "n", "images")}
+        known = {"arr_0": "images"}  # as np.savez names an array without a name, such as guided-diffusion's samples
+        wanted = [name for name in file.files if name in ("mu", "sigma", "n", "images", "arr_0")]
+        if not {"images", "arr_0", "mu"} & set(wanted):
+            raise KeyError(f"it holds {', '.join(file.files)}; images or arr_0, or mu and sigma, are wanted")
+        return {known.get(name, name): file[name] for name in wanted}
 
 
 def _from_npz(path: pathlib.Path, n: int | None) -> Images | ImageSet:
@@ -272,7 +278,7 @@ def _from_npz(path: pathlib.Path, n: int | None) -> Images | ImageSet:
     images = images[: _enough(path, len(images), n)]
     made_by, card = _samples_settings(path.parent) if path.name == "samples.npz" else ({}, {})
     iterate = lambda start, stop: iter(images[start:stop])
-    return Images(str(path), len(images), iterate, lambda i: images[i], card, made_by)
+    return Images(str(path), len(images), iterate, lambda i: images[i], lambda i: images.shape[2:0:-1], card, made_by)
 
 
 def _of_source(name: str, source, n: int, see, card: dict, made_by: dict) -> Images:
@@ -297,4 +303,13 @@ def _of_source(name: str, source, n: int, see, card: dict, made_by: dict) -> Ima
                 limit = max(8, min(256, _AHEAD // image.nbytes))
                 yield image
 
-    return Images(name, n, iterate, get, card, made_by)
+    def size(i):
+        image = read_patiently(source, i)[0]
+        if isinstance(image, np.ndarray):
+            return image.shape[1::-1]
+        try:
+            return Image.open(io.BytesIO(image)).size  # of the header alone
+        except Exception as error:  # decoders raise any type on a damaged file
+            raise DataError(f"{source.names[i]} cannot be read ({error}); repair or remove it") from error
+
+    return Images(name, n, iterate, get, size, card, made_by)

@@ -1,5 +1,6 @@
 """Checks before a run starts: config, devices, clocks, data, evaluation, run folder, memory."""
 
+import dataclasses
 import os
 import pathlib
 import shutil
@@ -12,18 +13,20 @@ import numpy as np
 from maskdm_jax.build import make_network, mask_plans
 from maskdm_jax.config import Config
 from maskdm_jax.data.images import Framing, decode
-from maskdm_jax.data.pipeline import UNREADABLE_LIMIT
+from maskdm_jax.data.pipeline import UNREADABLE_LIMIT, check_shared_memory
 from maskdm_jax.data.sources import read_patiently
 from maskdm_jax.errors import CheckpointError, DataError, PreflightError
 from maskdm_jax.evaluation import inception
 from maskdm_jax.evaluation.evaluate import check_comparable
 from maskdm_jax.evaluation.features import Extractor, Images, ImageSet, open_images
 from maskdm_jax.parallel import processes, sharding
+from maskdm_jax.run import check as check_settings
 from maskdm_jax.run import open_training_data
 from maskdm_jax.tools import cost
 from maskdm_jax.training import checkpoint
+from maskdm_jax.training.logs import duration
 from maskdm_jax.training.loop import make_run_mesh, run_folder
-from maskdm_jax.training.start import abstract_state, resumed_stage
+from maskdm_jax.training.start import abstract_state, fresh_state, resumed_stage
 
 PROBED = 200  # images read, evenly spread over the data
 CLOCK_SKEW_LIMIT = 2.0  # seconds; a larger difference confuses logs and schedulers
@@ -60,6 +63,7 @@ def examine(config: Config, workdir, say) -> bool:
 
 
 def _config(config: Config) -> str:
+    check_settings(config)
     parts = []
     for name in config.stages:
         stage, plans = config.stage[name], mask_plans(config, name)
@@ -92,6 +96,8 @@ def _clocks() -> str:
 
 def _data(config: Config) -> str:
     source = open_training_data(config).source
+    if config.data.workers:
+        check_shared_memory(config.data, max(s.batch_size for s in config.stage.values()) // jax.process_count())
     numbers = np.unique(np.linspace(0, len(source) - 1, min(PROBED, len(source))).astype(int))
     unreadable, start = [], time.perf_counter()
     for i in numbers:
@@ -160,4 +166,25 @@ def _memory(config: Config, name: str) -> str:
     text = f"{found.memory / 2**30:.2f} of {limit / 2**30:.1f} GiB per device"
     if found.memory > limit:
         raise PreflightError(f"{text}; raise config.{name}.micro_batches or mesh.fsdp, or set config.{name}.remat=True")
-    return f"{text}, compiled in {found.compile_seconds:.0f} s"
+    seconds = _step_seconds(config, name, found.program)
+    whole = duration(config.stage[name].steps * seconds)
+    return f"{text}, compiled in {found.compile_seconds:.0f} s; {seconds:.3g} s per step: {whole} if data keeps up"
+
+
+def _step_seconds(config: Config, name: str, program) -> float:
+    """Seconds of a compiled step on fresh weights and black images, the least of three."""
+    alone = dataclasses.replace(config, stages=(name,), stage={name: config.stage[name]})
+    mesh, network, size = make_run_mesh(alone), make_network(alone), alone.data.image_size
+    state = fresh_state(alone, network, abstract_state(alone, 0, network, mesh))
+    n = alone.stage[name].batch_size // jax.process_count()
+    rows = dict(image=np.zeros((n, size, size, alone.data.channels), np.uint8))
+    rows |= dict(label=np.zeros(n, np.int32), index=np.arange(n, dtype=np.uint32))
+    batch = sharding.to_global(mesh, rows)
+    taken = []
+    for _ in range(3):
+        processes.barrier("step")
+        begun = time.perf_counter()
+        state, values = program(state, batch)
+        jax.block_until_ready(values)
+        taken.append(time.perf_counter() - begun)
+    return min(taken)

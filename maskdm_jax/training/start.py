@@ -62,8 +62,8 @@ def _warn_of_changes(config: Config, meta: dict, data) -> None:
     if meta["images"] not in (None, len(data)):  # None: converted from another format
         counts = f"{meta['images']} images then, {len(data)} now"
         log.warning("the data changed (%s): the shuffle order differs", counts)
-    elif meta["card"] and meta["card"].get("content_hash") != data.card.get("content_hash"):
-        log.warning("the data changed (the same number of images, but another content hash)")
+    elif any(meta["card"].get(key, now) != now for key, now in data.card.items() if key.endswith("_hash")):
+        log.warning("the data changed (the same number of images, but other files)")
     old = config_lib.to_dict(config_lib.parse(meta["config"]))
     for line in config_lib.differences(old, config_lib.to_dict(config)):
         log.warning("the config changed since that checkpoint: %s", line)
