@@ -119,10 +119,8 @@ def evaluate(
     real = open_images(reference, n=n if is_checkpoint(reference) else None, **options)
     made = [open_images(samples, n=n, seed=seed, **options) for seed in seeds]
     check_comparable(real, made[0], wanted, allow_mismatch)
-    counts = {side.name: side.n for side in (real, *made[:1]) if side.n}
-    for name, count in counts.items() if "fid" in wanted else ():
-        if count < MEANINGFUL:
-            log.warning("FID of %d images (%s) means little: their covariance has 2,048 rows; use KID", count, name)
+    if "fid" in wanted:
+        _warn_of_few(real, made[0])
     evaluator = Evaluator(weights, batch_size=batch_size)
     real = evaluator.reference(real, wanted, keep)
     if statistics:
@@ -140,6 +138,14 @@ def evaluate(
     means = {name: float(np.mean(value)) for name, value in values.items()}
     ranges = {name: [min(value), max(value)] for name, value in values.items()}
     return result | means | dict(seeds=list(seeds), range=ranges), real, sampled
+
+
+def _warn_of_few(*sides: Images | ImageSet) -> None:
+    for side in sides:
+        if 0 < side.n < MEANINGFUL:
+            log.warning(
+                "FID of %d images (%s) means little: their covariance has 2,048 rows; use kid", side.n, side.name
+            )
 
 
 def check_comparable(reference, samples, wanted, allow_mismatch: bool = False) -> None:

@@ -263,7 +263,10 @@ def _read_npz(path) -> dict:
         known = {"arr_0": "images"}  # as np.savez names an array without a name, such as guided-diffusion's samples
         wanted = [name for name in file.files if name in ("mu", "sigma", "n", "images", "arr_0")]
         if not {"images", "arr_0", "mu"} & set(wanted):
-            raise KeyError(f"it holds {', '.join(file.files)}; images or arr_0, or mu and sigma, are wanted")
+            found = ", ".join(file.files)
+            raise EvaluationError(
+                f"{path} holds neither images (images, arr_0) nor statistics (mu, sigma), but {found}"
+            )
         return {known.get(name, name): file[name] for name in wanted}
 
 

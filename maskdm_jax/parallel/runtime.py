@@ -45,8 +45,10 @@ def _parse_flags(argv: list[str]) -> list[str]:
         in_config = [f for f in traceback.extract_tb(error.__traceback__) if any(map(f.filename.endswith, named))]
         if in_config:
             reason = f"{in_config[-1].filename}, line {in_config[-1].lineno}: {type(error).__name__}: {reason}"
-        elif isinstance(error, KeyError | AttributeError):
+        elif isinstance(error, KeyError):
             reason = "the config has no " + " ".join(str(error.args[0]).split())
+        elif isinstance(error, AttributeError) and named:
+            reason = f"{named[-1]} has no function get_config"
         print(f"error: {reason}", file=sys.stderr)
         sys.exit(ConfigError.status)
 
