@@ -11,7 +11,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from maskdm_jax.build import make_network
-from maskdm_jax.errors import CheckpointError
+from maskdm_jax.errors import CheckpointError, ConfigError
 from maskdm_jax.parallel import sharding
 from maskdm_jax.training import checkpoint
 from maskdm_jax.training.start import abstract_state
@@ -121,7 +121,7 @@ def test_a_full_disk_is_named(two, state, monkeypatch):
 
 
 def test_paths_that_orbax_takes_for_patterns_are_refused(tmp_path):
-    with pytest.raises(CheckpointError, match=r"runs\[1\]: no checkpoint can be kept below a folder with \[ \] in its"):
+    with pytest.raises(ConfigError, match=r"runs\[1\]: no checkpoint can be kept below a folder with \[ \] in its"):
         checkpoint.Checkpoints(tmp_path / "runs[1]", keep=1)
     assert not list(tmp_path.iterdir())
 

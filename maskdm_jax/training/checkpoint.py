@@ -20,7 +20,7 @@ import orbax.checkpoint as ocp
 import tensorstore
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, CustomSteps, LatestN
 
-from maskdm_jax.errors import CheckpointError, prefixed
+from maskdm_jax.errors import CheckpointError, ConfigError, prefixed
 from maskdm_jax.parallel import processes
 from maskdm_jax.training.state import TrainState
 
@@ -151,11 +151,11 @@ def check_path(path) -> None:
     """Refuse a path that Orbax would take for a pattern.
 
     Raises:
-      CheckpointError: it has such characters.
+      ConfigError: it has such characters.
     """
     patterns = sorted(set(str(pathlib.Path(path).absolute())) & set("[]*?"))
     if patterns:
-        raise CheckpointError(f"{path}: no checkpoint can be kept below a folder with {' '.join(patterns)} in its name")
+        raise ConfigError(f"{path}: no checkpoint can be kept below a folder with {' '.join(patterns)} in its name")
 
 
 def find(path) -> pathlib.Path:
