@@ -1,3 +1,4 @@
+import gc
 import os
 import pathlib
 from unittest import mock
@@ -12,6 +13,7 @@ from maskdm_jax.training import loop, step
 ROOT = pathlib.Path(__file__).parent.parent
 CACHE = ROOT / ".pytest_cache" / "xla"
 
+gc.set_threshold(200_000, 20, 100)  # tracing makes many objects; by default, a fifth of the time goes to the collector
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_compilation_cache_dir", str(CACHE))
