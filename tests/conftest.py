@@ -4,6 +4,7 @@ import pathlib
 from unittest import mock
 
 import jax
+import jaxlib
 import pytest
 
 import maskdm_jax
@@ -13,13 +14,16 @@ from maskdm_jax.training import loop, step
 ROOT = pathlib.Path(__file__).parent.parent
 CACHE = ROOT / ".pytest_cache" / "xla"
 
+# Tests spend most of their time in compilers. LLVM's optimizations change rounding alone (see `optimized`). XLA's older
+# code generator, which JAX 0.12 no longer has, takes half of the time of the newer one.
+jax.config.update("jax_disable_most_optimizations", True)
+if jaxlib.version.__version_info__ < (0, 12):
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_cpu_use_fusion_emitters=false".strip()
 gc.set_threshold(200_000, 20, 100)  # tracing makes many objects; by default, a fifth of the time goes to the collector
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_compilation_cache_dir", str(CACHE))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
-# LLVM's optimizations take half of all compile time and change rounding alone; see `optimized`.
-jax.config.update("jax_disable_most_optimizations", True)
 
 
 def pytest_addoption(parser):

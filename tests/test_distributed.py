@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import yaml
 
-from maskdm_jax.errors import DistributedError, Preempted
+from maskdm_jax.errors import ConfigError, DistributedError, Preempted
 from maskdm_jax.parallel import processes
 from maskdm_jax.training import logs
 
@@ -147,6 +147,17 @@ def test_stopped_killed_and_continued_on_other_processes(start, alone, tmp_path)
     assert status == 0, output[-3000:]
     assert len(history(workdir)) == steps
     assert agree(workdir, alone) == 40
+
+
+def test_a_wrong_setting_ends_all_with_its_message_and_is_not_tried_again(start, tmp_path):
+    process = start(tmp_path / "run", 2, 1, "--config.model.heads=3", local=["--restarts=1"])
+    status, output = finish(process, tmp_path / "run")
+    assert status == ConfigError.status, output[-3000:]
+    for number in range(2):
+        assert re.search(rf"^process {number} \(.+\): error: .*heads", output, re.MULTILINE)
+    assert "start 2 of 2" not in output
+    assert "Fatal Python error" not in output, "stack dumps hide the message"
+    assert "Traceback" not in output
 
 
 def test_the_same_folder_twice_at_once(start, alone, tmp_path):

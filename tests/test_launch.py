@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -11,7 +12,7 @@ import time
 import numpy as np
 import pytest
 
-from maskdm_jax.errors import SamplingError
+from maskdm_jax.errors import Interrupted, SamplingError
 from maskdm_jax.training import logs
 
 TINY = [
@@ -125,6 +126,24 @@ def test_killed_at_any_moment_it_goes_on_as_if_nothing_had_been(launch, demo, tm
     assert history(workdir) == history(undisturbed)
     grid = f"samples/step_{max(reached, 40):07d}.png"
     assert (workdir / grid).read_bytes() == (undisturbed / grid).read_bytes()
+
+
+def test_ctrl_c_does_not_wait_for_the_compiler(launch, tmp_path):
+    args = (
+        *TINY,
+        "--config.pretrain.steps=1000000",
+        "--config.pretrain.batch_size=3",
+    )  # not in the cache
+    process = launch.command("train", "--config=configs/demo.py", f"--workdir={tmp_path / 'run'}", *args)
+    output = ""
+    while "compiling the step" not in output:
+        output += process.stdout.readline()
+        assert process.poll() is None, output
+    process.send_signal(signal.SIGINT)
+    output += process.communicate(timeout=300)[0]
+    assert process.returncode == Interrupted.status, output
+    assert re.search(r"^interrupted; (nothing was saved yet|the same command resumes from step \d+)$", output, re.M)
+    assert "Traceback" not in output
 
 
 def test_samples_from_a_run(launch, demo, tmp_path):

@@ -106,7 +106,7 @@ def test_what_does_not_fit_is_named(official, images, tmp_path):
     linear = dataclasses.replace(config, diffusion=dataclasses.replace(config.diffusion, schedule="linear"))
     with pytest.raises(ConfigError, match=r"schedule cosine \(now linear\); .*--config.diffusion.schedule=cosine"):
         train(linear, tmp_path / "linear", devices=jax.devices()[:1])
-    with pytest.raises(CheckpointError, match=r"official_tiny.pt do not fit config.model: .*is \(.*there and"):
+    with pytest.raises(ConfigError, match=r"official_tiny.pt was trained with .*take its settings: --config\.model"):
         train(finetune(images, official, width=64), tmp_path / "a", devices=jax.devices()[:1])
     with pytest.raises(CheckpointError, match="none.pt' is not a file"):
         train(tiny.config(init_from=str(tmp_path / "none.pt")), tmp_path / "b", devices=jax.devices()[:1])

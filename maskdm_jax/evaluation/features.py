@@ -260,14 +260,13 @@ def _read_npz(path) -> dict:
         raise EvaluationError(f"{path} does not exist")
     broken = prefixed(EvaluationError, f"{path} is damaged or not an .npz file (", Exception, ")")
     with broken, np.load(path, allow_pickle=False) as file:  # np.load raises many types
-        known = {"arr_0": "images"}  # as np.savez names an array without a name, such as guided-diffusion's samples
-        wanted = [name for name in file.files if name in ("mu", "sigma", "n", "images", "arr_0")]
-        if not {"images", "arr_0", "mu"} & set(wanted):
-            found = ", ".join(file.files)
-            raise EvaluationError(
-                f"{path} holds neither images (images, arr_0) nor statistics (mu, sigma), but {found}"
-            )
-        return {known.get(name, name): file[name] for name in wanted}
+        arrays = {name: file[name] for name in ("mu", "sigma", "n", "images", "arr_0") if name in file.files}
+        there = ", ".join(file.files)
+    if "arr_0" in arrays:  # np.savez's name for an array without one, such as the samples of guided-diffusion
+        arrays["images"] = arrays.pop("arr_0")
+    if not arrays.keys() & {"images", "mu"}:
+        raise EvaluationError(f"{path} holds neither images (images, arr_0) nor statistics (mu, sigma), but {there}")
+    return arrays
 
 
 def _from_npz(path: pathlib.Path, n: int | None) -> Images | ImageSet:

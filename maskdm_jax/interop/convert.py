@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import json
-import operator
 import os
 import pathlib
 import shutil
@@ -23,7 +22,7 @@ from maskdm_jax.parallel.sharding import make_mesh
 from maskdm_jax.storage import write_atomically
 from maskdm_jax.training import checkpoint
 from maskdm_jax.training.loop import stage_ends
-from maskdm_jax.training.start import abstract_state
+from maskdm_jax.training.start import abstract_state, compare_settings, meaning
 from maskdm_jax.training.state import EMA_COPY_STEPS, TrainState, learning_rate, make_optimizer
 
 _TORCH_FILES = (".pt", ".pth", ".ckpt", ".bin")
@@ -167,17 +166,12 @@ def _settle_config(
 ) -> None:
     """Find the config of the run: the one given, the source's own, or one made from the file."""
     official, own = source.official, source.config
-    shown = official_file.architecture(official.model)
-    if own is not None:
-        shown |= {f"diffusion.{name}": getattr(own.diffusion, name) for name in ("timesteps", "schedule", "objective")}
-        shown |= (
-            {"diffusion.shift_size": own.diffusion.shift_size} if own.diffusion.schedule == "shifted_cosine" else {}
-        )
-        shown["model.heads"] = own.model.heads
+    if own is None:
+        shown = official_file.architecture(official.model) | official_file.schedule_settings(official)
     else:
-        shown |= official_file.schedule_settings(official)
+        shown = meaning(own)
     if given is not None:
-        _compare(given, shown)
+        compare_settings(given, shown, path)
         source.config, source.stage, source.goes_on = given, stage or given.stages[0], True
         if source.stage not in given.stages:
             raise ConfigError(f"--stage {source.stage!r} is not one of config.stages {given.stages}")
@@ -204,21 +198,6 @@ def _settle_config(
     source.classes = source.classes or [str(i) for i in range(shown["model.num_classes"])]
     params, wanted = params_from_state_dict(official.model), make_network(source.config).abstract_params()
     checkpoint.compare(f"the weights in {path} are not those of a whole U-ViT", params, wanted)
-
-
-def _compare(config: Config, shown: dict) -> None:
-    """Check that a config agrees with the settings that a file shows."""
-    problems = []
-    for name, value in shown.items():
-        ours = operator.attrgetter(name)(config)
-        if name == "model.depth":
-            ours = ours // 2 * 2  # 2k and 2k + 1 are the same network
-        if name == "model.mlp_ratio":
-            ours = int(ours * config.model.width) / config.model.width
-        if ours != value:
-            problems.append(f"config.{name} is {ours}, the file has {value}")
-    if problems:
-        raise ConfigError("; ".join(problems))
 
 
 def _config_of(official: Official, shown: dict, heads: int | None) -> Config:

@@ -122,10 +122,11 @@ def initial_weights(config: Config, classes: list[str], abstract) -> tuple[dict,
         log.info("%s: %s", found, note)
     with prefixed(TorchFileError, f"{found}: "):
         params, schedule = official.params_from_state_dict(file.model), official.schedule_settings(file)
+        shown = official.architecture(file.model) | schedule
     if "config" in noted:
         check_trained_for(config, classes, noted, found)
     else:
-        _compare(config, schedule, found)
+        compare_settings(config, shown, found)
         _state_assumptions(config, found, schedule)
     checkpoint.compare(f"the weights of {found} do not fit config.model", params, abstract)
     return sharding.put(params, sharding.placement(abstract)), found
@@ -142,14 +143,20 @@ def check_trained_for(config: Config, classes: list[str], source: dict, where) -
     Raises:
       ConfigError: the network, the noise or the objective differ, or the classes of a conditional model.
     """
-    _compare(config, _meaning(config_lib.parse(source["config"])), where)
+    compare_settings(config, meaning(config_lib.parse(source["config"])), where)
     if config.model.num_classes and list(source["classes"]) != list(classes):
         _check_classes(list(source["classes"]), list(classes), where)
 
 
-def _compare(config: Config, theirs: dict, where) -> None:
-    """Raise a ConfigError if settings with the names of `_meaning` differ from `theirs`."""
-    ours = _meaning(config)
+def compare_settings(config: Config, theirs: dict, where) -> None:
+    """Compare a config with settings of `meaning`, all or some, that weights were trained with.
+
+    Raises:
+      ConfigError: some differ; the message names both values and the flags that take `theirs`.
+    """
+    if "model.depth" in theirs:
+        theirs = theirs | {"model.depth": theirs["model.depth"] | 1}  # 2k and 2k + 1 are the same network
+    ours = meaning(config)
     wrong = {name: value for name, value in theirs.items() if ours.get(name) != value}
     if wrong:
         differing = ", ".join(f"{name} {value} (now {ours.get(name)})" for name, value in wrong.items())
@@ -157,13 +164,14 @@ def _compare(config: Config, theirs: dict, where) -> None:
         raise ConfigError(f"{where} was trained with {differing}; take its settings: {flags}")
 
 
-def _meaning(config: Config) -> dict:
-    """The settings that give weights their meaning, by dotted name."""
+def meaning(config: Config) -> dict:
+    """The settings that give weights their meaning, by dotted name, such as "model.width"."""
     model = {k: v for k, v in dataclasses.asdict(config.model).items() if k not in ("dtype", "attention")}
-    model["depth"] |= 1  # 2k and 2k + 1 are the same network
+    model |= dict(depth=model["depth"] | 1, mlp_ratio=int(model["mlp_ratio"] * model["width"]) / model["width"])
     noise = ["timesteps", "schedule", "objective"] + ["shift_size"] * (config.diffusion.schedule == "shifted_cosine")
     found = {f"model.{name}": value for name, value in model.items()}
-    return found | {f"diffusion.{name}": getattr(config.diffusion, name) for name in noise}
+    found |= {f"diffusion.{name}": getattr(config.diffusion, name) for name in noise}
+    return found | {f"data.{name}": getattr(config.data, name) for name in ("image_size", "channels")}
 
 
 def _check_classes(theirs: list[str], ours: list[str], where) -> None:
