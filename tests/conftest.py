@@ -14,8 +14,8 @@ from maskdm_jax.training import loop, step
 ROOT = pathlib.Path(__file__).parent.parent
 CACHE = ROOT / ".pytest_cache" / "xla"
 
-# Tests spend most of their time in compilers. LLVM's optimizations change rounding alone (see `optimized`). XLA's older
-# code generator, which JAX 0.12 no longer has, takes half of the time of the newer one.
+# Tests spend most of their time in compilers. LLVM's optimizations change rounding alone (see `optimized`). XLA's
+# older code generator, which JAX 0.12 no longer has, takes half of the time of the newer one.
 jax.config.update("jax_disable_most_optimizations", True)
 if jaxlib.version.__version_info__ < (0, 12):
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_cpu_use_fusion_emitters=false".strip()
@@ -77,9 +77,9 @@ def shared_steps():
         yield
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def optimized():
-    """Programs compiled as in a real run, for comparisons with recorded values."""
+    """Programs compiled with LLVM's optimizations, for recorded runs that rounding could lead elsewhere."""
     jax.config.update("jax_disable_most_optimizations", False)
     yield
     jax.config.update("jax_disable_most_optimizations", True)

@@ -18,8 +18,6 @@ from maskdm_jax.parallel.sharding import make_mesh
 from maskdm_jax.training.state import make_optimizer, new_state
 from maskdm_jax.training.step import Inputs, make_loss, train_step
 
-pytestmark = pytest.mark.usefixtures("optimized")
-
 
 def at_path(tree, path):
     return functools.reduce(lambda node, key: node[key], path, tree)
@@ -227,6 +225,7 @@ def norm(tree) -> float:
     return float(np.sqrt(sum(np.sum(np.square(np.float64(leaf))) for leaf in jax.tree.leaves(tree))))
 
 
+@pytest.mark.usefixtures("optimized")
 def test_training_run(train_case):
     """Losses, gradients, rates and norms of every step; at the end some tensors, and how far the EMA lags behind.
 

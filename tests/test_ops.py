@@ -12,7 +12,6 @@ from maskdm_jax.errors import ConfigError
 from maskdm_jax.models.ops import attention, dense
 from maskdm_jax.training.loop import make_run_mesh
 
-pytestmark = pytest.mark.usefixtures("optimized")
 SHAPES = [(4, 6), (3, 5, 8), (2, 7, 33)]  # of x, with even and odd numbers of rows and columns
 float32_and_bfloat16 = pytest.mark.parametrize(("dtype", "atol"), [("float32", 5e-6), ("bfloat16", 3e-2)])
 

@@ -59,7 +59,7 @@ def reference_losses():
     return run_steps(tiny.config(), 5)
 
 
-@pytest.mark.parametrize("mesh", [(8, 1), (1, 8)])  # 4 x 2: see test_distributed.py
+@pytest.mark.parametrize("mesh", [(8, 1), (1, 8)])  # data and fsdp together: test_distributed.py
 def test_eight_devices_compute_what_one_does(reference_losses, mesh, monkeypatch):
     monkeypatch.setattr(sharding, "MIN_SHARDED_SIZE", 64)  # so that tiny parameters are split too
     losses, state = run_steps(tiny.config(mesh__data=mesh[0], mesh__fsdp=mesh[1]), 5, jax.devices())
