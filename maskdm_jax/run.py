@@ -3,6 +3,7 @@
 import hashlib
 import json
 import logging
+import math
 import pathlib
 
 import jax
@@ -122,7 +123,7 @@ def warnings_of(config: Config) -> list[str]:
         if stage.warmup_steps > stage.steps / 3:
             lines.append(f"{name}.warmup_steps={stage.warmup_steps} is more than a third of its {stage.steps} steps")
         share = stage.ema_decay ** (max(stage.steps - EMA_COPY_STEPS, 0) / stage.ema_every)
-        if stage.steps > EMA_COPY_STEPS and share > 0.05:
+        if stage.steps > EMA_COPY_STEPS and share > 1 / math.e:  # the stage is shorter than the memory of the EMA
             lines.append(
                 f"{share:.0%} of the EMA at the end of {name} are the weights of step {EMA_COPY_STEPS}: lower "
                 f"{name}.ema_decay={stage.ema_decay} or {name}.ema_every={stage.ema_every}, or train longer"
