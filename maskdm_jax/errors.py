@@ -7,8 +7,8 @@ class MaskDMError(Exception):
     """Base of all errors of this package; the message names the cause and says what would work.
 
     Attributes:
-      status: exit status of a program that ends with it (sysexits.h): 1 if starting again may help; 75, the state was
-        saved and the same command resumes; 78, the same command can only fail again.
+      status: exit status of a program that ends with this error. 1: starting again may help. 75: the state was saved
+        and the same command resumes. 78: the same command can only fail again. 130: Ctrl-C.
     """
 
     status = 1

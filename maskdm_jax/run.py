@@ -33,7 +33,6 @@ def train(config: Config, workdir, *, devices=None, profile: int = 0) -> pathlib
     def make_hooks(run):
         for line in warnings_of(config):
             log.warning("%s", line)
-        _warn_if_narrow(config)
         hooks = [Previews(run)]
         if config.evaluation.every:
             from maskdm_jax.evaluation.hook import Evaluation
@@ -118,6 +117,14 @@ def warnings_of(config: Config) -> list[str]:
     lines, longest = [], max(config.stage[name].steps for name in config.stages)
     if config.preview.every > longest:
         lines.append(f"preview.every={config.preview.every} is beyond the end: each stage has one preview, at its end")
+    space = make_representation(config)
+    bands = jax.tree.leaves(jax.eval_shape(space.cut, jnp.zeros((1, *space.shape))))
+    numbers = max(band.shape[-1] for band in bands)
+    if config.model.width < numbers:
+        lines.append(
+            f"a patch has {numbers} numbers but config.model.width is only {config.model.width}, too narrow to "
+            "represent the noise of a patch; use a smaller patch_size or a larger width"
+        )
     for name in config.stages:
         stage = config.stage[name]
         if stage.warmup_steps > stage.steps / 3:
@@ -152,17 +159,3 @@ class Previews:
             save_png(path, sample_grid(images, settings.columns, names))
             run.metrics.image(at.step, "samples", path)
         log.info("samples of the EMA at step %d: %s", at.step, path)
-
-
-def _warn_if_narrow(config: Config) -> None:
-    """Warn if a token is narrower than a patch, too narrow to represent its noise."""
-    space = make_representation(config)
-    bands = jax.tree.leaves(jax.eval_shape(space.cut, jnp.zeros((1, *space.shape))))
-    numbers = max(band.shape[-1] for band in bands)
-    if config.model.width < numbers:
-        log.warning(
-            "a patch has %d numbers but config.model.width is only %d, too narrow to represent the noise of a patch; "
-            "use a smaller patch_size or a larger width",
-            numbers,
-            config.model.width,
-        )

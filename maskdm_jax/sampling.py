@@ -64,7 +64,8 @@ def _generator(config: Config, mesh, batch_size: int):
         fill = lambda a: sharding.put(np.resize(np.asarray(a, np.int32), padded), place)
         args = params, jax.random.key(seed), fill(index), None if labels is None else fill(labels)
         if (labels is None) not in compiled:
-            compiled[labels is None] = processes.compile_together(jitted, mesh, *args)
+            spans = processes.spans_processes(mesh)
+            compiled[labels is None] = processes.compile_together(jitted.lower(*args), mesh) if spans else jitted
         return np.asarray(compiled[labels is None](*args))[:n]
 
     return generate
@@ -218,8 +219,8 @@ def generate_to_folder(
     cycle = label_cycle(loaded, labels)
     of_image = None if cycle is None else np.resize(np.asarray(cycle, np.int32), n)
     folder = pathlib.Path(os.path.expanduser(folder)).absolute()
-    settings = dict(seed=seed, labels=cycle, batch_size=batch_size, format=file_format) | _settings_of(loaded)
     if processes.is_first():
+        settings = dict(seed=seed, labels=cycle, batch_size=batch_size, format=file_format) | _settings_of(loaded)
         _claim(folder, settings)
     processes.barrier("samples claimed")
     packed = _packed(folder / "samples.npz")

@@ -76,7 +76,7 @@ def test_the_largest_batch_is_found(monkeypatch):
     assert 312 <= cost.largest_batch(CONFIG, "pretrain", jax.devices()) <= 344
     assert len(tried) < 12
     assert tried[0] == CONFIG.stage["pretrain"].batch_size
-    few = cost._with_batch(CONFIG, "pretrain", 1024)
+    few = cost.with_batch(CONFIG, "pretrain", 1024)
     assert 312 <= cost.largest_batch(few, "pretrain", jax.devices()) <= 344
     assert all(size % 8 == 0 for size in tried)
     assert cost.round_up_batch(CONFIG, "pretrain", 6) == 12

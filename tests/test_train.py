@@ -386,12 +386,11 @@ def test_classes_and_devices_must_fit(tmp_path):
     assert not list(tmp_path.iterdir()), "nothing was begun"
 
 
-def test_a_network_too_narrow_for_its_patches_is_told(tmp_path, caplog):
-    run._warn_if_narrow(tiny.config(model__patch_size=8))
-    assert "a patch has 64 numbers but config.model.width is only 16" in caplog.text
-    caplog.clear()
-    run._warn_if_narrow(tiny.config())
-    assert not caplog.text
+def test_a_network_too_narrow_for_its_patches_is_told():
+    told = lambda config: [line for line in run.warnings_of(config) if "too narrow" in line]
+    (line,) = told(tiny.config(model__patch_size=8))
+    assert "a patch has 64 numbers but config.model.width is only 16" in line
+    assert not told(tiny.config())
 
 
 def test_bfloat16_trains(reference_losses):

@@ -183,11 +183,9 @@ def known(side: Images | ImageSet) -> dict:
     image = dict(side.card.get("image", {}))
     if "size" not in image and side.size is not None:
         sizes = sorted({side.size(i) for i in range(side.n)})
-        image["size"] = (
-            sizes[0][0]
-            if len(sizes) == 1 and sizes[0][0] == sizes[0][1]
-            else ", ".join(f"{width} x {height}" for width, height in sizes[:5]) + ", ..." * (len(sizes) > 5)
-        )
+        text = ", ".join(f"{width} x {height}" for width, height in sizes[:5])
+        text += f", ... ({len(sizes)} sizes)" if len(sizes) > 5 else ""
+        image["size"] = sizes[0][0] if len(sizes) == 1 and len(set(sizes[0])) == 1 else text
     return image
 
 

@@ -132,15 +132,16 @@ def in_thread(call):
     return result.result()
 
 
-def compile_together(jitted, mesh, *args):
-    """Compile a jitted function for `args` in all processes of a mesh, before any of them runs it.
+def spans_processes(mesh) -> bool:
+    """Whether a mesh has devices of other processes."""
+    return any(device.process_index != jax.process_index() for device in mesh.devices.flat)
 
-    If the mesh has only devices of this process, return the function unchanged; it compiles when it is called.
-    """
-    if all(device.process_index == jax.process_index() for device in mesh.devices.flat):
-        return jitted
-    compiled = jitted.lower(*args).compile()
-    barrier("compiled")
+
+def compile_together(lowered, mesh):
+    """Compile a lowered program in all processes of a mesh, before any of them runs it. Ctrl-C interrupts it."""
+    compiled = in_thread(lowered.compile)
+    if spans_processes(mesh):
+        barrier("compiled")
     return compiled
 
 

@@ -111,7 +111,7 @@ def training_step(config: Config, name: str, devices: list, batch_size: int) -> 
       CostError: it does not fit into memory, or the compiler refuses.
       ConfigError: the batch or the mesh does not divide over the devices.
     """
-    alone = _with_batch(config, name, batch_size)
+    alone = with_batch(config, name, batch_size)
     mesh = make_run_mesh(alone, devices)
     lowered = _trace_step(alone, name, mesh).lower()
     return _compile(lowered, mesh, batch_size, count_flops(config, name, batch_size // len(devices)))
@@ -151,7 +151,7 @@ def count_forward_flops(config: Config, images: int) -> float:
 
 def trace_step(config: Config, name: str, images: int) -> jax.stages.Traced:
     """A training step on one device in which XLA sees all arithmetic: no loop over micro-batches, no fused kernel."""
-    alone = _with_batch(_with_plain_attention(config), name, images, micro_batches=1)
+    alone = with_batch(_with_plain_attention(config), name, images, micro_batches=1)
     return _trace_step(alone, name, sharding.make_mesh(1, 1, jax.local_devices(backend="cpu")[:1]))
 
 
@@ -212,7 +212,7 @@ def memory_bytes(compiled: jax.stages.Compiled) -> tuple[int, int]:
     return state, memory.temp_size_in_bytes
 
 
-def _with_batch(config: Config, name: str, batch_size: int, **changes) -> Config:
+def with_batch(config: Config, name: str, batch_size: int, **changes) -> Config:
     """A config with only this stage."""
     stage = dataclasses.replace(config.stage[name], batch_size=batch_size, **changes)
     return dataclasses.replace(config, stages=(name,), stage={name: stage})

@@ -1,6 +1,5 @@
 """Checks before a run starts: config, devices, clocks, data, evaluation, run folder, memory."""
 
-import dataclasses
 import os
 import pathlib
 import shutil
@@ -173,7 +172,7 @@ def _memory(config: Config, name: str) -> str:
 
 def _step_seconds(config: Config, name: str, program) -> float:
     """Seconds of a compiled step on fresh weights and black images, the least of three."""
-    alone = dataclasses.replace(config, stages=(name,), stage={name: config.stage[name]})
+    alone = cost.with_batch(config, name, config.stage[name].batch_size)
     mesh, network, size = make_run_mesh(alone), make_network(alone), alone.data.image_size
     state = fresh_state(alone, network, abstract_state(alone, 0, network, mesh))
     n = alone.stage[name].batch_size // jax.process_count()

@@ -124,11 +124,9 @@ def jit_step(config: Config, name: str, mesh, abstract: TrainState):
 
 
 def compile_step(config: Config, name: str, mesh, state: TrainState):
-    """Compile the step of stage `name` for a state, in all processes of the mesh. Ctrl-C interrupts it."""
+    """Compile the step of stage `name` for a state, in all processes of the mesh."""
     lowered = jit_step(config, name, mesh, state).lower(state, abstract_batch(config, name, mesh))
-    compiled = processes.in_thread(lowered.compile)
-    processes.barrier("compiled")
-    return compiled
+    return processes.compile_together(lowered, mesh)
 
 
 def abstract_batch(config: Config, name: str, mesh) -> dict:
