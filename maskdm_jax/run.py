@@ -113,7 +113,7 @@ def _open_everywhere(config: Config) -> TrainingData:
 
 
 def warnings_of(config: Config) -> list[str]:
-    """Settings that work and that nobody is likely to want, one line each."""
+    """Describe valid settings that are probably mistakes, one line each."""
     lines, longest = [], max(config.stage[name].steps for name in config.stages)
     if config.preview.every > longest:
         lines.append(f"preview.every={config.preview.every} is beyond the end: each stage has one preview, at its end")

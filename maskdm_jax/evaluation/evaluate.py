@@ -144,7 +144,7 @@ def _warn_of_few(*sides: Images | ImageSet) -> None:
     for side in sides:
         if 0 < side.n < MEANINGFUL:
             log.warning(
-                "FID of %d images (%s) means little: their covariance has 2,048 rows; use kid", side.n, side.name
+                "FID of %d images (%s) is unreliable: it needs at least 2,048; use kid", side.n, side.name
             )
 
 

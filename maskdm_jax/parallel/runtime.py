@@ -96,7 +96,7 @@ def program(*, distributed: bool = True, catch_sigterm: bool = False):
 def keep_compiled_programs() -> None:
     """Keep compiled programs on disk, in the cache folder unless $JAX_COMPILATION_CACHE_DIR is set."""
     if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
-        with contextlib.suppress(OSError):  # nobody asked for the cache; without a place for it, programs run as well
+        with contextlib.suppress(OSError):  # the cache is optional: run without it if there is no place for it
             folder = cache_dir("xla")
             folder.mkdir(parents=True, exist_ok=True)
             jax.config.update("jax_compilation_cache_dir", str(folder))

@@ -182,7 +182,7 @@ def _check_classes(theirs: list[str], ours: list[str], where) -> None:
         log.warning("%s, numbered in this order: make sure that these are the same classes", problem)
         return
     same = set(theirs) <= set(ours)
-    advice = f'--config.data.classes="{tuple(theirs)}"' if same else "the data with the names and the order of then"
+    advice = f'--config.data.classes="{tuple(theirs)}"' if same else "data with the original class names"
     raise ConfigError(f"{problem}, so that labels would mean other classes; give {advice}")
 
 
