@@ -143,9 +143,7 @@ def evaluate(
 def _warn_of_few(*sides: Images | ImageSet) -> None:
     for side in sides:
         if 0 < side.n < MEANINGFUL:
-            log.warning(
-                "FID of %d images (%s) is unreliable: it needs at least 2,048; use kid", side.n, side.name
-            )
+            log.warning("FID of %d images (%s) is unreliable: it needs at least 2,048; use kid", side.n, side.name)
 
 
 def check_comparable(reference, samples, wanted, allow_mismatch: bool = False) -> None:
