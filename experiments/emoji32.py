@@ -1,7 +1,6 @@
 """Does masking pay? Studies at 32 x 32 on two sets of emoji, sized for two CPU cores.
 
-    python experiments/run_study.py --config=experiments/emoji32.py:convergence --config.sets.noto=NOTO.zip \
-        --evaluator=EVALUATOR.py
+    python experiments/run_study.py --config=experiments/emoji32.py:convergence --config.sets.noto=NOTO.zip
 
 `convergence` trains on one set. `transfer` trains on that set and then on a tenth of the other. `rates` compares
 learning rates and batch sizes with and without masks. A run is a sequence of phases, each with a share of the budget.

@@ -27,7 +27,7 @@ class StudyEvaluator:
 
         Args:
           path: a Python file with `features(images, batch)` -> float [n, d], `frechet(a, b)`, `kid(a, b)` and
-            `manifold(reference, samples)` -> dict of floats; "" takes FID's Inception network.
+            `manifold(reference, samples)` -> dict of floats; "" takes the metrics of EfficientNet-Lite0.
           study: a study config, of which `sets` and `evaluation` are used.
           configs: of all phases. The held-out images are those images of the set that no phase trains on.
 
@@ -47,7 +47,7 @@ class StudyEvaluator:
         see = lambda source, n: np.stack(list(transform(self._settings.on, source, framing).iterate(0, n)))
         self._held_out = see(held_out, min(self._settings.held_out, len(held_out)))
         real = see(source, len(source))
-        self._compare = _module_comparison(path, real) if path else _inception_comparison(real, configs[0])
+        self._compare = _module_comparison(path, real) if path else _lite0_comparison(real)
 
     def __call__(self, checkpoint: pathlib.Path, picture: pathlib.Path | None) -> dict:
         """Evaluate the EMA of a checkpoint; if `picture` is given, save the first samples there."""
@@ -92,10 +92,15 @@ def _module_comparison(path: str, real: np.ndarray):
     return compare_samples
 
 
-def _inception_comparison(real: np.ndarray, config: Config):
-    """Build samples -> distances, with FID's Inception network."""
-    wanted = ("fid", "kid", "pr")
-    evaluator = Evaluator(config.evaluation.inception_weights, batch_size=BATCH)
+def _lite0_comparison(real: np.ndarray):
+    """Build samples -> distances, with EfficientNet-Lite0."""
+    wanted = ("fd_lite0", "kid_lite0", "pr_lite0")
+    evaluator = Evaluator(wanted, batch_size=BATCH)
     images = lambda name, rows: Images(name, len(rows), lambda start, stop: iter(rows[start:stop]))
-    reference = evaluator.reference(images("real images", real), wanted)
-    return lambda samples: compare(reference, evaluator.samples(images("samples", samples), wanted), wanted)
+    reference = evaluator.reference(images("real images", real))
+
+    def compare_samples(samples):
+        found = compare(reference, evaluator.samples(images("samples", samples)), wanted)
+        return {name.replace("_lite0", ""): value for name, value in found.items()}
+
+    return compare_samples

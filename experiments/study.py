@@ -275,7 +275,7 @@ def run_study(runs: list[Run], study, workdir, results: Results, evaluator_path:
       ConfigError, DataError, CheckpointError: settings, data or a checkpoint are invalid.
     """
     workdir = run_folder(workdir)
-    name = pathlib.Path(evaluator_path).stem if evaluator_path else "inception"
+    name = pathlib.Path(evaluator_path).stem if evaluator_path else "lite0"
     judged = dict(study.evaluation.to_dict(), judge=name)
     made_by = provenance()  # now, because the files may change during the study
     missing = lambda run: [

@@ -18,7 +18,11 @@ from maskdm_jax.parallel import runtime
 REFERENCE = flags.DEFINE_string("reference", None, "Real images, or their statistics.")
 SAMPLES = flags.DEFINE_string("samples", None, "Images to evaluate.")
 WEIGHTS = flags.DEFINE_string("inception_weights", "", "Weights of FID's Inception network; downloaded by default.")
-CHOSEN = flags.DEFINE_list("metrics", ["fid"], "fid, kid, is (Inception Score), pr (precision and recall).")
+CHOSEN = flags.DEFINE_list(
+    "metrics",
+    ["fid"],
+    "fid, kid, is (Inception Score), pr (precision and recall); fd_lite0, kid_lite0, pr_lite0 need no download.",
+)
 N = flags.DEFINE_integer("n", None, "Number of samples; default: all of a folder.", lower_bound=2)
 SEEDS = flags.DEFINE_list("seeds", ["0"], "Seeds of a checkpoint's samples; several give a mean and a range.")
 BATCH = flags.DEFINE_integer("batch", 64, "Images per device and call.", lower_bound=1)

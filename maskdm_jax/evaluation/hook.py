@@ -16,7 +16,7 @@ class Evaluation:
     def __init__(self, run):
         """Read weights and reference, so that errors occur before training. run: `training.loop.Run`."""
         self.every, self._run, settings = run.config.evaluation.every, run, run.config.evaluation
-        self._evaluator = Evaluator(settings.inception_weights, batch_size=min(64, settings.n))
+        self._evaluator = Evaluator(settings.metrics, settings.inception_weights, batch_size=min(64, settings.n))
         if settings.reference:
             reference = open_images(settings.reference)
             samples = Images("the samples", settings.n, iterate=None, card=run.data.card)
@@ -25,14 +25,14 @@ class Evaluation:
             reference = transform(run.config.data.path, run.data.source, Framing.of(run.config.data))
         if isinstance(reference, Images):
             log.info("computing the features of the %d reference images, once", reference.n)
-        self._reference = self._evaluator.reference(reference, settings.metrics)
+        self._reference = self._evaluator.reference(reference)
 
     def __call__(self, at) -> None:
         """Write the metrics at a `training.loop.Moment`."""
         run, settings = self._run, self._run.config.evaluation
         loaded = in_memory(run, at.state.ema)
         images = sampled(loaded, settings.n, seed=run.config.seed, batch_size=self._evaluator.batch_size)
-        values = compare(self._reference, self._evaluator.samples(images, settings.metrics), settings.metrics)
+        values = compare(self._reference, self._evaluator.samples(images), settings.metrics)
         run.metrics.write(at.step, {f"eval/{name}": value for name, value in values.items()})
         text = ", ".join(f"{name} {value:.4g}" for name, value in values.items())
         log.info("evaluation of %d samples of the EMA at step %d: %s", settings.n, at.step, text)

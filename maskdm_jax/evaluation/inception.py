@@ -79,16 +79,20 @@ def prepare(state_dict: dict) -> dict:
     params = {}
     for name in state_dict:
         layer, found, _ = name.partition(".conv.weight")
-        if not found:
-            continue
-        weight = np.asarray(state_dict[name], np.float64)
-        norm = {part: np.asarray(state_dict[f"{layer}.bn.{part}"], np.float64) for part in _BATCH_NORM}
-        scale = norm["weight"] / np.sqrt(norm["running_var"] + _BATCH_NORM_EPS)
-        kernel = (weight * scale[:, None, None, None]).transpose(2, 3, 1, 0)
-        params[layer] = (kernel.astype(np.float32), (norm["bias"] - scale * norm["running_mean"]).astype(np.float32))
+        if found:
+            params[layer] = fold_norm(state_dict, f"{layer}.conv", f"{layer}.bn")
     params["fc"] = np.asarray(state_dict["fc.weight"], np.float32).T
     jax.eval_shape(apply, params, jax.ShapeDtypeStruct((1, SIZE, SIZE, 3), np.float32))
     return params
+
+
+def fold_norm(state_dict: dict, conv: str, norm: str) -> tuple[np.ndarray, np.ndarray]:
+    """Kernel [h, w, in, out] and offset [out] of a convolution with its batch norm."""
+    weight = np.asarray(state_dict[f"{conv}.weight"], np.float64)
+    gain, bias, mean, variance = (np.asarray(state_dict[f"{norm}.{part}"], np.float64) for part in _BATCH_NORM)
+    scale = gain / np.sqrt(variance + _BATCH_NORM_EPS)
+    kernel = (weight * scale[:, None, None, None]).transpose(2, 3, 1, 0)
+    return kernel.astype(np.float32), (bias - scale * mean).astype(np.float32)
 
 
 def apply(params: dict, x) -> tuple[jax.Array, jax.Array]:

@@ -4,27 +4,13 @@ Features are [n, d] arrays, one row per image.
 """
 
 import dataclasses
+import typing
 
 import numpy as np
 import scipy.linalg
 import scipy.special
 
-from maskdm_jax.errors import ConfigError
-
-METRICS = {"fid": 2, "kid": 2, "is": 10, "pr": 4}  # name -> minimum number of images
-
-
-def check_settings(settings) -> None:
-    """Check the metrics' names and the number of samples of a `config.Evaluation`.
-
-    Raises:
-      ConfigError: a name is unknown, or there are too few samples for a metric.
-    """
-    for name in settings.metrics or ("",):
-        if name not in METRICS:
-            raise ConfigError(f"config.evaluation.metrics is {name!r}; it must be one of {', '.join(METRICS)}")
-        if settings.n < METRICS[name]:
-            raise ConfigError(f"config.evaluation.n is {settings.n}; it must be at least {METRICS[name]}")
+from maskdm_jax.errors import ConfigError, prefixed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -166,3 +152,72 @@ def precision_recall(reference, samples, *, neighbours: int = 3, chunk: int = 20
         return float(np.concatenate([(d <= radius[None]).any(axis=1) for d in distances(points, x)]).mean())
 
     return covered(samples, reference, radii(reference)), covered(reference, samples, radii(samples))
+
+
+@dataclasses.dataclass(frozen=True)
+class Metric:
+    """An entry of `METRICS`."""
+
+    compute: typing.Callable  # (reference, samples) -> the values of `keys`; both are `features.ImageSet`
+    keys: tuple[str, ...]  # names in the results
+    network: str = "inception"  # whose features are compared; one of `features.NETWORKS`
+    needs: str = "features"  # of the samples: moments, features or logits
+    minimum: int = 2  # number of images
+
+
+def _frechet(reference, samples):
+    return (frechet_distance(reference.moments, samples.moments),)
+
+
+def _kernel(reference, samples):
+    return kernel_distance(reference.features, samples.features)
+
+
+def _inception_score(_, samples):
+    return inception_score(samples.logits)
+
+
+def _precision_recall(reference, samples):
+    return precision_recall(reference.features, samples.features)
+
+
+METRICS = {
+    "fid": Metric(_frechet, ("fid",), needs="moments"),
+    "kid": Metric(_kernel, ("kid", "kid_std")),
+    "is": Metric(_inception_score, ("is", "is_std"), needs="logits", minimum=10),
+    "pr": Metric(_precision_recall, ("precision", "recall"), minimum=4),
+    "fd_lite0": Metric(_frechet, ("fd_lite0",), "lite0", needs="moments"),
+    "kid_lite0": Metric(_kernel, ("kid_lite0", "kid_lite0_std"), "lite0"),
+    "pr_lite0": Metric(_precision_recall, ("precision_lite0", "recall_lite0"), "lite0", minimum=4),
+}
+
+
+def network_of(wanted: tuple[str, ...]) -> str:
+    """Name of the network whose features the metrics `wanted` compare.
+
+    Raises:
+      ValueError: a metric is unknown, none is given, or they compare features of two networks.
+    """
+    unknown = [name for name in wanted if name not in METRICS]
+    if unknown or not wanted:
+        raise ValueError(f"{(unknown or [''])[0]!r}; it must be one of {', '.join(METRICS)}")
+    networks = {METRICS[name].network for name in wanted}
+    if len(networks) > 1:
+        raise ValueError(
+            f"{', '.join(wanted)}, which compare features of different networks; compute those that end in _lite0 in "
+            "another evaluation"
+        )
+    return networks.pop()
+
+
+def check_settings(settings) -> None:
+    """Check the metrics' names and the number of samples of a `config.Evaluation`.
+
+    Raises:
+      ConfigError: a name is unknown, or there are too few samples for a metric.
+    """
+    with prefixed(ConfigError, "config.evaluation.metrics is "):
+        network_of(settings.metrics)
+    minimum = max(METRICS[name].minimum for name in settings.metrics)
+    if settings.n < minimum:
+        raise ConfigError(f"config.evaluation.n is {settings.n}; it must be at least {minimum}")

@@ -24,11 +24,15 @@ _METRICS = {  # key of the result -> name and meaning
     "fid": ("FID", "Fréchet distance of Inception features; lower is better"),
     "kid": ("KID × 1000", "kernel distance of Inception features, times 1,000; lower is better"),
     "is": ("Inception Score", "sharpness and diversity by Inception's own classes; higher is better"),
+    "fd_lite0": ("Fréchet distance", "of EfficientNet-Lite0 features, not FID; lower is better"),
+    "kid_lite0": ("Kernel distance × 1000", "of EfficientNet-Lite0 features, not KID; lower is better"),
     "precision": ("Precision", "fraction of samples that look like reference images"),
     "recall": ("Recall", "fraction of reference images that the samples cover"),
 }
+_METRICS |= {f"{key}_lite0": _METRICS[key] for key in ("precision", "recall")}
 _CURVES = {  # key of metrics.jsonl -> title and scale of the axis
     "eval/fid": ("FID during training", "linear"),
+    "eval/fd_lite0": ("Fréchet distance during training", "linear"),
     "loss": ("Loss", "log"),
     "grad_norm": ("Gradient norm", "log"),
     "learning_rate": ("Learning rate", "linear"),
@@ -89,7 +93,7 @@ def _numbers(result: dict) -> str:
     tiles = []
     shown = {key: text for key, text in _METRICS.items() if key in result}
     for key, (name, meaning) in shown.items():
-        scale = 1000 if key == "kid" else 1
+        scale = 1000 if key.startswith("kid") else 1
         spread = ""
         if "range" in result:
             low, high = (value * scale for value in result["range"][key])
@@ -128,7 +132,7 @@ def _nearest(reference: ImageSet, samples: ImageSet) -> str:
         rows.append(f"<tr>{''.join(cells)}</tr>")
     return (
         "<h2>Nearest reference images</h2>"
-        '<p class="note">Each row shows a sample, then the reference images whose Inception features are nearest, with '
+        '<p class="note">Each row shows a sample, then the reference images whose features are nearest, with '
         "the distance. The median distance of a reference image to the nearest other one is "
         f"{np.median(usual):.3g} (90% are within {np.percentile(usual, 5):.3g} to {np.percentile(usual, 95):.3g}); "
         "samples far below that may be copies.</p>"

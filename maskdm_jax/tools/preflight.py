@@ -1,7 +1,6 @@
 """Checks before a run starts: config, devices, clocks, data, evaluation, run folder, memory."""
 
 import os
-import pathlib
 import shutil
 import time
 
@@ -15,9 +14,8 @@ from maskdm_jax.data.images import Framing, decode
 from maskdm_jax.data.pipeline import UNREADABLE_LIMIT, check_shared_memory
 from maskdm_jax.data.sources import read_patiently
 from maskdm_jax.errors import CheckpointError, DataError, PreflightError
-from maskdm_jax.evaluation import inception
-from maskdm_jax.evaluation.evaluate import check_comparable
-from maskdm_jax.evaluation.features import Extractor, Images, ImageSet, open_images
+from maskdm_jax.evaluation.evaluate import Evaluator, check_comparable
+from maskdm_jax.evaluation.features import Images, ImageSet, open_images
 from maskdm_jax.parallel import processes, sharding
 from maskdm_jax.run import check as check_settings
 from maskdm_jax.run import open_training_data
@@ -118,15 +116,13 @@ def _evaluation(config: Config) -> str:
     settings = config.evaluation
     if not settings.every:
         return ""
-    path = pathlib.Path(settings.inception_weights).expanduser() if settings.inception_weights else None
-    weights = inception.load_weights(path or inception.fetch_weights())
+    evaluator = Evaluator(settings.metrics, settings.inception_weights)
     if settings.reference:
         reference = open_images(settings.reference)
         card = open_training_data(config).card
         check_comparable(reference, Images("the samples", settings.n, iterate=None, card=card), settings.metrics)
         if isinstance(reference, ImageSet):
-            one_device = sharding.make_mesh(devices=jax.local_devices()[:1])
-            Extractor(weights, mesh=one_device).check_statistics(reference)
+            evaluator.reference(reference)
     return f"every {settings.every:,} steps with {settings.n:,} samples; weights and reference fit"
 
 
