@@ -95,7 +95,7 @@ def _open_everywhere(config: Config) -> TrainingData:
     """
     try:
         data, problem = TrainingData(config.data), None
-    except DataError as error:
+    except (DataError, OSError) as error:
         data, problem = None, error
     counts = processes.gather(np.int64(-1 if data is None else len(data)))
     if problem is not None:

@@ -166,6 +166,17 @@ def test_labels_on_an_object_store():
         ),
         ({"metadata.jsonl": b'{"file_name": 3, "label": 1}\n[]'}, "metadata.jsonl cannot be used for labels"),
         ({"metadata.csv": b"file_name,label\na.png,1,2,3\n"}, "metadata.csv cannot be used .* more fields than"),
+        ({"metadata.csv": b"file_name,label,label\na.png,1,2\n"}, "two of its columns .* have the same name"),
+        ({"metadata.csv": metadata_csv(LABELS) + b"\n00000/0.png,,1"}, "it gives two labels to '00000/0.png'"),
+        (
+            {"Metadata.CSV": metadata_csv(dict(LABELS, **{"00000/0.png": -1}))},
+            "label of '00000/0.png' is '-1', not the",
+        ),
+        ({"metadata.csv": metadata_csv(dict(LABELS, **{"00000/0.png": 0.5}))}, "label of '00000/0.png' is '0.5', not"),
+        (
+            {"metadata.jsonl": b'{"file_name": "a.png", "label": NaN}'},
+            "label of 'a.png' is nan, not the number or name",
+        ),
         (
             {"metadata.csv": metadata_csv({k: LABELS[k] for k in list(LABELS)[:4]})},
             "metadata.csv lack a label for 'set/00001/4.png' .2 of 6 images.; add it, or do without labels",
@@ -181,6 +192,35 @@ def test_labels_beside_the_images_are_never_guessed(stored, files, message):
     with pytest.raises(DataError, match=message):
         open_source(place, labels=True)
     assert len(open_source(place)) == 6
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "reason"),
+    [
+        ("metadata.csv", metadata_csv(LABELS).replace(b",", b";"), "metadata.csv has no column 'file_name'"),
+        ("dataset.json", b"[]", "dataset.json has no entry 'labels'"),
+        ("metadata.parquet", b"PAR1", "metadata.parquet is not read, unlike a .csv"),
+    ],
+)
+def test_a_label_file_that_is_not_used_is_named(stored, caplog, file, content, reason):
+    files = {f"{kind}/{i}.png": png(i) for i, kind in enumerate(("cat", "dog"))}
+    source = open_source(place := stored(files | {file: content}), labels=True)
+    assert source.classes == ["cat", "dog"]
+    assert source.notes[0].startswith(f"{place}: {reason}, so the folders cat, dog are taken for classes. If they")
+    assert source.notes[0] in caplog.text
+    assert select(source, fraction=0.5).notes == source.notes
+    source = open_source(
+        stored(files | {"metadata.jsonl": metadata_jsonl(dict.fromkeys(files, 0)), file: content}), True
+    )
+    assert f"{place}: {reason}, so no labels are taken from it" in source.notes
+
+
+def test_splits_are_not_taken_for_classes(stored, caplog):
+    place = stored({f"set/{split}/{kind}/0.png": png() for split in ("train", "Test") for kind in ("cat", "dog")})
+    with pytest.raises(DataError, match="is divided into Test, train: splits, not classes; give the path of one of"):
+        open_source(place, labels=True)
+    assert len(open_source(place)) == 4
+    assert f"{place}: the images of all splits are used: Test, train; for one, give its path" in caplog.text
 
 
 def test_folders_that_may_be_buckets_are_not_taken_for_classes_in_silence(stored, caplog):
@@ -271,6 +311,16 @@ def test_an_encrypted_zip_is_named_as_one(tmp_path):
         open_source(str(tmp_path / "x.zip"))
 
 
+def test_a_zip_of_another_compression_is_named_as_one(tmp_path):
+    with zipfile.ZipFile(tmp_path / "x.zip", "w") as archive:
+        archive.writestr("a.png", png())
+    content = bytearray((tmp_path / "x.zip").read_bytes())
+    content[content.index(b"PK\x01\x02") + 10] = 9  # Deflate64, as Windows writes large files
+    (tmp_path / "x.zip").write_bytes(content)
+    with pytest.raises(DataError, match="compressed by a method that Python cannot read .'a.png'.; unpack it"):
+        open_source(str(tmp_path / "x.zip"))
+
+
 def test_of_entries_with_one_name_the_last_counts(tmp_path):
     with zipfile.ZipFile(tmp_path / "x.zip", "w") as archive:
         archive.writestr("a.png", png(1))
@@ -295,6 +345,8 @@ def test_batches_of_one(batch_size, hosts):
 def test_bad_paths_are_named(tmp_path, stored):
     with pytest.raises(DataError, match="'nowhere' does not exist; give a folder or .zip"):
         open_source("nowhere")
+    with pytest.raises(DataError, match="'~nobody-of-this-name/x' cannot be opened: Could not determine home"):
+        open_source("~nobody-of-this-name/x")
     with pytest.raises(DataError, match="holds no images that Pillow can decode; it holds 2 .txt, 1 without suffix"):
         open_source(stored({"a.txt": b"text", "b.txt": b"", "b": png()}))
     (tmp_path / "broken.zip").write_bytes(b"PK\x03\x04 not really")

@@ -2,11 +2,14 @@
 
 import collections.abc
 import hashlib
+import logging
 
 CARD = "card.json"  # the data card, which a prepared set has; see `data.prepared`
 WITHOUT_LABELS = (
     "do without labels (training: --config.data.labels=False --config.model.num_classes=0; preparing: no --labels)"
 )
+
+log = logging.getLogger(__name__)
 
 
 class Source:
@@ -19,11 +22,26 @@ class Source:
       files_hash: SHA-256 of the files' names and sizes, in hex. It is equal for equal files wherever they are, and is
         found without reading images; empty if nothing is known.
       left_aside: numbers of the files that are no images, by suffix.
+      notes: lines about what a user may not expect, which were logged.
     """
+
+    notes = ()
 
     def __init__(self, names, labels=(), classes=(), files_hash: str = "", left_aside=()):
         self.names, self.labels, self.classes = names, labels, list(classes)
         self.files_hash, self.left_aside = files_hash, dict(left_aside)
+
+    def note(self, path, lines) -> None:
+        """Log lines about the images at a path, and keep them in `notes`."""
+        lines = [f"{path}: {line}" for line in lines]
+        self.notes = (*self.notes, *lines)
+        for line in lines:
+            log.warning("%s", line)
+
+    def empty_classes(self) -> list[str]:
+        """Names of the classes that have no image."""
+        found = set(map(int, self.labels))
+        return [name for i, name in enumerate(self.classes) if i not in found]
 
     def __len__(self):
         return len(self.names)

@@ -3,7 +3,6 @@
 import bz2
 import collections
 import gzip
-import logging
 import lzma
 import os
 import pathlib
@@ -18,14 +17,13 @@ import fsspec
 
 from maskdm_jax.data.base import Source, counted, hash_texts
 from maskdm_jax.data.images import SUFFIXES
-from maskdm_jax.data.labels import find_labels
+from maskdm_jax.data.labels import SPLITS, find_labels, level_of_difference
 from maskdm_jax.errors import DataError, prefixed
 from maskdm_jax.storage import atomic_path
 
 _OPENERS = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ": lzma.open}
 _ZSTD = b"\x28\xb5\x2f\xfd"
-
-log = logging.getLogger(__name__)
+_METHODS = {zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA}  # that Python reads
 
 
 class Files(Source):
@@ -45,7 +43,8 @@ class Files(Source):
         kinds = {name: _kind(name) for name in sorted(sizes)}
         names = [name for name, kind in kinds.items() if kind in SUFFIXES]
         others = [name for name, kind in kinds.items() if kind not in SUFFIXES and kind != "hidden"]
-        numbers, classes, used = find_labels(path, names, others, self.content) if labels and names else ([], [], [])
+        found = find_labels(path, names, others, self.content) if labels and names else ([], [], [], [])
+        numbers, classes, used, notes = found
         left_aside = collections.Counter(
             kinds[name] for name in kinds if kinds[name] not in SUFFIXES and name not in used
         )
@@ -53,10 +52,15 @@ class Files(Source):
             raise DataError(
                 f"{path} holds no images that Pillow can decode; it holds {counted(left_aside) or 'no files'}"
             )
-        if left_aside:
-            log.warning("%s: left aside %s", path, counted(left_aside))
         files_hash = hash_texts(f"{name} {sizes[name]}" for name in names)
         super().__init__(names, numbers, classes, files_hash, left_aside)
+        shared, folders = level_of_difference(names)
+        first = {parts[shared] if len(parts) > shared else "" for parts in folders}
+        if len(first) > 1 and SPLITS.issuperset(map(str.lower, first)):
+            notes.append(f"the images of all splits are used: {', '.join(sorted(first))}; for one, give its path")
+        if left_aside:
+            notes.append(f"left aside {counted(left_aside)}")
+        self.note(path, notes)
 
     def content(self, name: str) -> bytes:
         """The content of a file."""
@@ -167,6 +171,9 @@ class ZipImages(Files):
         locked = [info.filename for info in entries if info.flag_bits & 1]
         if locked:
             raise DataError(f"{path} is encrypted ({locked[0]!r} needs a password); unpack it and give the folder")
+        strange = [info.filename for info in entries if info.compress_type not in _METHODS]
+        if strange:
+            raise DataError(f"{path} is compressed by a method that Python cannot read ({strange[0]!r}); unpack it")
         super().__init__(path, {info.filename: info.file_size for info in entries}, labels)  # of one name, the last
 
     def content(self, name: str) -> bytes:

@@ -4,8 +4,6 @@ import csv
 import io
 import itertools
 import json
-import logging
-import pathlib
 import posixpath
 import re
 
@@ -14,7 +12,7 @@ from maskdm_jax.errors import DataError, prefixed
 
 LABEL_COLUMNS = ("label", "labels", "class", "category")
 
-log = logging.getLogger(__name__)
+SPLITS = {"train", "training", "val", "valid", "validation", "dev", "test", "testing", "eval"}  # names of folders
 
 
 def _read_dataset_json(text: str) -> list[dict]:
@@ -27,10 +25,18 @@ def _read_dataset_json(text: str) -> list[dict]:
     return [dict(file_name=name, label=label) for name, label in found["labels"]]
 
 
+def _read_csv(text: str) -> list[dict]:
+    reader = csv.DictReader(io.StringIO(text, newline=""))
+    columns = reader.fieldnames or []
+    if len(set(columns)) < len(columns):
+        raise ValueError(f"two of its columns {columns} have the same name")
+    return list(reader)
+
+
 # Each reader returns rows of columns, `file_name` among them; files without it have nothing to do with labels.
 _LABEL_FILES = {
     "dataset.json": _read_dataset_json,
-    "metadata.csv": lambda text: list(csv.DictReader(io.StringIO(text, newline=""))),  # Hugging Face's imagefolder
+    "metadata.csv": _read_csv,  # Hugging Face's imagefolder
     "metadata.jsonl": lambda text: [json.loads(line) for line in text.split("\n") if line.strip()],
 }
 
@@ -45,20 +51,27 @@ def find_labels(path, names: list[str], others: list[str], read):
       read: returns the content of a file, by its name.
 
     Returns:
-      (labels, one class number per image; class names; names of the label files).
+      (labels, one class number per image; class names; names of the label files; notes for the log).
 
     Raises:
       DataError: neither label files nor folders define the label of every image.
     """
-    listed = {name: _read_label_file(path, name, read) for name in others if posixpath.basename(name) in _LABEL_FILES}
+    kinds = {name: posixpath.basename(name).lower() for name in others}
+    listed = {name: _read_label_file(path, name, read) for name, kind in kinds.items() if kind in _LABEL_FILES}
     files, known = [name for name, found in listed.items() if found], {}
+    unused = [f"{name} has no {_needed(kinds[name])}" for name, found in listed.items() if not found]
+    unused += [f"{name} is not read, unlike a .csv" for name, kind in kinds.items() if kind == "metadata.parquet"]
     for found in listed.values():
         differing = [name for name in found if known.get(name, found[name]) != found[name]]
         if differing:
             raise DataError(f"{path}: {' and '.join(files)} give different labels to {differing[0]!r}; remove one")
         known |= found
     if not files:
-        return *_labels_by_folder(path, names), []
+        labels, classes = _labels_by_folder(path, names)
+        if not unused and all(re.fullmatch(r"\d{5,}", name) for name in classes):
+            unused = [f"no {' or '.join(_LABEL_FILES)} is there"]
+        taken = f", so the folders {', '.join(classes[:3])} are taken for classes. If they only divide the files, "
+        return labels, classes, [], ["; ".join(unused) + taken + WITHOUT_LABELS] if unused else []
     labels = {name: known.get(posixpath.normpath(name)) for name in names}
     bare = [name for name, label in labels.items() if label is None]
     if bare:
@@ -66,14 +79,20 @@ def find_labels(path, names: list[str], others: list[str], read):
             f"{path}: {' and '.join(files)} lack a label for {bare[0]!r} ({len(bare)} of {len(names)} images); add "
             f"it, or {WITHOUT_LABELS}"
         )
+    notes = [f"{text}, so no labels are taken from it" for text in unused]
     if len(known) > len(names):
-        log.warning("%s: %s list %d images that are not there", path, " and ".join(files), len(known) - len(names))
+        notes.append(f"{' and '.join(files)} list {len(known) - len(names)} images that are not there")
     if all(re.fullmatch(r"\d{1,6}(\.0+)?", label) for label in labels.values()):
         numbers = [int(float(label)) for label in labels.values()]  # label 3 is class 3, even if no image has label 2
-        return numbers, [str(i) for i in range(max(numbers) + 1)], files
+        return numbers, [str(i) for i in range(max(numbers) + 1)], files, notes
     classes = sorted(set(labels.values()))
     number = {name: i for i, name in enumerate(classes)}
-    return [number[label] for label in labels.values()], classes, files
+    return [number[label] for label in labels.values()], classes, files, notes
+
+
+def _needed(kind: str) -> str:
+    """The part of a label file without which it is not one."""
+    return "entry 'labels'" if kind == "dataset.json" else "column 'file_name'"
 
 
 def _read_label_file(path, file: str, read) -> dict[str, str]:
@@ -81,7 +100,7 @@ def _read_label_file(path, file: str, read) -> dict[str, str]:
     causes = (ValueError, TypeError, AttributeError, LookupError, RecursionError, csv.Error)
     hint = f"); repair or remove it, or {WITHOUT_LABELS}"
     with prefixed(DataError, f"{path}: {file} cannot be used for labels (", causes, hint):
-        rows = _LABEL_FILES[posixpath.basename(file)](read(file).decode("utf-8-sig"))
+        rows = _LABEL_FILES[posixpath.basename(file).lower()](read(file).decode("utf-8-sig"))
         columns = list(dict.fromkeys(itertools.chain.from_iterable(rows)))
         if "file_name" not in columns:
             return {}
@@ -92,21 +111,39 @@ def _read_label_file(path, file: str, read) -> dict[str, str]:
             raise ValueError(f"of its columns {columns} none is named {' or '.join(LABEL_COLUMNS)}")
         found = {}
         for row in rows:
-            label = row.get(column)
-            if isinstance(label, bool) or not isinstance(label, (int, float, str)) or not str(label).strip():
-                raise ValueError(
-                    f"the label of {row.get('file_name')!r} is {label!r}, not the number or name of a class"
-                )
-            name = posixpath.join(posixpath.dirname(file), row["file_name"].replace("\\", "/"))
-            found[posixpath.normpath(name)] = str(label).strip()
+            label = _class_name(row.get(column))
+            if label is None:
+                shown = f"{row.get('file_name')!r} is {row.get(column)!r}"
+                raise ValueError(f"the label of {shown}, not the number or name of a class")
+            name = posixpath.normpath(posixpath.join(posixpath.dirname(file), row["file_name"].replace("\\", "/")))
+            if found.setdefault(name, label) != label:
+                raise ValueError(f"it gives two labels to {row['file_name']!r}")
         return found
+
+
+def _class_name(label) -> str | None:
+    """A label as text; None if it is not one, such as -1 for an image without a label, 0.5 or NaN."""
+    text = str(label).strip()
+    if isinstance(label, bool) or not isinstance(label, (int, float, str)) or not text:
+        return None
+    try:
+        number = float(text)
+    except ValueError:
+        return text
+    return text if number >= 0 and number.is_integer() else None
+
+
+def level_of_difference(names: list[str]) -> tuple[int, list[list[str]]]:
+    """(number of folders that all images share, the folders of each image)."""
+    folders = [[part for part in name.split("/")[:-1] if part not in ("", ".")] for name in names]
+    same = lambda level: len(set(level)) == 1
+    return sum(1 for _ in itertools.takewhile(same, zip(*folders, strict=False))), folders
 
 
 def _labels_by_folder(path, names: list[str]) -> tuple[list[int], list[str]]:
     """The classes are the folders of the first level at which the images' folders differ."""
-    folders = [pathlib.PurePosixPath(name).parts[:-1] for name in names]
-    shared = sum(1 for _ in itertools.takewhile(lambda level: len(set(level)) == 1, zip(*folders, strict=False)))
-    if len(set(folders)) == 1 and folders[0]:
+    shared, folders = level_of_difference(names)
+    if folders[0] and all(parts == folders[0] for parts in folders):
         raise DataError(
             f"{path} has only one class folder, {'/'.join(folders[0])!r}; labels need two, or {WITHOUT_LABELS}"
         )
@@ -117,8 +154,9 @@ def _labels_by_folder(path, names: list[str]) -> tuple[list[int], list[str]]:
             f"them, add a {' or '.join(_LABEL_FILES)}, or {WITHOUT_LABELS}"
         )
     classes = sorted({parts[shared] for parts in folders})
-    if all(re.fullmatch(r"\d{5,}", name) for name in classes):
-        text = "%s: no %s is there, so the folders %s are taken for classes. If they only divide the files, %s"
-        log.warning(text, path, " or ".join(_LABEL_FILES), ", ".join(classes[:3]), WITHOUT_LABELS)
+    if SPLITS.issuperset(map(str.lower, classes)):
+        raise DataError(
+            f"{path} is divided into {', '.join(classes)}: splits, not classes; give the path of one of them"
+        )
     number = {name: i for i, name in enumerate(classes)}
     return [number[parts[shared]] for parts in folders], classes

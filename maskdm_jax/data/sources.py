@@ -9,7 +9,7 @@ import numpy as np
 
 from maskdm_jax.data.base import CARD, LazySequence, Source, hash_texts
 from maskdm_jax.data.images import Framing
-from maskdm_jax.errors import DataError
+from maskdm_jax.errors import DataError, prefixed
 
 _PAUSES = (0.1, 1.0, 5.0)  # seconds before a failed read is tried again
 
@@ -40,6 +40,7 @@ class Selection(Source):
         files = hash_texts([source.files_hash, *map(str, self._numbers)]) if source.files_hash else ""
         names = LazySequence(len(self._numbers), self._name)
         super().__init__(names, labels, classes, files, source.left_aside)
+        self.notes = source.notes
         if hasattr(source, "card"):  # it holds for the selected images too, except for the content hash
             self.card = source.card | dict(source=f"part of {source.card['source']}", count=len(self), content_hash="")
 
@@ -69,7 +70,8 @@ def open_source(path: str, labels: bool = False, split: str = "", scratch=None) 
     Raises:
       DataError: nothing is there, it is of another kind, it holds no image, or it has no labels.
     """
-    place = pathlib.Path(path).expanduser()
+    with prefixed(DataError, f"{path!r} cannot be opened: ", RuntimeError):  # of an unknown user
+        place = pathlib.Path(path).expanduser()
     if (place / "dataset_info.json").exists() and not (place / CARD).exists():
         from maskdm_jax.data.databases import TfdsImages
 
