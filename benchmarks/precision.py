@@ -16,9 +16,10 @@ import tempfile
 
 import numpy as np
 from absl import app, flags, logging
-from ml_collections import config_flags
 
-CONFIG = config_flags.DEFINE_config_file("config", None, "Config file; its first stage is trained.")
+from maskdm_jax.parallel import runtime
+
+CONFIG = runtime.config_flag("Config file; its first stage is trained.")
 STEPS = flags.DEFINE_integer("steps", 500, "Steps of each run.", lower_bound=2)
 WINDOW = flags.DEFINE_integer("window", 25, "Steps over which losses are averaged.", lower_bound=1)
 OUT = flags.DEFINE_string("out", "precision", "Path of the files to write, without .png and .json.")
@@ -29,7 +30,8 @@ def main(argv):
     if len(argv) > 1 or CONFIG.value is None:
         raise app.UsageError("give --config=configs/NAME.py; its settings as --config.key=value")
     logging.set_verbosity(logging.ERROR)
-    losses = {name: run(CONFIG.value, *settings) for name, settings in RUNS.items()}
+    with runtime.program(distributed=False):
+        losses = {name: run(CONFIG.value, *settings) for name, settings in RUNS.items()}
     smooth = {
         name: np.convolve(values, np.ones(WINDOW.value) / WINDOW.value, "valid") for name, values in losses.items()
     }
@@ -95,4 +97,4 @@ def plot(curves: dict, path: pathlib.Path) -> None:
 
 
 if __name__ == "__main__":
-    app.run(main)
+    runtime.start(main)

@@ -31,7 +31,6 @@ import jax.numpy as jnp
 import numpy as np
 import roofline
 from absl import app, flags, logging
-from ml_collections import config_flags
 
 from maskdm_jax import config as config_lib
 from maskdm_jax import sampling
@@ -49,7 +48,7 @@ from maskdm_jax.training.loop import make_run_mesh
 from maskdm_jax.training.start import abstract_state, fresh_state
 from maskdm_jax.training.step import jit_step
 
-CONFIG = config_flags.DEFINE_config_file("config", None, "Config file; its model, batch, optimizer and mask are used.")
+CONFIG = runtime.config_flag("Config file; its model, batch, optimizer and mask are used.")
 BATCH = flags.DEFINE_integer("batch", None, "Batch size of a step; default: the config's.", lower_bound=1)
 VISIBLE = flags.DEFINE_list("visible", ["10", "50", "100"], "Shares of visible patches, in percent.")
 SAMPLING_STEPS = flags.DEFINE_integer("sampling_steps", 5, "Steps of a trajectory; 0: no sampling.", 0)
@@ -374,4 +373,4 @@ def _cells(subject: Subject, same: Subject, row: dict) -> str:
 
 
 if __name__ == "__main__":
-    app.run(main)
+    runtime.start(main)

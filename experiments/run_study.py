@@ -13,6 +13,8 @@ import sys
 from absl import app, flags, logging
 from ml_collections import config_flags
 
+from maskdm_jax.parallel import runtime
+
 CONFIG = config_flags.DEFINE_config_file("config", None, "Study file, such as experiments/emoji32.py:convergence.")
 BUDGET = flags.DEFINE_enum("budget", "flops", ["flops", "seconds"], "Unit of the budget: FLOPs or device time.")
 WORKDIR = flags.DEFINE_string("workdir", "runs/study", "Folder for runs; studies may share it.")
@@ -35,8 +37,6 @@ def main(argv):
     import study
     import study_report
 
-    from maskdm_jax.parallel import runtime
-
     stem, _, variant = config_flags.get_config_filename(flags.FLAGS["config"]).partition(":")
     workdir = pathlib.Path(WORKDIR.value).expanduser()
     results = study.Results(RESULTS.value or workdir / f"{variant or pathlib.Path(stem).stem}.jsonl")
@@ -56,4 +56,4 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    app.run(main)
+    runtime.start(main)

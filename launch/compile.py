@@ -16,9 +16,7 @@ from ml_collections import config_flags
 
 from maskdm_jax.parallel import runtime
 
-CONFIG = config_flags.DEFINE_config_file(
-    "config", None, "Config file of the run.", lock_config=False, accept_new_attributes=True
-)
+CONFIG = runtime.config_flag("Config file of the run.")
 TOPOLOGY = flags.DEFINE_string("topology", "local", "TPU topology such as v5e:4x4, v5p:4x4x4, 2*v6e:16x16; or local.")
 STAGES = flags.DEFINE_list("stages", None, "Stages to compile; default: all of the config.")
 SAMPLES = flags.DEFINE_integer("samples", 16, "Images per chip and sampling call; 0: no sampling.", 0)

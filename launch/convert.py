@@ -5,7 +5,6 @@ only). Needs neither PyTorch nor an accelerator. docs/checkpoints.md lists what 
 """
 
 from absl import app, flags, logging
-from ml_collections import config_flags
 
 from maskdm_jax.parallel import runtime
 
@@ -16,9 +15,7 @@ DST = flags.DEFINE_string("dst", None, "Run folder, .pt or .safetensors; must no
 HEADS = flags.DEFINE_integer(
     "num_heads", None, "Number of attention heads, which official files do not contain; default: width / 64."
 )
-CONFIG = config_flags.DEFINE_config_file(
-    "config", None, "Config of the run; needed to train it further.", lock_config=False, accept_new_attributes=True
-)
+CONFIG = runtime.config_flag("Config of the run; needed to train it further.")
 STAGE = flags.DEFINE_string("stage", None, "Stage of --config that the file belongs to; default: the first.")
 WEIGHTS = flags.DEFINE_enum("weights", "ema", ["ema", "params"], "Of a .safetensors to write: averaged or raw weights.")
 

@@ -11,9 +11,7 @@ from ml_collections import config_flags
 
 from maskdm_jax.parallel import runtime
 
-CONFIG = config_flags.DEFINE_config_file(
-    "config", None, "Config file of the run.", lock_config=False, accept_new_attributes=True
-)
+CONFIG = runtime.config_flag("Config file of the run.")
 DRY_RUN = flags.DEFINE_bool("dry_run", False, "Check everything that the run needs, on every host, without training.")
 PRINT_CONFIG = flags.DEFINE_bool("print_config", False, "Print every setting with its meaning, without training.")
 PROFILE = flags.DEFINE_integer("profile", 0, "Number of steps to trace, shortly after the start.", 0)

@@ -32,8 +32,13 @@ def _one_of(*options) -> Rule:
     return Rule(lambda value: value in options, f"one of {', '.join(map(str, options))}")
 
 
-Count = typing.Annotated[int, Rule(lambda value: value >= 1, "at least 1")]
-Natural = typing.Annotated[int, Rule(lambda value: value >= 0, "at least 0")]
+def _between(low: int, high: int) -> Rule:
+    return Rule(lambda value: low <= value <= high, f"at least {low} and at most {high:,}")
+
+
+INT32 = 2**31 - 1  # steps and sizes are int32 on devices
+Count = typing.Annotated[int, _between(1, INT32)]
+Natural = typing.Annotated[int, _between(0, INT32)]
 NonNegative = typing.Annotated[float, Rule(lambda value: value >= 0, "at least 0")]
 Probability = typing.Annotated[float, Rule(lambda value: 0 <= value <= 1, "a probability, 0 to 1")]
 Decay = typing.Annotated[float, Rule(lambda value: 0 <= value < 1, "in [0, 1)")]
@@ -48,7 +53,9 @@ class Data:
 
     path: str = ""  # folder, archive, prepared set, TFDS folder, LMDB or address; "digits" is the embedded set
     split: str = ""  # split of a TFDS folder
-    image_size: Count = 64  # pixels; the short side is resized (bicubic), the centre cropped
+    image_size: typing.Annotated[int, _between(1, 65_536)] = (
+        64  # pixels; the short side is resized (bicubic), the centre cropped
+    )
     channels: Count = 3  # 3 colour, 1 grey; other numbers where the source stores them
     classes: tuple[str, ...] = ()  # names of the classes to use, numbered in this order; () for all
     fraction: Fraction = 1.0  # share of the images to use, drawn by fraction_seed
@@ -68,7 +75,7 @@ class Model:
     patch_size: Count = 4  # side of a patch in pixels (in Haar coefficients for a wavelet model)
     wavelet_scale: Natural = 0  # 0: U-ViT on pixels; s > 0: on Haar coefficients, detail patches s times as wide
     width: Count = 512  # width of a token
-    depth: Count = 13  # blocks; 2k and 2k + 1 are the same network
+    depth: typing.Annotated[int, _between(1, 1_000)] = 13  # blocks; 2k and 2k + 1 are the same network
     heads: Count = 8  # attention heads
     mlp_ratio: float = 4.0  # hidden width of an MLP divided by width
     qv_bias: bool = False  # give queries and values a bias
@@ -82,7 +89,7 @@ class Model:
 class Diffusion:
     """Schedule, objective and loss; see `diffusion.gaussian`."""
 
-    timesteps: Count = 1000  # T
+    timesteps: typing.Annotated[int, _between(1, 100_000)] = 1000  # T
     schedule: str = "cosine"  # linear, cosine or shifted_cosine
     shift_size: Count = 64  # image side that shifted_cosine is shifted for
     objective: str = "noise"  # what the network predicts: noise, x0 or v
@@ -235,7 +242,9 @@ def parse(config) -> Config:
     Raises:
       ConfigError: a key is unknown, or a value has the wrong type or is invalid.
     """
-    raw = config.to_dict() if hasattr(config, "to_dict") else dict(config)
+    if not isinstance(config, (ConfigDict, dict)):
+        raise ConfigError(f"the config must be a ConfigDict, not {config!r}")
+    raw = config.to_dict() if isinstance(config, ConfigDict) else dict(config)
     known = {name for name in _fields(Config) if name != "stage"}
     names = raw.get("stages", ())
     sections = {k: raw.pop(k) for k in list(raw) if k not in known and (isinstance(raw[k], dict) or k in names)}

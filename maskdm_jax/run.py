@@ -1,5 +1,6 @@
 """A whole run: open the data, train, and make previews and metrics by hooks of the training loop."""
 
+import dataclasses
 import hashlib
 import json
 import logging
@@ -11,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from maskdm_jax.build import make_network, make_sampler, mask_plans
-from maskdm_jax.config import Config
+from maskdm_jax.config import Config, Mask
 from maskdm_jax.data.images import sample_grid, save_png
 from maskdm_jax.data.pipeline import TrainingData
 from maskdm_jax.errors import ConfigError, DataError
@@ -117,6 +118,8 @@ def warnings_of(config: Config) -> list[str]:
     lines, longest = [], max(config.stage[name].steps for name in config.stages)
     if config.preview.every > longest:
         lines.append(f"preview.every={config.preview.every} is beyond the end: each stage has one preview, at its end")
+    if config.checkpoint.every > longest > 1000:
+        lines.append(f"checkpoint.every={config.checkpoint.every} is beyond the end: a failure loses a whole stage")
     space = make_representation(config)
     bands = jax.tree.leaves(jax.eval_shape(space.cut, jnp.zeros((1, *space.shape))))
     numbers = max(band.shape[-1] for band in bands)
@@ -129,6 +132,10 @@ def warnings_of(config: Config) -> list[str]:
         stage = config.stage[name]
         if stage.warmup_steps > stage.steps / 3:
             lines.append(f"{name}.warmup_steps={stage.warmup_steps} is more than a third of its {stage.steps} steps")
+        if not 0 < stage.learning_rate < 0.1:
+            lines.append(f"{name}.learning_rate={stage.learning_rate:g} is unusual; recipes have 1e-5 to 2e-3")
+        for mask, settings in ((f"{name}.mask", stage.mask), (f"{name}.detail_mask", stage.detail_mask)):
+            lines += [f"{mask}.{unused} has no effect" for unused in _unused(settings)] if settings else []
         share = stage.ema_decay ** (max(stage.steps - EMA_COPY_STEPS, 0) / stage.ema_every)
         if stage.steps > EMA_COPY_STEPS and share > 1 / math.e:  # the stage is shorter than the memory of the EMA
             lines.append(
@@ -136,6 +143,13 @@ def warnings_of(config: Config) -> list[str]:
                 f"{name}.ema_decay={stage.ema_decay} or {name}.ema_every={stage.ema_every}, or train longer"
             )
     return lines
+
+
+def _unused(mask: Mask) -> list[str]:
+    """The settings of a mask that its kind ignores and that are not the defaults."""
+    used = dict(none=(), patch=("rate", "tile"), block=("rate", "block", "tile"), crop=("crop",))[mask.kind]
+    others = {name: value for name, value in dataclasses.asdict(mask).items() if name not in ("kind", *used)}
+    return [f"{k}={v} (kind is {mask.kind!r})" for k, v in others.items() if v != getattr(Mask(), k)]
 
 
 class Previews:

@@ -12,7 +12,7 @@ import time
 import numpy as np
 import pytest
 
-from maskdm_jax.errors import Interrupted, SamplingError
+from maskdm_jax.errors import ConfigError, Interrupted, SamplingError
 from maskdm_jax.training import logs
 
 TINY = [
@@ -174,6 +174,23 @@ def test_samples_from_a_run(launch, demo, tmp_path):
     code, output = launch("sample", f"--run={workdir}", f"--out={tmp_path / 'b'}", "--n=3", "--format=npz", "--eta=0")
     assert code == 0, output
     assert np.load(tmp_path / "b" / "samples.npz")["images"].shape == (3, 8, 8, 1)
+
+
+@pytest.mark.parametrize("words", [lambda file: [f"--config={file}"], lambda file: ["--config", file]])
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("    config.default().model.width = 'a'", "line 3: TypeError: Could not override field 'width'"),
+        ("    return", "returns nothing"),
+    ],
+)
+def test_an_error_in_a_users_config_is_shown_with_its_line(launch, tmp_path, words, line, message):
+    file = tmp_path / "mine.py"
+    file.write_text(f"from maskdm_jax import config\ndef get_config():\n{line}\n")
+    code, output = launch("train", *words(str(file)))
+    assert code == ConfigError.status
+    assert f"error: {file}, {message}" in output or f"error: get_config of {file} {message}" in output
+    assert "Traceback" not in output
 
 
 @pytest.mark.parametrize(

@@ -76,14 +76,23 @@ def test_all_processes_must_see_the_same_images(monkeypatch, counts, same, messa
 def test_settings_that_nobody_wants_are_named():
     assert not warnings_of(tiny.config(pretrain__warmup_steps=0, finetune__warmup_steps=0))
     config = tiny.config(
-        preview__every=1000, pretrain__steps=600, pretrain__ema_decay=0.999, pretrain__warmup_steps=300
+        preview__every=10_000,
+        checkpoint__every=5000,
+        pretrain__steps=2000,
+        pretrain__ema_decay=0.9999,
+        pretrain__warmup_steps=1000,
+        pretrain__learning_rate=2.0,
+        finetune__mask__rate=0.5,
     )
     assert warnings_of(config) == [
-        "preview.every=1000 is beyond the end: each stage has one preview, at its end",
-        "pretrain.warmup_steps=300 is more than a third of its 600 steps",
-        "61% of the EMA at the end of pretrain are the weights of step 100: lower pretrain.ema_decay=0.999 or "
+        "preview.every=10000 is beyond the end: each stage has one preview, at its end",
+        "checkpoint.every=5000 is beyond the end: a failure loses a whole stage",
+        "pretrain.warmup_steps=1000 is more than a third of its 2000 steps",
+        "pretrain.learning_rate=2 is unusual; recipes have 1e-5 to 2e-3",
+        "83% of the EMA at the end of pretrain are the weights of step 100: lower pretrain.ema_decay=0.9999 or "
         "pretrain.ema_every=1, or train longer",
         "finetune.warmup_steps=2 is more than a third of its 2 steps",
+        "finetune.mask.rate=0.5 (kind is 'none') has no effect",
     ]
 
 

@@ -11,6 +11,7 @@ import traceback
 
 import jax
 from absl import app, flags
+from ml_collections import config_flags
 
 from maskdm_jax.errors import ConfigError, Interrupted, MaskDMError, Preempted
 from maskdm_jax.parallel import processes
@@ -33,24 +34,57 @@ def start(main) -> None:
     app.run(run, flags_parser=_parse_flags)
 
 
+def config_flag(text: str):
+    """Define --config=FILE, and --config.key=value for keys that the file's config need not have.
+
+    `config.parse` then refuses unknown keys with the closest known one.
+    """
+    return config_flags.DEFINE_config_file("config", None, text, lock_config=False, accept_new_attributes=True)
+
+
 def _parse_flags(argv: list[str]) -> list[str]:
     """Parse the command line, and load the config file that it names; what remains are the arguments."""
-    named = [arg.partition("=")[2].split(":")[0] for arg in argv if arg.startswith("--config=")]
+    argv = re.sub(r"\0--?config\0", "\0--config=", "\0".join(argv)).split("\0")  # --config FILE is --config=FILE
+    named = [arg.partition("=")[2].split(":")[0] for arg in argv if arg.startswith(("--config=", "-config="))]
     try:
         for file in named:
             open(file).close()  # ml_collections would say so in four lines
-        return flags.FLAGS(argv)
+        arguments = flags.FLAGS(argv)
+        if named and flags.FLAGS["config"].value is None:
+            raise TypeError(f"get_config of {named[-1]} returns nothing")
+        return arguments
     except Exception as error:  # of absl's parsers, of ml_collections, or of the user's config file
-        reason = re.sub(r"invalid literal for int\(\) with base 10: (.*)", r"\1 is not an integer", str(error).strip())
-        in_config = [f for f in traceback.extract_tb(error.__traceback__) if any(map(f.filename.endswith, named))]
-        if in_config:
-            reason = f"{in_config[-1].filename}, line {in_config[-1].lineno}: {type(error).__name__}: {reason}"
-        elif isinstance(error, KeyError):
-            reason = "the config has no " + " ".join(str(error.args[0]).split())
-        elif isinstance(error, AttributeError) and named:
-            reason = f"{named[-1]} has no function get_config"
-        print(f"error: {reason}", file=sys.stderr)
+        print(f"error: {_reason(error, named)}", file=sys.stderr)
         sys.exit(ConfigError.status)
+
+
+def _reason(error: Exception, named: list[str]) -> str:
+    """One line about why the flags cannot be parsed; it says where in the config files `named` an error is."""
+    causes = [error]
+    while cause := causes[-1].__cause__ or causes[-1].__context__:
+        causes.append(cause)
+    for cause in causes:
+        frames = [
+            f
+            for f in traceback.extract_tb(cause.__traceback__)
+            if any(name and f.filename.endswith(name) for name in named)
+        ]
+        if frames:
+            return f"{frames[-1].filename}, line {frames[-1].lineno}: {type(cause).__name__}: {_message(cause)}"
+    if "Error whilst parsing config file" in str(error):
+        return f"{named[-1]}: {_message(causes[-1])}"
+    if isinstance(error, AttributeError) and "get_config" in str(error):
+        return f"{named[-1]} has no function get_config"
+    if isinstance(error, (KeyError, AttributeError)):
+        return f"the config has no {_message(error)}"
+    return re.sub(r"invalid literal for int\(\) with base 10: (.*)", r"\1 is not an integer", _message(error))
+
+
+def _message(error) -> str:
+    """The text of an error, on one line."""
+    while isinstance(error, (KeyError, AttributeError)) and error.args:  # each quotes the text of the other
+        error = error.args[0]
+    return " ".join(str(error).split())
 
 
 @contextlib.contextmanager
