@@ -70,6 +70,8 @@ def main(argv):
     scratch.unlink(missing_ok=True)
     for entry in card["left_out"]:
         print(f"left out: {entry}")
+    if empty := [name for name, count in card["count_by_class"].items() if not count]:
+        print(f"no image has the class {', '.join(empty[:8])} ({len(empty)} classes)")
     classes = f" in {len(card['classes'])} classes" if card["classes"] else ""
     print(f"done: {card['count']} images{classes} in {OUT.value}, content {card['content_hash'][:12]}")
 
@@ -78,12 +80,15 @@ def prepare(scratch: pathlib.Path) -> dict:
     """Open the source and prepare the set; returns its card."""
     from tqdm import tqdm
 
+    from maskdm_jax.data.pipeline import probe
     from maskdm_jax.data.prepare import prepare
 
     scratch.parent.mkdir(parents=True, exist_ok=True)
     with prefixed(DataError, ""):  # invalid --size or --crop
         source, framing, split = open_source(scratch)
     source = sources.select(source, fraction=FRACTION.value, seed=SEED.value)
+    for note in probe(source, framing, 16).notes:
+        print(note)
     name = DATASET.value or pathlib.PurePath(SRC.value).name
     if FRACTION.value < 1:
         name += f", {FRACTION.value:.3%} by seed {SEED.value}"

@@ -13,8 +13,8 @@ import numpy as np
 
 from maskdm_jax.build import make_network, make_sampler, mask_plans
 from maskdm_jax.config import Config, Mask
-from maskdm_jax.data.images import sample_grid, save_png
-from maskdm_jax.data.pipeline import TrainingData
+from maskdm_jax.data.images import Framing, sample_grid, save_png
+from maskdm_jax.data.pipeline import TrainingData, probe
 from maskdm_jax.errors import ConfigError, DataError
 from maskdm_jax.models.representation import make_representation
 from maskdm_jax.parallel import processes
@@ -25,14 +25,19 @@ from maskdm_jax.training.step import make_loss
 
 log = logging.getLogger(__name__)
 
+PROBED = 16  # images read at the start of a run, to warn of what they show
+
 
 def train(config: Config, workdir, *, devices=None, profile: int = 0) -> pathlib.Path:
     """Train as a config says, with previews and evaluation; see `training.loop.train`."""
     check(config)
     data = open_training_data(config)
+    found = probe(data.source, Framing.of(config.data), PROBED) if processes.is_first() else None
 
     def make_hooks(run):
-        for line in warnings_of(config):
+        for line in data.source.notes:
+            log.debug("%s", line)  # into log.txt alone: the console has shown them
+        for line in [*(found.notes if found else []), *warnings_of(config)]:
             log.warning("%s", line)
         hooks = [Previews(run)]
         if config.evaluation.every:

@@ -6,6 +6,7 @@ import os
 import pickle
 import shutil
 import tarfile
+import threading
 import zipfile
 
 import fsspec
@@ -388,9 +389,9 @@ def test_training_on_a_part():
     assert set(next(TrainingData(data).batches(batch_size=4, seed=0))["label"].tolist()) == {0}
 
 
-def test_a_busy_disk_is_asked_again(monkeypatch):
+def test_a_busy_disk_is_asked_again(monkeypatch, caplog):
     """Errors of reading pass; what is not there is not there."""
-    monkeypatch.setattr(sources, "_PAUSES", (0, 0, 0))
+    monkeypatch.setattr(sources.time, "sleep", lambda seconds: None)
     failures = []
 
     class Busy(sources.Digits):
@@ -402,6 +403,9 @@ def test_a_busy_disk_is_asked_again(monkeypatch):
 
     assert sources.read_patiently(Busy(labels=True), 4)[1] == sources.Digits(labels=True).read(4)[1] > 0
     assert failures == [4, 4, 4]
+    assert [record.getMessage() for record in caplog.records] == [
+        f"digits[4]: Stale file handle; trying again in {pause} s" for pause in (1, 5)
+    ]
 
     class Gone(sources.Digits):
         def read(self, i):
@@ -606,6 +610,58 @@ def test_worker_processes_report_why_an_image_is_unreadable(tmp_path):
     data = TrainingData(dataclasses.replace(colour(str(tmp_path)), workers=1))
     take(data.batches(batch_size=100, seed=0), 1)
     assert data.unreadable == {7: "0007.png: not an image of a known kind"}
+
+
+class Deadly(sources.Digits):
+    """A source that ends each process that receives it."""
+
+    def __reduce__(self):
+        return os._exit, (9,), dict(names=self.names * 10)
+
+
+def test_a_worker_process_that_dies_is_an_error_and_not_a_wait_without_end(monkeypatch):
+    monkeypatch.setattr(pipeline, "open_source", lambda *_: Deadly())
+    settings = dataclasses.replace(colour("digits"), image_size=8, channels=1, workers=1)
+    batches, failed = TrainingData(settings).batches(batch_size=8, seed=0), []
+
+    def read():
+        try:
+            next(batches)
+        except DataError as error:
+            failed.append(str(error))
+
+    reader = threading.Thread(target=read, daemon=True)
+    reader.start()
+    reader.join(100)
+    assert len(failed) == 1
+    assert "terminated unexpectedly with exit code 9." in failed[0]
+    assert "lower --config.data.workers" in failed[0]
+    batches.close()
+
+
+def test_some_images_are_read_to_see_what_they_are(tmp_path):
+    animation = io.BytesIO()
+    Image.new("RGB", (9, 9)).save(animation, "GIF", save_all=True, append_images=[Image.new("RGB", (9, 9), "red")])
+    files = numbered(5, [3]) | {"9999.gif": animation.getvalue()}
+    for name, content in files.items():
+        (tmp_path / name).write_bytes(content)
+    found = pipeline.probe(open_source(str(tmp_path)), Framing(9), 100)
+    assert found.images == 6
+    assert found.unreadable == ["0003.png: not an image of a known kind"]
+    assert found.notes == [
+        "4 of 6 images are smaller than 9 x 9 pixels, so they are enlarged",
+        "1 of 6 images are animated or of several pages, so the first alone is used",
+    ]
+    assert pipeline.probe(sources.Digits(), Framing(8, 1), 7)[::2] == (7, [])
+
+
+def test_classes_without_images_are_named(caplog):
+    labels = dict(data__fraction=0.003, data__labels=True)
+    data = TrainingData(tiny.config(**labels).data)
+    empty = [name for name in data.classes if data.classes.index(name) not in data.source.labels]
+    assert data.source.notes == (f"digits: no image has the class {', '.join(empty)} ({len(empty)} classes)",)
+    assert data.source.notes[0] in caplog.text
+    assert not TrainingData(tiny.config().data).source.notes
 
 
 def test_more_than_one_percent_unreadable_stops(stored):

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image, ImageOps
 
 from maskdm_jax.config import Data
-from maskdm_jax.data.images import FILTERS, Framing, decode
+from maskdm_jax.data.images import FILTERS, Framing, decode, surprises
 
 PIXELS = np.random.RandomState(0).randint(0, 256, (40, 30, 3)).astype(np.uint8)
 
@@ -145,6 +145,19 @@ def test_the_limit_of_pixels_is_a_setting():
     with pytest.raises(ValueError, match="13400 x 13400 pixels, more than data.max_pixels 178956970"):
         decode(buffer.getvalue(), Framing(8))
     assert decode(buffer.getvalue(), Framing(8, 1, max_pixels=2**30)).shape == (8, 8, 1)
+
+
+def test_what_an_owner_may_not_expect_is_told():
+    small, animated = "smaller than 31 x 31 pixels, so they are enlarged", "animated or of several pages, so the first"
+    assert surprises(png(PIXELS), Framing(30)) == surprises(PIXELS, Framing(30)) == []
+    assert surprises(png(PIXELS), Framing(31)) == surprises(PIXELS, Framing(31)) == [small]
+    assert surprises(png(PIXELS), Framing(8, crop="centre:7")) == ["smaller than 8 x 8 pixels, so they are enlarged"]
+    assert surprises(png(PIXELS), Framing(8, crop="9,9,9")) == []
+    for kind, expected in dict(GIF=True, TIFF=True, WEBP=True, PNG=True, MPO=False).items():
+        frames, buffer = [Image.fromarray(PIXELS), Image.fromarray(255 - PIXELS)], io.BytesIO()
+        frames[0].save(buffer, kind, save_all=True, append_images=frames[1:])
+        found = surprises(buffer.getvalue(), Framing(30))
+        assert [text.startswith(animated) for text in found] == [True] * expected
 
 
 def test_framings_are_told_apart():

@@ -9,6 +9,7 @@ import jax
 import numpy as np
 import pytest
 import tiny
+from PIL import Image
 
 from maskdm_jax.data.pipeline import TrainingData
 from maskdm_jax.errors import CheckpointError, ConfigError, DataError, EvaluationError, PreflightError
@@ -48,11 +49,12 @@ def test_batches_of_worker_processes_fit_into_shared_memory(monkeypatch):
     usage = shutil.disk_usage("/")
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=100 << 10))
     config = tiny.config(data__workers=2, pretrain__batch_size=1024)
+    data = TrainingData(config.data)
     with pytest.raises(DataError, match="/dev/shm has 0.1 MiB free.* need 0.4; .*--config.data.workers=0"):
-        preflight._data(config)
+        preflight._data(config, data)
     with pytest.raises(DataError, match="/dev/shm has 0.1 MiB free"):
-        next(TrainingData(config.data).batches(batch_size=1024, seed=0))
-    assert preflight._data(tiny.config(data__workers=2))
+        next(data.batches(batch_size=1024, seed=0))
+    assert preflight._data(tiny.config(data__workers=2), data)
 
 
 @pytest.mark.parametrize(
@@ -112,7 +114,7 @@ def test_every_failure_is_named_and_stops_no_other_check(tmp_path, monkeypatch):
     said = {name: text for name, (passed, text) in lines.items() if not passed}
     assert said.keys() == {"clocks", "data", "evaluation", "folder", "memory, pretrain", "memory, finetune"}
     assert "clocks are 7.5 s apart" in said["clocks"]
-    assert "4 of 4 images are unreadable (0.png: not an image of a known kind" in said["data"]
+    assert "4 of 4 images are unreadable, more than 1% (0.png: not an image of a known kind" in said["data"]
     assert "nowhere" in said["evaluation"]
     assert "0.0 GB free, but the checkpoints" in said["folder"]
     assert "raise config.pretrain.micro_batches" in said["memory, pretrain"]
@@ -126,13 +128,35 @@ def test_a_reference_that_evaluation_cannot_use_is_found_before_training(incepti
         path = tmp_path / "statistics.npz"
         np.savez(path, mu=np.zeros(width), sigma=np.eye(width))
         changes |= dict(evaluation__every=1, evaluation__reference=str(path))
-        return preflight._evaluation(tiny.config(evaluation__inception_weights=str(inception_weights), **changes))
+        config = tiny.config(evaluation__inception_weights=str(inception_weights), **changes)
+        return preflight._evaluation(config, lambda: open_training_data(config))
 
     assert check(128).endswith("weights and reference fit")
     with pytest.raises(EvaluationError, match=r"mu \(4,\) and sigma \(4, 4\) are not of 128 features"):
         check(4)
     with pytest.raises(EvaluationError, match="statistics.npz holds statistics alone"):
         check(128, evaluation__metrics=("kid",), evaluation__n=1000)
+
+
+def test_images_are_opened_once_and_judged_as_in_training(inception_weights, tmp_path, monkeypatch):
+    (tmp_path / "images").mkdir()
+    for i in range(3):
+        Image.new("RGB", (5, 5)).save(tmp_path / "images" / f"{i}.png")
+    opened = []
+    monkeypatch.setattr(preflight, "open_training_data", lambda config: opened.append(1) or open_training_data(config))
+    monkeypatch.setattr(preflight.cost, "training_step", lambda *_: types.SimpleNamespace(memory=1 << 50, limit=None))
+    np.savez(tmp_path / "statistics.npz", mu=np.zeros(128), sigma=np.eye(128))
+    changes = dict(data__path=str(tmp_path / "images"), data__channels=3, data__labels=False, model__num_classes=0)
+    changes |= dict(evaluation__every=1, evaluation__inception_weights=str(inception_weights))
+    changes |= dict(evaluation__reference=str(tmp_path / "statistics.npz"))
+    lines = examined(tiny.config(**changes), tmp_path / "run")[1]
+    assert lines["data"][1].endswith("0 unreadable; 3 of 3 images are smaller than 8 x 8 pixels, so they are enlarged")
+    assert lines["evaluation"][0]
+    assert len(opened) == 1
+    (tmp_path / "images" / "2.png").write_bytes(b"no image")
+    passed, text = examined(tiny.config(**changes), tmp_path / "run")[1]["data"]
+    assert not passed
+    assert "1 of 3 images are unreadable, more than 1%" in text
 
 
 @pytest.fixture(scope="module")

@@ -148,7 +148,7 @@ def test_images_that_change_in_between(folder, prepared, tmp_path, caplog):
     assert "images-00001" not in caplog.text
     assert card["content_hash"] == make(root, tmp_path / "at once")["content_hash"] != prepared[1]["content_hash"]
     (root / "cat/grey.png").write_bytes(encoded("L"))
-    with pytest.raises(DataError, match="differs in size or time of its files; give another folder or remove it"):
+    with pytest.raises(DataError, match="differs .size or time of its files.; give another folder or remove it"):
         make(root, out)
 
 
@@ -173,7 +173,7 @@ def test_damaged_notes_of_a_stop_are_no_notes(folder, prepared, tmp_path):
         (out / "shard-00000.json").write_text(content)
     for content in ("[]", "{", "[" * 100_000):
         (out / "plan.json").write_text(content)
-        with pytest.raises(DataError, match="plan.json is damaged|unfinished set of other settings"):
+        with pytest.raises(DataError, match="plan.json is damaged|unfinished set of other images or settings"):
             make(folder, out)
     (out / "plan.json").unlink()
     with pytest.raises(DataError, match="is not empty and holds no prepared set"):
@@ -329,7 +329,7 @@ def test_other_folders_are_not_touched(folder, prepared, tmp_path):
         prepare.prepare(open_source(str(folder)), tmp_path / "new", Framing(8, 4), name="x")
     with pytest.raises(RuntimeError, match="stop"):
         make(folder, tmp_path / "half", progress=lambda done: (_ for _ in ()).throw(RuntimeError("stop")))
-    with pytest.raises(DataError, match="unfinished set of other settings .image: .*'size': 12.*'size': 16"):
+    with pytest.raises(DataError, match="unfinished set of other images or settings .size: 12 -> 16.; remove it"):
         make(folder, tmp_path / "half", size=16)
 
 
@@ -362,12 +362,14 @@ def test_damaged_sets_are_named(prepared, tmp_path):
         ],
         (lambda p: (p / "labels.npy").write_bytes(b"PK\x03\x04"), "labels.npy is missing or damaged"),
         (lambda p: (p / "card.json").write_text("{"), "card.json is damaged"),
-        (lambda p: (p / "card.json").write_text("{}"), "card.json lacks or garbles source, .*split"),
-        (lambda p: (p / "card.json").write_text("[]"), "card.json lacks or garbles source"),
+        (lambda p: (p / "card.json").unlink(), "holds a part of a prepared set, without its card.json: give launch/"),
+        (lambda p: (p / "card.json").write_text("{}"), "card.json lacks or garbles format, source, .*split"),
+        (lambda p: (p / "card.json").write_text("[]"), "card.json lacks or garbles format, source"),
         (lambda p: (p / "card.json").write_text("[" * 100_000), "card.json is damaged"),
         *[
             (lambda p, change=change: (p / "card.json").write_text(json.dumps(read_card(p) | change)), message)
             for change, message in [
+                (dict(format="maskdm-jax prepared images, version 2"), "lacks or garbles format"),
                 (dict(shards="3"), "lacks or garbles shards"),
                 (dict(shards=2), "lacks or garbles shards"),
                 (dict(classes=5), "lacks or garbles classes"),
@@ -387,6 +389,24 @@ def test_damaged_sets_are_named(prepared, tmp_path):
     ]:
         with pytest.raises(DataError, match=message):
             open_source(broken(change), True)
+
+
+def test_a_damaged_record_is_one_unreadable_image(prepared, caplog):
+    data = tiny.config(data__path=str(prepared[0]), data__channels=3, data__labels=False, model__num_classes=0).data
+    data = TrainingData(data)
+    records = data.source._records
+
+    class Damaged:
+        def __getitem__(self, i):
+            if i == 5:
+                raise RuntimeError("chunk data hash mismatch")
+            return records[i]
+
+    data.source._records = Damaged()
+    batches = data.batches(batch_size=11, seed=0)
+    with pytest.raises(DataError, match="1 of 11 images are unreadable, more than 1% .image 5: chunk data hash mism"):
+        next(batches)
+    batches.close()
 
 
 def test_names_that_are_no_utf8(root, tmp_path, child_env):

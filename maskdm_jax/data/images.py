@@ -79,6 +79,11 @@ class Framing:
         side, *corner_and_side = match.groups()
         return int(side or 0) if corner_and_side[0] is None else tuple(map(int, corner_and_side))
 
+    def side(self, image_size: tuple[int, int]) -> int:
+        """Side of the square that is cropped from an image of (width, height)."""
+        crop = self._parse_crop()
+        return crop or min(image_size) if isinstance(crop, int) else crop[2]
+
     def box(self, image_size: tuple[int, int]) -> tuple[int, int, int, int]:
         """The crop of an image of (width, height), as (left, top, right, bottom).
 
@@ -86,12 +91,8 @@ class Framing:
           ValueError: the crop exceeds the image.
         """
         width, height = image_size
-        crop = self._parse_crop()
-        if isinstance(crop, int):
-            side = crop or min(width, height)
-            left, top = (width - side) // 2, (height - side) // 2
-        else:
-            left, top, side = crop
+        crop, side = self._parse_crop(), self.side(image_size)
+        left, top = ((width - side) // 2, (height - side) // 2) if isinstance(crop, int) else crop[:2]
         if min(left, top) < 0 or left + side > width or top + side > height:
             raise ValueError(f"crop {self.crop!r} does not fit into {width} x {height} pixels")
         return left, top, left + side, top + side
@@ -199,6 +200,19 @@ def is_image(content: bytes) -> bool:
     except Exception:  # decoders raise any type on other content
         return False
     return True
+
+
+def surprises(image, framing: Framing) -> list[str]:
+    """What `decode` does to an image, bytes or array as there, that its owner may not expect."""
+    if isinstance(image, np.ndarray):
+        size, animated = image.shape[1::-1], False
+    else:
+        opened = Image.open(io.BytesIO(image))
+        # The further frames of a photo in MPO format and of a PSD are previews and layers.
+        size, animated = opened.size, opened.format not in ("MPO", "PSD") and getattr(opened, "is_animated", False)
+    found = [f"smaller than {framing.size} x {framing.size} pixels, so they are enlarged"]
+    found = found if framing.side(size) < framing.size else []
+    return found + ["animated or of several pages, so the first alone is used"] * animated
 
 
 def decode(image, framing: Framing) -> np.ndarray:

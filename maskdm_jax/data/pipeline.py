@@ -5,11 +5,16 @@ k * B .. k * B + B - 1 of the stream for any number of hosts, worker processes a
 B / H of them.
 """
 
+import collections
 import contextlib
 import dataclasses
 import functools
 import logging
+import pickle
 import shutil
+import tempfile
+import time
+import typing
 
 import grain
 import jax
@@ -17,9 +22,9 @@ import numpy as np
 from absl import flags
 
 from maskdm_jax.data.base import counted
-from maskdm_jax.data.images import ChannelsError, Framing, decode
+from maskdm_jax.data.images import ChannelsError, Framing, decode, surprises
 from maskdm_jax.data.sources import card_of, open_source, read_patiently, select
-from maskdm_jax.errors import DataError, first_line
+from maskdm_jax.errors import DataError, first_line, prefixed
 
 UNREADABLE_LIMIT = 0.01  # fraction of the images; more means that the data set is broken
 _STREAM_LENGTH = 2**40  # examples, more than any run takes
@@ -89,6 +94,30 @@ def check_unreadable(unreadable: list[str], images: int) -> None:
         )
 
 
+class Probe(typing.NamedTuple):
+    """Some images of a source, read."""
+
+    images: int  # number of images read
+    seconds: float
+    unreadable: list[str]  # names and reasons
+    notes: list[str]  # about readable images, see `images.surprises`
+
+
+def probe(source, framing: Framing, count: int) -> Probe:
+    """Read and decode `count` images, evenly spread over the source."""
+    numbers = np.unique(np.linspace(0, len(source) - 1, min(count, len(source))).astype(int)).tolist()
+    unreadable, found, start = [], collections.Counter(), time.perf_counter()
+    for i in numbers:
+        try:
+            image, _ = read_patiently(source, i)
+            decode(image, framing)
+            found.update(surprises(image, framing))
+        except Exception as error:  # decoders raise any type on a damaged file
+            unreadable.append(f"{source.names[i]}: {first_line(error)}")
+    notes = [f"{number} of {len(numbers)} images are {text}" for text, number in found.items()]
+    return Probe(len(numbers), time.perf_counter() - start, unreadable, notes)
+
+
 @functools.lru_cache(maxsize=4)
 def _epoch_order(n: int, seed: int, epoch: int) -> np.ndarray:
     """Record numbers in an epoch's order. RandomState, unlike NumPy's newer generators, never changes its streams."""
@@ -108,6 +137,8 @@ class TrainingData:
         chosen = settings.classes, settings.fraction, settings.fraction_seed, settings.labels
         self.settings, self.source = settings, select(source, *chosen)
         self.classes, self.card = self.source.classes, card_of(self.source, Framing.of(settings))
+        if empty := self.source.empty_classes():
+            self.source.note(settings.path, [f"no image has the class {', '.join(empty[:8])} ({len(empty)} classes)"])
         self.unreadable = {}  # records found unreadable so far, over all stages: their names and the reasons
 
     def __len__(self):
@@ -142,6 +173,30 @@ def check_shared_memory(settings, batch_size: int) -> None:
             )
 
 
+class _FromFile:
+    """A function that worker processes read from a file.
+
+    Python starts a process by writing its arguments into a pipe. If the process dies early and they are larger than the
+    pipe, such as the names of many images, this never ends.
+    """
+
+    def __init__(self, function, path: str):
+        self._function, self._path = function, path
+        with open(path, "wb") as file:
+            pickle.dump(function, file)
+
+    def __call__(self, batch: int):
+        return self._function(batch)
+
+    def __reduce__(self):
+        return _unpickle, (self._path,)
+
+
+def _unpickle(path: str):
+    with open(path, "rb") as file:
+        return pickle.load(file)
+
+
 class Batches:
     """Endless iterator over a host's batches: dicts of NumPy arrays.
 
@@ -153,7 +208,7 @@ class Batches:
         if batch_size % hosts:
             raise DataError(f"batch_size {batch_size} does not divide among {hosts} hosts")
         self._data, self._batch_size, self._seed, self._host, self._hosts = data, batch_size, seed, host, hosts
-        self._next, self._iterator = 0, None
+        self._next, self._iterator, self._open = 0, None, contextlib.ExitStack()
 
     def __iter__(self):
         return self
@@ -161,7 +216,9 @@ class Batches:
     def __next__(self) -> dict:
         if self._iterator is None:
             self._iterator = self._start()
-        batch = dict(next(self._iterator))
+        hint = " If memory is short, lower --config.data.workers or --config.data.threads"
+        with prefixed(DataError, "reading the images failed: ", RuntimeError, hint):  # such as a killed worker process
+            batch = dict(next(self._iterator))
         self._next += self._batch_size
         self._report(batch.pop("unreadable"))
         return batch
@@ -180,17 +237,20 @@ class Batches:
         if self._iterator is not None:
             self._iterator.close()
             self._iterator = None
+        self._open.close()
 
     def _start(self):
         # Batches are formed before hosts and workers share them, so their number does not change what is in a batch.
         # (grain's ElasticIterator shares first: with worker processes it cannot resume between two of their rounds.)
         settings, local = self._data.settings, self._batch_size // self._hosts
         read = _ReadBatch(self._data.source, Framing.of(settings), self._seed, self._next, local)
+        if settings.workers:
+            check_shared_memory(settings, local)
+            read = _FromFile(read, f"{self._open.enter_context(tempfile.TemporaryDirectory())}/read")
         batches = grain.MapDataset.range(self._host, _STREAM_LENGTH // local, self._hosts).map(read)
         ahead = grain.ReadOptions(num_threads=settings.threads, prefetch_buffer_size=2 * settings.threads)
         stream = batches.to_iter_dataset(ahead)
         if settings.workers:
-            check_shared_memory(settings, local)
             if not flags.FLAGS.is_parsed():  # grain's workers read absl flags, which only absl.app parses
                 flags.FLAGS.mark_as_parsed()
             stream = stream.mp_prefetch(grain.MultiprocessingOptions(num_workers=settings.workers))

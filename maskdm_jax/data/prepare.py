@@ -17,7 +17,7 @@ from array_record.python.array_record_module import ArrayRecordWriter
 from maskdm_jax.data.base import CARD, hash_texts
 from maskdm_jax.data.images import DECODER, Framing, decode, to_pil
 from maskdm_jax.data.pipeline import check_unreadable
-from maskdm_jax.data.prepared import LABELS, encode_record, image_digest, read_card, shard_hash, shard_name
+from maskdm_jax.data.prepared import FORMAT, LABELS, encode_record, image_digest, read_card, shard_hash, shard_name
 from maskdm_jax.data.sources import read_patiently
 from maskdm_jax.errors import DataError, first_line, prefixed
 from maskdm_jax.storage import atomic_path, lock_dir, write_atomically
@@ -88,21 +88,21 @@ class _Preparation:
         if (out / CARD).exists():
             card = read_card(out)
             keys = ("source", "names_hash", "split", "image", "classes")
-            changed = [key for key in keys if card[key] != plan[key]]
+            changed = _differences({key: card[key] for key in keys}, {key: plan[key] for key in keys})
             if not changed and card["source_stamp"] == hash_texts(["".join(map(self._stamps, range(self._shards)))]):
                 return card
             raise DataError(
-                f"{out} holds a finished set of {card['source']} at {card['image']['size']} px, which differs in "
-                f"{', '.join(changed) or 'size or time of its files'}; give another folder or remove it"
+                f"{out} holds a finished set of {card['source']} at {card['image']['size']} px, which differs "
+                f"({changed or 'size or time of its files'}); give another folder or remove it"
             )
         if (out / _PLAN).exists():
             causes = (ValueError, TypeError, RecursionError)
             with prefixed(DataError, f"{out / _PLAN} is damaged (", causes, f"); remove {out} and start again"):
                 found = dict(json.loads((out / _PLAN).read_text()))
-            changed = [f"{key}: {found.get(key)} -> {value}" for key, value in plan.items() if found.get(key) != value]
-            if changed:
+            if changed := _differences(found, plan):
                 raise DataError(
-                    f"{out} holds an unfinished set of other settings ({'; '.join(changed)[:300]}); give another folder"
+                    f"{out} holds an unfinished set of other images or settings ({changed}); remove it or give "
+                    "another folder"
                 )
         elif any(out.iterdir()):
             raise DataError(f"{out} is not empty and holds no prepared set; give a new or empty folder")
@@ -193,7 +193,7 @@ class _Preparation:
             np.save(buffer, labels)
             write_atomically(out / LABELS, buffer.getvalue())
         counts = collections.Counter(labels.tolist())
-        card = dict(format="maskdm-jax prepared images, version 1")
+        card = dict(format=FORMAT)
         card |= {key: self._plan[key] for key in ("source", "names_hash", "split", "image", "classes")}
         card |= dict(
             source_stamp=hash_texts(["".join(note["stamps"] for note in notes)]),
@@ -216,6 +216,18 @@ class _Preparation:
         for path in (*map(self._note_path, range(self._shards)), out / _PLAN, *out.glob(".*.tmp")):
             path.unlink(missing_ok=True)  # the .tmp files are of killed processes
         return card
+
+
+def _differences(old: dict, new: dict) -> str:
+    """Values that differ, old -> new; of hashes the key alone, and of dicts the entries that differ."""
+    parts = []
+    for key in new:
+        before, now = old.get(key), new[key]
+        if isinstance(before, dict) and isinstance(now, dict):
+            parts += [_differences(before, now)] if before != now else []
+        elif before != now:
+            parts.append("names of the images" if key == "names_hash" else f"{key}: {before} -> {now}")
+    return "; ".join(parts)[:300]
 
 
 def _png(image: np.ndarray) -> bytes:

@@ -22,6 +22,7 @@ from maskdm_jax.data.base import CARD, WITHOUT_LABELS, LazySequence, Source
 from maskdm_jax.errors import DataError, prefixed
 from maskdm_jax.storage import atomic_path, cache_dir
 
+FORMAT = "maskdm-jax prepared images, version 1"
 LABELS = "labels.npy"
 _HEAD = struct.Struct("<iH")
 
@@ -108,7 +109,7 @@ def read_card(path) -> dict:
         ) from None
 
 
-_CARD = dict(source=str, names_hash=str, source_stamp=str, split=str, image=dict, count=int, classes=list)
+_CARD = dict(format=str, source=str, names_hash=str, source_stamp=str, split=str, image=dict, count=int, classes=list)
 _CARD |= dict(left_out=list, shards=int, shard_hashes=list, content_hash=str)
 _IMAGE = dict(size=int, channels=int, crop=str, resize=str, colour=str)  # see `Framing.describe`
 
@@ -120,6 +121,7 @@ def _parse_card(text: bytes, path) -> dict:
     if not wrong:
         image = card["image"]
         checks = dict(
+            format=card["format"] == FORMAT,
             content_hash=re.fullmatch(r"[0-9a-f]{64}", card["content_hash"]),  # names a folder in the cache
             shards=len(card["shard_hashes"]) == card["shards"],
             image=not _wrong_types(image, _IMAGE) and image["size"] > 0 and image["channels"] in (1, 3),
@@ -163,7 +165,10 @@ class PreparedImages(Source):
         super().__init__(names, numbers, classes, self.card["content_hash"])
 
     def _name(self, i: int) -> str:
-        return decode_record(self._records[i])[0]
+        try:
+            return decode_record(self._records[i])[0]
+        except (RuntimeError, OSError, struct.error):  # the name of a damaged record is wanted for messages
+            return f"image {i}"
 
     def read(self, i: int):
         """Encoded bytes and label, 0 without labels."""

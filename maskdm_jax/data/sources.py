@@ -2,6 +2,7 @@
 
 import importlib.resources
 import io
+import logging
 import pathlib
 import time
 
@@ -9,9 +10,11 @@ import numpy as np
 
 from maskdm_jax.data.base import CARD, LazySequence, Source, hash_texts
 from maskdm_jax.data.images import Framing
-from maskdm_jax.errors import DataError, prefixed
+from maskdm_jax.errors import DataError, first_line, prefixed
 
 _PAUSES = (0.1, 1.0, 5.0)  # seconds before a failed read is tried again
+
+log = logging.getLogger(__name__)
 
 
 class Digits(Source):
@@ -96,6 +99,11 @@ def _open(path: str, place: pathlib.Path, labels: bool, scratch) -> Source:
         return files.RemoteFolder(path, labels)
     if (place / CARD).exists():
         return prepared.PreparedImages(place, labels)
+    if next(place.glob("images-*-of-*.arrayrecord"), None):
+        raise DataError(
+            f"{place} holds a part of a prepared set, without its {CARD}: give launch/prepare_data.py the same command "
+            "again to finish it, or copy it again"
+        )
     if (place / "data.mdb").exists():
         return databases.LmdbImages(place, labels)
     if place.is_dir():
@@ -167,6 +175,8 @@ def read_patiently(source, i: int):
             return source.read(i)
         except (FileNotFoundError, PermissionError, IsADirectoryError):
             raise
-        except OSError:
+        except OSError as error:
+            if pause >= 1:
+                log.warning("%s: %s; trying again in %g s", source.names[i], first_line(error), pause)
             time.sleep(pause)
     return source.read(i)

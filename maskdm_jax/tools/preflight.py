@@ -1,5 +1,6 @@
 """Checks before a run starts: config, devices, clocks, data, evaluation, run folder, memory."""
 
+import functools
 import os
 import shutil
 import time
@@ -10,10 +11,9 @@ import numpy as np
 
 from maskdm_jax.build import make_network, mask_plans
 from maskdm_jax.config import Config
-from maskdm_jax.data.images import Framing, decode
-from maskdm_jax.data.pipeline import UNREADABLE_LIMIT, check_shared_memory
-from maskdm_jax.data.sources import read_patiently
-from maskdm_jax.errors import CheckpointError, DataError, PreflightError
+from maskdm_jax.data.images import Framing
+from maskdm_jax.data.pipeline import TrainingData, check_shared_memory, check_unreadable, probe
+from maskdm_jax.errors import CheckpointError, PreflightError
 from maskdm_jax.evaluation.evaluate import Evaluator, check_comparable
 from maskdm_jax.evaluation.features import Images, ImageSet, open_images
 from maskdm_jax.parallel import processes, sharding
@@ -38,12 +38,13 @@ def examine(config: Config, workdir, say) -> bool:
     Returns:
       whether all checks passed on all hosts.
     """
+    opened = functools.cache(lambda: open_training_data(config))
     checks = dict(
         config=lambda: _config(config),
         devices=lambda: _devices(config),
         clocks=_clocks,
-        data=lambda: _data(config),
-        evaluation=lambda: _evaluation(config),
+        data=lambda: _data(config, opened()),
+        evaluation=lambda: _evaluation(config, opened),
         folder=lambda: _folder(config, workdir),
     )
     checks |= {f"memory, {name}": lambda name=name: _memory(config, name) for name in config.stages}
@@ -91,35 +92,28 @@ def _clocks() -> str:
     return f"{skew:.2f} s apart" if len(times) > 1 else "of one process"
 
 
-def _data(config: Config) -> str:
-    source = open_training_data(config).source
+def _data(config: Config, data: TrainingData) -> str:
     if config.data.workers:
         check_shared_memory(config.data, max(s.batch_size for s in config.stage.values()) // jax.process_count())
-    numbers = np.unique(np.linspace(0, len(source) - 1, min(PROBED, len(source))).astype(int))
-    unreadable, start = [], time.perf_counter()
-    for i in numbers:
-        try:
-            decode(read_patiently(source, int(i))[0], Framing.of(config.data))
-        except Exception as error:  # decoders raise many types for a damaged file
-            unreadable.append(f"{source.names[int(i)]}: {str(error) or type(error).__name__}")
-    rate = len(numbers) / (time.perf_counter() - start)
-    if len(unreadable) > max(UNREADABLE_LIMIT * len(numbers), 1):
-        raise DataError(f"{len(unreadable)} of {len(numbers)} images are unreadable ({unreadable[0]}, ...)")
-    classes = f" in {len(source.classes)} classes" if source.classes else ""
-    return (
-        f"{len(source):,} images{classes} from {config.data.path}; {len(numbers)} of them, evenly spread, read at "
-        f"{rate:,.0f} images/s by one thread, {len(unreadable)} unreadable"
-    )
+    found = probe(data.source, Framing.of(config.data), PROBED)
+    check_unreadable(found.unreadable, found.images)
+    classes = f" in {len(data.classes)} classes" if data.classes else ""
+    parts = [f"{len(data):,} images{classes} from {config.data.path}"]
+    parts += [
+        f"{found.images} of them, evenly spread, read at {found.images / found.seconds:,.0f} images/s by one thread, "
+        f"{len(found.unreadable)} unreadable"
+    ]
+    return "; ".join([*parts, *found.notes])
 
 
-def _evaluation(config: Config) -> str:
+def _evaluation(config: Config, opened) -> str:
     settings = config.evaluation
     if not settings.every:
         return ""
     evaluator = Evaluator(settings.metrics, settings.inception_weights)
     if settings.reference:
         reference = open_images(settings.reference)
-        card = open_training_data(config).card
+        card = opened().card
         check_comparable(reference, Images("the samples", settings.n, iterate=None, card=card), settings.metrics)
         if isinstance(reference, ImageSet):
             evaluator.reference(reference)
