@@ -126,6 +126,21 @@ def test_paths_that_orbax_takes_for_patterns_are_refused(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_folders_that_are_no_checkpoints_are_never_deleted(two, state, caplog):
+    """Such as those of another program, or a checkpoint that lost a part."""
+    for step in (1, 7):
+        (two.folder / str(step)).mkdir()
+        (two.folder / str(step) / "model.pt").touch()
+    with caplog.at_level("WARNING"):
+        assert two.latest_valid() == 4
+    assert "checkpoints/7 is no checkpoint; renamed to 7.damaged" in caplog.text
+    for step in (5, 6):
+        two.save(step, placed(state, mesh_of(1)), META)
+    two.wait()
+    assert {p.name for p in two.folder.iterdir()} == {"1.damaged", "5", "6", "7.damaged"}
+    assert (two.folder / "1.damaged" / "model.pt").exists()
+
+
 def test_the_newest_whole_one_is_used_and_the_damaged_one_moved_aside(two, state, caplog):
     shutil.rmtree(two.folder / "4" / "ema" / "d")
     with caplog.at_level("WARNING"):

@@ -317,6 +317,31 @@ def test_a_run_folder_of_other_stages_is_refused(whole_run):
         train(tiny.config(finetune__steps=1), whole_run, devices=ONE)
 
 
+def test_a_history_without_its_checkpoints_is_not_overwritten(tmp_path):
+    config = tiny.config()
+    start.check_history(config, tmp_path)
+    (tmp_path / "metrics.jsonl").write_text('{"step": 2}\n{"step": 3, "lo')
+    start.check_history(config, tmp_path)  # killed before the first checkpoint was complete
+    (tmp_path / "metrics.jsonl").write_text('{"step": 3}\n')
+    with pytest.raises(ConfigError, match="goes to step 3, but there is no checkpoint beside it; give another"):
+        start.check_history(config, tmp_path)
+    (tmp_path / "metrics.jsonl").unlink()
+    (tmp_path / "config.json").write_text('{"lr": 1}')
+    with pytest.raises(ConfigError, match=r"config.json is not of a run of this project \(config.lr is not a setting"):
+        start.check_history(config, tmp_path)
+
+
+@pytest.mark.parametrize("folder", ["file", "file/run", "link", "~nobody-has-this-name/run"])
+def test_a_workdir_that_cannot_be_a_folder_is_a_wrong_setting(tmp_path, monkeypatch, folder):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").touch()
+    (tmp_path / "link").symlink_to("nowhere")
+    with pytest.raises(
+        ConfigError, match=f"--workdir={folder}: (.*/(file|link) is not a|there is no such home) folder"
+    ):
+        loop.run_folder(folder)
+
+
 def test_a_run_goes_on_from_the_newest_whole_checkpoint(whole_run, tmp_path):
     workdir = tmp_path / "run"
     shutil.copytree(whole_run, workdir)

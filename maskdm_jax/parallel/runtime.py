@@ -13,7 +13,7 @@ import jax
 from absl import app, flags
 from ml_collections import config_flags
 
-from maskdm_jax.errors import ConfigError, Interrupted, MaskDMError, Preempted
+from maskdm_jax.errors import ConfigError, Interrupted, MaskDMError, Preempted, first_line
 from maskdm_jax.parallel import processes
 from maskdm_jax.storage import cache_dir
 
@@ -109,6 +109,8 @@ def program(*, distributed: bool = True, catch_sigterm: bool = False):
         processes.exit_all(f"error: {error}", error.status)
     except OSError as error:
         processes.exit_all(f"error: {error}")
+    except MemoryError as error:
+        processes.exit_all(f"error: not enough host memory ({first_line(error)})")
     except KeyboardInterrupt:
         processes.exit_all("interrupted", Interrupted.status)
     except jax.errors.JaxRuntimeError as error:

@@ -69,20 +69,27 @@ class Checkpoints:
         """
         step = self.latest()
         if processes.is_first():
+            for path in sorted(self.folder.iterdir()):  # Orbax would delete the folder among the oldest checkpoints
+                if path.name.isdecimal() and not _is_checkpoint(path):
+                    log.warning("%s is no checkpoint; renamed to %s", path, self._move_aside(path.name))
             while step is not None:
                 try:
                     check(self.folder / str(step))
                     break
                 except CheckpointError as error:
-                    names = (f"{step}.damaged" + f"-{n}" * (n > 1) for n in itertools.count(1))
-                    aside = next(self.folder / name for name in names if not (self.folder / name).exists())
-                    os.replace(self.folder / str(step), aside)
-                    self._manager.reload()
-                    step = self.latest()
-                    log.warning("%s; renamed to %s, resuming from %s", error, aside.name, step or "the start")
+                    aside, step = self._move_aside(step), self.latest()
+                    log.warning("%s; renamed to %s, resuming from %s", error, aside, step or "the start")
         step = processes.broadcast(-1 if step is None else step)
         self._manager.reload()
         return None if step < 0 else step
+
+    def _move_aside(self, step: int | str) -> str:
+        """Rename a folder that is not a valid checkpoint, and return its new name."""
+        names = (f"{step}.damaged" + f"-{n}" * (n > 1) for n in itertools.count(1))
+        aside = next(name for name in names if not (self.folder / name).exists())
+        os.replace(self.folder / str(step), self.folder / aside)
+        self._manager.reload()
+        return aside
 
     def save(self, step: int, state: TrainState, meta: dict) -> None:
         """Start writing, and return when the state is copied and can be donated.

@@ -5,6 +5,7 @@ import dataclasses
 import json
 import logging
 import math
+import os
 import pathlib
 import time
 import typing
@@ -19,7 +20,7 @@ from maskdm_jax.parallel import processes, sharding
 from maskdm_jax.storage import lock_dir, write_atomically
 from maskdm_jax.training import checkpoint, logs
 from maskdm_jax.training.checkpoint import Checkpoints
-from maskdm_jax.training.start import begin, next_stage
+from maskdm_jax.training.start import begin, check_history, next_stage
 from maskdm_jax.training.state import TrainState
 from maskdm_jax.training.step import compile_step
 
@@ -88,6 +89,7 @@ def train(config: Config, data, workdir, *, make_hooks=lambda run: (), devices=N
     with logs.logging_to(workdir), contextlib.ExitStack() as closing:
         if processes.is_first():
             closing.enter_context(lock_dir(workdir))
+            check_history(config, workdir)
         ends = stage_ends(config)
         checkpoints = Checkpoints(workdir, keep=config.checkpoint.keep, keep_steps=ends)
         closing.callback(checkpoints.close)
@@ -303,12 +305,18 @@ def run_folder(workdir) -> pathlib.Path:
     """The absolute path of a run folder.
 
     Raises:
-      ConfigError: it is an address of an object store.
+      ConfigError: it is an address of an object store, or cannot be a folder.
     """
     if "://" in str(workdir):
         raise ConfigError(f"--workdir={workdir}: give a folder on a disk that all hosts see; a bucket can be mounted")
     checkpoint.check_path(workdir)
-    return pathlib.Path(workdir).expanduser().absolute()
+    folder = pathlib.Path(os.path.expanduser(workdir)).absolute()
+    if str(workdir).startswith("~") and os.path.expanduser(workdir) == str(workdir):
+        raise ConfigError(f"--workdir={workdir}: there is no such home folder")
+    blocking = [path for path in (folder, *folder.parents) if os.path.lexists(path) and not path.is_dir()]
+    if blocking:
+        raise ConfigError(f"--workdir={workdir}: {blocking[0]} is not a folder")
+    return folder
 
 
 def make_run_mesh(config: Config, devices=None):

@@ -1,6 +1,7 @@
 """Where a run starts: its own newest checkpoint, else the weights of `init_from`, else fresh weights."""
 
 import dataclasses
+import json
 import logging
 import os
 import pathlib
@@ -11,9 +12,9 @@ import jax
 from maskdm_jax import config as config_lib
 from maskdm_jax.build import Network
 from maskdm_jax.config import Config
-from maskdm_jax.errors import CheckpointError, ConfigError, TorchFileError, prefixed
+from maskdm_jax.errors import CheckpointError, ConfigError, TorchFileError, first_line, prefixed
 from maskdm_jax.parallel import sharding
-from maskdm_jax.training import checkpoint
+from maskdm_jax.training import checkpoint, logs
 from maskdm_jax.training.state import TrainState, make_optimizer, new_state
 
 log = logging.getLogger(__name__)
@@ -55,6 +56,30 @@ def begin(config: Config, network: Network, mesh, checkpoints: checkpoint.Checkp
     params, found = initial_weights(config, data.classes, abstract.params)
     log.info("start: weights of %s, new optimizer", found)
     return Start(0, _first_state(config, 0, abstract, params), {})
+
+
+def check_history(config: Config, workdir: pathlib.Path) -> None:
+    """Check that a start without checkpoints would not overwrite the history of a run, or files of another program.
+
+    Raises:
+      ConfigError: config.json is not of this project, or metrics.jsonl shows that checkpoints have disappeared.
+    """
+    if any(path.name.isdecimal() for path in (workdir / checkpoint.FOLDER).glob("*")):
+        return
+    stored, metrics = workdir / "config.json", workdir / "metrics.jsonl"
+    if stored.exists():
+        try:
+            config_lib.parse(json.loads(stored.read_bytes()))
+        except (ConfigError, TypeError, ValueError) as error:
+            what = f"{stored} is not of a run of this project ({first_line(error)})"
+            raise ConfigError(f"{what}; give another --workdir") from None
+    reached = max((line["step"] for line in logs.read_metrics(metrics)), default=0) if metrics.exists() else 0
+    saved = min(config.checkpoint.every, config.stage[config.stages[0]].steps)
+    if reached > saved:
+        raise ConfigError(
+            f"{metrics} goes to step {reached}, but there is no checkpoint beside it; give another --workdir, restore "
+            "the checkpoints, or remove that file to start anew"
+        )
 
 
 def _warn_of_changes(config: Config, meta: dict, data) -> None:
