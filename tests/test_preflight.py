@@ -15,6 +15,7 @@ from maskdm_jax.data.pipeline import TrainingData
 from maskdm_jax.errors import CheckpointError, ConfigError, DataError, EvaluationError, PreflightError
 from maskdm_jax.run import open_training_data, train, warnings_of
 from maskdm_jax.tools import preflight
+from maskdm_jax.training import checkpoint
 
 CHANGES = dict(stages=("finetune",), model__depth=1)  # of one block: quick to compile
 CONFIG = tiny.config(**CHANGES)
@@ -39,7 +40,7 @@ def test_a_healthy_run(tmp_path):
     )
     assert lines["devices"][1] == "8 x cpu in 1 processes, as data 8 x fsdp 1; a sum over all of them is correct"
     assert "1,797 images in 10 classes from digits; 200 of them, evenly spread" in lines["data"][1]
-    assert lines["folder"][1].endswith("it would start fresh")
+    assert lines["start"] == (True, "the run would start fresh")
     assert "GiB per device, compiled in" in lines["memory, finetune"][1]
     assert lines["memory, finetune"][1].endswith(" s per step: 0s if data keeps up")
     assert not (tmp_path / "run").exists(), "nothing was created"
@@ -167,14 +168,36 @@ def run(tmp_path_factory):
 
 
 def test_a_run_folder_is_checked_without_being_touched(run, tmp_path):
-    assert preflight._folder(CONFIG, run).endswith("it would resume from step 2")
-    with pytest.raises(CheckpointError, match="do not fit config.model"):
-        preflight._folder(tiny.config(**CHANGES, model__width=32), run)
+    data = TrainingData(CONFIG.data)
+    assert preflight._start(CONFIG, run, data) == "the run would resume from step 2"
+    with pytest.raises(ConfigError, match="2 was trained with model.width 16 .now 32.; take its settings"):
+        preflight._start(tiny.config(**CHANGES, model__width=32), run, data)
     with pytest.raises(ConfigError, match="is at step 2 of stage 'finetune', but config.finetune.steps is 1"):
-        preflight._folder(tiny.config(**CHANGES, finetune__steps=1), run)
+        preflight._start(tiny.config(**CHANGES, finetune__steps=1), run, data)
     shutil.copytree(run, tmp_path / "run")
     (tmp_path / "run" / "checkpoints" / "2" / "ema" / "manifest.ocdbt").unlink()
     with pytest.raises(CheckpointError, match="2 is damaged"):
-        preflight._folder(CONFIG, tmp_path / "run")
+        preflight._start(CONFIG, tmp_path / "run", data)
     with pytest.raises(PreflightError, match="/proc cannot be written to; give another --workdir|/proc has 0"):
         preflight._folder(CONFIG, pathlib.Path("/proc/x"))
+
+
+def test_weights_are_compared_with_config_and_data_before_training(run, tmp_path, monkeypatch):
+    start = tiny.config(**CHANGES, init_from=str(run))
+    text = preflight._start(start, tmp_path / "new", TrainingData(CONFIG.data))
+    assert text == f"the run would start from the weights of {run / 'checkpoints' / '2'}"
+    fewer = tiny.config(**CHANGES, data__fraction=0.5)
+    lines = preflight._start(fewer, run, TrainingData(fewer.data)).split("; ")
+    assert lines == [
+        "the run would resume from step 2",
+        "the data changed (1797 images then, 898 now): the shuffle order differs",
+        "the config changed since that checkpoint: data.fraction: 1.0 -> 0.5",
+    ]
+    nowhere = tiny.config(**CHANGES, init_from="nowhere")
+    with pytest.raises(CheckpointError, match="nowhere"):
+        preflight._start(nowhere, tmp_path / "new", TrainingData(CONFIG.data))
+    meta = checkpoint.load_meta(run / "checkpoints" / "2") | dict(classes=list("abcdefghij"))
+    monkeypatch.setattr(checkpoint, "load_meta", lambda path: meta)
+    for config, workdir in ((CONFIG, run), (start, tmp_path / "new")):
+        with pytest.raises(ConfigError, match="2 was trained on the classes a, b, .*; the data has 0, 1, "):
+            preflight._start(config, workdir, TrainingData(CONFIG.data))

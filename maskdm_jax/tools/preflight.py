@@ -23,7 +23,14 @@ from maskdm_jax.tools import cost
 from maskdm_jax.training import checkpoint
 from maskdm_jax.training.logs import duration
 from maskdm_jax.training.loop import make_run_mesh, run_folder
-from maskdm_jax.training.start import abstract_state, fresh_state, resumed_stage
+from maskdm_jax.training.start import (
+    abstract_state,
+    changes_since,
+    check_trained_for,
+    fresh_state,
+    initial_weights,
+    resumed_stage,
+)
 
 PROBED = 200  # images read, evenly spread over the data
 CLOCK_SKEW_LIMIT = 2.0  # seconds; a larger difference confuses logs and schedulers
@@ -46,6 +53,7 @@ def examine(config: Config, workdir, say) -> bool:
         data=lambda: _data(config, opened()),
         evaluation=lambda: _evaluation(config, opened),
         folder=lambda: _folder(config, workdir),
+        start=lambda: _start(config, workdir, opened()),
     )
     checks |= {f"memory, {name}": lambda name=name: _memory(config, name) for name in config.stages}
     failures = set()
@@ -121,30 +129,39 @@ def _evaluation(config: Config, opened) -> str:
 
 
 def _folder(config: Config, workdir) -> str:
-    """Check the space in the run folder, and that its checkpoint fits; create nothing."""
+    """Check the space in the run folder; create nothing."""
     workdir = run_folder(workdir)
     existing = next(path for path in (workdir, *workdir.parents) if path.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
         raise PreflightError(f"{existing} cannot be written to; give another --workdir")
-    network, mesh = make_network(config), make_run_mesh(config)
-    one = 4 * sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(network.abstract_params()))
+    one = 4 * sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(make_network(config).abstract_params()))
     needed, free = one * (config.checkpoint.keep + len(config.stages) + 1), shutil.disk_usage(existing).free
     if free < needed:
         raise PreflightError(
             f"{existing} has {free / 1e9:.1f} GB free, but the checkpoints kept, and one more while it is written, "
             f"take {needed / 1e9:.1f} GB; make room or lower config.checkpoint.keep"
         )
-    text = f"{workdir}: {free / 1e9:,.1f} GB free, {needed / 1e9:.2f} GB needed for checkpoints"
+    return f"{workdir}: {free / 1e9:,.1f} GB free, {needed / 1e9:.2f} GB needed for checkpoints"
+
+
+def _start(config: Config, workdir, data: TrainingData) -> str:
+    """Make the checks of `training.start.begin`, and say how the run would start; create nothing."""
+    workdir, network, mesh = run_folder(workdir), make_network(config), make_run_mesh(config)
     try:
         newest = checkpoint.find(workdir) if workdir.exists() else None
     except CheckpointError:
         newest = None
+    if newest is None and not config.init_from:
+        return "the run would start fresh"
     if newest is None:
-        return f"{text}; it would start " + (f"from {config.init_from}" if config.init_from else "fresh")
+        _, found = initial_weights(config, data.classes, abstract_state(config, 0, network, mesh).params)
+        return f"the run would start from the weights of {found}"
     checkpoint.check(newest)
-    index = resumed_stage(config, checkpoint.load_meta(newest), newest)
+    meta = checkpoint.load_meta(newest)
+    index = resumed_stage(config, meta, newest)
+    check_trained_for(config, data.classes, meta, newest)
     checkpoint.check_fit(newest, abstract_state(config, index, network, mesh))
-    return f"{text}; it would resume from step {newest.name}"
+    return "; ".join([f"the run would resume from step {newest.name}", *changes_since(config, meta, data)])
 
 
 def _memory(config: Config, name: str) -> str:

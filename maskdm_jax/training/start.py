@@ -47,7 +47,8 @@ def begin(config: Config, network: Network, mesh, checkpoints: checkpoint.Checkp
         log.info(
             "start: resuming %s at step %d (%s, step %d)", checkpoints.folder, step, meta["stage"], meta["stage_step"]
         )
-        _warn_of_changes(config, meta, data)
+        for line in changes_since(config, meta, data):
+            log.warning("%s", line)
         return Start(index, state, meta)
     abstract = abstract_state(config, 0, network, mesh)
     if not config.init_from:
@@ -82,16 +83,17 @@ def check_history(config: Config, workdir: pathlib.Path) -> None:
         )
 
 
-def _warn_of_changes(config: Config, meta: dict, data) -> None:
-    """Log how data and config differ from those of a checkpoint."""
+def changes_since(config: Config, meta: dict, data) -> list[str]:
+    """How data and config differ from those of a checkpoint, one line each."""
+    lines = []
     if meta["images"] not in (None, len(data)):  # None: converted from another format
         counts = f"{meta['images']} images then, {len(data)} now"
-        log.warning("the data changed (%s): the shuffle order differs", counts)
+        lines.append(f"the data changed ({counts}): the shuffle order differs")
     elif any(meta["card"].get(key, now) != now for key, now in data.card.items() if key.endswith("_hash")):
-        log.warning("the data changed (the same number of images, but other files)")
+        lines.append("the data changed (the same number of images, but other files)")
     old = config_lib.to_dict(config_lib.parse(meta["config"]))
-    for line in config_lib.differences(old, config_lib.to_dict(config)):
-        log.warning("the config changed since that checkpoint: %s", line)
+    changed = config_lib.differences(old, config_lib.to_dict(config))
+    return lines + [f"the config changed since that checkpoint: {line}" for line in changed]
 
 
 def abstract_state(config: Config, index: int, network: Network, mesh) -> TrainState:
