@@ -108,7 +108,7 @@ def _open_everywhere(config: Config) -> TrainingData:
         raise problem
     if (counts < 0).any():
         raise DataError(f"process {np.argmin(counts)} cannot open the images; its message says why")
-    identity = json.dumps([len(data), data.card["files_hash"], list(data.classes)])
+    identity = json.dumps([len(data), data.card["files_hash"], list(data.classes), data.card["labels_hash"]])
     digests = processes.gather(np.frombuffer(hashlib.sha256(identity.encode()).digest(), np.uint8))
     if (digests != digests[0]).any():
         raise DataError(

@@ -272,6 +272,17 @@ def test_equal_files_have_equal_hashes_and_other_files_have_others(stored, tmp_p
     assert len({known, hash_of(renamed), hash_of(resized), hash_of({"set/cat/a.png": png()})}) == 4
 
 
+def test_other_labels_have_another_hash(stored):
+    def card(labels):
+        return sources.card_of(open_source(stored(FLAT | {"set/dataset.json": dataset_json(labels)}), True), Framing(8))
+
+    known, changed = card(LABELS), card(LABELS | {"00000/0.png": 0})
+    assert known["files_hash"] == changed["files_hash"]
+    assert known["labels_hash"] != changed["labels_hash"]
+    assert known == card(LABELS)
+    assert sources.card_of(open_source(stored(FLAT)), Framing(8))["labels_hash"] == ""
+
+
 def test_parts_of_a_set_have_hashes_of_their_own():
     whole = sources.Digits()
     parts = [whole, select(whole, fraction=0.5), select(whole, fraction=0.5, seed=1)]

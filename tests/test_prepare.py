@@ -161,6 +161,23 @@ def test_one_at_a_time(folder, tmp_path):
     assert make(folder, tmp_path / "set")["count"] == 11
 
 
+def test_labels_that_change_in_between(tmp_path):
+    (tmp_path / "images").mkdir()
+    for i in range(2):
+        (tmp_path / "images" / f"{i}.png").write_bytes(encoded("RGB"))
+
+    def make(*labels):
+        lines = [json.dumps({"file_name": f"{i}.png", "label": label}) for i, label in enumerate(labels)]
+        (tmp_path / "images" / "metadata.jsonl").write_text("\n".join(lines))
+        source = open_source(str(tmp_path / "images"), True)
+        return prepare.prepare(source, tmp_path / "set", Framing(12), name="pets")
+
+    first = make(0, 1)
+    with pytest.raises(DataError, match="which differs .labels.; give another folder"):
+        make(1, 0)
+    assert make(0, 1) == first
+
+
 def test_damaged_notes_of_a_stop_are_no_notes(folder, prepared, tmp_path):
     def stop(done):
         if done == 6:

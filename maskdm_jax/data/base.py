@@ -43,6 +43,10 @@ class Source:
         found = set(map(int, self.labels))
         return [name for i, name in enumerate(self.classes) if i not in found]
 
+    def labels_hash(self) -> str:
+        """SHA-256 of the labels, in hex; empty if there are none."""
+        return hash_texts(map(str, self.labels)) if len(self.labels) else ""
+
     def __len__(self):
         return len(self.names)
 

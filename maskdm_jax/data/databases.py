@@ -127,6 +127,14 @@ class TfdsImages(Source):
         """Class numbers; computing them reads all records."""
         return [self.read(i)[1] for i in range(len(self))] if self._label else []
 
+    def empty_classes(self) -> list[str]:
+        """Unknown, because that would read all records."""
+        return []
+
+    def labels_hash(self) -> str:
+        """Empty: the labels of a version of a TFDS set are fixed."""
+        return ""
+
     def read(self, i: int):
         """Encoded bytes and label."""
         record = self._records[i]

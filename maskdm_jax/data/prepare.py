@@ -56,7 +56,7 @@ def prepare(
     out = pathlib.Path(out).expanduser().absolute()
     out.mkdir(parents=True, exist_ok=True)
     plan = dict(source=name, names_hash=hash_texts(source.names), split=split, image=framing.describe())
-    plan |= dict(classes=source.classes, images=len(source), per_shard=per_shard)
+    plan |= dict(classes=source.classes, labels_hash=source.labels_hash(), images=len(source), per_shard=per_shard)
     with lock_dir(out), concurrent.futures.ThreadPoolExecutor(threads or 2 * (os.cpu_count() or 1)) as pool:
         return _Preparation(source, out, framing, plan, pool, progress or (lambda done: None)).run()
 
@@ -87,8 +87,9 @@ class _Preparation:
         out, plan = self._out, self._plan
         if (out / CARD).exists():
             card = read_card(out)
-            keys = ("source", "names_hash", "split", "image", "classes")
-            changed = _differences({key: card[key] for key in keys}, {key: plan[key] for key in keys})
+            keys = ("source", "names_hash", "split", "image", "classes", "labels_hash")
+            # Sets of before labels were hashed have no hash of them.
+            changed = _differences(plan | card, {key: plan[key] for key in keys})
             if not changed and card["source_stamp"] == hash_texts(["".join(map(self._stamps, range(self._shards)))]):
                 return card
             raise DataError(
@@ -194,7 +195,7 @@ class _Preparation:
             write_atomically(out / LABELS, buffer.getvalue())
         counts = collections.Counter(labels.tolist())
         card = dict(format=FORMAT)
-        card |= {key: self._plan[key] for key in ("source", "names_hash", "split", "image", "classes")}
+        card |= {key: self._plan[key] for key in ("source", "names_hash", "split", "image", "classes", "labels_hash")}
         card |= dict(
             source_stamp=hash_texts(["".join(note["stamps"] for note in notes)]),
             decoder=DECODER,
@@ -226,7 +227,7 @@ def _differences(old: dict, new: dict) -> str:
         if isinstance(before, dict) and isinstance(now, dict):
             parts += [_differences(before, now)] if before != now else []
         elif before != now:
-            parts.append("names of the images" if key == "names_hash" else f"{key}: {before} -> {now}")
+            parts.append(key.removesuffix("_hash") if key.endswith("_hash") else f"{key}: {before} -> {now}")
     return "; ".join(parts)[:300]
 
 

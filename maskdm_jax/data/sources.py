@@ -153,12 +153,13 @@ def card_of(source, framing: Framing) -> dict:
     """What is known of a source's images after a framing; runs and samples carry it, and evaluation compares it.
 
     Returns:
-      `image`, how the images were made (see `Framing.describe`), `count`, `files_hash` and `left_aside` (see
-      `Source`); for a prepared set also `source`, `split` and, if the framing does not change its images,
+      `image`, how the images were made (see `Framing.describe`), `count`, `files_hash`, `labels_hash` and `left_aside`
+      (see `Source`); for a prepared set also `source`, `split` and, if the framing does not change its images,
       `content_hash`.
     """
     prepared, image = getattr(source, "card", None), framing.describe()
     known = dict(count=len(source), files_hash=source.files_hash, left_aside=source.left_aside)
+    known |= dict(labels_hash=source.labels_hash())
     if prepared is None:
         return known | dict(image=image)
     before = prepared["image"]

@@ -90,7 +90,7 @@ def changes_since(config: Config, meta: dict, data) -> list[str]:
         counts = f"{meta['images']} images then, {len(data)} now"
         lines.append(f"the data changed ({counts}): the shuffle order differs")
     elif any(meta["card"].get(key, now) != now for key, now in data.card.items() if key.endswith("_hash")):
-        lines.append("the data changed (the same number of images, but other files)")
+        lines.append("the data changed (the same number of images, but other files or labels)")
     old = config_lib.to_dict(config_lib.parse(meta["config"]))
     changed = config_lib.differences(old, config_lib.to_dict(config))
     return lines + [f"the config changed since that checkpoint: {line}" for line in changed]
