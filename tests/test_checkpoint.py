@@ -1,6 +1,7 @@
 """Checkpoints between meshes, and damaged ones."""
 
 import gc
+import json
 import shutil
 
 import jax
@@ -17,7 +18,8 @@ from maskdm_jax.training import checkpoint
 from maskdm_jax.training.start import abstract_state
 
 CONFIG = tiny.config(model__width=128)  # wide enough for some tensors to be split
-META = dict.fromkeys(checkpoint.META)
+META = dict(stage="pretrain", stage_step=3, past={}, data={}, window={}, images=None, classes=[], card={})
+META |= dict(config=tiny.raw())
 
 
 def mesh_of(devices: int):
@@ -124,6 +126,17 @@ def test_paths_that_orbax_takes_for_patterns_are_refused(tmp_path):
     with pytest.raises(ConfigError, match=r"runs\[1\]: no checkpoint can be kept below a folder with \[ \] in its"):
         checkpoint.Checkpoints(tmp_path / "runs[1]", keep=1)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_checkpoint_of_another_version_is_left_alone(two, state):
+    path = two.folder / "4" / "meta" / "metadata"
+    meta = json.loads(path.read_text())
+    path.write_text(json.dumps(meta | dict(config=meta["config"] | dict(future=1))))
+    with pytest.raises(ConfigError, match="checkpoints/4 was made by another version of this project: config.future"):
+        two.latest_valid()
+    path.write_text(json.dumps(meta | dict(past=3, window=None)))
+    with pytest.raises(CheckpointError, match="4 is damaged .its meta lacks or garbles past, window"):
+        checkpoint.load_meta(two.folder / "4")
 
 
 def test_folders_that_are_no_checkpoints_are_never_deleted(two, state, caplog):

@@ -219,7 +219,10 @@ def test_an_error_in_a_users_config_is_shown_with_its_line(launch, tmp_path, wor
             "error: [Errno 2] No such file or directory: 'none'",
         ),
         (["--config=configs/demo.py", "--config.data.classes=('7','x')"], "error: classes ['x'] are not in the data"),
-        (["--config=configs/demo.py", "--config.init_from=nowhere"], "holds no checkpoint; give a run folder"),
+        (
+            ["--config=configs/demo.py", "--config.init_from=nowhere"],
+            "error: config.init_from is 'nowhere', which does not exist",
+        ),
         (
             ["--config=configs/demo.py", "--workdir=gs://bucket/x"],
             "error: --workdir=gs://bucket/x: give a folder on a disk",

@@ -13,7 +13,7 @@ from safetensors.numpy import save_file
 
 from maskdm_jax.build import make_network
 from maskdm_jax.config import parse, to_dict
-from maskdm_jax.errors import CheckpointError, ConfigError, TorchFileError
+from maskdm_jax.errors import ConfigError, TorchFileError
 from maskdm_jax.interop import official as official_file
 from maskdm_jax.interop import torch_file
 from maskdm_jax.run import train
@@ -108,7 +108,7 @@ def test_what_does_not_fit_is_named(official, images, tmp_path):
         train(linear, tmp_path / "linear", devices=jax.devices()[:1])
     with pytest.raises(ConfigError, match=r"official_tiny.pt was trained with .*take its settings: --config\.model"):
         train(finetune(images, official, width=64), tmp_path / "a", devices=jax.devices()[:1])
-    with pytest.raises(CheckpointError, match="none.pt' is not a file"):
+    with pytest.raises(ConfigError, match="none.pt', which does not exist"):
         train(tiny.config(init_from=str(tmp_path / "none.pt")), tmp_path / "b", devices=jax.devices()[:1])
     torch_file.write(tmp_path / "other.pt", {"weights": np.ones(3, np.float32)})
     with pytest.raises(

@@ -194,7 +194,7 @@ def test_weights_are_compared_with_config_and_data_before_training(run, tmp_path
         "the config changed since that checkpoint: data.fraction: 1.0 -> 0.5",
     ]
     nowhere = tiny.config(**CHANGES, init_from="nowhere")
-    with pytest.raises(CheckpointError, match="nowhere"):
+    with pytest.raises(ConfigError, match="nowhere"):
         preflight._start(nowhere, tmp_path / "new", TrainingData(CONFIG.data))
     meta = checkpoint.load_meta(run / "checkpoints" / "2") | dict(classes=list("abcdefghij"))
     monkeypatch.setattr(checkpoint, "load_meta", lambda path: meta)

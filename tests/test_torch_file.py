@@ -233,12 +233,14 @@ def test_a_long_text_that_is_used_again_and_again_is_not_copied(tmp_path, call):
 
 def test_other_files_are_told_apart(tmp_path):
     path = tmp_path / "x.pt"
-    path.write_bytes(b"")
-    with pytest.raises(TorchFileError, match=r"x.pt: .*truncated"):
-        torch_file.read(path)
-    path.write_bytes(b"\x89PNG....")
-    with pytest.raises(TorchFileError, match=r"x.pt: "):
-        torch_file.read(path)
+    contents = {b"": "an empty file", b"\x1f\x8b\x08": "compressed by gzip", b"\n<!DOCTYPE html>": "a page of HTML"}
+    contents |= {b"version https://git-lfs.github.com/spec/v1\n": "a pointer of Git LFS; `git lfs pull`"}
+    contents |= {b"\x89PNG....": "neither as a zip nor as the older format", b"{}": "neither as a zip"}
+    contents |= {b"\x80\x02": "truncated"}
+    for content, message in contents.items():
+        path.write_bytes(content)
+        with pytest.raises(TorchFileError, match=f"x.pt(:| is) .*{message}"):
+            torch_file.read(path)
     path.write_bytes(pickle.dumps({"a": 1}, protocol=2))
     with pytest.raises(TorchFileError, match="neither as a zip nor as the older format"):
         torch_file.read(path)

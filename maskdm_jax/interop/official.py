@@ -450,7 +450,7 @@ def read_safetensors(path) -> tuple[Official, dict]:
     with prefixed(TorchFileError, f"{path}: it is damaged or not a .safetensors file (", damage, ")"):
         files, wanted = _shards(pathlib.Path(path))
         for file in files:
-            file.open("rb").close()  # raises the ordinary errors of a missing or forbidden file
+            torch_file.check_head(file)  # raises the ordinary errors of a missing or forbidden file, too
             with safetensors.safe_open(file, framework="numpy") as opened:
                 noted |= json.loads((opened.metadata() or {}).get(_METADATA, "{}"))
                 for name in list(opened.keys()):

@@ -58,11 +58,37 @@ def read(path):
     path = pathlib.Path(path)
     damaged = prefixed(TorchFileError, f"{path} is damaged or not a PyTorch checkpoint (", _DAMAGE, ")")
     with damaged, prefixed(TorchFileError, f"{path}: ", pickle.UnpicklingError):
-        with path.open("rb") as file:
-            is_zip = file.read(4) == b"PK\x03\x04"
+        is_zip = check_head(path).startswith(b"PK\x03\x04")
         value = _read_zip(path) if is_zip else _read_stream(path.read_bytes())
         _check(value, 0, {})
         return value
+
+
+def check_head(path: pathlib.Path) -> bytes:
+    """Return the first bytes of a file of weights.
+
+    Raises:
+      TorchFileError: they show what it is instead: what a failed download leaves, or a compressed file.
+      OSError: the file cannot be opened.
+    """
+    with path.open("rb") as file:
+        head = file.read(64)
+    instead = "an empty file" if not head else ""
+    for start, what in _HEADS.items():
+        instead = what if head.lstrip().startswith(start) else instead
+    if instead:
+        raise TorchFileError(f"{path} is {instead}")
+    return head
+
+
+_HEADS = {
+    b"version https://git-lfs": "a pointer of Git LFS; `git lfs pull` fetches the file itself",
+    b"<": "a page of HTML or XML, as a download that failed leaves it",
+    b"\x1f\x8b": "compressed by gzip; unpack it first",
+    b"\xfd7zXZ": "compressed by xz; unpack it first",
+    b"BZh": "compressed by bzip2; unpack it first",
+    b"\x28\xb5\x2f\xfd": "compressed by Zstandard; unpack it first",
+}
 
 
 def _need(ok, message: str) -> None:
@@ -221,7 +247,7 @@ def _read_stream(content: bytes):
         return _Storage(dtype, length, whole.numbers[offset : offset + length])
 
     message = "it is no PyTorch checkpoint: it starts neither as a zip nor as the older format"
-    _need(_load(file, None) == _STREAM_MAGIC, message)
+    _need(content.startswith(pickle.PROTO) and _load(file, None) == _STREAM_MAGIC, message)
     version, system = _load(file, None), _load(file, None)
     _need(version == _STREAM_VERSION, f"its format version is not {_STREAM_VERSION}")
     little = not isinstance(system, dict) or system.get("little_endian") is not False

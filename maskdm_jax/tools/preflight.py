@@ -26,6 +26,7 @@ from maskdm_jax.training.loop import make_run_mesh, run_folder
 from maskdm_jax.training.start import (
     abstract_state,
     changes_since,
+    check_history,
     check_trained_for,
     fresh_state,
     initial_weights,
@@ -151,6 +152,8 @@ def _start(config: Config, workdir, data: TrainingData) -> str:
         newest = checkpoint.find(workdir) if workdir.exists() else None
     except CheckpointError:
         newest = None
+    if newest is None:
+        check_history(config, workdir)
     if newest is None and not config.init_from:
         return "the run would start fresh"
     if newest is None:

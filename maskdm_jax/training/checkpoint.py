@@ -20,6 +20,7 @@ import orbax.checkpoint as ocp
 import tensorstore
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, CustomSteps, LatestN
 
+from maskdm_jax import config as config_lib
 from maskdm_jax.errors import CheckpointError, ConfigError, prefixed
 from maskdm_jax.parallel import processes
 from maskdm_jax.training.state import TrainState
@@ -28,7 +29,8 @@ log = logging.getLogger(__name__)
 
 FOLDER = "checkpoints"
 ITEMS = ("params", "ema", "optimizer")  # the items that contain arrays
-META = ("stage", "stage_step", "past", "data", "window", "images", "classes", "card", "config")
+META = dict(stage=str, stage_step=int, past=dict, data=dict, window=dict, classes=list, card=dict, config=dict)
+META |= dict(images=(int, type(None)))  # number; None: converted from another format
 
 
 class _Manager(ocp.CheckpointManager):
@@ -188,13 +190,23 @@ def find(path) -> pathlib.Path:
 
 
 def load_meta(checkpoint: pathlib.Path) -> dict:
-    """The JSON part of a checkpoint that `find` returned."""
+    """The JSON part of a checkpoint that `find` returned.
+
+    Raises:
+      CheckpointError: it is damaged.
+      ConfigError: its config is not one of this version.
+    """
     with _reading(checkpoint):
         meta = json.loads((checkpoint / "meta" / "metadata").read_bytes())  # Orbax would wait for the other processes
-        missing = [key for key in META if not isinstance(meta, dict) or key not in meta]
-        if missing:
-            raise KeyError(f"its meta lacks {', '.join(missing)}")
-        return meta
+        known = meta if isinstance(meta, dict) else {}
+        wrong = [key for key, kind in META.items() if not isinstance(known.get(key, ...), kind)]
+        if wrong:
+            raise ValueError(f"its meta lacks or garbles {', '.join(wrong)}")
+    try:
+        config_lib.parse(meta["config"])
+    except ConfigError as error:
+        raise ConfigError(f"{checkpoint} was made by another version of this project: {error}") from None
+    return meta
 
 
 def load_state(checkpoint: pathlib.Path, abstract: TrainState) -> TrainState:

@@ -12,14 +12,12 @@ import jax
 from maskdm_jax import config as config_lib
 from maskdm_jax.build import Network
 from maskdm_jax.config import Config
-from maskdm_jax.errors import CheckpointError, ConfigError, TorchFileError, first_line, prefixed
+from maskdm_jax.errors import ConfigError, TorchFileError, first_line, prefixed
 from maskdm_jax.parallel import sharding
 from maskdm_jax.training import checkpoint, logs
 from maskdm_jax.training.state import TrainState, make_optimizer, new_state
 
 log = logging.getLogger(__name__)
-
-TORCH_SUFFIXES = (".pt", ".pth", ".safetensors")
 
 
 class Start(typing.NamedTuple):
@@ -138,8 +136,10 @@ def initial_weights(config: Config, classes: list[str], abstract) -> tuple[dict,
     from maskdm_jax.interop import official
 
     found = pathlib.Path(os.path.expanduser(config.init_from)).absolute()
-    if not found.exists() and found.suffix.lower() in TORCH_SUFFIXES:
-        raise CheckpointError(f"config.init_from {config.init_from!r} is not a file")
+    if not found.exists():
+        raise ConfigError(
+            f"config.init_from is {config.init_from!r}, which does not exist; give the path of a file or run"
+        )
     if not found.is_file() and not official.is_safetensors(found):
         found = checkpoint.find(found)
         check_trained_for(config, classes, checkpoint.load_meta(found), found)
