@@ -20,7 +20,8 @@ import optax
 from absl import app, flags
 
 from maskdm_jax.diffusion import samplers
-from maskdm_jax.diffusion.gaussian import denoising_loss, make_schedule
+from maskdm_jax.diffusion.gaussian import make_schedule
+from maskdm_jax.diffusion.process import ddpm, denoising_loss
 from maskdm_jax.models.layers import timestep_embedding
 
 OUT = flags.DEFINE_string("out", "swiss_roll.png", "PNG file to write.")
@@ -30,6 +31,7 @@ SEEDS = flags.DEFINE_integer("seeds", 5, "Runs of each of the two methods.", low
 BATCH, WIDTH, WAVES, SAMPLES = 256, 128, 3, 2000
 OPTIMIZER = optax.adam(1e-3)
 SCHEDULE = make_schedule("cosine", 100)
+PROCESS = ddpm(SCHEDULE)
 
 
 def swiss_roll(key, n: int):
@@ -74,7 +76,7 @@ def train(draw, steps: int, params, moments, key):
         x_key, t_key, eps_key = jax.random.split(key, 3)
         x0, t = draw(x_key, BATCH), jax.random.randint(t_key, (BATCH,), 0, SCHEDULE.timesteps)
         eps = jax.random.normal(eps_key, x0.shape)
-        loss = lambda params: denoising_loss(functools.partial(predict, params), SCHEDULE, x0, t, eps).mean()
+        loss = lambda params: denoising_loss(functools.partial(predict, params), PROCESS, x0, t, eps).mean()
         updates, moments = OPTIMIZER.update(jax.grad(loss)(params), moments)
         return (optax.apply_updates(params, updates), moments), None
 

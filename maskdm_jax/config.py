@@ -39,6 +39,7 @@ def _between(low: int, high: int) -> Rule:
 INT32 = 2**31 - 1  # steps and sizes are int32 on devices
 Count = typing.Annotated[int, _between(1, INT32)]
 Natural = typing.Annotated[int, _between(0, INT32)]
+Positive = typing.Annotated[float, Rule(lambda value: value > 0, "above 0")]
 NonNegative = typing.Annotated[float, Rule(lambda value: value >= 0, "at least 0")]
 Probability = typing.Annotated[float, Rule(lambda value: 0 <= value <= 1, "a probability, 0 to 1")]
 Decay = typing.Annotated[float, Rule(lambda value: 0 <= value < 1, "in [0, 1)")]
@@ -69,30 +70,67 @@ class Data:
 
 
 @dataclasses.dataclass(frozen=True)
-class Model:
-    """The network; see `models.uvit.UViT` and `models.wavelet_uvit.WaveletUViT`."""
+class Jit:
+    """What only a JiT has; see `models.jit.JiT`."""
 
+    bottleneck: Count = 128  # width between the two layers that embed a patch
+    class_tokens: Natural = 32  # number of class tokens
+    class_tokens_from: Natural = 4  # block before which they join the patches
+    dropout: Decay = 0.0  # rate of dropout in the middle half of the blocks
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """The network; see `models.uvit.UViT`, `models.wavelet_uvit.WaveletUViT` and `models.jit.JiT`."""
+
+    network: typing.Annotated[str, _one_of("uvit", "jit")] = "uvit"
     patch_size: Count = 4  # side of a patch in pixels (in Haar coefficients for a wavelet model)
     wavelet_scale: Natural = 0  # 0: U-ViT on pixels; s > 0: on Haar coefficients, detail patches s times as wide
     width: Count = 512  # width of a token
-    depth: typing.Annotated[int, _between(1, 1_000)] = 13  # blocks; 2k and 2k + 1 are the same network
+    depth: typing.Annotated[int, _between(1, 1_000)] = 13  # blocks; for a U-ViT, 2k and 2k + 1 are the same network
     heads: Count = 8  # attention heads
     mlp_ratio: float = 4.0  # hidden width of an MLP divided by width
     qv_bias: bool = False  # give queries and values a bias
     num_classes: Natural = 0  # 0: unconditional
     time_mlp: bool = False  # pass the time embedding through an MLP
+    jit: Jit = Jit()
     dtype: typing.Annotated[str, _one_of("float32", "bfloat16")] = "float32"  # dtype of the computation
     attention: str = "auto"  # auto: by platform; else a kernel of `models.ops.attention.KERNELS`
 
 
 @dataclasses.dataclass(frozen=True)
-class Diffusion:
-    """Schedule, objective and loss; see `diffusion.gaussian`."""
+class Flow:
+    """Times and noise of flow matching; see `diffusion.process.flow`."""
 
+    times: str = "logit_normal"  # in training: logit_normal or uniform
+    mean: float = -0.8  # of logit(t), for logit_normal
+    std: NonNegative = 0.8  # of logit(t), for logit_normal
+    noise_scale: Positive = 1.0  # standard deviation of the noise; JiT takes image side / 256
+
+
+@dataclasses.dataclass(frozen=True)
+class Edm:
+    """Noise levels of EDM; see `diffusion.process.edm`."""
+
+    mean: float = -1.2  # of log(sigma) in training
+    std: NonNegative = 1.2  # of log(sigma) in training
+    sigma_data: Positive = 0.5  # standard deviation of the data
+    sigma_min: Positive = 0.002  # noise levels of sampling
+    sigma_max: Positive = 80.0
+    rho: Positive = 7.0  # curvature of their spacing
+
+
+@dataclasses.dataclass(frozen=True)
+class Diffusion:
+    """Process, objective and loss; see `diffusion.process`. The schedule and its weights are of ddpm."""
+
+    process: str = "ddpm"  # ddpm, flow or edm
+    flow: Flow = Flow()
+    edm: Edm = Edm()
     timesteps: typing.Annotated[int, _between(1, 100_000)] = 1000  # T
     schedule: str = "cosine"  # linear, cosine or shifted_cosine
     shift_size: Count = 64  # image side that shifted_cosine is shifted for
-    objective: str = "noise"  # what the network predicts: noise, x0 or v
+    objective: str = "noise"  # what the network predicts: noise, x0 or v; with flow x0 or v, with edm x0
     loss: str = "l2"  # l2 or l1
     loss_weight: str = "p2"  # weight by time step: p2 or min_snr
     loss_weight_gamma: float = 0.0  # its exponent; 0: equal weights
@@ -133,12 +171,18 @@ class Stage:
 class Sampling:
     """How images are sampled; see `diffusion.samplers`."""
 
-    method: str = "ddim"  # ddim, ddpm (takes all steps) or dpm_solver (DPM-Solver++ multistep)
-    steps: Count = 250  # of ddim and dpm_solver
+    method: str = "ddim"  # ddim, ddpm (all steps), dpm_solver (DPM-Solver++); for flow and edm heun, euler, dpm_solver
+    steps: Count = 250  # of all but ddpm; heun calls the network twice per step
     eta: typing.Annotated[float, Rule(lambda value: 0 <= value <= 1, "0 (deterministic) to 1")] = 1.0  # of ddim
     order: typing.Annotated[int, _one_of(1, 2, 3)] = 2  # of dpm_solver
     spacing: str = "log_snr"  # of dpm_solver: time_uniform, log_snr or time_quadratic
     guidance: NonNegative = 0.0  # weight w of classifier-free guidance, (1 + w) labelled - w unlabelled; 0: off
+    guidance_from: Probability = 0.0  # part of the way from noise (0) to image (1) in which guidance acts
+    guidance_to: Probability = 1.0
+    churn: NonNegative = 0.0  # of heun and euler with edm: noise added per step, S_churn; 0: none
+    churn_low: NonNegative = 0.0  # noise levels at which churn acts
+    churn_high: NonNegative = 1e6
+    churn_scale: NonNegative = 1.0  # S_noise
 
 
 @dataclasses.dataclass(frozen=True)
@@ -322,8 +366,9 @@ def _check(config: Config) -> None:
     if diffusion.schedule == "linear":  # scaled by 1000 / T, its last beta, 0.02, reaches 1 at T = 20
         more = "more than 20 for the linear schedule"
         _need(diffusion.timesteps > 20, "diffusion.timesteps", diffusion.timesteps, more)
-    limit = f"1 to config.diffusion.timesteps = {diffusion.timesteps}"
-    _need(config.sampling.steps <= diffusion.timesteps, "sampling.steps", config.sampling.steps, limit)
+    if diffusion.process == "ddpm":
+        limit = f"1 to config.diffusion.timesteps = {diffusion.timesteps}"
+        _need(config.sampling.steps <= diffusion.timesteps, "sampling.steps", config.sampling.steps, limit)
     for name, stage in config.stage.items():
         divisor = f"a divisor of batch_size {stage.batch_size}"
         _need(stage.batch_size % stage.micro_batches == 0, f"{name}.micro_batches", stage.micro_batches, divisor)
@@ -343,6 +388,14 @@ def _check_model(config: Config) -> None:
     even = "even (the time embedding is half cosines, half sines)"
     _need(model.width % 2 == 0, "model.width", model.width, even)
     _need(model.width % model.heads == 0, "model.heads", model.heads, f"a divisor of model.width {model.width}")
+    if model.network == "jit":
+        _need(not model.wavelet_scale, "model.wavelet_scale", model.wavelet_scale, "0 for a JiT")
+        rotated = "such that model.width / model.heads is a multiple of 4"
+        _need(model.width // model.heads % 4 == 0, "model.heads", model.heads, rotated)
+        later = f"below model.depth {model.depth}"
+        _need(
+            model.jit.class_tokens_from < model.depth, "model.jit.class_tokens_from", model.jit.class_tokens_from, later
+        )
     _need(int(model.mlp_ratio * model.width) >= 1, "model.mlp_ratio", model.mlp_ratio, "larger")
 
 

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 
-from maskdm_jax.build import Network, make_network, make_sampler, noise_schedule
+from maskdm_jax.build import Network, make_network, make_process, make_sampler
 from maskdm_jax.config import Config, Data, differences, parse
 from maskdm_jax.data.images import save_png, to_pil
 from maskdm_jax.diffusion import samplers
@@ -76,7 +76,8 @@ def interpolate(loaded: "Loaded", image_a, image_b, *, n: int, start: int, seed:
 
     Args:
       image_a, image_b: uint8 [S, S, C] of the model's size, from `data.images.decode`.
-      start: time step to which both are noised, 0..T-1; see `samplers.interpolate`.
+      start: time step to which both are noised, 0..T-1; for flow matching and EDM, the part (start + 1) / T of the way
+        to noise. See `samplers.interpolate`.
       seed: of the noise, which all n share.
       label: class of a conditional model, by name or number; None is its "no label".
 
@@ -91,14 +92,18 @@ def interpolate(loaded: "Loaded", image_a, image_b, *, n: int, start: int, seed:
         labels = jnp.full((n,), label_cycle(loaded, [label])[0])
     elif config.model.num_classes and config.model.wavelet_scale:
         raise SamplingError("a conditional wavelet model needs a label")
-    space, sample, schedule = make_representation(config), make_sampler(config, loaded.network), noise_schedule(config)
+    space, sample, process = make_representation(config), make_sampler(config, loaded.network), make_process(config)
+    time = start
+    if process.times is not None:
+        start = 1 - (start + 1) / config.diffusion.timesteps
+        time = np.float32(process.times(1, start)[0])
 
     def run(params, key, a, b):
         x, noise = samplers.image_noise(key, jnp.zeros(n, "int32"), space.shape)  # the same noise for all n images
         denoise = lambda x_t: sample(params, x_t, noise, labels, start)
         a, b = space.encode(jnp.stack([a, b]))
         weights = np.linspace(0, 1, n, dtype=np.float32)
-        return space.decode(samplers.interpolate(denoise, schedule, a, b, weights, x[0], start))
+        return space.decode(samplers.interpolate(denoise, process, a, b, weights, x[0], time))
 
     return np.asarray(jax.jit(run)(loaded.params, jax.random.key(seed), image_a, image_b))
 

@@ -35,7 +35,7 @@ def pytest_addoption(parser):
 def pytest_generate_tests(metafunc):
     import golden
 
-    for kind in ("uvit", "wavelet", "train", "schedules", "samplers", "inception"):
+    for kind in golden.KINDS:
         if f"{kind}_case" in metafunc.fixturenames:
             paths = golden.cases(metafunc.config.getoption("--golden"), kind)
             metafunc.parametrize(f"{kind}_case", paths, ids=[path.stem for path in paths], scope="module")

@@ -8,23 +8,35 @@ import zlib
 import numpy as np
 
 from maskdm_jax import config as config_lib
+from maskdm_jax.interop import torch_file
+from maskdm_jax.interop.names import JIT, JIT_FIXED
 from maskdm_jax.interop.official import params_from_state_dict
 
 MASKS = ("mask", "detail_mask")
+KINDS = ("wavelet", "jit", "uvit", "train", "schedules", "edm", "flow", "samplers", "inception")
 OBJECTIVES = {"pred_noise": "noise", "pred_v": "v", "pred_x0": "x0"}
 
 
 def cases(folder, kind: str):
-    """Paths of the `.npz` files of a kind: uvit, wavelet, train, schedules, samplers or inception."""
-    marks = {
-        "uvit": lambda names: "out_visible" in names,
-        "wavelet": lambda names: "out_visible_approx" in names,
-        "train": lambda names: "param_norm" in names,
-        "schedules": lambda names: any(n.endswith("/betas") for n in names),
-        "samplers": lambda names: any(n.endswith("/sample") for n in names),
-        "inception": lambda names: any(n.endswith("/features2048") for n in names),
-    }
-    return [path for path in sorted(pathlib.Path(folder).glob("*.npz")) if marks[kind](np.load(path).files)]
+    """Paths of the `.npz` files of one of the `KINDS`."""
+    return [path for path in sorted(pathlib.Path(folder).glob("*.npz")) if _kind(path) == kind]
+
+
+def _kind(path) -> str | None:
+    with np.load(path) as file:
+        names, meta = set(file.files), json.loads(str(file["meta"])) if "meta" in file.files else {}
+    marks = dict(  # the first that holds
+        wavelet="out_visible_approx" in names,
+        jit="loss_visible" in names,
+        uvit="out_visible" in names,
+        train="param_norm" in names,
+        schedules=any(n.endswith("/betas") for n in names),
+        edm="precond/x" in names,
+        flow="t_eps" in meta and "cases" in meta,
+        samplers=any(n.endswith("/sample") for n in names),
+        inception=any(n.endswith("/features2048") for n in names),
+    )
+    return next((kind for kind in KINDS if marks[kind]), None)
 
 
 def load(path):
@@ -100,6 +112,47 @@ def config(network: dict, stage: dict | None = None, mask: dict | None = None, d
     settings = dict(steps=1, batch_size=8, weight_decay=0.0, clip_norm=0.0) | (stage or {})
     c.stage = config_lib.stage(**settings, **(masks if wavelet else {"mask": masks["mask"]}))
     return config_lib.parse(c)
+
+
+def jit_params(shapes: dict) -> dict:
+    """Our parameters of a JiT from {the authors' name: shape}."""
+    return JIT.params({name: weight(name, shape) for name, shape in shapes.items() if name not in JIT_FIXED})
+
+
+def jit_config(network: dict, noise_scale: float = 1.0, **diffusion):
+    """Our config of a JiT of the authors' code, with flow matching."""
+    c = config_lib.default()
+    c.data.update(path="digits", image_size=network["input_size"], labels=True, threads=1)
+    c.model.update(
+        network="jit",
+        patch_size=network["patch_size"],
+        width=network["hidden_size"],
+        depth=network["depth"],
+        heads=network["num_heads"],
+        num_classes=network["num_classes"],
+    )
+    c.model.jit.update(
+        bottleneck=network["bottleneck_dim"],
+        class_tokens=network["in_context_len"],
+        class_tokens_from=network["in_context_start"],
+    )
+    c.diffusion.update(process="flow", objective="x0", **diffusion)
+    c.diffusion.flow.noise_scale = noise_scale
+    c.sampling.update(method="heun", steps=10)
+    c.stages, c.stage = ("stage",), config_lib.stage(steps=1, batch_size=8)
+    return config_lib.parse(c)
+
+
+def jit_checkpoint() -> dict:
+    """The content of `jit_tiny.pth`."""
+    return torch_file.read(pathlib.Path(__file__).parent / "golden" / "jit_tiny.pth")
+
+
+def at_path(tree, path):
+    """The leaf of nested dicts at a path."""
+    for part in path:
+        tree = tree[part]
+    return tree
 
 
 def positions(mask) -> np.ndarray:

@@ -7,6 +7,7 @@ import pytest
 
 from maskdm_jax.diffusion import gaussian as diffusion
 from maskdm_jax.diffusion import samplers
+from maskdm_jax.diffusion.process import ddpm
 
 MEAN, STD = 0.3, 0.2  # of the data that the analytic predictor knows
 
@@ -186,7 +187,7 @@ def test_interpolation_meets_its_ends_and_its_middle(schedule):
         sample = lambda x: samplers.ddim(
             predict, x, lambda i: 0.0, schedule, clip=None, steps=min(50, start + 1), eta=0.0, start=start
         )
-        return samplers.interpolate(sample, schedule, a, b, weights, eps, start)
+        return samplers.interpolate(sample, ddpm(schedule), a, b, weights, eps, start)
 
     a, b, eps = jax.random.normal(jax.random.key(0), (3, 5, 4))
     x = between([0.0, 0.25, 0.5, 1.0], 300)

@@ -1,4 +1,4 @@
-"""Gaussian diffusion with discrete time: schedules, forward process, objectives, loss.
+"""Gaussian diffusion with discrete time: schedules, forward process, objectives, loss weights.
 
 `x` stands for images [B, H, W, C] or patches [B, V, d]: every formula is elementwise, so it holds for the visible
 patches alone. The notation is that of DDPM (Ho et al. 2020): x_t = sqrt(alpha_bar_t) x0 + sqrt(1 - alpha_bar_t) eps.
@@ -7,7 +7,6 @@ patches alone. The notation is that of DDPM (Ho et al. 2020): x_t = sqrt(alpha_b
 import dataclasses
 import math
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -171,35 +170,3 @@ def loss_weights(schedule: Schedule, name: str, gamma: float) -> np.ndarray:
     if name not in bases:
         raise ValueError(f"loss_weight is {name!r}; it must be one of {', '.join(bases)}")
     return (bases[name] ** -gamma).astype(np.float32)
-
-
-LOSSES = {"l2": jnp.square, "l1": jnp.abs}
-
-
-def check_choices(*, objective: str, loss: str = "l2") -> None:
-    """Raise ValueError if a name is unknown, before anything is traced."""
-    for name, value, table in (("objective", objective, OBJECTIVES), ("loss", loss, LOSSES)):
-        if value not in table:
-            raise ValueError(f"{name} is {value!r}; it must be one of {', '.join(table)}")
-
-
-def denoising_loss(predict, schedule: Schedule, x0, t, eps, *, objective="noise", loss="l2", weights=None) -> jax.Array:
-    """Loss of each image, [B] float32: weight(t) times the mean error over its (visible) elements.
-
-    Args:
-      predict: (x_t, t) -> prediction of the objective, of x_t's shape.
-      x0, eps: clean data and noise, [B, ...] float32; in masked training the visible patches [B, V, d]. For a wavelet
-        model tuples of such arrays, one per band; the mean errors of the bands are added.
-      t: [B] int32.
-      objective: one of `OBJECTIVES`.
-      loss: one of `LOSSES`.
-      weights: [T] from `loss_weights`, or None for 1.
-    """
-
-    def error(output, x0, eps):
-        e = LOSSES[loss](output - OBJECTIVES[objective](schedule, x0, t, eps))
-        return e.reshape(e.shape[0], -1).mean(axis=1)
-
-    x_t = jax.tree.map(lambda x0, eps: q_sample(schedule, x0, t, eps), x0, eps)
-    per_image = sum(jax.tree.leaves(jax.tree.map(error, predict(x_t, t), x0, eps)))
-    return per_image if weights is None else per_image * jnp.asarray(weights)[t]

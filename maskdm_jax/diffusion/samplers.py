@@ -1,6 +1,6 @@
 """Samplers: generate images from noise with a trained network, in one `lax.scan` over the trajectory.
 
-All have the signature
+Those of DDPM have the signature
 
     sampler(predict, x, noise, schedule, *, objective, clip, ...) -> x0
 
@@ -12,15 +12,22 @@ All have the signature
     clip: bounds of the predicted x0, or None.
     start: for ddim and ddpm, the time step t of x = x_t; None means T - 1, pure noise.
 
-and return x0 [B, ...] float32. Noise is a function of the step, so that the caller can choose its source. `image_noise`
-draws it by image number, which makes an image independent of its batch and device; tests pass recorded noise.
+and return x0 [B, ...] float32. Those of flow matching and EDM, `ode` and `continuous_dpm_solver`, take a
+`process.Process` in place of schedule and objective, and `predict` takes the process's time.
+
+Noise is a function of the step, so that the caller can choose its source. `image_noise` draws it by image number, which
+makes an image independent of its batch and device; tests pass recorded noise.
 """
+
+import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from maskdm_jax.diffusion.gaussian import Schedule, predictions, q_posterior, q_sample
+from maskdm_jax.diffusion.gaussian import Schedule, predictions, q_posterior
+from maskdm_jax.diffusion.process import Process, noisy
 
 
 def image_noise(key, index, shape: tuple[int, ...]):
@@ -142,19 +149,59 @@ def _half_log_snr(log_alpha):
 def dpm_solver(
     predict, x, schedule: Schedule, *, objective="noise", clip=None, steps=20, order=2, spacing="time_uniform"
 ):
-    """DPM-Solver++ multistep (Lu et al. 2022, algorithm 2 and its third-order form), deterministic.
-
-    It has the signature of the other samplers except for the noise function. `predict` is called `steps` times, at
-    fractional time steps. The first steps have lower order, because there are no earlier predictions.
+    """`multistep` for DDPM. `predict` is called `steps` times, at fractional time steps.
 
     Raises:
       ValueError: `order` is not 1, 2 or 3; see also `dpm_solver_times`.
     """
-    if order not in (1, 2, 3):
-        raise ValueError(f"DPM-Solver++ has orders 1, 2 and 3, not {order}")
     t, log_alpha = dpm_solver_times(schedule, steps, spacing)
     alpha, sigma = np.exp(log_alpha), np.sqrt(-np.expm1(2 * log_alpha))
-    half_log_snr = _half_log_snr(log_alpha)
+
+    def denoise(x, column):
+        out = predict(x, jnp.full((x.shape[0],), column["t"]))
+        if objective == "noise":
+            return (x - column["sigma"] * out) / column["alpha"]
+        return column["alpha"] * x - column["sigma"] * out if objective == "v" else out
+
+    return multistep(denoise, x, schedule.timesteps * t, alpha, sigma, _half_log_snr(log_alpha), order, clip)
+
+
+def continuous_dpm_solver(predict, x, process: Process, *, clip=None, steps=20, order=2):
+    """`multistep` for flow matching and EDM, at equal steps of log(alpha / sigma).
+
+    It begins and ends at `Process.half_log_snr`; the noise that is left at the end is far below a grey level.
+
+    Raises:
+      ValueError: `order` is not 1, 2 or 3, or `steps` is below 1.
+    """
+    half_log_snr = np.linspace(*process.half_log_snr, _positive(steps) + 1)
+    t = process.time_of(half_log_snr)
+    alpha, sigma = (np.asarray(values, np.float64) for values in process.alpha_sigma(t))
+
+    def denoise(x, column):
+        now = jnp.full((x.shape[0],), column["t"])
+        return process.x0(predict(x, now), x, now)
+
+    return multistep(denoise, sigma[0] * x, t, alpha, sigma, half_log_snr, order, clip)
+
+
+def multistep(denoise, x, t, alpha, sigma, half_log_snr, order: int, clip):
+    """DPM-Solver++ multistep (Lu et al. 2022, algorithm 2 and its third-order form), deterministic.
+
+    The first steps have lower order, because there are no earlier predictions.
+
+    Args:
+      denoise: (x, {"t", "alpha", "sigma"}: scalars) -> prediction of x0.
+      x: [B, ...] at time t[0].
+      t, alpha, sigma, half_log_snr: float64 [steps + 1], the last log(alpha / sigma), ascending.
+      clip: bounds of the predicted x0, or None.
+
+    Raises:
+      ValueError: `order` is not 1, 2 or 3.
+    """
+    if order not in (1, 2, 3):
+        raise ValueError(f"DPM-Solver++ has orders 1, 2 and 3, not {order}")
+    steps = len(t) - 1
     # Each step is x' = scale * x + c0 * m0 + c1 * m1 + c2 * m2, where m0, m1, m2 are predictions of x0, newest first.
     table = np.zeros((steps, 4))
     for i in range(steps):
@@ -175,15 +222,11 @@ def dpm_solver(
             second = (first - before) / (r0 + r1)
             c += phi2 * (first + r0 * second) - phi3 * second
         table[i] = sigma[i + 1] / sigma[i], *(alpha[i + 1] * c)
-    columns = dict(t=schedule.timesteps * t[:-1], alpha=alpha[:-1], sigma=sigma[:-1], scale=table[:, 0], c=table[:, 1:])
+    columns = dict(t=t[:-1], alpha=alpha[:-1], sigma=sigma[:-1], scale=table[:, 0], c=table[:, 1:])
 
     def step(carry, column):
         x, m1, m2 = carry
-        out = predict(x, jnp.full((x.shape[0],), column["t"]))
-        if objective == "noise":
-            m0 = (x - column["sigma"] * out) / column["alpha"]
-        else:
-            m0 = column["alpha"] * x - column["sigma"] * out if objective == "v" else out
+        m0 = denoise(x, column)
         m0 = m0 if clip is None else jnp.clip(m0, *clip)
         c = column["c"]
         return (column["scale"] * x + c[0] * m0 + c[1] * m1 + c[2] * m2, m0, m1), None
@@ -193,15 +236,71 @@ def dpm_solver(
     return jax.lax.scan(step, (x, zeros, zeros), columns)[0][0]
 
 
-def interpolate(sample, schedule: Schedule, x0_a, x0_b, weights, eps, start: int):
-    """Interpolate between two images: noise both to step `start`, mix, and denoise (Ho et al. 2020, section 4.3).
+@dataclasses.dataclass(frozen=True)
+class Churn:
+    """Noise added before each step of `ode` (EDM, Karras et al. 2022, algorithm 2); with amount 0 there is none."""
+
+    amount: float = 0.0  # S_churn
+    low: float = 0.0  # S_min: noise levels at which it acts
+    high: float = math.inf  # S_max
+    scale: float = 1.0  # S_noise
+
+
+def ode(predict, x, noise, process: Process, *, steps=50, heun=True, churn: Churn = Churn(), start=None):
+    """Solve the probability flow ODE by Euler's method, or by Heun's with a last step of Euler's.
+
+    Heun's method calls the network twice per step, but for the last.
 
     Args:
-      sample: x_t [n, ...] at step `start` -> x0 [n, ...], a sampler with its other arguments bound.
+      x: standard normal noise [B, ...], or x_t if `start` is given.
+      churn: for EDM.
+      start: `Process.progress` of x.
+
+    Raises:
+      ValueError: `steps` is below 1.
+    """
+    times = process.times(_positive(steps), 0.0 if start is None else start)
+    t, after, within = times[:-1], times[1:], (churn.low <= times[:-1]) & (times[:-1] <= churn.high)
+    raised = t * (1 + within * min(churn.amount / steps, math.sqrt(2) - 1))
+    extra = churn.scale * np.sqrt(raised**2 - t**2)
+    columns = dict(i=np.arange(steps, dtype=np.int32), t=raised, after=after, width=after - raised, extra=extra)
+    columns = {name: jnp.asarray(column, None if name == "i" else jnp.float32) for name, column in columns.items()}
+
+    def slope(x, t):
+        t = jnp.full((x.shape[0],), t)
+        return process.slope(predict(x, t), x, t)
+
+    def euler_step(x, c):
+        x = x + c["extra"] * noise(c["i"]) if churn.amount else x
+        first = slope(x, c["t"])
+        return x, first, x + c["width"] * first
+
+    def step(x, c):
+        x, first, there = euler_step(x, c)
+        if heun:
+            there = x + c["width"] * (first + slope(there, c["after"])) / 2
+        return there, None
+
+    x = x * process.start if start is None else x
+    x, _ = jax.lax.scan(step, x, jax.tree.map(lambda column: column[:-1], columns))
+    return euler_step(x, jax.tree.map(lambda column: column[-1], columns))[-1]
+
+
+def _positive(steps: int) -> int:
+    if steps < 1:
+        raise ValueError(f"a sampler needs at least 1 step, not {steps}")
+    return steps
+
+
+def interpolate(sample, process: Process, x0_a, x0_b, weights, eps, start):
+    """Interpolate between two images: noise both to time `start`, mix, and denoise (Ho et al. 2020, section 4.3).
+
+    Args:
+      sample: x_t [n, ...] at time `start` -> x0 [n, ...], a sampler with its other arguments bound.
       x0_a, x0_b: the clean images [...].
       weights: [n] float32; 0 is `x0_a`, 1 is `x0_b`.
       eps: noise [...], the same for both images and all weights, so that mixing does not change its variance.
-      start: time step; at higher ones, results resemble the two images less. A few hundred of 1000 keep the layout.
+      start: time of the process; with more noise, results resemble the two images less.
 
     Returns:
       x0 [n, ...].
@@ -209,13 +308,18 @@ def interpolate(sample, schedule: Schedule, x0_a, x0_b, weights, eps, start: int
     n, shape = len(weights), (-1,) + (1,) * x0_a.ndim
     w = jnp.asarray(weights, jnp.float32).reshape(shape)
     x0 = (1 - w) * x0_a[None] + w * x0_b[None]  # equals mixing after noising, which is linear
-    return sample(q_sample(schedule, x0, jnp.full((n,), start), jnp.broadcast_to(eps[None], x0.shape)))
+    return sample(noisy(process, x0, jnp.full((n,), start), jnp.broadcast_to(eps[None], x0.shape)))
 
 
-def guided(predict_labelled, predict_unlabelled, weight: float):
+def guided(predict_labelled, predict_unlabelled, weight):
     """Classifier-free guidance for any sampler (Ho & Salimans 2022): (1 + weight) * labelled - weight * unlabelled.
 
     Takes two functions `predict` and returns their combination. Because it is linear, it is the same for predictions of
-    noise, v and (unclipped) x0.
+    noise, velocity and (unclipped) x0. `weight` is a number, or a function of t [B] whose values [B] are weights.
     """
-    return lambda x, t: (1 + weight) * predict_labelled(x, t) - weight * predict_unlabelled(x, t)
+
+    def predict(x, t):
+        w = weight(t).reshape((-1,) + (1,) * (x.ndim - 1)) if callable(weight) else weight
+        return (1 + w) * predict_labelled(x, t) - w * predict_unlabelled(x, t)
+
+    return predict

@@ -563,6 +563,7 @@ def architecture(model: dict[str, np.ndarray]) -> dict:
     return {
         "data.image_size": side * patch_size * (2 if wavelet else 1),
         "data.channels": channels,
+        "model.network": "uvit",
         "model.patch_size": patch_size,
         "model.wavelet_scale": scale,
         "model.width": width,
@@ -596,5 +597,5 @@ def schedule_settings(official: Official) -> dict:
         )
         if distance((name, size)) < 1:
             shift = {"diffusion.shift_size": size} if name == "shifted_cosine" else {}
-            return {"diffusion.schedule": name, "diffusion.timesteps": values.size} | shift
+            return {"diffusion.process": "ddpm", "diffusion.schedule": name, "diffusion.timesteps": values.size} | shift
     raise ValueError("its betas are those of no noise schedule that is known here (linear, cosine, shifted cosine)")

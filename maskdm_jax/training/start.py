@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import logging
+import operator
 import os
 import pathlib
 import typing
@@ -181,8 +182,8 @@ def compare_settings(config: Config, theirs: dict, where) -> None:
     Raises:
       ConfigError: some differ; the message names both values and the flags that take `theirs`.
     """
-    if "model.depth" in theirs:
-        theirs = theirs | {"model.depth": theirs["model.depth"] | 1}  # 2k and 2k + 1 are the same network
+    if "model.depth" in theirs and theirs.get("model.network") != "jit":
+        theirs = theirs | {"model.depth": theirs["model.depth"] | 1}  # 2k and 2k + 1 are the same U-ViT
     ours = meaning(config)
     wrong = {name: value for name, value in theirs.items() if ours.get(name) != value}
     if wrong:
@@ -193,11 +194,22 @@ def compare_settings(config: Config, theirs: dict, where) -> None:
 
 def meaning(config: Config) -> dict:
     """The settings that give weights their meaning, by dotted name, such as "model.width"."""
-    model = {k: v for k, v in dataclasses.asdict(config.model).items() if k not in ("dtype", "attention")}
-    model |= dict(depth=model["depth"] | 1, mlp_ratio=int(model["mlp_ratio"] * model["width"]) / model["width"])
-    noise = ["timesteps", "schedule", "objective"] + ["shift_size"] * (config.diffusion.schedule == "shifted_cosine")
-    found = {f"model.{name}": value for name, value in model.items()}
-    found |= {f"diffusion.{name}": getattr(config.diffusion, name) for name in noise}
+    model, diffusion = config.model, config.diffusion
+    names = ["network", "patch_size", "width", "heads", "num_classes"]
+    found = dict(depth=model.depth if model.network == "jit" else model.depth | 1)
+    found |= dict(mlp_ratio=int(model.mlp_ratio * model.width) / model.width)
+    if model.network == "jit":
+        found |= {f"jit.{k}": v for k, v in dataclasses.asdict(model.jit).items() if k != "dropout"}
+    else:
+        names += ["wavelet_scale", "qv_bias", "time_mlp"]
+    noise = {
+        "ddpm": ["timesteps", "schedule"] + ["shift_size"] * (diffusion.schedule == "shifted_cosine"),
+        "flow": ["flow.noise_scale"],
+        "edm": ["edm.sigma_data"],
+    }
+    found = {f"model.{name}": value for name, value in found.items() | {n: getattr(model, n) for n in names}.items()}
+    noise = ["process", "objective", *noise[diffusion.process]]
+    found |= {f"diffusion.{name}": operator.attrgetter(name)(diffusion) for name in noise}
     return found | {f"data.{name}": getattr(config.data, name) for name in ("image_size", "channels")}
 
 

@@ -7,11 +7,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from maskdm_jax.build import Network, make_network, mask_plans, noise_schedule
+from maskdm_jax.build import Network, make_network, make_process, mask_plans
 from maskdm_jax.config import Config, Stage
 from maskdm_jax.diffusion import masking
-from maskdm_jax.diffusion.gaussian import check_choices, denoising_loss, loss_weights
-from maskdm_jax.errors import ConfigError, prefixed
+from maskdm_jax.diffusion.process import denoising_loss
 from maskdm_jax.models.representation import make_representation
 from maskdm_jax.parallel import processes, sharding
 from maskdm_jax.training.state import TrainState, ema_step_size, learning_rate, make_optimizer
@@ -21,10 +20,11 @@ class Inputs(typing.NamedTuple):
     """Inputs of the loss: V visible patches of size d per image. For a wavelet model, tuples with an entry per band."""
 
     x0: jax.Array  # [B, V, d] clean patches
-    t: jax.Array  # [B] int32
+    t: jax.Array  # [B], times of the process
     eps: jax.Array  # [B, V, d] noise
     positions: jax.Array | None  # [B, V] int32; None when nothing is hidden
     labels: jax.Array | None  # [B] int32, -1 where the label is hidden; None for an unconditional model
+    dropout: jax.Array | None = None  # [B] keys for dropout in the network; None without dropout
 
 
 def draw_inputs(config: Config, stage: str, key, batch) -> Inputs:
@@ -32,7 +32,7 @@ def draw_inputs(config: Config, stage: str, key, batch) -> Inputs:
 
     batch: image uint8 [B, S, S, C], label int32 [B], index uint32 [B].
     """
-    space, plans = make_representation(config), mask_plans(config, stage)
+    space, plans, process = make_representation(config), mask_plans(config, stage), make_process(config)
 
     def one(image, label, index):
         flip_key, mask_key, t_key, eps_key, label_key = jax.random.split(jax.random.fold_in(key, index), 5)
@@ -44,38 +44,40 @@ def draw_inputs(config: Config, stage: str, key, batch) -> Inputs:
             positions.append(masking.sample_positions(plan, jax.random.fold_in(mask_key, i)))
             patches.append(band[0] if plan.hides_nothing else band[0][positions[-1]])  # hidden patches are dropped here
             eps.append(jax.random.normal(jax.random.fold_in(eps_key, i), patches[-1].shape))
-        t = jax.random.randint(t_key, (), 0, config.diffusion.timesteps)
         label = jnp.where(jax.random.bernoulli(label_key, config.data.label_dropout), -1, label)
         restore = lambda parts: jax.tree.unflatten(structure, parts)
         return Inputs(
             x0=restore(patches),
-            t=t,
+            t=process.draw(t_key),
             eps=restore(eps),
             positions=None if all(plan.hides_nothing for plan in plans) else restore(positions),
             labels=label if config.model.num_classes else None,
+            dropout=jax.random.fold_in(eps_key, len(plans)) if drops_out(config) else None,
         )
 
     return jax.vmap(one)(batch["image"], batch["label"], batch["index"])
+
+
+def drops_out(config: Config) -> bool:
+    """Whether the network has dropout."""
+    return config.model.network == "jit" and config.model.jit.dropout > 0
 
 
 def make_loss(config: Config, network: Network) -> typing.Callable:
     """Build `loss(params, inputs)` -> mean loss over the images, a float32 scalar.
 
     Raises:
-      ConfigError: the schedule, objective, loss or loss weight is unknown.
+      ConfigError: a setting of `config.diffusion` is invalid.
     """
-    diffusion, schedule = config.diffusion, noise_schedule(config)
-    with prefixed(ConfigError, "config.diffusion."):
-        check_choices(objective=diffusion.objective, loss=diffusion.loss)
-        weights = loss_weights(schedule, diffusion.loss_weight, diffusion.loss_weight_gamma)
-    options = dict(objective=diffusion.objective, loss=diffusion.loss)
-    options |= dict(weights=weights if diffusion.loss_weight_gamma else None)
+    process = make_process(config)
 
     def loss(params, inputs: Inputs):
-        def predict(x_t, t):
-            return network.apply(params, x_t, t, inputs.labels, inputs.positions)
+        dropout = {} if inputs.dropout is None else dict(dropout=inputs.dropout)
 
-        return denoising_loss(predict, schedule, inputs.x0, inputs.t, inputs.eps, **options).mean()
+        def predict(x, t):
+            return network.apply(params, x, t, inputs.labels, inputs.positions, **dropout)
+
+        return denoising_loss(predict, process, inputs.x0, inputs.t, inputs.eps, loss=config.diffusion.loss).mean()
 
     return loss
 
