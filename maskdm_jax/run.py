@@ -112,7 +112,8 @@ def _open_everywhere(config: Config) -> TrainingData:
     digests = processes.gather(np.frombuffer(hashlib.sha256(identity.encode()).digest(), np.uint8))
     if (digests != digests[0]).any():
         raise DataError(
-            f"the processes see different images: {', '.join(f'{count:,}' for count in counts)} of them; here {data}; "
+            f"the processes see different images or labels: {', '.join(f'{count:,}' for count in counts)} of them; "
+            f"here {data}; "
             "give all hosts the same files"
         )
     return data

@@ -696,6 +696,21 @@ def test_an_image_beyond_the_limit_of_pixels_names_the_setting(tmp_path):
     batches.close()
 
 
+def test_a_label_of_no_class_is_not_trained_on(monkeypatch):
+    """Such as -1, which TFDS gives to images without a label."""
+
+    class Unlabelled(sources.Digits):
+        def read(self, i):
+            image, label = super().read(i)
+            return image, -1 if i == 5 else label
+
+    monkeypatch.setattr(pipeline, "open_source", lambda *_: Unlabelled(labels=True))
+    data = TrainingData(DATA)
+    (batch,) = take(data.batches(batch_size=1797, seed=0), 1)
+    assert batch["label"].min() == 0
+    assert data.unreadable == {5: "digits[5]: its label -1 is none of 10 classes"}
+
+
 class Latents(sources.Source):
     """Twelve arrays of four channels, wider than high; image 7 has one channel less when `odd`."""
 

@@ -62,8 +62,8 @@ def test_batches_of_worker_processes_fit_into_shared_memory(monkeypatch):
     ("counts", "same", "message"),
     [
         ([1797, 1797], True, None),
-        ([1797, 5], False, "the processes see different images: 1,797, 5 of them; here 1797 images from digits"),
-        ([1797, 1797], False, "the processes see different images"),
+        ([1797, 5], False, "the processes see different images or labels: 1,797, 5 of them; here 1797 images from digits"),
+        ([1797, 1797], False, "the processes see different images or labels"),
         ([1797, -1], True, "process 1 cannot open the images"),
     ],
 )

@@ -170,14 +170,23 @@ def card_of(source, framing: Framing) -> dict:
 
 
 def read_patiently(source, i: int):
-    """`source.read(i)`, repeated a few times after errors of the disk or network, which are often temporary."""
-    for pause in _PAUSES:
+    """`source.read(i)`, repeated a few times after errors of the disk or network, which are often temporary.
+
+    Raises:
+      DataError: the label is none of the source's classes, such as -1 for an image without a label.
+    """
+    for pause in (*_PAUSES, None):
         try:
-            return source.read(i)
+            image, label = source.read(i)
+            break
         except (FileNotFoundError, PermissionError, IsADirectoryError):
             raise
         except OSError as error:
+            if pause is None:
+                raise
             if pause >= 1:
                 log.warning("%s: %s; trying again in %g s", source.names[i], first_line(error), pause)
             time.sleep(pause)
-    return source.read(i)
+    if source.classes and not 0 <= label < len(source.classes):
+        raise DataError(f"its label {label} is none of {len(source.classes)} classes")
+    return image, label
