@@ -6,6 +6,21 @@ import fcntl
 import os
 import pathlib
 
+_HEADS = {
+    b"version https://git-lfs": "a pointer of Git LFS; `git lfs pull` fetches the file itself",
+    b"<": "a page of HTML or XML, as a download that failed leaves it",
+    b"\x1f\x8b": "compressed by gzip; unpack it first",
+    b"\xfd7zXZ": "compressed by xz; unpack it first",
+    b"BZh": "compressed by bzip2; unpack it first",
+    b"\x28\xb5\x2f\xfd": "compressed by Zstandard; unpack it first",
+}
+
+
+def foreign_kind(start: bytes) -> str:
+    """What a file is that should hold weights or images, if its first bytes show it; "" if they do not."""
+    found = [kind for head, kind in _HEADS.items() if start.lstrip().startswith(head)]
+    return "".join(found) if start else "an empty file"
+
 
 @contextlib.contextmanager
 def atomic_path(path):

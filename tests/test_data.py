@@ -366,7 +366,10 @@ def test_bad_paths_are_named(tmp_path, stored):
     (tmp_path / "broken.zip").write_bytes(b"PK\x03\x04 not really")
     with pytest.raises(DataError, match="broken.zip is not a readable zip"):
         open_source(str(tmp_path / "broken.zip"))
-    (tmp_path / "set.rar").write_bytes(b"")
+    (tmp_path / "page.zip").write_bytes(b"<html>quota exceeded")
+    with pytest.raises(DataError, match="page.zip is a page of HTML or XML, as a download that failed leaves it"):
+        open_source(str(tmp_path / "page.zip"))
+    (tmp_path / "set.rar").write_bytes(b"Rar!")
     with pytest.raises(DataError, match="neither a folder nor a .zip or .tar"):
         open_source(str(tmp_path / "set.rar"))
 

@@ -63,8 +63,13 @@ def test_what_is_no_image_of_eight_bits_is_named():
         Image.new(mode, (9, 9), value).save(buffer, "TIFF")
         with pytest.raises(ValueError, match="floating-point or 32-bit numbers have no agreed range"):
             decode(buffer.getvalue(), Framing(8))
-    for content in (b"", b"hello"):
-        with pytest.raises(ValueError, match="not an image of a known kind"):
+    for content, kind in {
+        b"": "an empty file",
+        b"hello": "not an image of a known kind",
+        b"\n<!doctype html>": "a page of HTML or XML",
+        b"version https://git-lfs.github.com/spec/v1\noid": "a pointer of Git LFS",
+    }.items():
+        with pytest.raises(ValueError, match=f"^{kind}"):
             decode(content, Framing(8))
 
 

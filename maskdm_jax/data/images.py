@@ -11,7 +11,7 @@ import numpy as np
 import PIL
 from PIL import ExifTags, Image, ImageDraw, ImageFont, UnidentifiedImageError
 
-from maskdm_jax.storage import atomic_path
+from maskdm_jax.storage import atomic_path, foreign_kind
 
 Image.init()
 # Pillow recognizes these formats, but decodes none of them without another program or handler.
@@ -144,7 +144,7 @@ def _read_file(content: bytes, max_pixels: int) -> Image.Image:
         try:
             image = Image.open(io.BytesIO(content))
         except UnidentifiedImageError:  # its message names a memory address
-            raise ValueError("not an image of a known kind") from None
+            raise ValueError(foreign_kind(content[:64]) or "not an image of a known kind") from None
         if image.width * image.height > max_pixels:
             raise ValueError(
                 f"it has {image.width} x {image.height} pixels, more than data.max_pixels {max_pixels}, the limit "

@@ -11,6 +11,7 @@ import numpy as np
 from maskdm_jax.data.base import CARD, LazySequence, Source, hash_texts
 from maskdm_jax.data.images import Framing
 from maskdm_jax.errors import DataError, first_line, prefixed
+from maskdm_jax.storage import foreign_kind
 
 _PAUSES = (0.1, 1.0, 5.0)  # seconds before a failed read is tried again
 
@@ -108,6 +109,11 @@ def _open(path: str, place: pathlib.Path, labels: bool, scratch) -> Source:
         return databases.LmdbImages(place, labels)
     if place.is_dir():
         return files.ImageFolder(place, labels)
+    if place.is_file():
+        with place.open("rb") as file:
+            kind = foreign_kind(file.read(64))
+        if kind and not (files.is_tar(place) and kind.startswith("compressed")):
+            raise DataError(f"{place} is {kind}")
     if place.is_file() and place.suffix.lower() == ".zip":
         return files.ZipImages(place, labels)
     if place.is_file() and files.is_tar(place):

@@ -23,7 +23,7 @@ import numpy as np
 from maskdm_jax.errors import TorchFileError, prefixed
 from maskdm_jax.interop import pickles
 from maskdm_jax.interop.pickles import Skipped
-from maskdm_jax.storage import atomic_path
+from maskdm_jax.storage import atomic_path, foreign_kind
 
 STORAGES = {
     "FloatStorage": np.dtype("<f4"),
@@ -73,22 +73,9 @@ def check_head(path: pathlib.Path) -> bytes:
     """
     with path.open("rb") as file:
         head = file.read(64)
-    instead = "an empty file" if not head else ""
-    for start, what in _HEADS.items():
-        instead = what if head.lstrip().startswith(start) else instead
-    if instead:
+    if instead := foreign_kind(head):
         raise TorchFileError(f"{path} is {instead}")
     return head
-
-
-_HEADS = {
-    b"version https://git-lfs": "a pointer of Git LFS; `git lfs pull` fetches the file itself",
-    b"<": "a page of HTML or XML, as a download that failed leaves it",
-    b"\x1f\x8b": "compressed by gzip; unpack it first",
-    b"\xfd7zXZ": "compressed by xz; unpack it first",
-    b"BZh": "compressed by bzip2; unpack it first",
-    b"\x28\xb5\x2f\xfd": "compressed by Zstandard; unpack it first",
-}
 
 
 def _need(ok, message: str) -> None:
