@@ -146,6 +146,8 @@ def test_images_on_an_object_store(store, tmp_path):
     assert pickle.loads(pickle.dumps(source)).read(0) == source.read(0)
     with pytest.raises(DataError, match="memory://bucket/none does not exist or is empty"):
         open_source("memory://bucket/none")
+    with pytest.raises(DataError, match="memory://bucket/x.tar.gz: tar archives are read from a local disk alone"):
+        open_source("memory://bucket/x.tar.gz")
     with pytest.raises(DataError, match="nonsense://x cannot be reached: Protocol not known"):
         open_source("nonsense://x")
 
@@ -174,7 +176,18 @@ def test_a_prepared_set_on_an_object_store_is_copied_once_and_verified(tar, stor
     shard = f"/bucket/done/{prepared.shard_name(0, 2)}"
     store.pipe(shard, store.cat_file(shard)[:-40])
     assert open_source("memory://bucket/done", labels=True).read(0) == source.read(0), "from the cache"
+    (cached,) = (tmp_path / "cache" / "sets").iterdir()
+    (cached / "labels.npy").unlink()
+    (cached / prepared.shard_name(1, 2)).unlink()
+    assert open_source("memory://bucket/done", labels=True).read(2) == source.read(2), "what is missing is copied again"
     monkeypatch.setenv("MASKDM_CACHE", str(tmp_path / "other"))
     with pytest.raises(DataError, match="00000-of-00002.arrayrecord is not what its card says"):
         open_source("memory://bucket/done", labels=True)
     assert not list((tmp_path / "other").rglob("*.arrayrecord*"))
+    store.rm(shard)
+    for path, file in (("memory://bucket/done", shard), ("memory://bucket/none.zip", "/bucket/none.zip")):
+        with pytest.raises(DataError, match=f"^{path} cannot be opened, a file is missing: {file}"):
+            open_source(path)
+    monkeypatch.setenv("MASKDM_CACHE", "/dev/null")
+    with pytest.raises(DataError, match="^memory://bucket/done cannot be opened: .*Not a directory: '/dev/null"):
+        open_source("memory://bucket/done")

@@ -68,7 +68,7 @@ def shard_hash(path) -> str | None:
 
 
 def fetch(store, root: str) -> pathlib.Path:
-    """Copy a prepared set from an object store to the cache, unless it is there, and verify it.
+    """Copy the files of a prepared set that are not in the cache from an object store, and verify them.
 
     store, root: fsspec file system and the path of the set in it.
 
@@ -77,8 +77,6 @@ def fetch(store, root: str) -> pathlib.Path:
     """
     card = _parse_card(store.cat_file(f"{root}/{CARD}"), root)
     target = cache_dir("sets") / card["content_hash"]
-    if (target / CARD).exists():
-        return target
     target.mkdir(parents=True, exist_ok=True)
     for i, expected in enumerate(card["shard_hashes"]):
         path = target / shard_name(i, card["shards"])
@@ -89,6 +87,8 @@ def fetch(store, root: str) -> pathlib.Path:
             if shard_hash(temporary) != expected:
                 raise DataError(f"{root}/{path.name} is not what its card says; copy the set there again")
     for name in ([LABELS] if card["classes"] else []) + [CARD]:
+        if (target / name).exists():
+            continue
         with atomic_path(target / name) as temporary:
             store.get_file(f"{root}/{name}", str(temporary))
     return target

@@ -92,12 +92,16 @@ def _open(path: str, place: pathlib.Path, labels: bool, scratch) -> Source:
     if path == "digits":
         return Digits(labels)
     if "://" in path:
-        if path.lower().endswith(".zip"):
-            return files.ZipImages(path, labels)
-        store, root = files.connect(path)
-        if store.exists(f"{root}/{CARD}"):
-            return prepared.PreparedImages(prepared.fetch(store, root), labels)
-        return files.RemoteFolder(path, labels)
+        if files.is_tar(path):
+            raise DataError(f"{path}: tar archives are read from a local disk alone; copy it there, or make it a .zip")
+        missing = prefixed(DataError, f"{path} cannot be opened, a file is missing: ", FileNotFoundError)
+        with prefixed(DataError, f"{path} cannot be opened: ", Exception), missing:  # each store has types of its own
+            if path.lower().endswith(".zip"):
+                return files.ZipImages(path, labels)
+            store, root = files.connect(path)
+            if store.exists(f"{root}/{CARD}"):
+                return prepared.PreparedImages(prepared.fetch(store, root), labels)
+            return files.RemoteFolder(path, labels)
     if (place / CARD).exists():
         return prepared.PreparedImages(place, labels)
     if next(place.glob("images-*-of-*.arrayrecord"), None):
