@@ -67,7 +67,7 @@ from maskdm_jax.diffusion import samplers
 from maskdm_jax.models.ops.attention import attention
 from maskdm_jax.models.representation import make_representation
 from maskdm_jax.parallel import sharding
-from maskdm_jax.training.state import make_optimizer, new_state
+from maskdm_jax.training.state import new_state
 from maskdm_jax.training.step import abstract_batch, jit_step
 
 LARGEST_TRACE = 8 * 2**20  # bytes
@@ -470,8 +470,7 @@ def one_device():
 @functools.cache
 def initial_state(network):
     """The program that makes the state of a network."""
-    optimizer = make_optimizer(config.Stage())
-    make = lambda: new_state(network.init(jax.random.key(0)), optimizer, jax.random.key(1))
+    make = lambda: new_state(network.init(jax.random.key(0)), config.Stage(), jax.random.key(1))
     return jax.jit(make, out_shardings=sharding.replicated(one_device()))
 
 

@@ -17,7 +17,8 @@ from maskdm_jax.parallel import runtime
 
 REFERENCE = flags.DEFINE_string("reference", None, "Real images, or their statistics.")
 SAMPLES = flags.DEFINE_string("samples", None, "Images to evaluate.")
-WEIGHTS = flags.DEFINE_string("inception_weights", "", "Weights of FID's Inception network; downloaded by default.")
+WEIGHTS = flags.DEFINE_string("weights", "ema", "Of a checkpoint: ema, ema2, ... or params (the raw ones).")
+INCEPTION = flags.DEFINE_string("inception_weights", "", "Weights of FID's Inception network; downloaded by default.")
 CHOSEN = flags.DEFINE_list(
     "metrics",
     ["fid"],
@@ -54,11 +55,12 @@ def main(argv):
         result, reference, samples = evaluate.evaluate(
             REFERENCE.value,
             SAMPLES.value,
-            WEIGHTS.value,
+            INCEPTION.value,
             wanted=tuple(CHOSEN.value),
             n=N.value,
             seeds=[int(seed) for seed in SEEDS.value],
             batch_size=BATCH.value,
+            weights=WEIGHTS.value,
             sampling=sampling,
             statistics=os.path.expanduser(SAVE.value) if SAVE.value else None,
             allow_mismatch=ALLOW_MISMATCH.value,

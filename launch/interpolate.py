@@ -19,7 +19,7 @@ N = flags.DEFINE_integer("n", 9, "Images per row between the outer columns.", lo
 START = flags.DEFINE_integer("start", 500, "Time step to which both images are noised.")
 SEEDS = flags.DEFINE_integer("seeds", 3, "Number of rows, each with its own noise.", lower_bound=1)
 LABEL = flags.DEFINE_string("label", None, "Class of a conditional model, by name or number; default: no label.")
-WEIGHTS = flags.DEFINE_enum("weights", "ema", ["ema", "params"], "Averaged (ema) or raw weights (params).")
+WEIGHTS = flags.DEFINE_string("weights", "ema", "Averaged (ema; ema2, ... if there are more) or raw weights (params).")
 
 
 def main(argv):

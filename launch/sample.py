@@ -21,7 +21,7 @@ N = flags.DEFINE_integer("n", 64, "Number of images.", lower_bound=1)
 SEED = flags.DEFINE_integer("seed", 0, "Seed of the noise; image number i of a seed is always the same.", 0, 2**32 - 1)
 BATCH = flags.DEFINE_integer("batch", 64, "Images per device and call.", lower_bound=1)
 FORMAT = flags.DEFINE_enum("format", "png", ["png", "npz"], "One file per image, or one array.")
-WEIGHTS = flags.DEFINE_enum("weights", "ema", ["ema", "params"], "Averaged (ema) or raw weights (params).")
+WEIGHTS = flags.DEFINE_string("weights", "ema", "Averaged (ema; ema2, ... if there are more) or raw weights (params).")
 LABELS = flags.DEFINE_list("labels", None, "Classes to cycle through, by name or number; default: all.")
 # The run's own settings (config.sampling) are the defaults of these six flags.
 METHOD = flags.DEFINE_string("method", None, "Sampler: ddim, ddpm or dpm_solver.")

@@ -163,6 +163,8 @@ class Stage:
     clip_norm: NonNegative = 1.0  # global gradient norm; 0: off
     ema_decay: Decay = 0.999
     ema_every: Count = 1  # steps between updates of the EMA
+    ema_law: typing.Annotated[str, _one_of("reference", "plain")] = "reference"  # plain: no copying at the start
+    more_ema_decays: tuple[float, ...] = ()  # decays of further EMAs, named ema2, ema3, ...
     mask: Mask = Mask()
     detail_mask: Mask | None = None  # for the details of a wavelet model; None: the settings of mask
 
@@ -337,8 +339,10 @@ def _value(path: str, value, kind):
     if isinstance(kind, types.UnionType):  # a dataclass or None
         return None if value is None else _value(path, value, typing.get_args(kind)[0])
     if typing.get_origin(kind) is tuple:
-        if not isinstance(value, (tuple, list)) or not all(isinstance(v, str) for v in value):
-            raise ConfigError(f"{path} must be a tuple of names, such as ('pretrain', 'finetune'), not {value!r}")
+        of, example = typing.get_args(kind)[0], "names, such as ('pretrain', 'finetune')"
+        example = example if of is str else "numbers, such as (0.9996,)"
+        if not isinstance(value, (tuple, list)) or not all(isinstance(v, of) for v in value):
+            raise ConfigError(f"{path} must be a tuple of {example}, not {value!r}")
         return tuple(value)
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
@@ -370,6 +374,8 @@ def _check(config: Config) -> None:
         limit = f"1 to config.diffusion.timesteps = {diffusion.timesteps}"
         _need(config.sampling.steps <= diffusion.timesteps, "sampling.steps", config.sampling.steps, limit)
     for name, stage in config.stage.items():
+        decays = stage.more_ema_decays
+        _need(all(0 <= decay < 1 for decay in decays), f"{name}.more_ema_decays", decays, "numbers in [0, 1)")
         divisor = f"a divisor of batch_size {stage.batch_size}"
         _need(stage.batch_size % stage.micro_batches == 0, f"{name}.micro_batches", stage.micro_batches, divisor)
         if stage.detail_mask and not config.model.wavelet_scale:

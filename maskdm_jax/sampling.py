@@ -113,7 +113,7 @@ class Loaded:
     """A trained network, ready to sample from."""
 
     checkpoint: pathlib.Path
-    weights: str  # ema or params
+    weights: str  # ema, ema2, ... or params
     config: Config
     network: Network
     params: dict
@@ -125,14 +125,16 @@ class Loaded:
 def load(path, *, weights: str = "ema", sampling: dict | None = None) -> Loaded:
     """Load the network of a run folder (its newest checkpoint) or of a checkpoint folder.
 
-    weights: `ema` or `params` (the raw ones); sampling: replaces fields of the config's `sampling`.
+    weights: `ema`, `ema2`, ... or `params` (the raw ones); sampling: replaces fields of the config's `sampling`.
 
     Raises:
+      SamplingError: the checkpoint has no such weights.
       CheckpointError, ConfigError: there is no checkpoint, it does not fit, or `sampling` is invalid.
     """
-    if weights not in ("ema", "params"):
-        raise SamplingError(f"weights {weights!r} are unknown; choose ema or params (the raw ones)")
     found = checkpoint.find(path)
+    if weights not in checkpoint.weights_in(found):
+        there = ", ".join(checkpoint.weights_in(found))
+        raise SamplingError(f"{found} has no weights {weights!r}; it has {there} (the raw ones are params)")
     meta = checkpoint.load_meta(found)
     raw = meta["config"]
     raw["sampling"] |= sampling or {}

@@ -15,7 +15,7 @@ from maskdm_jax.interop.official import BUFFERS, our_layout, our_path, schedule_
 from maskdm_jax.models.layers import patchify
 from maskdm_jax.models.representation import haar, inverse_haar, make_representation
 from maskdm_jax.parallel.sharding import make_mesh
-from maskdm_jax.training.state import make_optimizer, new_state
+from maskdm_jax.training.state import new_state
 from maskdm_jax.training.step import Inputs, make_loss, train_step
 
 
@@ -253,7 +253,7 @@ def test_training_run(train_case):
     mesh = make_mesh(devices=jax.devices()[:1])
     zeros = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), network.abstract_params())
     shapes = {name: t.shape for name, t in state_dict_from_params(zeros, config.model.patch_size).items()}
-    state = new_state(golden.params(shapes), make_optimizer(stage), jax.random.key(0))
+    state = new_state(golden.params(shapes), stage, jax.random.key(0))
 
     def draw(key, batch):  # the recipe draws everything that a run draws
         cut = lambda x: masking.gather(patchify(x, config.model.patch_size), batch["positions"])

@@ -5,14 +5,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny
 
+from maskdm_jax import sampling
 from maskdm_jax.build import make_network, make_process
 from maskdm_jax.diffusion.masking import gather
 from maskdm_jax.diffusion.process import noisy
+from maskdm_jax.errors import SamplingError
 from maskdm_jax.interop.names import JIT
 from maskdm_jax.models.jit import sine_cosine
 from maskdm_jax.models.layers import patchify
-from maskdm_jax.training.step import Inputs, make_loss
+from maskdm_jax.parallel import sharding
+from maskdm_jax.run import train
+from maskdm_jax.training.step import Inputs, draw_inputs, make_loss
 
 
 @pytest.fixture(scope="module")
@@ -79,3 +84,106 @@ def test_losses_and_gradients(jit, masked):
 def test_position_embedding_is_the_authors():
     content = golden.jit_checkpoint()
     np.testing.assert_allclose(sine_cosine(32, 4), content["model"]["net.pos_embed"][0], atol=1e-6)
+
+
+# --- A run with everything that only a JiT has: dropout, class tokens, flow matching, two EMAs ----------------------
+
+JIT_RUN = dict(
+    model__network="jit",
+    model__jit=dict(bottleneck=6, class_tokens=3, class_tokens_from=1, dropout=0.2),
+    model__depth=4,
+    diffusion__process="flow",
+    diffusion__objective="x0",
+    sampling__method="heun",
+    data__label_dropout=0.3,
+    stages=("pretrain",),
+    pretrain__ema_law="plain",
+    pretrain__more_ema_decays=(0.5,),
+)
+SETS = ("params", "ema", "ema2")
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("jit")
+    train(tiny.config(**JIT_RUN), workdir, devices=jax.devices()[:1])
+    return workdir
+
+
+def weights_of(run, name):
+    return jax.tree.map(np.asarray, sampling.load(run, weights=name).params)
+
+
+def test_a_run_resumes_bit_for_bit_with_two_emas(run, tmp_path, monkeypatch):
+    real, count = sharding.to_global, 0
+
+    def dies(*args):
+        nonlocal count
+        count += 1
+        if count > 3:
+            raise KeyError("stop")
+        return real(*args)
+
+    monkeypatch.setattr(sharding, "to_global", dies)
+    with pytest.raises(KeyError):
+        train(tiny.config(**JIT_RUN), tmp_path, devices=jax.devices()[:1])
+    monkeypatch.setattr(sharding, "to_global", real)
+    train(tiny.config(**JIT_RUN), tmp_path, devices=jax.devices()[:1])
+    for name in SETS:
+        jax.tree.map(np.testing.assert_array_equal, weights_of(tmp_path, name), weights_of(run, name))
+
+
+def test_each_set_of_weights_is_sampled_by_its_name(run):
+    draw = lambda name: next(
+        sampling.generate_batches(
+            sampling.load(run, weights=name), np.arange(2), np.array([1, 2]), seed=0, batch_size=2
+        )
+    )[1]
+    first, second, third = map(draw, SETS)
+    assert (first != second).any()
+    assert (second != third).any()
+    lag = [
+        sum(np.square(p - e).sum() for p, e in zip(*map(jax.tree.leaves, pair), strict=True))
+        for pair in ((weights_of(run, "params"), weights_of(run, name)) for name in ("ema", "ema2"))
+    ]
+    assert lag[0] > 2 * lag[1] > 0, "the decays are 0.9 and 0.5"
+    with pytest.raises(SamplingError, match="has no weights 'ema3'; it has params, ema, ema2"):
+        sampling.load(run, weights="ema3")
+
+
+def test_hidden_patches_have_no_gradient_and_dropout_belongs_to_the_image():
+    config = tiny.config(**JIT_RUN)
+    network = make_network(config)
+    params = jax.jit(network.init)(jax.random.key(0))
+    # The output layers begin at zero, which would hide everything.
+    params = jax.tree.map(lambda leaf: leaf + 0.1 * jax.random.normal(jax.random.key(leaf.size), leaf.shape), params)
+    loss, draw = make_loss(config, network), lambda rows: draw_inputs(config, "pretrain", jax.random.key(1), rows)
+    batch = dict(
+        image=jax.random.uniform(jax.random.key(2), (4, 8, 8, 1), maxval=255.0),
+        label=jnp.arange(4),
+        index=jnp.arange(7, 11, dtype=jnp.uint32),
+    )
+    positions = draw(batch).positions
+    gradient = jax.jit(jax.grad(lambda image: loss(params, draw(batch | dict(image=image)))))(batch["image"])
+    energy = np.square(patchify(gradient, config.model.patch_size)).sum(-1)
+    shown = np.zeros(energy.shape, bool)
+    np.put_along_axis(shown, np.asarray(positions), True, axis=1)
+    flipped = np.stack([row.reshape(4, 4)[:, ::-1].ravel() for row in shown])  # half of the images are flipped
+    assert all(((e > 0) == s).all() or ((e > 0) == f).all() for e, s, f in zip(energy, shown, flipped, strict=True))
+    each = jax.jit(lambda rows: loss(params, draw(rows)))
+    alone = [float(each(jax.tree.map(lambda leaf, i=i: leaf[i : i + 1], batch))) for i in range(4)]
+    assert float(each(batch)) == pytest.approx(np.mean(alone), rel=1e-5)
+    without = loss(params, draw(batch)._replace(dropout=None))
+    assert abs(float(without) - np.mean(alone)) > 1e-4
+
+
+def test_samples_are_the_same_bits_on_any_number_of_devices(run):
+    config, params = tiny.config(**JIT_RUN), weights_of(run, "ema")
+    labels = np.arange(4)
+    one, two = (
+        sampling.make_generator(config, sharding.make_mesh(devices=jax.devices()[:n]), 4 * n)(
+            params, 0, range(4), labels
+        )
+        for n in (1, 2)
+    )
+    np.testing.assert_array_equal(one, two)

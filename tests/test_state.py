@@ -21,6 +21,11 @@ def test_ema_law_of_the_reference(decay, every):
     np.testing.assert_allclose(ours, expected, rtol=1e-6)
 
 
+def test_plain_ema_law():
+    sizes = [float(ema_step_size(s, decay=0.9, every=2, law="plain")) for s in range(4)]
+    assert sizes == pytest.approx([0.1, 0, 0.1, 0])
+
+
 def test_warm_up_starts_from_zero():
     rate = learning_rate(tiny.config(pretrain__warmup_steps=4, pretrain__learning_rate=0.1).stage["pretrain"])
     np.testing.assert_allclose([rate(s) for s in range(7)], [0, 0.025, 0.05, 0.075, 0.1, 0.1, 0.1], rtol=1e-6)

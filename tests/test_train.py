@@ -21,7 +21,7 @@ from maskdm_jax.run import train
 from maskdm_jax.training import checkpoint, logs, loop, start, step
 from maskdm_jax.training.loop import make_run_mesh
 from maskdm_jax.training.start import abstract_state
-from maskdm_jax.training.state import make_optimizer, new_state
+from maskdm_jax.training.state import new_state
 from maskdm_jax.training.step import draw_inputs
 
 ONE = jax.devices()[:1]
@@ -33,8 +33,7 @@ def setup(config, devices=ONE):
     abstract = abstract_state(config, 0, network, mesh)
     jitted = step.jit_step(config, config.stages[0], mesh, abstract)
     placed = jax.tree.map(lambda leaf: leaf.sharding, abstract)
-    optimizer = make_optimizer(config.stage[config.stages[0]])
-    make = lambda: new_state(network.init(jax.random.key(0)), optimizer, jax.random.key(1))
+    make = lambda: new_state(network.init(jax.random.key(0)), config.stage[config.stages[0]], jax.random.key(1))
     state = jax.jit(make, out_shardings=placed)()
     batches = TrainingData(config.data).batches(batch_size=config.stage[config.stages[0]].batch_size, seed=0)
     return jitted, state, batches, mesh

@@ -94,6 +94,7 @@ def evaluate(
     n: int | None = None,
     seeds=(0,),
     batch_size: int = 64,
+    weights: str = "ema",
     sampling: dict | None = None,
     statistics=None,
     allow_mismatch: bool = False,
@@ -107,6 +108,7 @@ def evaluate(
       n: number of samples; None for all of a folder.
       seeds: of a checkpoint's samples. With several, each number is their mean and `range` has the lowest and highest.
       batch_size: images per device and call.
+      weights: of a checkpoint, see `sampling.load`.
       sampling: replaces fields of a checkpoint's `sampling`.
       statistics: path of an .npz to write the reference's `mu`, `sigma` and `n` to.
       allow_mismatch: compare images even if their sizes, crops, filters or colours differ.
@@ -121,7 +123,7 @@ def evaluate(
     """
     if len(seeds) > 1 and not is_checkpoint(samples):
         raise EvaluationError(f"several seeds need a checkpoint to sample from; {samples} holds images")
-    options = dict(sampling=sampling, batch_size=batch_size)
+    options = dict(weights=weights, sampling=sampling, batch_size=batch_size)
     real = open_images(reference, n=n if is_checkpoint(reference) else None, **options)
     made = [open_images(samples, n=n, seed=seed, **options) for seed in seeds]
     check_comparable(real, made[0], wanted, allow_mismatch)

@@ -134,15 +134,15 @@ class Extractor:
         return full if on_host else self._resize(full)
 
 
-def open_images(path, *, n: int | None = None, seed: int = 0, sampling=None, batch_size: int = 64):
+def open_images(path, *, n=None, seed: int = 0, weights: str = "ema", sampling=None, batch_size: int = 64):
     """Open a set of images, or statistics of one. Cheap: images are read or generated when they are needed.
 
     Args:
       path: anything that `data.sources.open_source` takes; a run folder or checkpoint, from which `n` images are
         generated; an .npz with `images` (as launch/sample.py packs them) or with `mu` and `sigma`.
-      n: the first n images; None for all. A checkpoint needs it.
+      n: the first n images, an int; None for all. A checkpoint needs it.
       seed: of the noise, for a checkpoint.
-      sampling: replaces fields of a checkpoint's `sampling`.
+      weights, sampling: of a checkpoint, see `sampling.load`.
       batch_size: images per device and call, for a checkpoint.
 
     Returns:
@@ -160,7 +160,7 @@ def open_images(path, *, n: int | None = None, seed: int = 0, sampling=None, bat
         if is_checkpoint(path):
             if n is None:
                 raise EvaluationError(f"{path} is a checkpoint: say how many images to make of it (--n)")
-            return sampled(load(path, sampling=sampling), n, seed=seed, batch_size=batch_size)
+            return sampled(load(path, weights=weights, sampling=sampling), n, seed=seed, batch_size=batch_size)
     source = open_source(str(path))
     count = _enough(path, len(source), n)
     made_by, card = _samples_settings(path)

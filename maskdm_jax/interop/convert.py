@@ -230,7 +230,7 @@ def _to_folder(dst: pathlib.Path, source: _Source, weights: str) -> list[str]:
     ema = params if official.ema is None else params_from_state_dict(official.ema)
     opt_state = _optimizer_state(make_optimizer(stage).init(params), source)
     key = jax.random.fold_in(jax.random.key(config.seed), index)
-    state = TrainState(np.int32(official.step), params, ema, opt_state, key)
+    state = TrainState(np.int32(official.step), params, (ema,), opt_state, key)
     meta = dict(
         stage=name,
         stage_step=official.step,

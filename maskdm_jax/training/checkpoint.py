@@ -1,6 +1,6 @@
 """Checkpoints on Orbax: saved in the background, restored onto any mesh, bit for bit.
 
-    WORKDIR/checkpoints/STEP/{params, ema, optimizer, meta}
+    WORKDIR/checkpoints/STEP/{params, ema, ema2, ..., optimizer, meta}
 
 STEP counts the steps of all stages. `meta` is JSON: the stage and its step, the position in the data, the whole config
 and the class names. Sampling and resuming need no other file.
@@ -12,6 +12,7 @@ import json
 import logging
 import os
 import pathlib
+import re
 import shlex
 import shutil
 
@@ -28,7 +29,7 @@ from maskdm_jax.training.state import TrainState
 log = logging.getLogger(__name__)
 
 FOLDER = "checkpoints"
-ITEMS = ("params", "ema", "optimizer")  # the items that contain arrays
+_EMA = re.compile(r"ema\d*")  # name of the item of an EMA
 META = dict(stage=str, stage_step=int, past=dict, data=dict, window=dict, classes=list, card=dict, config=dict)
 META |= dict(images=(int, type(None)))  # number; None: converted from another format
 
@@ -53,7 +54,6 @@ class Checkpoints:
         self.folder, self._verified = pathlib.Path(workdir).absolute() / FOLDER, False
         self._manager = _Manager(
             self.folder,
-            item_names=(*ITEMS, "meta"),
             options=ocp.CheckpointManagerOptions(
                 preservation_policy=AnyPreservationPolicy([LatestN(keep), CustomSteps(list(keep_steps))])
             ),
@@ -109,9 +109,7 @@ class Checkpoints:
             self._manager.save(
                 step,
                 args=ocp.args.Composite(
-                    params=ocp.args.StandardSave(state.params),
-                    ema=ocp.args.StandardSave(state.ema),
-                    optimizer=ocp.args.StandardSave(_rest(state)),
+                    **{name: ocp.args.StandardSave(tree) for name, tree in _items(state).items()},
                     meta=ocp.args.JsonSave(meta),
                 ),
                 force=True,  # beside a stray folder of a higher number, Orbax would save nothing and say nothing
@@ -215,8 +213,10 @@ def load_state(checkpoint: pathlib.Path, abstract: TrainState) -> TrainState:
     Raises:
       CheckpointError: names, shapes or dtypes differ.
     """
-    params, ema = (load_item(checkpoint, name, getattr(abstract, name)) for name in ("params", "ema"))
-    return TrainState(params=params, ema=ema, **load_item(checkpoint, "optimizer", _rest(abstract)))
+    _check_names(checkpoint, abstract)
+    loaded = {name: load_item(checkpoint, name, tree) for name, tree in _items(abstract).items()}
+    params, rest = loaded.pop("params"), loaded.pop("optimizer")
+    return TrainState(params=params, emas=tuple(loaded.values()), **rest)
 
 
 def check(checkpoint: pathlib.Path) -> None:
@@ -226,7 +226,7 @@ def check(checkpoint: pathlib.Path) -> None:
       CheckpointError: it is damaged.
     """
     load_meta(checkpoint)
-    for item in ITEMS:
+    for item in (*weights_in(checkpoint), "optimizer"):
         folder = checkpoint / item
         with _reading(checkpoint):
             described = json.loads((folder / "_METADATA").read_bytes())["tree_metadata"]
@@ -261,8 +261,18 @@ def check_fit(checkpoint: pathlib.Path, abstract: TrainState) -> None:
     Raises:
       CheckpointError: they differ.
     """
-    for item, part in (("params", abstract.params), ("ema", abstract.ema), ("optimizer", _rest(abstract))):
+    _check_names(checkpoint, abstract)
+    for item, part in _items(abstract).items():
         _check_item(checkpoint, item, part)
+
+
+def _check_names(checkpoint: pathlib.Path, abstract: TrainState) -> None:
+    stored, wanted = weights_in(checkpoint), list(abstract.weights)
+    if stored != wanted:
+        raise CheckpointError(
+            f"{checkpoint} holds {', '.join(stored)}, but the config asks for {', '.join(wanted)}: its stage needs "
+            f"{len(stored) - 2} more_ema_decays"
+        )
 
 
 def _check_item(checkpoint: pathlib.Path, item: str, abstract) -> None:
@@ -271,8 +281,16 @@ def _check_item(checkpoint: pathlib.Path, item: str, abstract) -> None:
     compare(f"the {item} of {checkpoint} do not fit config.model", stored, abstract)
 
 
-def _rest(state: TrainState) -> dict:
-    return {f.name: getattr(state, f.name) for f in dataclasses.fields(state) if f.name not in ("params", "ema")}
+def _items(state: TrainState) -> dict:
+    """The parts of a state by the names of their folders."""
+    rest = {f.name: getattr(state, f.name) for f in dataclasses.fields(state) if f.name not in ("params", "emas")}
+    return state.weights | {"optimizer": rest}
+
+
+def weights_in(checkpoint: pathlib.Path) -> list[str]:
+    """Names of the sets of weights in a checkpoint: params, ema, ema2, ..."""
+    emas = {"ema"} | {path.name for path in checkpoint.iterdir() if _EMA.fullmatch(path.name)}
+    return ["params", *sorted(emas, key=lambda name: (len(name), name))]
 
 
 def _is_checkpoint(path: pathlib.Path) -> bool:

@@ -16,7 +16,7 @@ from maskdm_jax.config import Config
 from maskdm_jax.errors import ConfigError, TorchFileError, first_line, prefixed
 from maskdm_jax.parallel import sharding
 from maskdm_jax.training import checkpoint, logs
-from maskdm_jax.training.state import TrainState, make_optimizer, new_state
+from maskdm_jax.training.state import TrainState, new_state
 
 log = logging.getLogger(__name__)
 
@@ -97,8 +97,8 @@ def changes_since(config: Config, meta: dict, data) -> list[str]:
 
 def abstract_state(config: Config, index: int, network: Network, mesh) -> TrainState:
     """Shapes, dtypes and placement of the state in stage number `index`."""
-    optimizer = make_optimizer(config.stage[config.stages[index]])
-    state = jax.eval_shape(lambda params: new_state(params, optimizer, jax.random.key(0)), network.abstract_params())
+    stage = config.stage[config.stages[index]]
+    state = jax.eval_shape(lambda params: new_state(params, stage, jax.random.key(0)), network.abstract_params())
     placed = sharding.state_sharding(mesh, state)
     return jax.tree.map(lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), state, placed)
 
@@ -115,9 +115,9 @@ def next_stage(config: Config, index: int, network: Network, mesh, state: TrainS
 
 
 def _first_state(config: Config, index: int, abstract: TrainState, params) -> TrainState:
-    optimizer = make_optimizer(config.stage[config.stages[index]])
+    stage = config.stage[config.stages[index]]
     key = jax.random.fold_in(jax.random.key(config.seed), index)  # each stage has its own random stream
-    return jax.jit(new_state, static_argnums=1, out_shardings=sharding.placement(abstract))(params, optimizer, key)
+    return jax.jit(new_state, static_argnums=1, out_shardings=sharding.placement(abstract))(params, stage, key)
 
 
 def initial_weights(config: Config, classes: list[str], abstract) -> tuple[dict, pathlib.Path]:

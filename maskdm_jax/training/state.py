@@ -13,13 +13,28 @@ EMA_COPY_STEPS = 100  # steps in which the reference's EMA copies the parameters
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TrainState:
-    """A pytree. `params` and `ema` are nested dicts of float32 arrays of equal structure."""
+    """A pytree. `params` and each of `emas` are nested dicts of float32 arrays of equal structure."""
 
     step: typing.Any  # int32 scalar, steps done in this stage
     params: typing.Any
-    ema: typing.Any
+    emas: tuple  # one or more
     opt_state: typing.Any
     key: typing.Any  # typed PRNG key of the run; never advanced, folded with the step and the example's index
+
+    @property
+    def ema(self):
+        """The first EMA."""
+        return self.emas[0]
+
+    @property
+    def weights(self) -> dict:
+        """All sets of weights by name: params, ema, ema2, ..."""
+        return {"params": self.params} | dict(zip(ema_names(len(self.emas)), self.emas, strict=True))
+
+
+def ema_names(count: int) -> list[str]:
+    """Names of the EMAs: ema, ema2, ..."""
+    return ["ema", *(f"ema{i}" for i in range(2, count + 1))]
 
 
 def make_optimizer(stage) -> optax.GradientTransformation:
@@ -83,18 +98,26 @@ def learning_rate(stage) -> optax.Schedule:
     return lambda step: stage.learning_rate * jnp.minimum(step / stage.warmup_steps, 1.0)
 
 
-def new_state(params, optimizer: optax.GradientTransformation, key) -> TrainState:
-    """State at the start of a stage. The EMA is a copy, because donation needs separate buffers."""
-    return TrainState(jnp.int32(0), params, jax.tree.map(jnp.copy, params), optimizer.init(params), key)
+def new_state(params, stage, key) -> TrainState:
+    """State at the start of a `config.Stage`. The EMAs are copies, because donation needs separate buffers."""
+    emas = tuple(jax.tree.map(jnp.copy, params) for _ in ema_decays(stage))
+    return TrainState(jnp.int32(0), params, emas, make_optimizer(stage).init(params), key)
 
 
-def ema_step_size(step, *, decay: float, every: int):
+def ema_decays(stage) -> tuple[float, ...]:
+    """Decays of the EMAs of a `config.Stage`."""
+    return (stage.ema_decay, *stage.more_ema_decays)
+
+
+def ema_step_size(step, *, decay: float, every: int, law: str = "reference"):
     """1 - decay of the EMA at its call number `step` (0, 1, ...): 1 copies the parameters, 0 keeps the EMA.
 
-    As in the reference, the EMA is updated when `step` is a multiple of `every`. Up to step 100 it copies; then its
-    decay is min(decay, 1 - (1 + e)^(-2/3)) with e = step - 100.
+    The EMA is updated when `step` is a multiple of `every`. With the law `plain`, its decay is always `decay`. With
+    that of the reference, it copies up to step 100; then its decay is min(decay, 1 - (1 + e)^(-2/3)), e = step - 100.
     """
     step = jnp.asarray(step)
     e = jnp.maximum(step - EMA_COPY_STEPS, 0)
-    size = jnp.maximum(1 - decay, (1.0 + e) ** (-2 / 3))  # 1 while e is 0
+    size = 1 - decay
+    if law == "reference":
+        size = jnp.maximum(size, (1.0 + e) ** (-2 / 3))  # 1 while e is 0
     return jnp.where(step % every == 0, size, 0.0)

@@ -13,7 +13,7 @@ from maskdm_jax.diffusion import masking
 from maskdm_jax.diffusion.process import denoising_loss
 from maskdm_jax.models.representation import make_representation
 from maskdm_jax.parallel import processes, sharding
-from maskdm_jax.training.state import TrainState, ema_step_size, learning_rate, make_optimizer
+from maskdm_jax.training.state import TrainState, ema_decays, ema_step_size, learning_rate, make_optimizer
 
 
 class Inputs(typing.NamedTuple):
@@ -104,10 +104,14 @@ def train_step(state: TrainState, batch, *, draw, loss, stage: Stage, mesh) -> t
     )
     updates, opt_state = make_optimizer(stage).update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
-    step_size = ema_step_size(state.step, decay=stage.ema_decay, every=stage.ema_every)
-    ema = optax.incremental_update(params, state.ema, step_size)
+    emas = tuple(
+        optax.incremental_update(
+            params, ema, ema_step_size(state.step, decay=decay, every=stage.ema_every, law=stage.ema_law)
+        )
+        for ema, decay in zip(state.emas, ema_decays(stage), strict=True)
+    )
     metrics = dict(loss=value, grad_norm=optax.tree.norm(grads), learning_rate=learning_rate(stage)(state.step))
-    return TrainState(state.step + 1, params, ema, opt_state, state.key), metrics
+    return TrainState(state.step + 1, params, emas, opt_state, state.key), metrics
 
 
 def jit_step(config: Config, name: str, mesh, abstract: TrainState):
