@@ -665,8 +665,8 @@ def test_some_images_are_read_to_see_what_they_are(tmp_path):
     assert found.images == 6
     assert found.unreadable == ["0003.png: not an image of a known kind"]
     assert found.notes == [
-        "4 of 6 images are smaller than 9 x 9 pixels, so they are enlarged",
-        "1 of 6 images are animated or of several pages, so the first alone is used",
+        "4 of 6 images read are smaller than 9 x 9 pixels, so they are enlarged",
+        "1 of 6 images read are animated or of several pages, so the first alone is used",
     ]
     assert pipeline.probe(sources.Digits(), Framing(8, 1), 7)[::2] == (7, [])
 

@@ -62,7 +62,11 @@ def test_batches_of_worker_processes_fit_into_shared_memory(monkeypatch):
     ("counts", "same", "message"),
     [
         ([1797, 1797], True, None),
-        ([1797, 5], False, "the processes see different images or labels: 1,797, 5 of them; here 1797 images from digits"),
+        (
+            [1797, 5],
+            False,
+            "the processes see different images or labels: 1,797, 5 of them; here 1797 images from digits",
+        ),
         ([1797, 1797], False, "the processes see different images or labels"),
         ([1797, -1], True, "process 1 cannot open the images"),
     ],
@@ -151,7 +155,7 @@ def test_images_are_opened_once_and_judged_as_in_training(inception_weights, tmp
     changes |= dict(evaluation__every=1, evaluation__inception_weights=str(inception_weights))
     changes |= dict(evaluation__reference=str(tmp_path / "statistics.npz"))
     lines = examined(tiny.config(**changes), tmp_path / "run")[1]
-    assert lines["data"][1].endswith("0 unreadable; 3 of 3 images are smaller than 8 x 8 pixels, so they are enlarged")
+    assert lines["data"][1].endswith("0 unreadable; 3 of 3 images read are smaller than 8 x 8 pixels, so they are enlarged")
     assert lines["evaluation"][0]
     assert len(opened) == 1
     (tmp_path / "images" / "2.png").write_bytes(b"no image")

@@ -114,7 +114,7 @@ def probe(source, framing: Framing, count: int) -> Probe:
             found.update(surprises(image, framing))
         except Exception as error:  # decoders raise any type on a damaged file
             unreadable.append(f"{source.names[i]}: {first_line(error)}")
-    notes = [f"{number} of {len(numbers)} images are {text}" for text, number in found.items()]
+    notes = [f"{number} of {len(numbers)} images read are {text}" for text, number in found.items()]
     return Probe(len(numbers), time.perf_counter() - start, unreadable, notes)
 
 
