@@ -32,7 +32,8 @@ def atomic_path(path):
     path = pathlib.Path(path)
     if path.exists() and not path.is_file():
         raise OSError(f"{path} is not a regular file")
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    # Processes of several hosts, which may have the same number, write into a shared cache.
+    temporary = path.with_name(f".{path.name}.{os.uname().nodename}.{os.getpid()}.tmp")
     try:
         yield temporary
         os.replace(temporary, path)

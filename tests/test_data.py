@@ -197,6 +197,11 @@ def test_labels_beside_the_images_are_never_guessed(stored, files, message):
     assert len(open_source(place)) == 6
 
 
+def test_accents_of_names_are_compared_however_they_are_written(stored):
+    files = {"u\u0308.png": png(1), "b.png": png(2), "metadata.csv": metadata_csv({"./\u00fc.png": 1, "b.png": 0})}
+    assert open_source(stored(files), labels=True).labels == [0, 1]
+
+
 @pytest.mark.parametrize(
     ("file", "content", "reason"),
     [

@@ -6,6 +6,7 @@ import itertools
 import json
 import posixpath
 import re
+import unicodedata
 
 from maskdm_jax.data.base import WITHOUT_LABELS
 from maskdm_jax.errors import DataError, prefixed
@@ -72,7 +73,7 @@ def find_labels(path, names: list[str], others: list[str], read):
             unused = [f"no {' or '.join(_LABEL_FILES)} is there"]
         taken = f", so the folders {', '.join(classes[:3])} are taken for classes. If they only divide the files, "
         return labels, classes, [], ["; ".join(unused) + taken + WITHOUT_LABELS] if unused else []
-    labels = {name: known.get(posixpath.normpath(name)) for name in names}
+    labels = {name: known.get(_normalized(name)) for name in names}
     bare = [name for name, label in labels.items() if label is None]
     if bare:
         raise DataError(
@@ -115,10 +116,15 @@ def _read_label_file(path, file: str, read) -> dict[str, str]:
             if label is None:
                 shown = f"{row.get('file_name')!r} is {row.get(column)!r}"
                 raise ValueError(f"the label of {shown}, not the number or name of a class")
-            name = posixpath.normpath(posixpath.join(posixpath.dirname(file), row["file_name"].replace("\\", "/")))
+            name = _normalized(posixpath.join(posixpath.dirname(file), row["file_name"].replace("\\", "/")))
             if found.setdefault(name, label) != label:
                 raise ValueError(f"it gives two labels to {row['file_name']!r}")
         return found
+
+
+def _normalized(name: str) -> str:
+    """A name without `./` and `../`; macOS writes accents as characters of their own, label files mostly do not."""
+    return unicodedata.normalize("NFC", posixpath.normpath(name))
 
 
 def _class_name(label) -> str | None:
