@@ -1,5 +1,7 @@
 """JiT against recorded outputs of the authors' code, and the properties of its masked form."""
 
+import functools
+
 import golden
 import jax
 import jax.numpy as jnp
@@ -14,10 +16,11 @@ from maskdm_jax.diffusion.process import noisy
 from maskdm_jax.errors import SamplingError
 from maskdm_jax.interop.names import JIT
 from maskdm_jax.models.jit import sine_cosine
-from maskdm_jax.models.layers import patchify
+from maskdm_jax.models.layers import patchify, unpatchify
 from maskdm_jax.parallel import sharding
 from maskdm_jax.run import train
-from maskdm_jax.training.step import Inputs, draw_inputs, make_loss
+from maskdm_jax.training.state import new_state
+from maskdm_jax.training.step import Inputs, draw_inputs, make_loss, train_step
 
 
 @pytest.fixture(scope="module")
@@ -187,3 +190,67 @@ def test_samples_are_the_same_bits_on_any_number_of_devices(run):
         for n in (1, 2)
     )
     np.testing.assert_array_equal(one, two)
+
+
+def test_ten_steps_are_those_of_pytorch(torch):
+    """Weights, gradients, AdamW and both EMAs of masked flow matching; dropout is off."""
+    import torch_jit
+
+    changes = JIT_RUN | dict(model__jit=JIT_RUN["model__jit"] | dict(dropout=0.0), pretrain__weight_decay=0.1)
+    config = tiny.config(**changes, pretrain__clip_norm=0.0, diffusion__flow=dict(noise_scale=0.5))
+    stage, network = config.stage["pretrain"], make_network(config)
+    params = jax.jit(network.init)(jax.random.key(0))
+    params = jax.tree.map(lambda leaf: leaf + 0.05 * jax.random.normal(jax.random.key(leaf.size), leaf.shape), params)
+    twin = torch_jit.of_config(config)
+    sides = {"x_embedder.proj1.weight": config.model.patch_size, "x_embedder.proj2.weight": 1}
+    tensors = JIT.state_dict(jax.tree.map(np.asarray, params), sides)
+    tensors |= {"pos_embed": sine_cosine(config.model.width, twin.side)[None]}
+    twin.load_state_dict({name: torch.tensor(tensor) for name, tensor in tensors.items()})
+    trained = [p for p in twin.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(
+        trained, lr=stage.learning_rate, betas=(stage.b1, stage.b2), weight_decay=stage.weight_decay
+    )
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: min(i / stage.warmup_steps, 1))
+    decays = (stage.ema_decay, *stage.more_ema_decays)
+    averages = [[p.detach().clone() for p in trained] for _ in decays]
+    state = new_state(params, stage, jax.random.key(1))
+    drawn = jax.jit(lambda key, rows: draw_inputs(config, "pretrain", key, rows))
+    mesh = sharding.make_mesh(devices=jax.devices()[:1])
+    given = lambda key, inputs: inputs  # drawn already
+    step = jax.jit(functools.partial(train_step, draw=given, loss=make_loss(config, network), stage=stage, mesh=mesh))
+    rng = np.random.RandomState(0)
+    for i in range(10):
+        rows = dict(
+            image=rng.randint(0, 256, (8, 8, 8, 1), np.uint8), label=np.arange(8), index=np.arange(8, dtype=np.uint32)
+        )
+        inputs = drawn(jax.random.key(i), rows)
+        # The twin computes the embedding of whole images, so the hidden patches are filled with anything.
+        whole = [np.zeros((8, 16, 4), np.float32) for _ in range(2)]
+        for full, part in zip(whole, (inputs.x0, inputs.eps), strict=True):
+            np.put_along_axis(full, np.asarray(inputs.positions)[..., None], np.asarray(part), axis=1)
+        x0, eps = (torch.tensor(np.array(unpatchify(full, 2, (4, 4))).transpose(0, 3, 1, 2)) for full in whole)
+        labels = torch.tensor(np.where(np.asarray(inputs.labels) < 0, config.model.num_classes, inputs.labels))
+        optimizer.zero_grad()
+        value = torch_jit.loss(
+            twin,
+            x0,
+            torch.tensor(np.array(inputs.t)),
+            labels,
+            0.5 * eps,
+            torch.tensor(np.array(inputs.positions)).long(),
+        ).mean()
+        value.backward()
+        optimizer.step()
+        schedule.step()
+        for decay, average in zip(decays, averages, strict=True):
+            for a, p in zip(average, trained, strict=True):
+                a.mul_(decay).add_(p.detach(), alpha=1 - decay)
+        state, metrics = step(state, inputs)
+        assert float(metrics["loss"]) == pytest.approx(value.item(), rel=1e-5), i
+    names = [name for name, p in twin.named_parameters() if p.requires_grad]
+    for tree, theirs in zip((state.params, *state.emas), (trained, *averages), strict=True):
+        ours = JIT.state_dict(jax.tree.map(np.asarray, tree), sides)
+        assert list(ours) == names
+        for name, tensor in zip(names, theirs, strict=True):
+            expected = tensor.detach().numpy()
+            assert np.abs(ours[name] - expected).max() < 2e-5 * np.abs(expected).max(), name
