@@ -1,10 +1,14 @@
 """A step's pages are there for the next one."""
 
 import json
+import os
+import signal
 import subprocess
 import sys
 
 import pytest
+
+from maskdm_jax.parallel import processes, runtime
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="malloc's settings are glibc's")
 
@@ -41,10 +45,32 @@ def test_a_program_executed_again_faults_no_pages_in(child_env):
     assert faults < 0.01 * many, (faults, many)
 
 
+def test_a_run_outlives_its_terminal(monkeypatch):
+    """What nobody reads is dropped, and the SIGHUP of a terminal that closes saves like SIGTERM."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    with open(writer, "w", buffering=1) as gone:
+        stream = runtime._Stderr(gone)
+        assert not stream.isatty()
+        print("a line", file=stream, flush=True)
+        with pytest.raises(BrokenPipeError):
+            gone.flush()
+        os.dup2(os.open(os.devnull, os.O_WRONLY), writer)  # so that it can be closed
+    monkeypatch.setattr(processes.jax.distributed, "initialize", lambda **_: None)
+    service = processes.jax.config.jax_enable_preemption_service
+    received, before = [], signal.signal(signal.SIGTERM, lambda number, _: received.append(number))
+    try:
+        processes.initialize(catch_sigterm=True)
+        os.kill(os.getpid(), signal.SIGHUP)
+        assert received == [signal.SIGTERM]
+    finally:
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
+        signal.signal(signal.SIGTERM, before)
+        processes.jax.config.update("jax_enable_preemption_service", service)
+
+
 def test_beside_accelerators_nothing_changes(monkeypatch):
     import jax
-
-    from maskdm_jax.parallel import runtime
 
     monkeypatch.setattr(runtime, "_DEVICE_FILES", ("/dev/null",))
     monkeypatch.setattr(runtime.ctypes, "CDLL", lambda name: pytest.fail("asked"))

@@ -397,6 +397,7 @@ def test_a_non_finite_loss_stops_the_run(tmp_path, monkeypatch, bad_step, checkp
         else str(tmp_path / "checkpoints" / str(checkpoint_step))
     )
     assert expected in said
+    assert f"ended by NonFiniteLoss: {said}" in (tmp_path / "log.txt").read_text()
     assert checkpoint.Checkpoints(tmp_path, keep=2).latest() == checkpoint_step, "what diverged was not saved"
 
 

@@ -5,6 +5,7 @@ import glob
 import importlib.util
 import itertools
 import os
+import signal
 import socket
 import sys
 import threading
@@ -27,13 +28,15 @@ def initialize(*, catch_sigterm: bool = False) -> None:
     0), JAX_NUM_PROCESSES and JAX_PROCESS_ID; a SLURM step with one task per GPU; the hosts of one or more TPU slices.
 
     Args:
-      catch_sigterm: SIGTERM to any process does not end it, but makes `stop_requested` true at the same step in all
-        processes.
+      catch_sigterm: SIGTERM to any process, or SIGHUP from a terminal that closes, does not end it, but makes
+        `stop_requested` true at the same step in all processes.
 
     Raises:
       DistributedError: variables are missing or malformed, or the other processes cannot be reached.
     """
     jax.config.update("jax_enable_preemption_service", catch_sigterm)
+    if catch_sigterm and signal.getsignal(signal.SIGHUP) is signal.SIG_DFL:  # nohup ignores it
+        signal.signal(signal.SIGHUP, lambda *_: os.kill(os.getpid(), signal.SIGTERM))
     known = {name: os.environ.get(name) for name in _VARIABLES}
     if any(known.values()):
         how = _explicit(known)

@@ -87,6 +87,27 @@ def _message(error) -> str:
     return " ".join(str(error).split())
 
 
+class _Stderr:
+    """A stream that drops what cannot be written: a run outlives its terminal, or the program it is piped into."""
+
+    def __init__(self, stream):
+        self._stream = stream
+
+    def __getattr__(self, name):
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        """Write, if anybody still reads."""
+        with contextlib.suppress(OSError):
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        """Flush, if anybody still reads."""
+        with contextlib.suppress(OSError):
+            self._stream.flush()
+
+
 @contextlib.contextmanager
 def program(*, distributed: bool = True, catch_sigterm: bool = False):
     """Run the body of a launcher: set up JAX, join the other processes, exit with one line on an expected error.
@@ -97,6 +118,7 @@ def program(*, distributed: bool = True, catch_sigterm: bool = False):
     """
     keep_freed_memory()
     keep_compiled_programs()
+    sys.stderr = _Stderr(sys.stderr)
     try:
         if distributed:
             processes.initialize(catch_sigterm=catch_sigterm)

@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from maskdm_jax import config as config_lib
 from maskdm_jax.config import Config
+from maskdm_jax.errors import MaskDMError
 from maskdm_jax.parallel import processes
 from maskdm_jax.storage import write_atomically
 
@@ -51,6 +52,10 @@ def logging_to(workdir):
         log.addHandler(handler)
     try:
         yield
+    except BaseException as error:  # into log.txt alone: the program prints it, but perhaps nobody reads that
+        expected = isinstance(error, (MaskDMError, OSError))
+        log.debug("ended by %s: %s", type(error).__name__, error, exc_info=not expected)
+        raise
     finally:
         for handler in handlers:
             log.removeHandler(handler)
