@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import importlib.util
 import json
 import logging
 import math
@@ -57,11 +58,9 @@ def check(config: Config) -> None:
     """
     from maskdm_jax.evaluation.metrics import check_settings
 
-    if config.log.wandb:
-        try:
-            import wandb  # noqa: F401
-        except ImportError:
-            raise ConfigError("config.log.wandb is True but wandb is not installed; pip install wandb") from None
+    for name, package in (("wandb", "wandb"), ("tensorboard", "tensorboardX")):
+        if getattr(config.log, name) and importlib.util.find_spec(package) is None:
+            raise ConfigError(f"config.log.{name} is True but {package} is not installed; pip install {package}")
     if config.sampling.guidance and not config.data.label_dropout and not config.init_from:
         raise ConfigError(
             f"config.sampling.guidance is {config.sampling.guidance:g}, but training never hides a label; set "

@@ -42,10 +42,11 @@ def test_tensorboard_gets_numbers_and_pictures(tmp_path):
     assert b"samples" in written
 
 
-def test_wandb_must_be_installed_if_wanted(monkeypatch):
-    monkeypatch.setitem(sys.modules, "wandb", None)
-    with pytest.raises(ConfigError, match="pip install wandb"):
-        run.check(tiny.config(log__wandb=True))
+@pytest.mark.parametrize(("setting", "package"), [("log__wandb", "wandb"), ("log__tensorboard", "tensorboardX")])
+def test_a_logger_must_be_installed_if_wanted(monkeypatch, setting, package):
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(ConfigError, match=f"pip install {package}"):
+        run.check(tiny.config(**{setting: True}))
 
 
 def test_each_run_folder_has_a_wandb_id_of_its_own(tmp_path, monkeypatch):

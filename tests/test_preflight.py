@@ -155,7 +155,9 @@ def test_images_are_opened_once_and_judged_as_in_training(inception_weights, tmp
     changes |= dict(evaluation__every=1, evaluation__inception_weights=str(inception_weights))
     changes |= dict(evaluation__reference=str(tmp_path / "statistics.npz"))
     lines = examined(tiny.config(**changes), tmp_path / "run")[1]
-    assert lines["data"][1].endswith("0 unreadable; 3 of 3 images read are smaller than 8 x 8 pixels, so they are enlarged")
+    assert lines["data"][1].endswith(
+        "0 unreadable; 3 of 3 images read are smaller than 8 x 8 pixels, so they are enlarged"
+    )
     assert lines["evaluation"][0]
     assert len(opened) == 1
     (tmp_path / "images" / "2.png").write_bytes(b"no image")

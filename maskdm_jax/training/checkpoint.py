@@ -101,9 +101,10 @@ class Checkpoints:
         """
         if step == self.latest():
             return
-        needed, free = sum(leaf.nbytes for leaf in jax.tree.leaves(state)), shutil.disk_usage(self.folder).free
+        needed = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
         with self._writing():
-            # Check free space first: on a full disk Orbax logs hundreds of lines.
+            # Check the folder first: without it, or on a full disk, Orbax logs hundreds of lines.
+            free = shutil.disk_usage(self.folder).free
             if processes.is_first() and free < needed:
                 raise OSError(f"step {step} takes {needed / 1e9:.2f} GB and the disk has {free / 1e9:.2f} GB free")
             self._manager.save(
@@ -151,7 +152,7 @@ class Checkpoints:
         latest = self.latest()
         resume = "there is none yet" if latest is None else f"the same command resumes from step {latest}"
         message = f"no checkpoint can be written to {self.folder} ("
-        return prefixed(CheckpointError, message, Exception, f"); make room there; {resume}")
+        return prefixed(CheckpointError, message, Exception, f"); it needs a folder that exists and room; {resume}")
 
 
 def check_path(path) -> None:
