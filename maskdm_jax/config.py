@@ -39,6 +39,7 @@ def _between(low: int, high: int) -> Rule:
 INT32 = 2**31 - 1  # steps and sizes are int32 on devices
 Count = typing.Annotated[int, _between(1, INT32)]
 Natural = typing.Annotated[int, _between(0, INT32)]
+Side = typing.Annotated[int, _between(1, 65_536)]
 Positive = typing.Annotated[float, Rule(lambda value: value > 0, "above 0")]
 NonNegative = typing.Annotated[float, Rule(lambda value: value >= 0, "at least 0")]
 Probability = typing.Annotated[float, Rule(lambda value: 0 <= value <= 1, "a probability, 0 to 1")]
@@ -54,9 +55,7 @@ class Data:
 
     path: str = ""  # folder, archive, prepared set, TFDS folder, LMDB or address; "digits" is the embedded set
     split: str = ""  # split of a TFDS folder
-    image_size: typing.Annotated[int, _between(1, 65_536)] = (
-        64  # pixels; the short side is resized (bicubic), the centre cropped
-    )
+    image_size: Side = 64  # pixels; the short side is resized (bicubic), the centre cropped
     channels: Count = 3  # 3 colour, 1 grey; other numbers where the source stores them
     classes: tuple[str, ...] = ()  # names of the classes to use, numbered in this order; () for all
     fraction: Fraction = 1.0  # share of the images to use, drawn by fraction_seed

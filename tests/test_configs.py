@@ -6,6 +6,7 @@ import importlib.util
 import pathlib
 import typing
 
+import jax
 import pytest
 
 from maskdm_jax import config as config_lib
@@ -15,6 +16,8 @@ NAMES = [
     "celeba64_finetune",
     "celeba64_pretrain",
     "celebahq",
+    "celebahq_edm_finetune",
+    "celebahq_edm_pretrain",
     "celebahq_finetune",
     "celebahq_l_finetune",
     "celebahq_l_pretrain",
@@ -22,7 +25,15 @@ NAMES = [
     "celebahq_pretrain_50",
     "celebahq_s_finetune",
     "celebahq_s_pretrain",
+    "cifar10_finetune",
+    "cifar10_pretrain",
     "demo",
+    "imagenet256_jit",
+    "imagenet256_jit_finetune",
+    "imagenet256_jit_pretrain",
+    "imagenet512_jit",
+    "imagenet64_jit_finetune",
+    "imagenet64_jit_pretrain",
     "lsun_church_finetune",
     "own_images",
     "vggface2_pretrain",
@@ -101,6 +112,38 @@ def test_recipes(root, name):
         )
 
 
+@pytest.mark.parametrize("name", ["imagenet256_jit", "imagenet512_jit", "imagenet64_jit_pretrain"])
+def test_jit_recipes(root, name):
+    """Those of the JiT paper: batch, rate, warm-up, betas, EMAs, times, noise and guidance."""
+    config = config_lib.parse(load(root, name))
+    (stage,) = config.stage.values()
+    assert (stage.batch_size, stage.learning_rate, stage.warmup_steps) == (1024, 2e-4, 6255)
+    assert (stage.b1, stage.b2, stage.weight_decay, stage.clip_norm) == (0.9, 0.95, 0.0, 0.0)
+    assert (stage.ema_decay, stage.more_ema_decays, stage.ema_law) == (0.9999, (0.9996,), "plain")
+    flow, sampling = config.diffusion.flow, config.sampling
+    assert (flow.times, flow.mean, flow.std, flow.noise_scale) == (
+        "logit_normal", -0.8, 0.8, config.data.image_size / 256
+    )  # fmt: skip
+    assert (sampling.method, sampling.steps, sampling.guidance, sampling.guidance_from) == ("heun", 50, 1.9, 0.1)
+
+
+@pytest.mark.parametrize(
+    ("image_size", "patch_size", "parameters"), [(256, 16, (131, 459, 953)), (512, 32, (133, 462, 956))]
+)
+def test_sizes_of_the_jit_paper(image_size, patch_size, parameters):
+    """In millions, of JiT-B, L and H."""
+    shapes = [(768, 12, 12, 128, 4), (1024, 24, 16, 128, 8), (1280, 32, 16, 256, 10)]
+    for (width, depth, heads, bottleneck, start), expected in zip(shapes, parameters, strict=True):
+        c = config_lib.default()
+        c.data.update(path="digits", image_size=image_size, labels=True)
+        c.model.update(network="jit", patch_size=patch_size, width=width, depth=depth, heads=heads, num_classes=1000)
+        c.model.jit.update(bottleneck=bottleneck, class_tokens_from=start)
+        c.stages, c.stage = ("stage",), config_lib.stage()
+        params = make_network(config_lib.parse(c)).abstract_params()
+        fixed = (image_size // patch_size) ** 2 * width  # the authors count the fixed position embedding
+        assert round((sum(leaf.size for leaf in jax.tree.leaves(params)) + fixed) / 1e6) == expected
+
+
 @pytest.mark.parametrize(
     ("mask", "visible"),
     [
@@ -117,7 +160,21 @@ def test_masks_of_celeba64(root, mask, visible):
 
 def test_every_setting_is_explained():
     """Each field of the schema has a comment on its line or a name that needs none."""
-    plain = {"patch_size", "width", "heads", "mlp_ratio", "qv_bias", "schedule", "timesteps", "steps", "seed"}
+    plain = {
+        "network",
+        "jit",
+        "flow",
+        "edm",
+        "patch_size",
+        "width",
+        "heads",
+        "mlp_ratio",
+        "qv_bias",
+        "schedule",
+        "timesteps",
+        "steps",
+        "seed",
+    }
     plain |= {
         "learning_rate",
         "warmup_steps",

@@ -136,7 +136,8 @@ def sampling_steps(config: Config) -> int:
 
 def evaluations(config: Config) -> int:
     """Forward passes of the network in a trajectory."""
-    return sampling_steps(config) * (2 if config.sampling.guidance else 1)
+    steps = 2 * config.sampling.steps - 1 if config.sampling.method == "heun" else sampling_steps(config)
+    return steps * (2 if config.sampling.guidance else 1)
 
 
 def count_flops(config: Config, name: str, images: int) -> float:

@@ -1,0 +1,29 @@
+"""CelebA-HQ 256, MaskDM-B with EDM's process: masked pre-training, 90% hidden (first of two stages).
+
+    python launch/train.py --config=configs/celebahq_edm_pretrain.py --config.data.path=DIR_OR_ZIP
+
+Data: python launch/prepare_data.py --dataset=celebahq --src=DOWNLOADS --out=data/celebahq256
+Hardware: 8 accelerators of 80 GB; fewer or smaller ones with micro_batches, remat or mesh.fsdp.
+Expected cost, computed, not measured: 200k x 256 images x 0.27 TFLOP
+= 13.8 EFLOP, about 9.72 hours of one H100 in bfloat16 at 40% of its peak (989 TFLOP/s).
+The paper announces score-based models, without a recipe: these are the settings of configs/celebahq_pretrain.py.
+Next: configs/celebahq_edm_finetune.py.
+"""
+
+from maskdm_jax import config
+
+
+def get_config():
+    c = config.default()
+    c.data.update(path="data/celebahq256", image_size=256)
+    c.model.update(width=768, depth=12, heads=12)
+    c.diffusion.update(process="edm", objective="x0")
+    c.sampling.update(method="heun", steps=18)
+    c.stages = ("pretrain",)
+    c.pretrain = config.stage(
+        steps=200_000,
+        batch_size=256,
+        learning_rate=2e-4,
+        mask=config.block(rate=0.9, block=4),  # 416 of 4,096 patches
+    )
+    return c

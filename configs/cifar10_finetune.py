@@ -1,0 +1,21 @@
+"""CIFAR-10, MaskDM-S with patches of 2 x 2, by class: fine-tuning, nothing hidden (last of two stages).
+
+    python launch/train.py --config=configs/cifar10_finetune.py --config.data.path=DIR_OR_ZIP
+
+Data: python launch/prepare_data.py --dataset=cifar10 --src=DOWNLOADS --out=data/cifar10
+Hardware: one accelerator of 80 GB or 8 of 16 GB; less with micro_batches or remat.
+Expected cost, computed, not measured: 200k x 128 images x 0.0741 TFLOP
+= 1.9 EFLOP, about 1.33 hours of one H100 in bfloat16 at 40% of its peak (989 TFLOP/s).
+"""
+
+from maskdm_jax import config
+
+
+def get_config():
+    c = config.default()
+    c.init_from = "runs/cifar10_pretrain"  # its raw weights; "" trains from scratch
+    c.data.update(path="data/cifar10", image_size=32, labels=True, label_dropout=0.1, flip=0.5)
+    c.model.update(patch_size=2, width=512, depth=13, heads=8, num_classes=10)  # 256 patches
+    c.stages = ("finetune",)
+    c.finetune = config.stage(steps=200_000, batch_size=128, learning_rate=2e-4, warmup_steps=5000, ema_decay=0.9999)
+    return c
