@@ -231,8 +231,9 @@ def generate_to_folder(
         _claim(folder, settings)
     processes.barrier("samples claimed")
     packed = _packed(folder / "samples.npz")
-    if len(packed) > n:
-        raise SamplingError(f"{folder} holds {len(packed)} images, more than n = {n}; give another folder")
+    held = max(len(packed), *(int(p.stem) + 1 for p in folder.glob("*.png") if p.stem.isdecimal()), 0)
+    if held > n:
+        raise SamplingError(f"{folder} holds {held} images, more than n = {n}; give another folder")
     if len(packed) == n:
         return folder
     parts = folder / "parts" if file_format == "npz" else None
@@ -318,7 +319,9 @@ def _claim(folder: pathlib.Path, settings: dict) -> None:
     if path.exists():
         try:
             there = json.loads(path.read_text())
-        except json.JSONDecodeError as error:
+            if not isinstance(there, dict):
+                raise ValueError("it holds no settings")
+        except ValueError as error:
             raise SamplingError(f"{path} is damaged ({error}); give another folder") from None
         # A run folder may have moved: its weights are known by their hash.
         then, now = (stored | dict(checkpoint="") for stored in (there, json.loads(json.dumps(settings))))

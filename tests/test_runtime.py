@@ -9,6 +9,7 @@ import sys
 import pytest
 
 from maskdm_jax.parallel import processes, runtime
+from maskdm_jax.storage import atomic_path
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="malloc's settings are glibc's")
 
@@ -67,6 +68,16 @@ def test_a_run_outlives_its_terminal(monkeypatch):
         signal.signal(signal.SIGHUP, signal.SIG_DFL)
         signal.signal(signal.SIGTERM, before)
         processes.jax.config.update("jax_enable_preemption_service", service)
+
+
+def test_a_write_to_a_full_disk_names_the_file(tmp_path):
+    with (
+        pytest.raises(OSError, match="No space left on device: '.*samples.npz'"),
+        atomic_path(tmp_path / "samples.npz"),
+        open("/dev/full", "w") as full,
+    ):
+        full.write("x")
+    assert not list(tmp_path.iterdir())
 
 
 def test_beside_accelerators_nothing_changes(monkeypatch):

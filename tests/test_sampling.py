@@ -178,6 +178,12 @@ def test_labels_are_cycled_through(loaded, tmp_path):
 def test_folders_are_not_mixed(ten, loaded, run, tmp_path):
     with pytest.raises(SamplingError, match=r"other settings \(seed: 0 -> 1\)"):
         sampling.generate_to_folder(loaded, ten, 10, seed=1, batch_size=8)
+    with pytest.raises(SamplingError, match="holds 10 images, more than n = 4; give another folder"):
+        sampling.generate_to_folder(loaded, ten, 4, batch_size=8)
+    (tmp_path / "damaged").mkdir()
+    (tmp_path / "damaged" / "samples.json").write_text("[1]")
+    with pytest.raises(SamplingError, match="samples.json is damaged .it holds no settings.; give another folder"):
+        sampling.generate_to_folder(loaded, tmp_path / "damaged", 4)
     (tmp_path / "mine.txt").write_text("mine")
     with pytest.raises(SamplingError, match="is not empty and holds no samples.json"):
         sampling.generate_to_folder(loaded, tmp_path, 10)
