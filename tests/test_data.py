@@ -7,6 +7,8 @@ import os
 import pickle
 import shutil
 import signal
+import subprocess
+import sys
 import tarfile
 import threading
 import zipfile
@@ -658,6 +660,23 @@ def test_a_worker_process_that_dies_is_an_error_and_not_a_wait_without_end(monke
     assert "terminated unexpectedly with exit code -9." in failed[0]
     assert "lower --config.data.workers" in failed[0]
     batches.close()
+
+
+KILLED = """
+import os, signal, tiny
+from maskdm_jax.data.pipeline import TrainingData
+if __name__ == "__main__":
+    next(TrainingData(tiny.config(data__workers=1).data).batches(batch_size=8, seed=0))
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_worker_processes_end_with_a_killed_run(root, tmp_path, child_env):
+    (tmp_path / "killed.py").write_text(KILLED)
+    env = child_env | {"PYTHONPATH": f"{root}:{root / 'tests'}"}
+    # The pipe of its output is open until the last of its processes has ended.
+    done = subprocess.run([sys.executable, tmp_path / "killed.py"], env=env, stdout=subprocess.PIPE, timeout=100)
+    assert done.returncode == -signal.SIGKILL
 
 
 def test_some_images_are_read_to_see_what_they_are(tmp_path):

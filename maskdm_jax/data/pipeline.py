@@ -10,9 +10,12 @@ import contextlib
 import dataclasses
 import functools
 import logging
+import multiprocessing
+import os
 import pickle
 import shutil
 import tempfile
+import threading
 import time
 import typing
 
@@ -193,8 +196,15 @@ class _FromFile:
 
 
 def _unpickle(path: str):
+    """Read a function in a worker process, and let the process end when the one that started it is killed."""
+    threading.Thread(target=_exit_after, args=[multiprocessing.parent_process()], daemon=True).start()
     with open(path, "rb") as file:
         return pickle.load(file)
+
+
+def _exit_after(process) -> None:
+    process.join()
+    os._exit(1)
 
 
 class Batches:
@@ -246,7 +256,8 @@ class Batches:
         read = _ReadBatch(self._data.source, Framing.of(settings), self._seed, self._next, local)
         if settings.workers:
             check_shared_memory(settings, local)
-            read = _FromFile(read, f"{self._open.enter_context(tempfile.TemporaryDirectory())}/read")
+            folder = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
+            read = _FromFile(read, f"{self._open.enter_context(folder)}/read")
         batches = grain.MapDataset.range(self._host, _STREAM_LENGTH // local, self._hosts).map(read)
         ahead = grain.ReadOptions(num_threads=settings.threads, prefetch_buffer_size=2 * settings.threads)
         stream = batches.to_iter_dataset(ahead)
