@@ -13,8 +13,9 @@ from maskdm_jax.sampling import Loaded
 def denoising_by_level(loaded: Loaded, images, *, levels: int = 10, seed: int = 0, batch_size: int = 64) -> np.ndarray:
     """Mean of the process's squared error on unmasked images, without its weight, float64 [levels].
 
-    Level k is the middle of the k-th of `levels` equal parts of the way from image to noise; level 0 has the least noise. The noise
-    of image i at a level depends only on the seed, i and the level, so that all networks see the same inputs.
+    Level k is the middle of the k-th of `levels` equal parts of the way from image to noise; level 0 has the least
+    noise. The noise of image i at a level depends only on the seed, i and the level, so that all networks see the same
+    inputs.
 
     Args:
       loaded: an unconditional network, from `sampling.load`.

@@ -390,6 +390,21 @@ def test_from_the_command_line(root, child_env, tmp_path):
     assert shlex.split(report.stdout.splitlines()[-2]) == ["python", *command[1:], "--only=unmasked*rate"]
 
 
+def test_own_network(root, child_env, tmp_path):
+    out, script = tmp_path / "own.png", root / "experiments" / "own_network.py"
+    assert len(script.read_text().splitlines()) <= 60
+    done = subprocess.run(
+        [sys.executable, script, f"--out={out}", "--steps=30"],
+        env=child_env,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "step 30: loss" in done.stdout
+    assert Image.open(out).size == (684, 684)
+
+
 def test_swiss_roll(root, child_env, tmp_path):
     args = [sys.executable, str(root / "experiments" / "swiss_roll.py"), "--steps=8", "--primer=64", "--seeds=2"]
     args += [f"--out={tmp_path / 'roll.png'}"]
