@@ -402,7 +402,8 @@ def test_own_network(root, child_env, tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert "step 30: loss" in done.stdout
-    assert Image.open(out).size == (684, 684)
+    with Image.open(out) as grid:
+        assert grid.size == (684, 684)
 
 
 def test_swiss_roll(root, child_env, tmp_path):
