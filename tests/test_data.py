@@ -663,10 +663,12 @@ def test_a_worker_process_that_dies_is_an_error_and_not_a_wait_without_end(monke
 
 
 KILLED = """
-import os, signal, tiny
+import os, signal, time, tiny
 from maskdm_jax.data.pipeline import TrainingData
 if __name__ == "__main__":
-    next(TrainingData(tiny.config(data__workers=1).data).batches(batch_size=8, seed=0))
+    batches = TrainingData(tiny.config(data__workers=2, data__threads=2).data).batches(batch_size=8, seed=0)
+    [next(batches) for _ in range(5)]
+    time.sleep(1)  # until the workers wait to hand over further batches
     os.kill(os.getpid(), signal.SIGKILL)
 """
 
