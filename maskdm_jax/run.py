@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from maskdm_jax.build import make_network, make_sampler, mask_plans
-from maskdm_jax.config import Config, Mask
+from maskdm_jax.config import Config, Mask, differences, to_dict
 from maskdm_jax.data.images import Framing, sample_grid, save_png
 from maskdm_jax.data.pipeline import TrainingData, probe
 from maskdm_jax.errors import ConfigError, DataError
@@ -32,6 +32,7 @@ PROBED = 16  # images read at the start of a run, to warn of what they show
 def train(config: Config, workdir, *, devices=None, profile: int = 0) -> pathlib.Path:
     """Train as a config says, with previews and evaluation; see `training.loop.train`."""
     check(config)
+    check_processes(config, workdir)
     data = open_training_data(config)
     found = probe(data.source, Framing.of(config.data), PROBED) if processes.is_first() else None
 
@@ -72,6 +73,33 @@ def check(config: Config) -> None:
     check_settings(config.evaluation)
     for name in config.stages:
         mask_plans(config, name)
+
+
+def check_processes(config: Config, workdir) -> None:
+    """Check that all processes have the same settings, run folder, code and JAX; each compiles its own program.
+
+    Where and how a host reads its images may differ; `open_training_data` compares the images.
+
+    Raises:
+      ConfigError: they do not; the message says how process 0 and another differ.
+    """
+    code = hashlib.sha256()
+    for path in sorted(pathlib.Path(__file__).parent.rglob("*.py")):
+        code.update(path.read_bytes())
+    about = to_dict(config) | {
+        "--workdir": str(workdir),
+        "JAX": jax.__version__,
+        "code of maskdm_jax": code.hexdigest(),
+    }
+    about["data"] = {k: v for k, v in about["data"].items() if k not in ("path", "threads", "workers")}
+    text = np.frombuffer(json.dumps(about).encode(), np.uint8)
+    longest = processes.gather(np.int64(len(text))).max()
+    rows = processes.gather(np.pad(text, (0, longest - len(text)), constant_values=ord(" ")))
+    first, *others = (json.loads(row.tobytes()) for row in rows)
+    for number, other in enumerate(others, 1):
+        if other != first:
+            changes = "; ".join(differences(first, other))
+            raise ConfigError(f"the processes differ; from process 0 to {number}: {changes}")
 
 
 def open_training_data(config: Config) -> TrainingData:

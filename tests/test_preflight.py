@@ -1,6 +1,7 @@
 """Preflight checks: what they report, and that they change nothing."""
 
 import contextlib
+import json
 import pathlib
 import shutil
 import types
@@ -13,7 +14,7 @@ from PIL import Image
 
 from maskdm_jax.data.pipeline import TrainingData
 from maskdm_jax.errors import CheckpointError, ConfigError, DataError, EvaluationError, PreflightError
-from maskdm_jax.run import open_training_data, train, warnings_of
+from maskdm_jax.run import check_processes, open_training_data, train, warnings_of
 from maskdm_jax.tools import preflight
 from maskdm_jax.training import checkpoint
 
@@ -78,6 +79,25 @@ def test_all_processes_must_see_the_same_images(monkeypatch, counts, same, messa
     monkeypatch.setattr(preflight.processes, "gather", gather)
     with pytest.raises(DataError, match=message) if message else contextlib.nullcontext():
         open_training_data(tiny.config())
+
+
+def test_all_processes_must_have_the_same_settings(monkeypatch):
+    """Each compiles its own program: with another learning rate, the copies of the weights would drift apart."""
+
+    def check(theirs):
+        other = json.dumps(json.loads(seen[1].tobytes()) | theirs).encode().ljust(10_000)
+        gather = lambda array: (
+            np.array([10_000, 1]) if array.ndim == 0 else np.stack([array, np.frombuffer(other, "u1")])
+        )
+        monkeypatch.setattr(preflight.processes, "gather", gather)
+        check_processes(CONFIG, "runs/x")
+
+    seen = []
+    monkeypatch.setattr(preflight.processes, "gather", lambda array: seen.append(array) or np.asarray(array)[None])
+    check_processes(CONFIG, "runs/x")
+    check({})
+    with pytest.raises(ConfigError, match="the processes differ; from process 0 to 1: JAX: .* -> 0.1; seed: 3 -> 4"):
+        check(dict(seed=4, JAX="0.1"))
 
 
 def test_settings_that_nobody_wants_are_named():

@@ -18,7 +18,7 @@ from maskdm_jax.evaluation.evaluate import Evaluator, check_comparable
 from maskdm_jax.evaluation.features import Images, ImageSet, open_images
 from maskdm_jax.parallel import processes, sharding
 from maskdm_jax.run import check as check_settings
-from maskdm_jax.run import open_training_data
+from maskdm_jax.run import check_processes, open_training_data
 from maskdm_jax.tools import cost
 from maskdm_jax.training import checkpoint
 from maskdm_jax.training.logs import duration
@@ -48,7 +48,7 @@ def examine(config: Config, workdir, say) -> bool:
     """
     opened = functools.cache(lambda: open_training_data(config))
     checks = dict(
-        config=lambda: _config(config),
+        config=lambda: _config(config, workdir),
         devices=lambda: _devices(config),
         clocks=_clocks,
         data=lambda: _data(config, opened()),
@@ -69,8 +69,9 @@ def examine(config: Config, workdir, say) -> bool:
     return not processes.gather(len(failures)).any()
 
 
-def _config(config: Config) -> str:
+def _config(config: Config, workdir) -> str:
     check_settings(config)
+    check_processes(config, workdir)
     parts = []
     for name in config.stages:
         stage, plans = config.stage[name], mask_plans(config, name)
