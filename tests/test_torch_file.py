@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from maskdm_jax.errors import TorchFileError
-from maskdm_jax.interop import torch_file
+from maskdm_jax.interop import official, torch_file
 from maskdm_jax.interop.pickles import Skipped
 
 torch = pytest.importorskip("torch", reason="compares with PyTorch, which requirements-test.txt installs on 3.11")
@@ -306,3 +306,12 @@ def test_twenty_thousand_mutated_files(tmp_path):
     assert slowest < 10, "seconds of CPU time; a good file takes a thousandth"
     grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
     assert grown < 50 * 1024, f"{grown} KiB"
+
+
+def test_weights_that_are_not_finite_are_named(root, tmp_path):
+    content = torch_file.read(root / "tests" / "golden" / "official_tiny.pt")
+    name = "model.encoder.norm.bias"
+    weights = dict(content["model"]) | {name: content["model"][name] * np.float32(np.nan)}
+    torch_file.write(tmp_path / "diverged.pt", {"model": weights})
+    notes = official.read(tmp_path / "diverged.pt").notes
+    assert "note: 1 tensors hold NaN or infinity, such as encoder.norm.bias" in notes

@@ -276,6 +276,9 @@ def _find_weights(content: dict, known: set) -> Official:
 
     buffers = {role: _take_buffers(take, roles[role]) for role in sorted(roles, key=lambda role: role != raw)}
     official = Official(weights[raw], buffers=buffers[raw])
+    broken = [name for name, tensor in official.model.items() if not np.isfinite(tensor).all()]
+    if broken:
+        official.notes.append(f"note: {len(broken)} tensors hold NaN or infinity, such as {broken[0]}")
     if raw == "online":
         official.notes.append("note: the file has no 'model'; the raw weights are those of the EMA's online_model")
     if raw != "ema" and "ema" in roles:
