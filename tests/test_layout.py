@@ -9,7 +9,7 @@ ORDER = [  # a module may import, at its top, its own package and those above it
     {"storage", "config", "interop.pickles"},
     {"diffusion", "parallel"},
     {"models", "data"},
-    {"build", "interop.torch_file"},
+    {"build", "interop.torch_file", "interop.names"},
     {"training"},
     {"interop.official"},
     {"sampling", "interop.convert"},

@@ -108,8 +108,7 @@ def evaluate(
       n: number of samples; None for all of a folder.
       seeds: of a checkpoint's samples. With several, each number is their mean and `range` has the lowest and highest.
       batch_size: images per device and call.
-      weights: of a checkpoint, see `sampling.load`.
-      sampling: replaces fields of a checkpoint's `sampling`.
+      weights, sampling: of a checkpoint, see `sampling.load`.
       statistics: path of an .npz to write the reference's `mu`, `sigma` and `n` to.
       allow_mismatch: compare images even if their sizes, crops, filters or colours differ.
       keep: return the features in the sets even if no metric needs them.
