@@ -8,6 +8,7 @@ import sys
 
 import pytest
 
+from maskdm_jax.errors import ConfigError
 from maskdm_jax.parallel import processes, runtime
 from maskdm_jax.storage import atomic_path
 
@@ -78,6 +79,16 @@ def test_a_write_to_a_full_disk_names_the_file(tmp_path):
     ):
         full.write("x")
     assert not list(tmp_path.iterdir())
+
+
+def test_a_platform_that_does_not_exist_is_a_wrong_setting(monkeypatch, capsys):
+    for setup in ("keep_freed_memory", "keep_compiled_programs"):
+        monkeypatch.setattr(runtime, setup, lambda: None)
+    monkeypatch.setattr(sys, "stderr", sys.stderr)  # `program` replaces it
+    with pytest.raises(SystemExit) as end, runtime.program(distributed=False):
+        raise RuntimeError("Unable to initialize backend 'wrong': it is not in the list\nof known backends")
+    assert end.value.code == ConfigError.status
+    assert "error: Unable to initialize backend 'wrong'" in capsys.readouterr().err
 
 
 def test_beside_accelerators_nothing_changes(monkeypatch):

@@ -40,7 +40,7 @@ def initialize(*, catch_sigterm: bool = False) -> None:
     known = {name: os.environ.get(name) for name in _VARIABLES}
     if any(known.values()):
         how = _explicit(known)
-    elif int(os.environ.get("SLURM_NTASKS") or 1) > 1 and "SLURM_STEP_NODELIST" in os.environ:
+    elif os.environ.get("SLURM_NTASKS", "1") not in ("", "0", "1") and "SLURM_STEP_NODELIST" in os.environ:
         how = dict(cluster_detection_method="slurm")
     elif _on_tpu():
         how = {}  # JAX reads the metadata of the TPU

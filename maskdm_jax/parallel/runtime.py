@@ -145,7 +145,10 @@ def program(*, distributed: bool = True, catch_sigterm: bool = False):
         if jax.process_count() == 1:
             raise
         processes.exit_all(f"error: another process of this run must have ended: {reason}")
-    except Exception:
+    except Exception as error:
+        if "Unable to initialize backend" in str(error):  # without one, processes cannot be counted
+            print(f"error: {first_line(error)}", file=sys.stderr)
+            sys.exit(ConfigError.status)
         if jax.process_count() == 1:
             raise
         processes.exit_all(traceback.format_exc())
