@@ -33,7 +33,9 @@ LABELS = flags.DEFINE_bool(
     "labels", None, "Keep class labels: of dataset.json or metadata.csv/.jsonl, else folder names."
 )
 GREY = flags.DEFINE_bool("grey", False, "Store one channel instead of three.")
-CROP = flags.DEFINE_string("crop", None, "centre (the largest square), centre:SIDE or LEFT,TOP,SIDE, in pixels.")
+CROP = flags.DEFINE_string(
+    "crop", None, "centre (the largest square), centre:SIDE or LEFT,TOP,SIDE in pixels, or adm (of ImageNet results)."
+)
 FILTER = flags.DEFINE_enum("filter", None, list(images.FILTERS), "Filter for resizing, with antialiasing.")
 FRACTION = flags.DEFINE_float(
     "fraction", 1.0, "Fraction of the images, drawn by --seed; a smaller fraction is a subset of a larger one."

@@ -43,6 +43,50 @@ def test_without_numbers_an_image_is_resized_then_cropped():
     np.testing.assert_array_equal(decode(png(wide), Framing(20)), wide[10:30])
 
 
+def halved(pixels):
+    """Averages of two pixels, of rows and then of columns, rounded up each time; odd sides by Pillow's box filter."""
+    height, width = pixels.shape[:2]
+    if height % 2 or width % 2:
+        return np.asarray(Image.fromarray(pixels).resize((width // 2, height // 2), Image.Resampling.BOX))
+    rows = (pixels[:, ::2].astype(int) + pixels[:, 1::2] + 1) // 2
+    return ((rows[::2] + rows[1::2] + 1) // 2).astype(np.uint8)
+
+
+@pytest.mark.parametrize(
+    ("shape", "size", "halvings", "resized"),
+    [
+        ((40, 30), 15, 1, (20, 15)),
+        ((40, 30), 16, 0, (21, 16)),
+        ((40, 30), 8, 1, (11, 8)),  # 15 is less than 2 * 8
+        ((30, 41), 7, 2, (7, 10)),
+        ((12, 14), 9, 0, (9, 10)),  # 10.5, rounded to even
+        ((64, 96), 5, 3, (5, 8)),  # 7.5, rounded to even
+        ((9, 9), 20, 0, (20, 20)),
+        ((20, 20), 20, 0, (20, 20)),
+        ((3, 400), 8, 0, (8, 1067)),
+    ],
+)
+def test_the_crop_of_adm(shape, size, halvings, resized):
+    """Pixel for pixel: halved by a box filter, the short side resized by bicubic, the centre cropped."""
+    pixels = np.random.RandomState(1).randint(0, 256, (*shape, 3)).astype(np.uint8)
+    expected = pixels
+    for _ in range(halvings):
+        expected = halved(expected)
+    assert min(expected.shape[:2]) < 2 * size
+    expected = np.asarray(Image.fromarray(expected).resize(resized[::-1], Image.Resampling.BICUBIC))
+    top, left = (resized[0] - size) // 2, (resized[1] - size) // 2
+    expected = expected[top : top + size, left : left + size]
+    np.testing.assert_array_equal(decode(png(pixels), Framing(size, crop="adm")), expected)
+    four = np.concatenate([pixels, pixels[..., :1]], -1)
+    np.testing.assert_array_equal(decode(four, Framing(size, 4, crop="adm"))[..., :3], expected)
+
+
+def test_the_crop_of_adm_does_not_enlarge_without_bound():
+    line = np.zeros((1, 3000, 3), np.uint8)
+    with pytest.raises(ValueError, match=r"it has 768000 x 256 pixels at this size, more than data.max_pixels"):
+        decode(png(line), Framing(256, crop="adm"))
+
+
 def test_what_cannot_be_framed_is_named():
     with pytest.raises(ValueError, match="crop '20,0,16' does not fit into 30 x 40 pixels"):
         decode(png(PIXELS), Framing(8, crop="20,0,16"))
@@ -53,6 +97,8 @@ def test_what_cannot_be_framed_is_named():
             Framing(8, crop=crop)
     with pytest.raises(ValueError, match="filter 'nearest' is unknown; choose from bicubic"):
         Framing(8, filter="nearest")
+    with pytest.raises(ValueError, match="crop 'adm' resizes by the filter bicubic, not box"):
+        Framing(8, crop="adm", filter="box")
     with pytest.raises(ValueError, match="channels 0 must be at least 1"):
         Framing(8, channels=0)
 
@@ -157,7 +203,8 @@ def test_what_an_owner_may_not_expect_is_told():
     assert surprises(png(PIXELS), Framing(30)) == surprises(PIXELS, Framing(30)) == []
     assert surprises(png(PIXELS), Framing(31)) == surprises(PIXELS, Framing(31)) == [small]
     assert surprises(png(PIXELS), Framing(8, crop="centre:7")) == ["smaller than 8 x 8 pixels, so they are enlarged"]
-    assert surprises(png(PIXELS), Framing(8, crop="9,9,9")) == []
+    assert surprises(png(PIXELS), Framing(8, crop="9,9,9")) == surprises(png(PIXELS), Framing(30, crop="adm")) == []
+    assert surprises(png(PIXELS), Framing(31, crop="adm")) == [small]
     for kind, expected in dict(GIF=True, TIFF=True, WEBP=True, PNG=True, MPO=False).items():
         frames, buffer = [Image.fromarray(PIXELS), Image.fromarray(255 - PIXELS)], io.BytesIO()
         frames[0].save(buffer, kind, save_all=True, append_images=frames[1:])
@@ -173,5 +220,6 @@ def test_framings_are_told_apart():
         Framing(8, 4),
         Framing(8, crop="centre:5"),
         Framing(8, filter="box"),
+        Framing(8, crop="adm"),
     ]
-    assert len({str(framing.describe()) for framing in described}) == 6
+    assert len({str(framing.describe()) for framing in described}) == 7

@@ -48,8 +48,9 @@ class Framing:
 
     channels: 3 (RGB) or 1 (grey) for encoded images; any number for arrays that have exactly so many.
     crop: `centre` resizes the short side to `size`, then crops the centre, as torchvision's Resize and CenterCrop do.
-      `centre:SIDE` (the centred square) and `LEFT,TOP,SIDE`, in pixels, crop first and resize after.
-    filter: one of `FILTERS`, with antialiasing. A crop that already has the right size is not resampled.
+      `centre:SIDE` (the centred square) and `LEFT,TOP,SIDE`, in pixels, crop first and resize after. `adm` is the crop
+      of guided-diffusion, see `_fit_adm`.
+    filter: one of `FILTERS`, with antialiasing; `adm` needs bicubic. A crop of the right size is not resampled.
     max_pixels: of an encoded image; larger ones are refused before they are decoded.
     """
 
@@ -64,6 +65,8 @@ class Framing:
             raise ValueError(f"size {self.size} and channels {self.channels} must be at least 1")
         if self.filter not in FILTERS:
             raise ValueError(f"filter {self.filter!r} is unknown; choose from {', '.join(FILTERS)}")
+        if self.crop == "adm" and self.filter != "bicubic":
+            raise ValueError(f"crop 'adm' resizes by the filter bicubic, not {self.filter}")
         self._parse_crop()
 
     @classmethod
@@ -73,9 +76,11 @@ class Framing:
 
     def _parse_crop(self) -> tuple[int, int, int] | int:
         """(left, top, side), or the side of a centred crop; 0 for the short side."""
+        if self.crop == "adm":
+            return 0
         match = re.fullmatch(r"centre(?::([1-9]\d*))?|(\d+),(\d+),([1-9]\d*)", self.crop.replace(" ", ""))
         if not match:
-            raise ValueError(f"crop {self.crop!r} is not understood; give centre, centre:SIDE or LEFT,TOP,SIDE")
+            raise ValueError(f"crop {self.crop!r} is not understood; give centre, centre:SIDE, LEFT,TOP,SIDE or adm")
         side, *corner_and_side = match.groups()
         return int(side or 0) if corner_and_side[0] is None else tuple(map(int, corner_and_side))
 
@@ -100,12 +105,13 @@ class Framing:
     def describe(self) -> dict:
         """The `image` part of a data card: two sets are comparable if theirs are equal."""
         kinds = {1: "grey", 3: "RGB"}
+        halved = "box to half sizes, then " if self.crop == "adm" else ""
         converted = f"EXIF rotation applied, transparency on white, converted to {kinds.get(self.channels)}"
         return dict(
             size=self.size,
             channels=self.channels,
             crop=self.crop,
-            resize=f"Pillow {self.filter} with antialiasing, none if the size is right",
+            resize=f"Pillow {halved}{self.filter} with antialiasing, none if the size is right",
             colour=converted if self.channels in kinds else f"{self.channels} channels as stored",
         )
 
@@ -247,6 +253,8 @@ def _check_channels(image, channels: int) -> None:
 
 def _fit(image: Image.Image, framing: Framing) -> Image.Image:
     """Crop and resize."""
+    if framing.crop == "adm":
+        return _fit_adm(image, framing.size, framing.max_pixels)
     size, box = framing.size, framing.box(image.size)
     if framing.crop != "centre" or box[2] - box[0] == size:
         image, box = image.crop(box), None
@@ -254,6 +262,22 @@ def _fit(image: Image.Image, framing: Framing) -> Image.Image:
         # With a box Pillow computes the centre alone: a very long image, enlarged whole, would not fit into memory.
         image = image.resize((size, size), FILTERS[framing.filter], box=box)
     return image
+
+
+def _fit_adm(image: Image.Image, size: int, max_pixels: int) -> Image.Image:
+    """`center_crop_arr` of guided-diffusion (Dhariwal and Nichol 2021), which ImageNet results are reported with.
+
+    The image is halved while its short side is at least twice `size`, then the short side is resized to `size`, then
+    the centre is cropped.
+    """
+    while min(image.size) >= 2 * size:
+        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
+    scale = size / min(image.size)
+    width, height = round(image.width * scale), round(image.height * scale)
+    if width * height > max(max_pixels, size * size):
+        raise ValueError(f"it has {width} x {height} pixels at this size, more than data.max_pixels {max_pixels}")
+    left, top = (width - size) // 2, (height - size) // 2
+    return image.resize((width, height), Image.Resampling.BICUBIC).crop((left, top, left + size, top + size))
 
 
 def to_pil(image: np.ndarray) -> Image.Image:
