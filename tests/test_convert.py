@@ -566,7 +566,7 @@ def test_what_cannot_work_is_said_and_nothing_is_written(official, converted, tm
     before = ["damaged.pt", "short.safetensors"]
     convert(official, tmp_path / "short.safetensors", heads=4)
     content = (tmp_path / "short.safetensors").read_bytes()
-    for cut in (0, 4, 100, len(content) // 2):
+    for cut in (4, 100, len(content) // 2):
         (tmp_path / "short.safetensors").write_bytes(content[:cut])
         fails(TorchFileError, r"short.safetensors: it is damaged", src=tmp_path / "short.safetensors", heads=4)
 
