@@ -244,13 +244,15 @@ def checkpoint_subjects(settings) -> list[Subject]:
     network, mesh = make_network(config), make_run_mesh(config)
     state = fresh_state(config, network, abstract_state(config, 0, network, mesh))
     size = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
+    meta = dict(stage="", stage_step=0, past={}, data={}, window={}, classes=[], card={}, images=None)
+    meta |= dict(config=config_lib.to_dict(config))
     stall = Subject("checkpoint", "until training continues", None, None, memory=size)
     whole = Subject("checkpoint", "until it is on disk", None, None, memory=size)
     with tempfile.TemporaryDirectory() as folder:
         checkpoints = checkpoint.Checkpoints(folder, keep=1)
         for i in range(1 + min(ROUNDS.value, 3)):
             begun = time.perf_counter()
-            checkpoints.save(i, state, dict.fromkeys(checkpoint.META))
+            checkpoints.save(i, state, meta)
             stalled = time.perf_counter() - begun
             checkpoints.wait()
             if i:  # the first one sets up threads and folders
