@@ -18,7 +18,7 @@ from maskdm_jax.data.images import Framing, open_image, save_png, to_pil
 from maskdm_jax.data.prepared import read_card
 from maskdm_jax.data.sources import Digits, open_source, select
 from maskdm_jax.errors import DataError, EvaluationError, TorchFileError
-from maskdm_jax.evaluation import features, inception
+from maskdm_jax.evaluation import features, inception, report
 from maskdm_jax.evaluation.evaluate import Evaluator, check_comparable, compare, evaluate
 from maskdm_jax.evaluation.features import Extractor, Images, open_images
 from maskdm_jax.interop import torch_file
@@ -101,6 +101,34 @@ def test_an_npz_of_images_or_of_statistics_is_as_good_as_the_folder(folders, ext
     assert compare(statistics, packed, ("fid",))["fid"] == pytest.approx(first["fid"], rel=1e-6)
     with pytest.raises(EvaluationError, match="reference.npz holds statistics alone, .* need images"):
         check_comparable(statistics, packed.images, ("kid",))
+
+
+def test_statistics_count_before_images_of_the_same_file(folders, weights, tmp_path, caplog):
+    """As in ADM's reference batches: `mu` and `sigma` of the whole set, and some of its images for other metrics."""
+    whole, _, _ = evaluate(*folders, weights, batch_size=8, statistics=tmp_path / "jit.npz", wanted=("fid", "pr"))
+    with np.load(tmp_path / "jit.npz") as file:
+        of_set = {name: file[name] for name in ("mu", "sigma")}
+    np.savez(tmp_path / "jit.npz", **of_set)
+    np.savez(tmp_path / "adm.npz", pixels(folders[0])[:6], **of_set, mu_s=np.zeros(7), sigma_s=np.eye(7))
+    options = dict(inception_weights=weights, batch_size=8)
+    of_jit, real, _ = evaluate(tmp_path / "jit.npz", folders[1], **options)
+    assert of_jit["fid"] == pytest.approx(whole["fid"], rel=1e-9)
+    assert (of_jit["reference_n"], real.features) == (0, None)
+    caplog.clear()
+    of_adm, real, _ = evaluate(tmp_path / "adm.npz", folders[1], **options)
+    assert of_adm["fid"] == of_jit["fid"]
+    assert real.features is None, "no metric needs the features of the images"
+    assert "6 images" not in caplog.text
+    of_adm, real, samples = evaluate(tmp_path / "adm.npz", folders[1], **options, wanted=("fid", "pr"), keep=True)
+    assert of_adm["fid"] == of_jit["fid"]
+    assert real.features.shape == (6, 128)
+    assert "Nearest reference images" in report._nearest(real, samples)
+    assert open_images(tmp_path / "adm.npz", n=5).moments is None, "the statistics are not of these five"
+    with pytest.raises(EvaluationError, match=r"made differently \(size: 24 and 8\)"):
+        evaluate(tmp_path / "adm.npz", "digits", **options)
+    np.savez(tmp_path / "adm.npz", pixels(folders[0])[:6], mu=np.zeros(3), sigma=np.eye(3))
+    with pytest.raises(EvaluationError, match=r"adm.npz: mu \(3,\) and sigma \(3, 3\) are not of 128 features"):
+        evaluate(tmp_path / "adm.npz", folders[1], **options)
 
 
 def test_images_may_differ_in_size_and_kind(folders, extractor, tmp_path):
@@ -222,7 +250,7 @@ def test_what_was_not_made_alike_is_refused(folders, weights, tmp_path, run):
             compare(real, few, (metric,))
 
 
-def test_samples_carry_the_card_of_their_training(digits, run, tmp_path):
+def test_samples_carry_the_card_of_their_training(digits, run, weights, tmp_path):
     """From the prepared set through the checkpoint to the samples' folder."""
     loaded = sampling.load(run)
     assert loaded.card["content_hash"] == read_card(digits[1])["content_hash"]
@@ -236,6 +264,8 @@ def test_samples_carry_the_card_of_their_training(digits, run, tmp_path):
         check_comparable(open_images(digits[1]), images, ("fid",))
         with pytest.raises(EvaluationError, match="resize: Pillow box with antialiasing.* and Pillow bicubic"):
             check_comparable(open_images(other), images, ("fid",))
+    reference = Evaluator(inception_weights=weights, batch_size=8).reference(open_images(out))
+    assert reference.n == 4, "not the statistics of the training data, whose content hash is in the card"
 
 
 def test_statistics_of_a_prepared_set_are_kept(folders, weights, tmp_path, monkeypatch):

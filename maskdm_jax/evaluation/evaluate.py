@@ -1,5 +1,6 @@
 """Compare samples with a reference: paths in, numbers out."""
 
+import dataclasses
 import logging
 import pathlib
 import sys
@@ -48,6 +49,8 @@ class Evaluator:
     def reference(self, images: Images | ImageSet, keep: bool = False) -> ImageSet:
         """Compute what the metrics need of a reference. Statistics of a prepared set are cached on disk.
 
+        Statistics that a file holds beside images are used instead of those of the images.
+
         keep: return its features even if no metric needs them.
 
         Raises:
@@ -76,13 +79,23 @@ class Evaluator:
         return self._extract(images, "samples", keep or needs(self._wanted) != {"moments"})
 
     def _cached(self, images: Images) -> pathlib.Path | None:
-        """Path of a set's cached statistics, from the hashes of its content and of the weights; None without a card."""
-        content = images.card.get("content_hash")
+        """Path of a set's cached statistics, from the hashes of its content and of the weights; None without a card.
+
+        The card of samples is that of the data they were trained on, so they have none of their own.
+        """
+        content = "" if images.made_by else images.card.get("content_hash")
         return cache_dir("statistics") / f"{content}-{self._digest[:16]}.npz" if content else None
 
     def _extract(self, images: Images, what: str, keep: bool) -> ImageSet:
+        if images.moments is not None:
+            known = ImageSet(images, images.moments)
+            self._extractor.check_statistics(known)
+            if not keep:
+                return known
+        log.info("computing the features of %d images, %s", images.n, images.name)
         with tqdm(total=images.n, desc=what, unit="image", file=sys.stderr, disable=not sys.stderr.isatty()) as bar:
-            return self._extractor(images, keep=keep, progress=lambda done: bar.update(done - bar.n))
+            found = self._extractor(images, keep=keep, progress=lambda done: bar.update(done - bar.n))
+        return found if images.moments is None else dataclasses.replace(found, moments=images.moments)
 
 
 def evaluate(
@@ -149,10 +162,11 @@ def evaluate(
 
 def _warn_of_few(*sides: Images | ImageSet) -> None:
     for side in sides:
-        if 0 < side.n < MEANINGFUL:
+        n = side.n if side.moments is None else side.moments.n
+        if 0 < n < MEANINGFUL:
             log.warning(
                 "a Frechet distance of %d images (%s) is unreliable; use %d or more, or kid",
-                side.n,
+                n,
                 side.name,
                 MEANINGFUL,
             )

@@ -43,6 +43,7 @@ class Images:
     size: typing.Callable | None = None  # number -> (width, height), where that is cheaper
     card: dict = dataclasses.field(default_factory=dict)  # see `data.sources.card_of`; {} if nothing is known
     made_by: dict = dataclasses.field(default_factory=dict)  # checkpoint, weights, sampling and seed of samples
+    moments: Moments | None = None  # from a file that holds some images and the statistics of the set they are from
 
     def __post_init__(self):
         channels = self.card.get("image", {}).get("channels", 3)
@@ -139,7 +140,8 @@ def open_images(path, *, n=None, seed: int = 0, weights: str = "ema", sampling=N
 
     Args:
       path: anything that `data.sources.open_source` takes; a run folder or checkpoint, from which `n` images are
-        generated; an .npz with `images` (as launch/sample.py packs them) or with `mu` and `sigma`.
+        generated; an .npz with `images` (as launch/sample.py packs them; `arr_0` by guided-diffusion), with `mu` and
+        `sigma`, or with both. The statistics of such a file are those of `Images.moments`, unless `n` selects images.
       n: the first n images, an int; None for all. A checkpoint needs it.
       seed: of the noise, for a checkpoint.
       weights, sampling: of a checkpoint, see `sampling.load`.
@@ -282,7 +284,9 @@ def _from_npz(path: pathlib.Path, n: int | None) -> Images | ImageSet:
     images = images[: _enough(path, len(images), n)]
     made_by, card = _samples_settings(path.parent) if path.name == "samples.npz" else ({}, {})
     iterate = lambda start, stop: iter(images[start:stop])
-    return Images(str(path), len(images), iterate, lambda i: images[i], lambda i: images.shape[2:0:-1], card, made_by)
+    access = iterate, lambda i: images[i], lambda i: images.shape[2:0:-1]
+    moments = _moments(path, arrays) if "mu" in arrays and len(images) == len(arrays["images"]) else None
+    return Images(str(path), len(images), *access, card, made_by, moments)
 
 
 def _of_source(name: str, source, n: int, see, card: dict, made_by: dict) -> Images:

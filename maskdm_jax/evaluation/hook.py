@@ -23,8 +23,6 @@ class Evaluation:
             check_comparable(reference, samples, settings.metrics)
         else:
             reference = transform(run.config.data.path, run.data.source, Framing.of(run.config.data))
-        if isinstance(reference, Images):
-            log.info("computing the features of the %d reference images, once", reference.n)
         self._reference = self._evaluator.reference(reference)
 
     def __call__(self, at) -> None:

@@ -122,7 +122,8 @@ def _nearest(reference: ImageSet, samples: ImageSet) -> str:
         return ""
     shown = min(SAMPLES, len(samples.pictures))
     order, distances = nearest(samples.features[:shown], reference.features, NEIGHBOURS)
-    probe = np.linspace(0, reference.n - 1, min(500, reference.n)).astype(int)
+    there = len(reference.features)
+    probe = np.linspace(0, there - 1, min(500, there)).astype(int)
     usual = nearest(reference.features[probe], reference.features, 2)[1][:, -1]  # the nearest one is the image itself
     rows = []
     for i in range(shown):
