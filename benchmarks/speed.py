@@ -265,8 +265,8 @@ def checkpoint_subjects(settings) -> list[Subject]:
 def torch_subjects(settings, stage: str, form: str) -> list[Subject]:
     """The official step and forward pass in PyTorch; form: eager, fused or compiled."""
     config = with_visible(settings, stage, "100")
-    if config.model.wavelet_scale or config.model.num_classes:
-        raise app.UsageError("--torch compares unconditional models of pixels")
+    if config.model.wavelet_scale or config.model.num_classes or config.diffusion.process != "ddpm":
+        raise app.UsageError("--torch compares unconditional models of pixels with DDPM")
     official, n, by = OfficialStep(config, stage, form), config.stage[stage].batch_size, f"torch {form}"
     subjects = []
     for percent in VISIBLE.value:
