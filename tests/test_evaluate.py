@@ -257,6 +257,7 @@ def test_samples_carry_the_card_of_their_training(digits, run, weights, tmp_path
     out = sampling.generate_to_folder(loaded, tmp_path / "out", 4, batch_size=4)
     packed = sampling.generate_to_folder(loaded, tmp_path / "npz", 4, batch_size=4, file_format="npz")
     other = prepared(open_source(str(digits[0])), tmp_path / "other", size=8, channels=1, filter="box")
+    adm = prepared(open_source(str(digits[0])), tmp_path / "adm", size=8, channels=1, crop="adm")
     for path in (out, packed, packed / "samples.npz"):
         images = open_images(path)
         assert images.card == loaded.card
@@ -264,6 +265,8 @@ def test_samples_carry_the_card_of_their_training(digits, run, weights, tmp_path
         check_comparable(open_images(digits[1]), images, ("fid",))
         with pytest.raises(EvaluationError, match="resize: Pillow box with antialiasing.* and Pillow bicubic"):
             check_comparable(open_images(other), images, ("fid",))
+        with pytest.raises(EvaluationError, match="crop: adm and centre; resize: Pillow box to half sizes, then bic"):
+            check_comparable(open_images(adm), images, ("fid",))
     reference = Evaluator(inception_weights=weights, batch_size=8).reference(open_images(out))
     assert reference.n == 4, "not the statistics of the training data, whose content hash is in the card"
 

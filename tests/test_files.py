@@ -7,6 +7,7 @@ import lzma
 import os
 import pickle
 import tarfile
+import zipfile
 
 import fsspec
 import numpy as np
@@ -111,6 +112,93 @@ def test_links_in_a_tar_lead_to_their_images(tmp_path):
             source.read(read[f"b/{name}.png"])
 
 
+@pytest.mark.parametrize("kind", ["folder", "zip", "tar", "store", "prepared"])
+def test_the_classes_of_imagenet_have_the_published_numbers(tmp_path, caplog, kind):
+    """0 to 999 in the order of their names, in whatever order the files are; a part of them has others."""
+    drawn = np.random.RandomState(0).permutation(10_000)[:1000]
+    wnids = ["n01440764", *(f"n{2_000_000 + number:08d}" for number in drawn)][:1000]
+    path = {"zip": tmp_path / "train.zip", "tar": tmp_path / "train.tar"}.get(kind, tmp_path / "train")
+
+    def write(wnids):
+        files = {f"train/{wnid}/{wnid}_{i}.png": png(i) for i, wnid in enumerate(wnids)}
+        if kind == "zip":
+            with zipfile.ZipFile(path, "w") as archive:
+                for name, content in files.items():
+                    archive.writestr(name, content)
+        elif kind == "tar":
+            path.write_bytes(archive_of(files))
+        elif kind == "store":
+            fsspec.filesystem("memory").pipe({f"/imagenet/{name}": content for name, content in files.items()})
+        else:
+            for name, content in files.items():
+                (path / name).parent.mkdir(parents=True, exist_ok=True)
+                (path / name).write_bytes(content)
+        return open_source("memory://imagenet" if kind == "store" else str(path), True)
+
+    part = write(wnids[:3])
+    named = "its 3 classes are named as in ImageNet, but only those of all 1,000 have the published numbers"
+    assert [note.split(": ", 1)[1] for note in part.notes] == [named]
+    whole = write(wnids)
+    assert not whole.notes
+    if kind == "prepared":
+        prepare.prepare(whole, tmp_path / "set", Framing(4), name="x", per_shard=300)
+        whole = open_source(str(tmp_path / "set"), True)
+    assert whole.classes == sorted(wnids)
+    assert [whole.classes[whole.labels[i]] for i in range(1000)] == [name.split("/")[-2] for name in whole.names]
+    assert whole.labels[0] == whole.classes.index("n01440764") == 0
+    assert [whole.read(i)[1] for i in (0, 1, 999)] == [0, 1, 999]
+    if kind == "store":
+        fsspec.filesystem("memory").rm("/imagenet", recursive=True)
+
+
+def test_names_of_a_zip_from_windows(tmp_path):
+    with zipfile.ZipFile(tmp_path / "set.zip", "w") as archive:
+        for name, system, content in [
+            ("cat\\", 0, b""),
+            ("cat\\1.png", 0, png(1)),
+            ("dog/2.png", 0, png(2)),
+            ("dog/a\\b.png", 3, png(3)),  # of Unix, where it is a name
+        ]:
+            entry = zipfile.ZipInfo(name)
+            entry.create_system = system
+            archive.writestr(entry, content)
+    source = pickle.loads(pickle.dumps(open_source(str(tmp_path / "set.zip"), True)))
+    assert source.names == ["cat/1.png", "dog/2.png", "dog/a\\b.png"]
+    assert (source.classes, source.labels) == (["cat", "dog"], [0, 1, 1])
+    assert [source.read(i)[0] for i in range(3)] == [png(1), png(2), png(3)]
+    assert len({source.stamp(i) for i in range(3)}) == 3
+    assert not source.left_aside
+
+
+def test_an_entry_that_unpacks_to_gigabytes_is_not_read(tmp_path):
+    with zipfile.ZipFile(tmp_path / "set.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("1.png", png(1))
+        archive.writestr("2.png", bytes(1_000_000))
+        archive.writestr("3.png", np.random.RandomState(0).bytes(1000))
+    source = open_source(str(tmp_path / "set.zip"))
+    for i in (1, 2):
+        source._open().getinfo(f"{i + 1}.png").file_size = 2_000_000_000
+    with pytest.raises(DataError, match="it unpacks from 9.. to 2,000,000,000 bytes, like a decompression bomb; if"):
+        source.read(1)
+    with pytest.raises(DataError, match="it unpacks from 1,00. to 2,000,000,000 bytes"):
+        source.read(2)
+    assert source.read(0)[0] == png(1)
+
+
+def test_deeply_nested_folders(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for _ in range(1100):  # Python's limit of recursion is 1,000
+        os.mkdir("d")
+        os.chdir("d")
+    with open("1.png", "wb") as file:
+        file.write(png(1))
+    os.chdir(tmp_path)
+    source = open_source(str(tmp_path))
+    assert (len(source), source.read(0)) == (1, (png(1), 0))
+    os.remove(source.names[0])
+    os.removedirs(os.path.dirname(source.names[0]))  # which shutil.rmtree may not reach
+
+
 def test_damaged_tars_are_named(tar):
     whole = tar.read_bytes()
     for length in (600, 700, 1100, 1600):  # within the first image, its padding, headers, the second image
@@ -153,8 +241,6 @@ def test_images_on_an_object_store(store, tmp_path):
 
 
 def test_a_zip_on_an_object_store(store, tmp_path):
-    import zipfile
-
     with zipfile.ZipFile(tmp_path / "set.zip", "w") as archive:
         for name, content in FILES.items():
             archive.writestr(name, content)

@@ -450,9 +450,15 @@ def test_from_the_command_line(root, folder, tmp_path, child_env):
         command = [sys.executable, "launch/prepare_data.py", *map(str, args)]
         return subprocess.run(command, cwd=root, env=child_env, capture_output=True, text=True, timeout=120)
 
-    done = run(f"--src={folder}", f"--out={tmp_path / 'set'}", "--size=8", "--labels")
+    done = run(f"--src={folder}", f"--out={tmp_path / 'set'}", "--size=8", "--labels", "--crop=adm")
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith(f"done: 11 images in 2 classes in {tmp_path / 'set'}, content ")
+    image = read_card(tmp_path / "set")["image"]
+    assert (image["crop"], image["resize"].split(" with")[0]) == ("adm", "Pillow box to half sizes, then bicubic")
+    ready = open_source(str(tmp_path / "set"))
+    for i, name in enumerate(ready.names):
+        expected = decode((folder / name).read_bytes(), Framing(8, crop="adm"))
+        np.testing.assert_array_equal(decode(ready.read(i)[0], Framing(8)), expected)
     done = run(f"--src={folder}", f"--out={tmp_path / 'small'}", "--size=8", "--max_pixels=400")
     assert "1 of 11 images are unreadable, more than 1% (dog/wide.png: it has 300 x 9 pixels" in done.stderr
     done = run(f"--src={tmp_path / 'none'}", f"--out={tmp_path / 'other'}", "--size=8")

@@ -16,13 +16,14 @@ import zlib
 import fsspec
 
 from maskdm_jax.data.base import Source, counted, hash_texts
-from maskdm_jax.data.images import SUFFIXES
-from maskdm_jax.data.labels import SPLITS, find_labels, level_of_difference
+from maskdm_jax.data.images import MAX_PIXELS, SUFFIXES
+from maskdm_jax.data.labels import SPLITS, find_labels, level_of_difference, note_of_imagenet
 from maskdm_jax.errors import DataError, prefixed
 from maskdm_jax.storage import atomic_path
 
 _OPENERS = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ": lzma.open}
 _ZSTD = b"\x28\xb5\x2f\xfd"
+_BOMB_BYTES, _BOMB_RATIO = 8 * MAX_PIXELS, 100  # 8 bytes: 16 bits of red, green, blue and alpha
 _METHODS = {zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA}  # that Python reads
 
 
@@ -60,7 +61,7 @@ class Files(Source):
             notes.append(f"the images of all splits are used: {', '.join(sorted(first))}; for one, give its path")
         if left_aside:
             notes.append(f"left aside {counted(left_aside)}")
-        self.note(path, notes)
+        self.note(path, notes + note_of_imagenet(classes))
 
     def content(self, name: str) -> bytes:
         """The content of a file."""
@@ -83,7 +84,7 @@ class ImageFolder(Files):
 
     def __init__(self, path, labels: bool = False):
         self._root = pathlib.Path(path)
-        super().__init__(path, dict(_walk(str(self._root), "", ())), labels)
+        super().__init__(path, dict(_walk(str(self._root))), labels)
 
     def content(self, name: str) -> bytes:
         """The content of a file."""
@@ -94,27 +95,30 @@ class ImageFolder(Files):
         return file_stamp(self._root / self.names[i])
 
 
-def _walk(folder: str, prefix: str, above: tuple):
+def _walk(root: str):
     """Yield the names and sizes of the files under a folder.
 
     Links are followed, but not to a folder that contains them. Broken links are listed too, so that reading them
     fails and they are reported.
     """
-    status = os.stat(folder)
-    if (status.st_dev, status.st_ino) in above:
-        return
-    above = (*above, (status.st_dev, status.st_ino))
-    with os.scandir(folder) as entries:
-        for entry in sorted(entries, key=lambda entry: entry.name):
-            try:
-                status = entry.stat()
-            except OSError:
-                yield prefix + entry.name, 0
-                continue
-            if stat.S_ISDIR(status.st_mode):
-                yield from _walk(entry.path, f"{prefix}{entry.name}/", above)
-            elif stat.S_ISREG(status.st_mode):  # not a pipe: reading one would block
-                yield prefix + entry.name, status.st_size
+    pending = [(root, "", ())]
+    while pending:
+        folder, prefix, above = pending.pop()
+        status = os.stat(folder)
+        if (status.st_dev, status.st_ino) in above:
+            continue
+        above = (*above, (status.st_dev, status.st_ino))
+        with os.scandir(folder) as entries:
+            for entry in entries:
+                try:
+                    status = entry.stat()
+                except OSError:
+                    yield prefix + entry.name, 0
+                    continue
+                if stat.S_ISDIR(status.st_mode):
+                    pending.append((entry.path, f"{prefix}{entry.name}/", above))
+                elif stat.S_ISREG(status.st_mode):  # not a pipe: reading one would block
+                    yield prefix + entry.name, status.st_size
 
 
 def file_stamp(path) -> str:
@@ -167,22 +171,33 @@ class ZipImages(Files):
         with prefixed(
             DataError, f"{path} is not a readable zip file (", broken, "); give a .zip or a folder of images"
         ):
-            entries = [info for info in self._open().infolist() if not info.is_dir()]
-        locked = [info.filename for info in entries if info.flag_bits & 1]
+            entries = {_zip_name(info): info for info in self._open().infolist()}  # of one name, the last
+        entries = {name: info for name, info in entries.items() if not name.endswith("/")}
+        locked = [name for name, info in entries.items() if info.flag_bits & 1]
         if locked:
             raise DataError(f"{path} is encrypted ({locked[0]!r} needs a password); unpack it and give the folder")
-        strange = [info.filename for info in entries if info.compress_type not in _METHODS]
+        strange = [name for name, info in entries.items() if info.compress_type not in _METHODS]
         if strange:
             raise DataError(f"{path} is compressed by a method that Python cannot read ({strange[0]!r}); unpack it")
-        super().__init__(path, {info.filename: info.file_size for info in entries}, labels)  # of one name, the last
+        self._stored = {name: info.filename for name, info in entries.items() if name != info.filename}
+        super().__init__(path, {name: info.file_size for name, info in entries.items()}, labels)
 
     def content(self, name: str) -> bytes:
         """The content of a file."""
-        return self._open().read(name)
+        info = self._info(name)
+        if info.file_size > _BOMB_BYTES and info.file_size > _BOMB_RATIO * info.compress_size:
+            raise DataError(
+                f"it unpacks from {info.compress_size:,} to {info.file_size:,} bytes, like a decompression bomb; if it "
+                "is none, unpack the archive and give the folder"
+            )
+        return self._open().read(info)
 
     def stamp(self, i: int) -> str:
         """Checksum of the file."""
-        return f"{self._open().getinfo(self.names[i]).CRC:08x}"
+        return f"{self._info(self.names[i]).CRC:08x}"
+
+    def _info(self, name: str) -> zipfile.ZipInfo:
+        return self._open().getinfo(self._stored.get(name, name))
 
     def _open(self):
         if self._archive is None:  # opened once per process; ZipFile serializes reads among threads
@@ -192,6 +207,11 @@ class ZipImages(Files):
 
     def __getstate__(self):
         return self.__dict__ | {"_archive": None}
+
+
+def _zip_name(info: zipfile.ZipInfo) -> str:
+    """Name of an entry. Some programs on Windows write backslashes, which no file name contains there."""
+    return info.filename.replace("\\", "/") if info.create_system == 0 else info.filename
 
 
 class TarImages(Files):

@@ -146,6 +146,15 @@ def level_of_difference(names: list[str]) -> tuple[int, list[list[str]]]:
     return sum(1 for _ in itertools.takewhile(same, zip(*folders, strict=False))), folders
 
 
+def note_of_imagenet(classes: list[str]) -> list[str]:
+    """A line for the log if classes are named like those of ImageNet, but their numbers are not the published ones."""
+    if len(classes) == 1000 or not any(re.fullmatch(r"n\d{8}", name) for name in classes):
+        return []
+    return [
+        f"its {len(classes)} classes are named as in ImageNet, but only those of all 1,000 have the published numbers"
+    ]
+
+
 def _labels_by_folder(path, names: list[str]) -> tuple[list[int], list[str]]:
     """The classes are the folders of the first level at which the images' folders differ."""
     shared, folders = level_of_difference(names)
