@@ -83,7 +83,7 @@ def test_the_crop_of_adm(shape, size, halvings, resized):
 
 def test_the_crop_of_adm_does_not_enlarge_without_bound():
     line = np.zeros((1, 3000, 3), np.uint8)
-    with pytest.raises(ValueError, match=r"it has 768000 x 256 pixels at this size, more than data.max_pixels"):
+    with pytest.raises(ValueError, match=r"it would be enlarged to 768000 x 256 pixels, more than data.max_pixels"):
         decode(png(line), Framing(256, crop="adm"))
 
 

@@ -275,7 +275,7 @@ def _fit_adm(image: Image.Image, size: int, max_pixels: int) -> Image.Image:
     scale = size / min(image.size)
     width, height = round(image.width * scale), round(image.height * scale)
     if width * height > max(max_pixels, size * size):
-        raise ValueError(f"it has {width} x {height} pixels at this size, more than data.max_pixels {max_pixels}")
+        raise ValueError(f"it would be enlarged to {width} x {height} pixels, more than data.max_pixels {max_pixels}")
     left, top = (width - size) // 2, (height - size) // 2
     return image.resize((width, height), Image.Resampling.BICUBIC).crop((left, top, left + size, top + size))
 
