@@ -1,6 +1,6 @@
-"""Benchmark for one GPU, in nine minutes: training steps in JAX and PyTorch, sampling, attention, memory, a profile.
+"""Benchmark for one GPU: training steps in JAX and PyTorch, sampling, attention, memory, a profile. Two calls of 9 minutes.
 
-    PYTHONPATH=. python benchmarks/accelerator.py --out=DIR           # run the rows that are missing
+    PYTHONPATH=. python benchmarks/accelerator.py --out=DIR           # run the rows that are missing, twice
     PYTHONPATH=. python benchmarks/accelerator.py --out=DIR --table   # print the results as Markdown
     PYTHONPATH=. python benchmarks/accelerator.py --out=DIR --small   # rehearse in half a minute, also on CPU
 
@@ -82,9 +82,11 @@ class Case:
     width: int
     depth: int
     heads: int
-    rate: float  # hidden share, in blocks of 4 x 4 patches
+    rate: float  # hidden share, in blocks
     batch: int
     eager_batch: int | None = None  # where PyTorch's plain attention needs too much memory
+    block: int = 4  # side of a block, in patches
+    jit: int = 0  # patch size of a JiT; 0: U-ViT with patches of 4
 
     def config(self, *, batch: int | None = None, kernel: str = "auto", sampling_steps: int = 250) -> config.Config:
         """The settings of a run, in bfloat16; its only stage is "train"."""
@@ -94,8 +96,13 @@ class Case:
         c.sampling.steps = sampling_steps
         c.stages = ("train",)
         c.train = config.stage(batch_size=batch or self.batch)
+        if self.jit:
+            c.model.update(network="jit", patch_size=self.jit)
+            c.diffusion.update(process="flow", objective="x0")
+            c.sampling.method = "heun"
+            c.train.update(ema_law="plain", more_ema_decays=(0.9996,))
         if self.rate:
-            c.train.mask = config.block(self.rate, block=4)
+            c.train.mask = config.block(self.rate, block=self.block)
         return config.parse(c)
 
 
@@ -118,6 +125,8 @@ class Sizes:
         Case("MaskDM-B 256, 50% visible", **B256, rate=0.5, batch=16, eager_batch=8),
         Case("MaskDM-B 256, all visible", **B256, rate=0, batch=8, eager_batch=2),
         Case("MaskDM-S 64, all visible", **S64, rate=0, batch=256),
+        Case("JiT-B/16 256, all visible", **B256, rate=0, batch=128, jit=16),
+        Case("JiT-B/16 256, 25% visible", **B256, rate=0.75, batch=256, block=2, jit=16),
     )
     sampled: tuple = ((3, 50), (2, 10))  # case and DDIM steps
     torch: tuple[str, ...] = ("eager", "fused", "compiled")
@@ -130,7 +139,10 @@ SMALL = Sizes(
     rounds=2,
     turn=0.01,
     attention=((2, 17, 2, 16),),
-    cases=(Case("tiny, 50% visible", **TINY, rate=0.5, batch=4, eager_batch=2),),
+    cases=(
+        Case("tiny, 50% visible", **TINY, rate=0.5, batch=4, eager_batch=2),
+        Case("tiny JiT, 25% visible", **TINY | dict(depth=6), rate=0.75, batch=4, block=2, jit=4),
+    ),
     sampled=((0, 2),),
     torch=("eager", "fused"),
     profiled=2,
@@ -525,7 +537,7 @@ def torch_step(case: Case, form: str) -> Subject:
     if on_gpu:
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-    trainer = torch_uvit.Trainer(form, settings, "train", torch_device())
+    trainer = torch_uvit.make_trainer(form, settings, "train", torch_device())
     begun = time.perf_counter()
     torch_wait(trainer())
     seconds = time.perf_counter() - begun
@@ -571,11 +583,23 @@ def forward_flops(settings: config.Config, *, visible: bool = True) -> float:
     """Multiplications and additions of the forward pass for an image: matrix products and attention."""
     model, (plan,) = settings.model, mask_plans(settings, "train")
     patches = plan.visible if visible else plan.total
+    if model.network == "jit":
+        return _jit_forward_flops(settings, patches)
     tokens, width, half = patches + 1, model.width, model.depth // 2
     of_block = 2 * tokens * width**2 * (4 + 2 * model.mlp_ratio) + 4 * tokens**2 * width
     of_skip = 2 * tokens * 2 * width**2
     of_patch = 2 * width * model.patch_size**2 * settings.data.channels  # embedding; the head has as many
     return (2 * half + 1) * of_block + half * of_skip + 2 * patches * of_patch
+
+
+def _jit_forward_flops(settings: config.Config, patches: int) -> float:
+    model, own = settings.model, settings.model.jit
+    width, hidden, patch = model.width, int(int(model.width * model.mlp_ratio) * 2 / 3), model.patch_size**2 * 3
+    flops = 2 * patches * (patch * (own.bottleneck + width) + own.bottleneck * width)
+    for block in range(model.depth):
+        tokens = patches + own.class_tokens * (block >= own.class_tokens_from)
+        flops += 2 * tokens * width * (4 * width + 3 * hidden) + 4 * tokens**2 * width + 12 * width**2
+    return flops + 2 * (256 + width + 2 * width) * width
 
 
 # --- The profile ----------------------------------------------------------------------------------

@@ -1,7 +1,8 @@
 """The training step in PyTorch, for comparison: as published, with fused operations, or also compiled.
 
-The network is that of `tests/torch_twin.py`, which tests compare with ours. If `config.model.dtype` is bfloat16, all
-variants use autocast; weights, residual stream, LayerNorm, softmax and loss stay in float32.
+The networks are those of `tests/torch_twin.py` and `tests/torch_jit.py`, which tests compare with ours. If
+`config.model.dtype` is bfloat16, all variants use autocast; weights, residual stream, norms, softmax and loss stay in
+float32.
 
 - eager: as published. Every patch is embedded, a boolean mask picks the visible tokens before the first block,
   attention writes its weights to memory, AdamW and EMA are PyTorch's and the reference's defaults.
@@ -19,6 +20,7 @@ from torch.nn import functional as F
 from maskdm_jax.build import mask_plans, noise_schedule
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent.parent / "tests"))
+import torch_jit
 import torch_twin
 
 FORMS = ("eager", "fused", "compiled")
@@ -48,27 +50,16 @@ class Trainer:
 
     def __init__(self, form: str, config, stage: str, device: str):
         model, data, self.stage, self.device = config.model, config.data, config.stage[stage], device
-        c = dict(in_chans=data.channels, img_size=data.image_size, patch_size=model.patch_size)
-        c |= dict(encoder_embed_dim=model.width, encoder_depth=model.depth, encoder_heads=model.heads)
-        c |= dict(mlp_ratio=model.mlp_ratio, qkv_bias=model.qv_bias, mlp_time_embed=model.time_mlp)
-        make = torch_twin.UViT if form == "eager" else VisibleUViT
-        self.network, self.average = make(c).to(device), make(c).to(device)
-        for module in self.network.modules():
-            if isinstance(module, torch_twin.Attention):
-                module.fused = form != "eager"
+        self.network = self.new_network(form, config).to(device)
+        self.averages = [self.new_network(form, config).to(device) for _ in (0, *self.stage.more_ema_decays)]
         self.predict = torch.compile(self.network, dynamic=False) if form == "compiled" else self.network
         rates = dict(lr=self.stage.learning_rate, betas=(self.stage.b1, self.stage.b2))
         rates |= dict(weight_decay=self.stage.weight_decay, fused=form != "eager")
         self.optimizer = torch.optim.AdamW(self.network.parameters(), **rates)
-        self.ema = None
-        if form == "eager":
-            ema = torch_twin.Ema(self.network, self.average, self.stage.ema_decay, self.stage.ema_every)
-            ema.initted.fill_(True)
-            ema.step.fill_(200)  # after the steps in which it copies
-            self.ema = ema.to(device)
+        self.ema = self.published_ema().to(device) if form == "eager" and model.network == "uvit" else None
         self.autocast = torch.autocast(device, torch.bfloat16, enabled=model.dtype == "bfloat16")
         (self.plan,) = mask_plans(config, stage)
-        schedule = noise_schedule(config)
+        self.classes, self.flow, schedule = model.num_classes, config.diffusion.flow, noise_schedule(config)
         self.signal = torch.tensor(schedule.sqrt_alpha_bar, device=device)
         self.noise = torch.tensor(schedule.sqrt_one_minus_alpha_bar, device=device)
         shape = (self.stage.batch_size, data.channels, data.image_size, data.image_size)
@@ -77,10 +68,33 @@ class Trainer:
         patches = torch.arange(rows * cols, device=device).view(rows // unit, unit, cols // unit, unit)
         self.units = patches.permute(0, 2, 1, 3).reshape(-1, unit**2)
 
+    def new_network(self, form: str, config):
+        """The network, with new weights."""
+        model, data = config.model, config.data
+        c = dict(in_chans=data.channels, img_size=data.image_size, patch_size=model.patch_size)
+        c |= dict(encoder_embed_dim=model.width, encoder_depth=model.depth, encoder_heads=model.heads)
+        c |= dict(mlp_ratio=model.mlp_ratio, qkv_bias=model.qv_bias, mlp_time_embed=model.time_mlp)
+        network = (torch_twin.UViT if form == "eager" else VisibleUViT)(c)
+        for module in network.modules():
+            if isinstance(module, torch_twin.Attention):
+                module.fused = form != "eager"
+        return network
+
+    def published_ema(self):
+        """The reference's EMA, after the steps in which it copies."""
+        ema = torch_twin.Ema(self.network, self.averages[0], self.stage.ema_decay, self.stage.ema_every)
+        ema.initted.fill_(True)
+        ema.step.fill_(200)
+        return ema
+
+    def loss(self):
+        """The loss of the images, at new times and noise."""
+        t = torch.randint(len(self.signal), (len(self.images),), device=self.device)
+        return self.loss_as_published(t) if self.ema else self.loss_of_visible(t)
+
     def __call__(self):
         """Take a step; returns the loss, still on the device."""
-        t = torch.randint(len(self.signal), (len(self.images),), device=self.device)
-        loss = self.loss_as_published(t) if self.ema else self.loss_of_visible(t)
+        loss = self.loss()
         self.optimizer.zero_grad()
         loss.backward()
         if self.stage.clip_norm:
@@ -89,9 +103,10 @@ class Trainer:
         if self.ema:
             self.ema.update()
         else:
-            averages, weights = list(self.average.parameters()), list(self.network.parameters())
+            weights, decays = list(self.network.parameters()), (self.stage.ema_decay, *self.stage.more_ema_decays)
             with torch.no_grad():
-                torch._foreach_lerp_(averages, weights, 1 - self.stage.ema_decay)
+                for average, decay in zip(self.averages, decays, strict=True):
+                    torch._foreach_lerp_(list(average.parameters()), weights, 1 - decay)
         return loss.detach()
 
     def loss_as_published(self, t):
@@ -134,3 +149,27 @@ class Trainer:
         b, c, side, _ = images.shape
         rows, p = self.plan.grid[0], side // self.plan.grid[0]
         return images.view(b, c, rows, p, rows, p).permute(0, 2, 4, 3, 5, 1).reshape(b, rows**2, p * p * c)
+
+
+class JitTrainer(Trainer):
+    """The same for JiT with flow matching. Eager and fused differ in attention and AdamW; the authors have no masks."""
+
+    def new_network(self, form: str, config):
+        """The network, with new weights."""
+        network = torch_jit.of_config(config)
+        network.fused = form != "eager"
+        return network
+
+    def loss(self):
+        """The loss of the images, at new times and noise."""
+        n, device, flow = len(self.images), self.device, self.flow
+        x0, t = self.images.float() / 127.5 - 1, (torch.randn(n, device=device) * flow.std + flow.mean).sigmoid()
+        noise, labels = torch.randn_like(x0) * flow.noise_scale, torch.zeros(n, dtype=torch.long, device=device)
+        visible = None if self.plan.hides_nothing else self.draw_positions()
+        with self.autocast:
+            return torch_jit.loss(self.predict, x0, t, labels, noise, visible).mean()
+
+
+def make_trainer(form: str, config, stage: str, device: str) -> Trainer:
+    """The trainer of a config's network; see `Trainer`."""
+    return (JitTrainer if config.model.network == "jit" else Trainer)(form, config, stage, device)

@@ -50,6 +50,7 @@ def test_a_rehearsal_measures_every_row_without_what_a_gpu_machine_lacks(rehears
         "copy",
         "attention, 17 tokens",
         "step, tiny, 50% visible",
+        "step, tiny JiT, 25% visible",
         "sampling, tiny, 2 DDIM steps",
         "profile",
     ]
@@ -61,6 +62,9 @@ def test_a_rehearsal_measures_every_row_without_what_a_gpu_machine_lacks(rehears
         assert row["versions"]["jax"] == jax.__version__
         assert row["date"].startswith("20")
         assert row["wall_seconds"] > 0
+    jit = results["step, tiny JiT, 25% visible"]
+    assert (jit["visible"], jit["patches"]) == (16, 64)
+    assert list(jit["by"]) == ["jax", "torch eager", "torch fused"]
     step = results["step, tiny, 50% visible"]
     assert (step["visible"], step["patches"]) == (32, 64)
     assert list(step["by"]) == ["jax", "torch eager", "torch fused"]
@@ -210,14 +214,16 @@ def test_pytorch_that_is_missing_is_named(monkeypatch):
 
 def test_the_cases_are_the_papers():
     plans = [accelerator.mask_plans(case.config(), "train")[0] for case in accelerator.Sizes().cases]
-    assert [(plan.visible, plan.total) for plan in plans] == [(416, 4096), (2048, 4096), (4096, 4096), (256, 256)]
+    of_maskdm, of_jit = [(416, 4096), (2048, 4096), (4096, 4096), (256, 256)], [(256, 256), (64, 256)]
+    assert [(plan.visible, plan.total) for plan in plans] == of_maskdm + of_jit
     rows = accelerator.all_rows(accelerator.Sizes(), None)
     assert len({row.name for row in rows}) == len(rows)
 
 
-def test_flops_by_formula_are_those_that_xla_counts():
-    """XLA counts softmax, normalisation and GELU, too: a few percent of this network."""
-    settings = accelerator.Sizes().cases[2].config(kernel="plain")
+@pytest.mark.parametrize("case", [2, 4])
+def test_flops_by_formula_are_those_that_xla_counts(case):
+    """XLA counts softmax, normalisation and GELU, too: a few percent of these networks."""
+    settings = accelerator.Sizes().cases[case].config(kernel="plain")
     network, size = make_network(settings), settings.data.image_size
     x, t = jax.ShapeDtypeStruct((1, size, size, 3), "float32"), jax.ShapeDtypeStruct((1,), "int32")
     counted = jax.jit(network.apply).lower(network.abstract_params(), x, t).cost_analysis()["flops"]
