@@ -1,4 +1,4 @@
-"""Benchmark for one GPU: training steps in JAX and PyTorch, sampling, attention, memory, a profile. Two calls of 9 minutes.
+"""Benchmark for one GPU, twice nine minutes: training steps in JAX and PyTorch, sampling, attention, memory, a profile.
 
     PYTHONPATH=. python benchmarks/accelerator.py --out=DIR           # run the rows that are missing, twice
     PYTHONPATH=. python benchmarks/accelerator.py --out=DIR --table   # print the results as Markdown

@@ -12,7 +12,7 @@ how long it takes until the checkpoint is on disk.
 "of peak" is the throughput divided by that of a large matrix product, measured in the same rounds. "of roof" is a lower
 bound of the time divided by the measured time. The bound is the larger one of two: FLOPs at the rate of the large
 product, and HBM bytes at the rate of a large copy. The bytes are estimated from the compiled program; on CPU, the
-estimate ignores caches. `--torch` adds the official step in PyTorch, as published (eager), with fused attention, or
+estimate ignores caches. `--torch` adds the official step in PyTorch, as published (eager), with fused operations, or
 compiled; ratios are PyTorch's seconds divided by ours. `--json` writes the numbers to a file. The last line is JSON.
 """
 
@@ -34,7 +34,7 @@ from absl import app, flags, logging
 
 from maskdm_jax import config as config_lib
 from maskdm_jax import sampling
-from maskdm_jax.build import make_network, mask_plans
+from maskdm_jax.build import make_network
 from maskdm_jax.config import Config
 from maskdm_jax.data.pipeline import TrainingData
 from maskdm_jax.errors import DataError
@@ -263,76 +263,20 @@ def checkpoint_subjects(settings) -> list[Subject]:
 
 
 def torch_subjects(settings, stage: str, form: str) -> list[Subject]:
-    """The official step and forward pass in PyTorch; form: eager, fused or compiled."""
+    """The step and the forward pass in PyTorch; form: eager, fused or compiled."""
+    import torch_uvit
+
     config = with_visible(settings, stage, "100")
-    if config.model.wavelet_scale or config.model.num_classes or config.diffusion.process != "ddpm":
-        raise app.UsageError("--torch compares unconditional models of pixels with DDPM")
-    official, n, by = OfficialStep(config, stage, form), config.stage[stage].batch_size, f"torch {form}"
-    subjects = []
-    for percent in VISIBLE.value:
-        visible = mask_plans(with_visible(settings, stage, percent), stage)[0].visible
-        start = functools.partial(official.step, visible)
-        subjects.append(Subject(f"step {percent}%", by, start, float, images=n))
-    return [*subjects, Subject("forward", by, official.forward, lambda _: official.wait(), images=n)]
-
-
-class OfficialStep:
-    """The official step: U-ViT, boolean masks after embedding, AdamW, clipping, EMA; `tests/torch_twin.py`."""
-
-    def __init__(self, config: Config, stage: str, form: str):
-        sys.path.insert(0, str(pathlib.Path(__file__).parent.parent / "tests"))
-        import torch
-        import torch_twin
-
-        model, data, stage = config.model, config.data, config.stage[stage]
-        device = "cuda" if jax.default_backend() == "gpu" else "cpu"
-        sizes = dict(in_chans=data.channels, patch_size=model.patch_size, img_size=data.image_size)
-        sizes |= dict(encoder_embed_dim=model.width, encoder_depth=model.depth, encoder_heads=model.heads)
-        sizes |= dict(mlp_ratio=model.mlp_ratio, qkv_bias=model.qv_bias, mlp_time_embed=model.time_mlp)
-        network, average = (torch_twin.UViT(sizes).to(device) for _ in range(2))
-        for module in network.modules():
-            if isinstance(module, torch_twin.Attention):
-                module.fused = form != "eager"
-        self._network = torch.compile(network) if form == "compiled" else network
-        self._parameters, self._clip_norm = list(network.parameters()), stage.clip_norm
-        self._optimizer = torch.optim.AdamW(self._parameters, stage.learning_rate, (stage.b1, stage.b2))
-        self._ema = torch_twin.Ema(network, average, stage.ema_decay, stage.ema_every).to(device)
-        self._ema.initted.fill_(True)
-        self._ema.step.fill_(200)
-        self._autocast = torch.autocast(device, torch.bfloat16, enabled=model.dtype == "bfloat16")
-        self._images = torch.randn(stage.batch_size, data.channels, data.image_size, data.image_size, device=device)
-        self._t = torch.full((stage.batch_size,), 500, device=device)
-        self._torch, self._patch_size, self._grid = torch, model.patch_size, data.image_size // model.patch_size
-        self.wait = torch.cuda.synchronize if device == "cuda" else lambda: None
-
-    def step(self, visible: int):
-        """Take an optimizer step with a number of visible patches, and return its loss."""
-        torch, images, total = self._torch, self._images, self._grid**2
-        hidden = torch.ones(len(images), total, dtype=torch.bool, device=images.device)
-        for row in hidden:
-            row[torch.randperm(total, device=images.device)[:visible]] = False
-        noise = torch.randn_like(images)
-        with self._autocast:
-            found = self._network(0.7 * images + 0.7 * noise, self._t, hidden if visible < total else None)
-        wanted = noise if visible == total else self._patches(noise)[~hidden].view(len(images), visible, -1)
-        loss = ((found.float() - wanted) ** 2).mean()
-        self._optimizer.zero_grad()
-        loss.backward()
-        if self._clip_norm:
-            torch.nn.utils.clip_grad_norm_(self._parameters, self._clip_norm)
-        self._optimizer.step()
-        self._ema.update()
-        return loss.detach()
-
-    def forward(self) -> None:
-        """Take a forward pass of whole images."""
-        with self._torch.no_grad(), self._autocast:
-            self._network(self._images, self._t)
-
-    def _patches(self, x):
-        """Images [B, C, S, S] -> patches [B, N, p * p * C]."""
-        b, channels, p, side = *x.shape[:2], self._patch_size, self._grid
-        return x.view(b, channels, side, p, side, p).permute(0, 2, 4, 3, 5, 1).reshape(b, side**2, -1)
+    known = config.diffusion.process == ("flow" if config.model.network == "jit" else "ddpm")
+    if config.model.wavelet_scale or config.model.num_classes or not known:
+        raise app.UsageError(
+            "--torch compares unconditional models of pixels: U-ViT with DDPM, or JiT with flow matching"
+        )
+    device = "cuda" if jax.default_backend() == "gpu" else "cpu"
+    make = lambda percent: torch_uvit.make_trainer(form, with_visible(settings, stage, percent), stage, device)
+    n, by = config.stage[stage].batch_size, f"torch {form}"
+    subjects = [Subject(f"step {percent}%", by, make(percent), float, images=n) for percent in VISIBLE.value]
+    return [*subjects, Subject("forward", by, make("100").forward, float, images=n)]
 
 
 def report(subjects: list[Subject]) -> dict:

@@ -133,6 +133,13 @@ class Trainer:
             found = self.predict(self.noised(patches, t, noise), t, positions)
         return F.mse_loss(found.float(), noise)
 
+    def forward(self):
+        """Take a forward pass of whole images; returns a number of the result, still on the device."""
+        t = torch.full((len(self.images),), 500, device=self.device)
+        images = self.images if self.ema else self.patches(self.images)
+        with torch.no_grad(), self.autocast:
+            return self.predict(self.noised(images, t, 0), t).flatten()[0]
+
     def draw_positions(self):
         """Visible patches of each image, [B, V], in ascending order."""
         shown = self.plan.visible // self.plan.unit**2
@@ -168,6 +175,12 @@ class JitTrainer(Trainer):
         visible = None if self.plan.hides_nothing else self.draw_positions()
         with self.autocast:
             return torch_jit.loss(self.predict, x0, t, labels, noise, visible).mean()
+
+    def forward(self):
+        """Take a forward pass of whole images; returns a number of the result, still on the device."""
+        t = torch.full((len(self.images),), 0.5, device=self.device)
+        with torch.no_grad(), self.autocast:
+            return self.predict(self.images.float() / 127.5 - 1, t, torch.zeros_like(t).long()).flatten()[0]
 
 
 def make_trainer(form: str, config, stage: str, device: str) -> Trainer:
