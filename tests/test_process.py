@@ -13,6 +13,8 @@ from maskdm_jax.build import make_network, make_sampler
 from maskdm_jax.diffusion import gaussian, samplers
 from maskdm_jax.diffusion.process import Process, ddpm, denoising_loss, edm, flow, noisy
 from maskdm_jax.errors import ConfigError
+from maskdm_jax.run import train
+from maskdm_jax.training.logs import read_metrics
 
 MEAN, STD = 0.3, 0.5  # of the Gaussian data that the analytic network knows
 
@@ -210,3 +212,20 @@ def test_settings_that_do_not_fit_the_process(changes, message):
     config = tiny.config(**changes)
     with pytest.raises(ConfigError, match=message):
         make_sampler(config, make_network(config))
+
+
+@pytest.mark.parametrize(
+    ("process", "changes"),
+    [
+        ("flow", dict(diffusion__objective="v", sampling__method="dpm_solver")),
+        ("edm", dict(diffusion__objective="x0", sampling__method="heun", sampling__churn=5.0)),
+    ],
+)
+def test_a_wavelet_network_trains_and_samples_with_any_process(tmp_path, process, changes):
+    wavelet = dict(model__wavelet_scale=1, model__patch_size=1, data__image_size=8, preview__every=1)
+    config = tiny.config(stages=("pretrain",), diffusion__process=process, pretrain__steps=2, **wavelet, **changes)
+    train(config, tmp_path, devices=jax.devices()[:1])
+    losses = [line["loss"] for line in read_metrics(tmp_path / "metrics.jsonl") if "loss" in line]
+    assert len(losses) == 2
+    assert all(0 < loss < 50 for loss in losses)
+    assert (tmp_path / "samples" / "step_0000002.png").exists()

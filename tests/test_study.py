@@ -23,6 +23,7 @@ from ml_collections import ConfigDict
 from PIL import Image
 
 from maskdm_jax import config as config_lib
+from maskdm_jax.build import make_network, make_sampler
 from maskdm_jax.data.images import save_png
 from maskdm_jax.data.sources import Digits, select
 from maskdm_jax.diffusion.gaussian import at, make_schedule
@@ -388,6 +389,16 @@ def test_from_the_command_line(root, child_env, tmp_path):
     report = run("--only=unmasked*rate", "--report=" + os.fspath(tmp_path / "report"))
     assert "| unmasked, lower rate | 1 |" in report.stdout
     assert shlex.split(report.stdout.splitlines()[-2]) == ["python", *command[1:], "--only=unmasked*rate"]
+
+
+def test_the_study_of_processes_is_planned(root, monkeypatch):
+    monkeypatch.setattr(study.cost, "count_flops", lambda config, stage, images: 1e11)
+    runs = study.plan(runpy.run_path(str(root / "experiments" / "emoji64.py"))["get_config"]())
+    kinds = {(run.phases[0].config.model.network, run.phases[0].config.diffusion.process) for run in runs}
+    assert len(runs) == 8
+    assert kinds == {(network, process) for network in ("uvit", "jit") for process in ("ddpm", "flow", "edm")}
+    for run in runs:
+        make_sampler(run.phases[0].config, make_network(run.phases[0].config))
 
 
 def test_own_network(root, child_env, tmp_path):
