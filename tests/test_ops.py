@@ -61,6 +61,16 @@ def test_gelu(shape, dtype, atol):
     assert_twins(dense.gelu, dense.plain_gelu, (3 * x,), atol=atol)
 
 
+@float32_and_bfloat16
+@pytest.mark.parametrize("shape", SHAPES)
+def test_rms_norm_and_swiglu(shape, dtype, atol):
+    x, scale = draw(shape, shape[-1:])
+    x = x.astype(dtype)
+    fn, plain = (functools.partial(f, epsilon=1e-2) for f in (dense.rms_norm, dense.plain_rms_norm))
+    assert_twins(fn, plain, (x, scale), atol=atol)
+    assert_twins(dense.swiglu, dense.plain_swiglu, (jnp.concatenate([x, -x / 2], axis=-1),), atol=atol)
+
+
 def qkv(t, d=64, heads=2, batch=2, dtype="float32"):
     return draw(*[(batch, t, heads, d)] * 3, dtype=dtype)
 

@@ -7,6 +7,7 @@ from flax import nnx
 
 from maskdm_jax.models.layers import Linear, normal_002, ones, patchify, timestep_embedding, unpatchify, zeros
 from maskdm_jax.models.ops.attention import attention
+from maskdm_jax.models.ops.dense import rms_norm, swiglu
 
 xavier = nnx.initializers.xavier_uniform()
 TIME_WIDTH = 256  # of the sinusoidal embedding of the time
@@ -158,8 +159,8 @@ class Block(nnx.Module):
         shift1, scale1, gate1, shift2, scale2, gate2 = parts
         drop = lambda y, i: _drop(y, self.dropout, keys, i)
         x = x + gate1 * drop(self._attend(modulate(self.norm1(x), shift1, scale1), angles), 0)
-        gate, value = jnp.split(self.w12(modulate(self.norm2(x), shift2, scale2)), 2, axis=-1)
-        return x + gate2 * self.w3(drop(jax.nn.silu(gate) * value, 1))
+        hidden = swiglu(self.w12(modulate(self.norm2(x), shift2, scale2)))
+        return x + gate2 * self.w3(drop(hidden, 1))
 
     def _attend(self, x, angles):
         b, t, d = x.shape
@@ -175,9 +176,7 @@ class RMSNorm(nnx.Module):
         self.scale = nnx.Param(ones(rngs.params(), (dim,)))
 
     def __call__(self, x):
-        wide = x.astype(jnp.float32)
-        inverse = jax.lax.rsqrt(jnp.square(wide).mean(-1, keepdims=True) + EPSILON)
-        return (wide * inverse * jnp.broadcast_to(self.scale[...], x.shape)).astype(x.dtype)
+        return rms_norm(x, self.scale[...], EPSILON)
 
 
 def modulate(x, shift, scale):

@@ -1,7 +1,7 @@
-"""Matrix product, LayerNorm and GELU with hand-written derivatives, each beside its plain version.
+"""Matrix product, norms and activations with hand-written derivatives, each beside its plain version.
 
-The `plain_` versions are the definitions. `matmul`, `layer_norm` and `gelu` have the same values and gradients up to
-rounding and compile to faster programs, mainly on CPU.
+The `plain_` versions are the definitions. The others have the same values and gradients up to rounding and compile to
+faster programs, mainly on CPU.
 """
 
 import functools
@@ -101,6 +101,61 @@ def _layer_norm_backward(epsilon, saved, g):
 layer_norm.defvjp(
     lambda x, scale, bias, epsilon: (layer_norm(x, scale, bias, epsilon), (x, scale)), _layer_norm_backward
 )
+
+
+# --- RMSNorm --------------------------------------------------------------------------------------
+
+
+def plain_rms_norm(x, scale, epsilon: float):
+    """X / sqrt(mean(x^2) + epsilon) * scale, over the last axis of x [..., D] (Zhang & Sennrich 2019).
+
+    Computed in float32 and returned in x's dtype; scale is float32 [D].
+    """
+    wide = x.astype(jnp.float32)
+    inverse = jax.lax.rsqrt(jnp.square(wide).mean(-1, keepdims=True) + epsilon)
+    return (wide * inverse * jnp.broadcast_to(scale, x.shape)).astype(x.dtype)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def rms_norm(x, scale, epsilon: float):
+    """`plain_rms_norm` whose backward pass needs only x and reads it once."""
+    return plain_rms_norm(x, scale, epsilon)
+
+
+def _rms_norm_backward(epsilon, saved, g):
+    x, scale = saved
+    wide, g = x.astype(jnp.float32), g.astype(jnp.float32)
+    inverse = jax.lax.rsqrt(jnp.square(wide).mean(-1, keepdims=True) + epsilon)
+    normed, d_normed = wide * inverse, g * jnp.broadcast_to(scale, x.shape)
+    dx = inverse * (d_normed - normed * (d_normed * normed).mean(-1, keepdims=True))
+    return dx.astype(x.dtype), (g * normed).sum(tuple(range(x.ndim - 1)))
+
+
+rms_norm.defvjp(lambda x, scale, epsilon: (rms_norm(x, scale, epsilon), (x, scale)), _rms_norm_backward)
+
+
+# --- SwiGLU ---------------------------------------------------------------------------------------
+
+
+def plain_swiglu(x):
+    """silu(a) b of the halves a, b of x [..., 2 D] (Shazeer 2020): [..., D]."""
+    a, b = jnp.split(x, 2, axis=-1)
+    return jax.nn.silu(a) * b
+
+
+@jax.custom_vjp
+def swiglu(x):
+    """`plain_swiglu` whose backward pass needs only x and reads it once."""
+    return plain_swiglu(x)
+
+
+def _swiglu_backward(x, g):
+    a, b = jnp.split(jax.lax.optimization_barrier(x), 2, axis=-1)
+    sigmoid = jax.nn.sigmoid(a)
+    return (jnp.concatenate([g * b * sigmoid * (1 + a * (1 - sigmoid)), g * a * sigmoid], axis=-1),)
+
+
+swiglu.defvjp(lambda x: (swiglu(x), x), _swiglu_backward)
 
 
 # --- GELU -----------------------------------------------------------------------------------------
