@@ -184,12 +184,17 @@ def modulate(x, shift, scale):
     return x * (1 + scale) + shift
 
 
+@jax.custom_vjp
 def rotate(x, angles):
     """Rotate neighbouring pairs of x [B, T, H, d] by angles [B or 1, T, d / 2] (RoPE, Su et al. 2021)."""
     pairs = x.astype(jnp.float32).reshape(*x.shape[:-1], -1, 2)
     cos, sin = jnp.cos(angles)[:, :, None], jnp.sin(angles)[:, :, None]
     a, b = pairs[..., 0], pairs[..., 1]
     return jnp.stack([a * cos - b * sin, b * cos + a * sin], axis=-1).reshape(x.shape).astype(x.dtype)
+
+
+# The gradient of a rotation is turned back. The angles have none.
+rotate.defvjp(lambda x, angles: (rotate(x, angles), angles), lambda angles, g: (rotate(g, -angles), None))
 
 
 def rotary_angles(head_dim: int, side: int) -> np.ndarray:
