@@ -1,7 +1,7 @@
 """Convert a checkpoint: python launch/convert.py --src=model-20.pt --dst=runs/official --num_heads=12
 
-The paths determine the formats: a run folder or one of its checkpoints, an official .pt, or a .safetensors (weights
-only). Needs neither PyTorch nor an accelerator. docs/checkpoints.md lists what carries over.
+The paths determine the formats: a run folder or one of its checkpoints, an official .pt (U-ViT) or .pth (JiT), or a
+.safetensors (weights only). Needs neither PyTorch nor an accelerator. docs/checkpoints.md lists what carries over.
 """
 
 from absl import app, flags, logging
@@ -13,11 +13,16 @@ SRC = flags.DEFINE_string(
 )
 DST = flags.DEFINE_string("dst", None, "Run folder, .pt or .safetensors; must not exist yet.", required=True)
 HEADS = flags.DEFINE_integer(
-    "num_heads", None, "Number of attention heads, which official files do not contain; default: width / 64."
+    "num_heads", None, "Number of attention heads, which U-ViT files do not contain; default: width / 64."
+)
+CLASS_TOKENS_FROM = flags.DEFINE_integer(
+    "class_tokens_from", None, "Block before which a JiT's class tokens join; default: as in the authors' sizes."
 )
 CONFIG = runtime.config_flag("Config of the run; needed to train it further.")
 STAGE = flags.DEFINE_string("stage", None, "Stage of --config that the file belongs to; default: the first.")
-WEIGHTS = flags.DEFINE_enum("weights", "ema", ["ema", "params"], "Of a .safetensors to write: averaged or raw weights.")
+WEIGHTS = flags.DEFINE_string(
+    "weights", "ema", "Of a .safetensors to write: averaged (ema; ema2, ...) or raw (params)."
+)
 
 
 def main(argv):
@@ -29,7 +34,8 @@ def main(argv):
     jax.config.update("jax_platforms", "cpu")
     from maskdm_jax.interop.convert import convert
 
-    options = dict(heads=HEADS.value, config=CONFIG.value, stage=STAGE.value, weights=WEIGHTS.value)
+    options = dict(heads=HEADS.value, class_tokens_from=CLASS_TOKENS_FROM.value)
+    options |= dict(config=CONFIG.value, stage=STAGE.value, weights=WEIGHTS.value)
     with runtime.program(distributed=False):
         lines = convert(SRC.value, DST.value, **options)
     print("\n".join(lines))

@@ -9,8 +9,7 @@ import numpy as np
 
 from maskdm_jax import config as config_lib
 from maskdm_jax.interop import torch_file
-from maskdm_jax.interop.names import JIT, JIT_FIXED
-from maskdm_jax.interop.official import params_from_state_dict
+from maskdm_jax.interop.names import JIT, UVIT
 
 MASKS = ("mask", "detail_mask")
 KINDS = ("wavelet", "jit", "uvit", "train", "schedules", "edm", "flow", "samplers", "inception")
@@ -72,7 +71,7 @@ def inception_weight(name: str, shape) -> np.ndarray:
 
 def params(state_dict: dict) -> dict:
     """Our parameters from {official name: shape}."""
-    return params_from_state_dict({name: weight(name, shape) for name, shape in state_dict.items()})
+    return UVIT.params({name: weight(name, shape) for name, shape in state_dict.items()})
 
 
 def config(network: dict, stage: dict | None = None, mask: dict | None = None, diffusion: dict | None = None):
@@ -116,7 +115,7 @@ def config(network: dict, stage: dict | None = None, mask: dict | None = None, d
 
 def jit_params(shapes: dict) -> dict:
     """Our parameters of a JiT from {the authors' name: shape}."""
-    return JIT.params({name: weight(name, shape) for name, shape in shapes.items() if name not in JIT_FIXED})
+    return JIT.params({name: weight(name, shape) for name, shape in shapes.items() if name not in JIT.fixed})
 
 
 def jit_config(network: dict, noise_scale: float = 1.0, **diffusion):

@@ -26,8 +26,9 @@ from maskdm_jax.diffusion import masking
 from maskdm_jax.diffusion.gaussian import make_schedule
 from maskdm_jax.errors import CheckpointError, ConfigError, TorchFileError
 from maskdm_jax.interop import official as official_file
-from maskdm_jax.interop import torch_file
+from maskdm_jax.interop import torch_file, uvit_file
 from maskdm_jax.interop.convert import convert
+from maskdm_jax.interop.names import UVIT
 from maskdm_jax.models.representation import make_representation
 from maskdm_jax.parallel.sharding import make_mesh
 from maskdm_jax.training import checkpoint, loop, start
@@ -85,7 +86,7 @@ def converted(official, tmp_path_factory):
 
 
 def raw_weights(path):
-    return official_file.params_from_state_dict(official_file.load(path)[0].model)
+    return UVIT.params(official_file.load(path)[0].model)
 
 
 def train(config, workdir):
@@ -96,7 +97,7 @@ def train(config, workdir):
 def twin_file(path, c, schedule="linear", buffers=None, steps=3, counted=None, label_dropout=True):
     """A file as the official trainer writes it, made by PyTorch after `steps` steps, which count as `counted`."""
     torch.manual_seed(0)
-    buffers = buffers or official_file.schedule_buffers(make_schedule(schedule))
+    buffers = buffers or uvit_file.schedule_buffers(make_schedule(schedule))
     model, average = torch_twin.Diffusion(c, buffers), torch_twin.Diffusion(c, buffers)
     ema = torch_twin.Ema(model, average, 0.9, 1)
     opt = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.99, 0.98), weight_decay=0.03)
@@ -159,7 +160,7 @@ def answers(c, wrapper, apply, params, given):
 def test_the_network_answers_as_in_pytorch(kind):
     c, file, run = kind
     loaded = {which: sampling.load(run, weights=which) for which in ("params", "ema")}
-    wrapper = torch_twin.Diffusion(c, official_file.schedule_buffers(make_schedule("linear")))
+    wrapper = torch_twin.Diffusion(c, uvit_file.schedule_buffers(make_schedule("linear")))
     content, prefix = torch.load(file, weights_only=True), "ema_model."
     states = {"params": content["model"]}
     states["ema"] = {k.removeprefix(prefix): v for k, v in content["ema"].items() if k.startswith(prefix)}
@@ -175,7 +176,7 @@ def ten_steps(request, tmp_path_factory):
     c, folder = KINDS[request.param] | dict(encoder_depth=2), tmp_path_factory.mktemp(request.param)
     diffusion = dict(schedule="shifted_cosine", shift_size=32) if request.param == "conditional" else {}
     # 99 steps: the EMA's law changes at step 100, within the ten.
-    buffers = official_file.schedule_buffers(noise_schedule(golden.config(c, diffusion=diffusion)))
+    buffers = uvit_file.schedule_buffers(noise_schedule(golden.config(c, diffusion=diffusion)))
     file = twin_file(folder / "file.pt", c, buffers=buffers, counted=99)
     lr, clip, every = 2e-4, 1.0, 2
     stage = dict(steps=200, batch_size=4, learning_rate=lr, b1=0.99, b2=0.98, weight_decay=0.03, clip_norm=clip)
@@ -250,7 +251,7 @@ def test_ten_steps_here_equal_ten_steps_there(ten_steps):
         assert ours[0] == pytest.approx(theirs[0], rel=1e-5)
         assert ours[1] == pytest.approx(theirs[1], rel=2e-5)
     c, state = ten_steps.c, ten_steps.state
-    named = lambda tree: official_file.state_dict_from_params(tree, c["patch_size"], c.get("scale", 1))
+    named = lambda tree: UVIT.state_dict(tree, c["patch_size"], c.get("scale", 1))
     for tree, wrapper in [(state.params, ten_steps.model), (state.ema, ten_steps.ema.ema_model)]:
         theirs = dict(wrapper.model.named_parameters())
         for name, tensor in named(tree).items():
@@ -378,7 +379,7 @@ def test_what_is_inferred_from_a_file(kind):
 def test_the_schedule_is_recognised(schedule, tmp_path):
     made = make_schedule("shifted_cosine", size=256) if schedule == "shifted" else make_schedule(schedule)
     content = torch.load(twin_file(tmp_path / "a.pt", TINY, steps=1), weights_only=True)
-    content["model"] |= {k: torch.tensor(v) for k, v in official_file.schedule_buffers(made).items()}
+    content["model"] |= {k: torch.tensor(v) for k, v in uvit_file.schedule_buffers(made).items()}
     torch.save(content, tmp_path / "b.pt")
     convert(tmp_path / "b.pt", tmp_path / "run", heads=4)
     diffusion = sampling.load(tmp_path / "run").config.diffusion
@@ -516,7 +517,7 @@ def test_an_exported_average_is_not_copied_again(converted, tmp_path):
     meta.write_text(json.dumps({key: value for key, value in content.items() if key != "official"}))  # as trained here
     convert(tmp_path / "run", tmp_path / "out.pt")
     exported = torch.load(tmp_path / "out.pt", weights_only=True)["ema"]
-    buffers = official_file.schedule_buffers(make_schedule("cosine"))
+    buffers = uvit_file.schedule_buffers(make_schedule("cosine"))
     ema = torch_twin.Ema(torch_twin.Diffusion(TINY, buffers), torch_twin.Diffusion(TINY, buffers), 0.9, 1)
     ema.load_state_dict(exported, strict=True)
     assert (int(ema.step), bool(ema.initted)) == (130, True)

@@ -11,7 +11,8 @@ from golden import nhwc
 
 from maskdm_jax.build import make_network, mask_plans
 from maskdm_jax.diffusion import gaussian, masking, samplers
-from maskdm_jax.interop.official import BUFFERS, our_layout, our_path, schedule_buffers, state_dict_from_params
+from maskdm_jax.interop.names import UVIT
+from maskdm_jax.interop.uvit_file import BUFFERS, schedule_buffers
 from maskdm_jax.models.layers import patchify
 from maskdm_jax.models.representation import haar, inverse_haar, make_representation
 from maskdm_jax.parallel.sharding import make_mesh
@@ -66,12 +67,12 @@ def test_uvit_visible_patches_and_gradients(uvit):
     assert np.abs(out - expected).max() < 2e-5 * expected.std()
     assert float(loss) == pytest.approx(float(arrays["loss"]), rel=1e-5)
     for name, norm in meta["grad_norm"].items():
-        ours = float(jnp.linalg.norm(at_path(grads, our_path(name)).ravel()))
+        ours = float(jnp.linalg.norm(at_path(grads, UVIT.our_path(name)).ravel()))
         assert ours == pytest.approx(norm, rel=2e-5, abs=1e-9), name
     for key in (key for key in arrays if key.startswith("grad:")):
         name = key.removeprefix("grad:")
-        expected = our_layout(name, arrays[key])
-        assert np.abs(at_path(grads, our_path(name)) - expected).max() < 2e-5 * np.abs(expected).max(), name
+        expected = UVIT.our_layout(name, arrays[key])
+        assert np.abs(at_path(grads, UVIT.our_path(name)) - expected).max() < 2e-5 * np.abs(expected).max(), name
 
 
 @pytest.fixture(scope="module")
@@ -124,7 +125,7 @@ def test_wavelet_losses_and_gradients(wavelet):
     loss, grads = jax.jit(jax.value_and_grad(make_loss(config, network)))(params, inputs)
     assert float(loss) == pytest.approx(float(arrays["loss"]), rel=1e-5)
     for name, norm in meta["grad_norm"].items():
-        ours = float(jnp.linalg.norm(at_path(grads, our_path(name)).ravel()))
+        ours = float(jnp.linalg.norm(at_path(grads, UVIT.our_path(name)).ravel()))
         assert ours == pytest.approx(norm, rel=2e-5, abs=1e-9), name
 
 
@@ -252,7 +253,7 @@ def test_training_run(train_case):
     network, stage = make_network(config), config.stage["stage"]
     mesh = make_mesh(devices=jax.devices()[:1])
     zeros = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), network.abstract_params())
-    shapes = {name: t.shape for name, t in state_dict_from_params(zeros, config.model.patch_size).items()}
+    shapes = {name: t.shape for name, t in UVIT.state_dict(zeros, config.model.patch_size).items()}
     state = new_state(golden.params(shapes), stage, jax.random.key(0))
 
     def draw(key, batch):  # the recipe draws everything that a run draws
@@ -280,7 +281,7 @@ def compare_tensors(arrays, state):
     for key in arrays:
         which, _, name = key.partition(":")
         if name:
-            expected, ours = our_layout(name, arrays[key]), at_path(trees[which], our_path(name))
+            expected, ours = UVIT.our_layout(name, arrays[key]), at_path(trees[which], UVIT.our_path(name))
             assert np.abs(ours - expected).max() < 2e-5 * np.abs(expected).max(), key
             found[which][name] = expected, np.asarray(ours)
     for name in found["param"].keys() & found["ema"].keys():

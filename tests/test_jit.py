@@ -202,8 +202,7 @@ def test_ten_steps_are_those_of_pytorch(torch):
     params = jax.jit(network.init)(jax.random.key(0))
     params = jax.tree.map(lambda leaf: leaf + 0.05 * jax.random.normal(jax.random.key(leaf.size), leaf.shape), params)
     twin = torch_jit.of_config(config)
-    sides = {"x_embedder.proj1.weight": config.model.patch_size, "x_embedder.proj2.weight": 1}
-    tensors = JIT.state_dict(jax.tree.map(np.asarray, params), sides)
+    tensors = JIT.state_dict(jax.tree.map(np.asarray, params), config.model.patch_size)
     tensors |= {"pos_embed": sine_cosine(config.model.width, twin.side)[None]}
     twin.load_state_dict({name: torch.tensor(tensor) for name, tensor in tensors.items()})
     trained = [p for p in twin.parameters() if p.requires_grad]
@@ -249,7 +248,7 @@ def test_ten_steps_are_those_of_pytorch(torch):
         assert float(metrics["loss"]) == pytest.approx(value.item(), rel=1e-5), i
     names = [name for name, p in twin.named_parameters() if p.requires_grad]
     for tree, theirs in zip((state.params, *state.emas), (trained, *averages), strict=True):
-        ours = JIT.state_dict(jax.tree.map(np.asarray, tree), sides)
+        ours = JIT.state_dict(jax.tree.map(np.asarray, tree), config.model.patch_size)
         assert list(ours) == names
         for name, tensor in zip(names, theirs, strict=True):
             expected = tensor.detach().numpy()

@@ -11,6 +11,7 @@ ORDER = [  # a module may import, at its top, its own package and those above it
     {"models", "data"},
     {"build", "interop.torch_file", "interop.names"},
     {"training"},
+    {"interop.uvit_file", "interop.jit_file"},
     {"interop.official"},
     {"sampling", "interop.convert"},
     {"evaluation"},

@@ -4,7 +4,9 @@ Conversion renames, transposes and reshapes, nothing else, so it is exact in bot
 """
 
 import dataclasses
+import functools
 import re
+import typing
 
 import jax
 import numpy as np
@@ -23,6 +25,22 @@ class Names:
     table: dict[str, str]
     embeddings: tuple[str, ...]  # names of matrices that keep their layout
     batched: tuple[str, ...]  # names of tensors that have a first dimension of 1 there
+    sides: typing.Callable  # (patch size, scale of the detail patches) -> side of each convolution's kernel, by name
+    fixed: tuple[str, ...] = ()  # names of tensors that are computed here, and neither trained nor parameters
+
+    @functools.cached_property
+    def _parts(self) -> int:
+        """Parts between dots of the longest name."""
+        return max(name.count(".") for name in self.table) + 1
+
+    def divide(self, name: str) -> tuple[str, str | None]:
+        """Prefix of a name in a file, and the name of a tensor of the network that it ends with, or None."""
+        parts = name.split(".")
+        for i in range(max(0, len(parts) - self._parts), len(parts)):
+            ending = ".".join(parts[i:])
+            if ending in self.fixed or self.pattern(ending)[0] in self.table:
+                return name.removesuffix(ending), ending
+        return name, None
 
     def pattern(self, name: str) -> tuple[str, int]:
         """A name with its block's number as *, and that number (0 outside the numbered blocks)."""
@@ -37,7 +55,7 @@ class Names:
         """
         pattern, number = self.pattern(name)
         if pattern not in self.table:
-            raise KeyError(f"{name!r} is not the name of a tensor of {self.network}")
+            raise KeyError(f"{name!r} is not the name of a {self.network} tensor")
         return tuple(number if part == "*" else part for part in self.table[pattern].split("."))
 
     def their_name(self, path: tuple) -> str:
@@ -76,7 +94,7 @@ class Names:
         return tensor.T if tensor.ndim == 2 and name not in self.embeddings else tensor
 
     def params(self, state_dict: dict) -> dict:
-        """Tensors by name -> our nested dict of parameters (NumPy, dtypes kept).
+        """Tensors by name, without the fixed ones -> our nested dict of parameters (NumPy, dtypes kept).
 
         Raises:
           KeyError: the network has no such tensor.
@@ -91,12 +109,12 @@ class Names:
             node[last] = self.our_layout(name, np.asarray(tensor))
         return params
 
-    def state_dict(self, params: dict, sides: dict[str, int]) -> dict:
+    def state_dict(self, params: dict, patch_size: int, scale: int = 1) -> dict:
         """Inverse of `params`: {name: contiguous NumPy array}, in PyTorch's order.
 
-        sides: side of the kernel of each convolution, by name.
+        scale: of a wavelet model, the width of its detail patches in patches.
         """
-        tensors = {}
+        tensors, sides = {}, self.sides(patch_size, scale)
         for path, leaf in jax.tree_util.tree_leaves_with_path(params):
             name = self.their_name(tuple(part.key for part in path))
             tensors[name] = np.ascontiguousarray(self.their_layout(name, np.asarray(leaf), sides.get(name)))
@@ -113,7 +131,44 @@ def _scale(theirs: str, ours: str) -> dict:
     return tensors(theirs, ours, "scale", None)
 
 
-# JiT of the authors' code, without their prefix `net.` and without the fixed `pos_embed`.
+def _block(theirs: str, ours: str) -> dict:
+    names = tensors(f"{theirs}.norm1", f"{ours}.norm1", "scale")
+    names |= {f"{theirs}.attn.{bias}": f"{ours}.attn.{bias}" for bias in ("q_bias", "v_bias")}
+    names |= tensors(f"{theirs}.attn.qkv", f"{ours}.attn.qkv", bias=None)
+    names |= tensors(f"{theirs}.attn.proj", f"{ours}.attn.proj")
+    names |= tensors(f"{theirs}.norm2", f"{ours}.norm2", "scale")
+    for linear in ("mlp.fc1", "mlp.fc2", "skip_linear"):
+        names |= tensors(f"{theirs}.{linear}", f"{ours}.{linear}")
+    return names
+
+
+# The U-ViT of the official code, on pixels or wavelet coefficients.
+UVIT = Names(
+    "U-ViT",
+    {"encoder.uncond_embed": "backbone.uncond_embed", "encoder.encoder_pos_embed": "pos_embed"}
+    | tensors("encoder.patch_embed.proj", "patch_embed")
+    | tensors("encoder.approx_patch_embed.proj", "approx_patch_embed")
+    | tensors("encoder.detail_patch_embed.proj", "detail_patch_embed")
+    | tensors("encoder.label_emb", "backbone.label_embed", "embedding", bias=None)
+    | tensors("encoder.time_embed.0", "backbone.time_mlp.fc1")
+    | tensors("encoder.time_embed.2", "backbone.time_mlp.fc2")
+    | _block("encoder.in_blocks.*", "backbone.in_blocks.*")
+    | _block("encoder.mid_block", "backbone.mid_block")
+    | _block("encoder.out_blocks.*", "backbone.out_blocks.*")
+    | tensors("encoder.norm", "backbone.norm", "scale")
+    | tensors("encoder_to_output", "head")
+    | tensors("approx_to_output", "approx_head")
+    | tensors("detail_to_output", "detail_head"),
+    embeddings=("encoder.label_emb.weight",),
+    batched=("encoder.encoder_pos_embed", "encoder.uncond_embed"),
+    sides=lambda patch, scale: {
+        "encoder.patch_embed.proj.weight": patch,
+        "encoder.approx_patch_embed.proj.weight": patch,
+        "encoder.detail_patch_embed.proj.weight": patch * scale,
+    },
+)
+
+# The JiT of its authors' code.
 JIT = Names(
     "JiT",
     {"in_context_posemb": "class_positions"}
@@ -136,5 +191,7 @@ JIT = Names(
     | tensors("final_layer.adaLN_modulation.1", "modulation"),
     embeddings=("y_embedder.embedding_table.weight",),
     batched=("in_context_posemb",),
+    sides=lambda patch, _: {"x_embedder.proj1.weight": patch, "x_embedder.proj2.weight": 1},
+    fixed=("pos_embed",),
 )
-JIT_FIXED = ("pos_embed",)  # computed, never trained
+NETWORKS = {"uvit": UVIT, "jit": JIT}  # by `config.model.network`

@@ -2,12 +2,13 @@
 
 Both formats are read: the zip archive of PyTorch 1.6 and later, and the stream before it. The zip archive is written,
 in the form that `torch.load(weights_only=True)` accepts. Reading executes nothing: a `Skipped` takes the place of
-everything that is not a tensor, a number, a text or a plain container.
+everything that is not a tensor, a number, a text or a plain container; that of a namespace keeps its settings.
 
 Memory stays within a small multiple of the file's size: see `interop.pickles`; tensors are views of their storages, and
 entries of an archive may neither overlap nor be compressed.
 """
 
+import argparse
 import collections
 import dataclasses
 import io
@@ -151,8 +152,23 @@ def _numpy_number(dtype, content=b""):
     return np.frombuffer(content, dtype.code)[0].item() if known else Skipped("numpy.scalar")
 
 
+class Namespace(Skipped):
+    """The stand-in for `argparse.Namespace`, in which programs keep settings; their values are of any kind."""
+
+    __slots__ = ("settings",)
+
+    def __init__(self, *_):
+        super().__init__("argparse.Namespace")
+        self.settings = {}
+
+    def set_state(self, state) -> None:
+        """Take the attributes."""
+        self.settings = state if isinstance(state, dict) else {}
+
+
 _NUMBERS = ("f8", "f4", "f2", "i8", "i4", "i2", "i1", "u8", "u4", "u2", "u1", "b1")
 _STAND_INS = {
+    "argparse.Namespace": Namespace,
     "collections.OrderedDict": lambda: {},
     "collections.defaultdict": lambda *_: {},
     "_codecs.encode": _encoded,
@@ -262,6 +278,8 @@ def _read_stream(content: bytes):
 def write(path, value) -> None:
     """Write nested dicts, lists, tuples, numbers, strings, None and arrays as a `.pt` file, whole or not at all.
 
+    An `argparse.Namespace` of such values is written, too; `torch.load(weights_only=True)` wants it declared safe.
+
     Dicts become OrderedDicts where they are `collections.OrderedDict`; arrays become CPU tensors, which share their
     storage where the very same array appears twice.
 
@@ -310,6 +328,11 @@ class _Pickler(pickle._Pickler):
             self._save_tensor(value)
         elif isinstance(value, _Global):
             self.write(pickle.GLOBAL + value.replace(" ", "\n").encode() + b"\n")
+        elif type(value) is argparse.Namespace:
+            self.save(_Global("argparse Namespace"))
+            self.write(pickle.EMPTY_TUPLE + pickle.NEWOBJ)
+            self.save(vars(value))
+            self.write(pickle.BUILD)
         elif plain or value is None or value is collections.OrderedDict:
             super().save(value)
         else:

@@ -121,7 +121,7 @@ def _first_state(config: Config, index: int, abstract: TrainState, params) -> Tr
 
 
 def initial_weights(config: Config, classes: list[str], abstract) -> tuple[dict, pathlib.Path]:
-    """Raw weights of `config.init_from`: a run folder, a checkpoint, an official `.pt` or a `.safetensors`.
+    """Raw weights of `config.init_from`: a run folder, a checkpoint, their authors' `.pt` or a `.safetensors`.
 
     Args:
       classes: names of the data's classes, in the order of their labels.
@@ -149,13 +149,12 @@ def initial_weights(config: Config, classes: list[str], abstract) -> tuple[dict,
     for note in file.notes:
         log.info("%s: %s", found, note)
     with prefixed(TorchFileError, f"{found}: "):
-        params, schedule = official.params_from_state_dict(file.model), official.schedule_settings(file)
-        shown = official.architecture(file.model) | schedule
+        params, shown = file.names.params(file.model), file.format.shown(file)
     if "config" in noted:
         check_trained_for(config, classes, noted, found)
     else:
         compare_settings(config, shown, found)
-        _state_assumptions(config, found, schedule)
+        _state_assumptions(config, found, [name for name in file.format.UNSEEN if name not in shown])
     checkpoint.compare(f"the weights of {found} do not fit config.model", params, abstract)
     return sharding.put(params, sharding.placement(abstract)), found
 
@@ -185,6 +184,12 @@ def compare_settings(config: Config, theirs: dict, where) -> None:
     if "model.depth" in theirs and theirs.get("model.network") != "jit":
         theirs = theirs | {"model.depth": theirs["model.depth"] | 1}  # 2k and 2k + 1 are the same U-ViT
     ours = meaning(config)
+    network, now = theirs.get("model.network", config.model.network), config.model.network
+    if network != now:
+        raise ConfigError(
+            f"{where} holds the weights of a network {network!r}, but config.model.network is {now!r}; give weights of "
+            f"that network, or the config of a {network!r}"
+        )
     wrong = {name: value for name, value in theirs.items() if ours.get(name) != value}
     if wrong:
         differing = ", ".join(f"{name} {value} (now {ours.get(name)})" for name, value in wrong.items())
@@ -225,18 +230,16 @@ def _check_classes(theirs: list[str], ours: list[str], where) -> None:
     raise ConfigError(f"{problem}, so that labels would mean other classes; give {advice}")
 
 
-def _state_assumptions(config: Config, found: pathlib.Path, schedule: dict) -> None:
-    """Log what a file of bare weights cannot show; `schedule` is what it shows of its noise."""
-    heads, diffusion = config.model.heads, config.diffusion
-    shown = "" if schedule else f", diffusion.schedule={diffusion.schedule}"
-    log.warning(
-        "%s does not hold its settings; assumed are model.heads=%d, diffusion.objective=%s%s",
-        *(found, heads, diffusion.objective, shown),
-    )
-    if config.model.width != 64 * heads:
+def _state_assumptions(config: Config, found: pathlib.Path, names: list[str]) -> None:
+    """Log the settings that a file of bare weights cannot show."""
+    heads, width = config.model.heads, config.model.width
+    assumed = ", ".join(f"{name}={operator.attrgetter(name)(config)}" for name in names)
+    if assumed:
+        log.warning("%s does not hold its settings; assumed are %s", found, assumed)
+    if "model.heads" in names and width != 64 * heads:
         log.warning(
             "model.heads=%d gives %g channels per head, the official models have 64 (model.heads=%d)",
-            *(heads, config.model.width / heads, max(1, config.model.width // 64)),
+            *(heads, width / heads, max(1, width // 64)),
         )
 
 

@@ -1,0 +1,247 @@
+"""The JiT's checkpoints, as its authors' code writes them.
+
+A dict of `model`, `model_ema1` and `model_ema2` (state dicts; the network is under `net.`), `optimizer` (AdamW with two
+groups: vectors and biases first), `epoch`, and `args`, an argparse.Namespace of settings.
+"""
+
+import argparse
+import base64
+import collections
+import math
+import re
+import typing
+import zlib
+
+import numpy as np
+
+from maskdm_jax.config import Config
+from maskdm_jax.diffusion.process import CLAMP
+from maskdm_jax.errors import ConfigError
+from maskdm_jax.models.jit import sine_cosine
+
+EMAS = 2  # that the authors' code keeps
+DECAYS = (0.9999, 0.9996)  # of theirs
+PARTS = ("model", "optimizer", "epoch", "args", "model_ema1", "model_ema2")  # keys of a file
+KEYS = ("args", "epoch")  # those besides weights and optimizer
+UNSEEN = ("model.jit.class_tokens_from", "diffusion.flow.noise_scale")  # settings that a file may not show
+POSITIONS = "pos_embed"
+_SETS = {"params": "model", "ema": "model_ema1", "ema2": "model_ema2"}  # name of a set of weights -> key of a file
+_SIZES = {(768, 12): ("B", 4), (1024, 24): ("L", 8), (1280, 32): ("H", 10)}  # width, depth: class tokens from a block
+_SETTINGS = {  # name in `args` -> our setting
+    "label_drop_prob": "data.label_dropout",
+    "proj_dropout": "model.jit.dropout",
+    "P_mean": "diffusion.flow.mean",
+    "P_std": "diffusion.flow.std",
+    "num_sampling_steps": "sampling.steps",
+    "interval_min": "sampling.guidance_from",
+    "interval_max": "sampling.guidance_to",
+    "lr": "stage.learning_rate",
+}
+
+
+# --- Writing ------------------------------------------------------------------------------------
+
+
+def optimizer_groups(model: dict) -> list[int]:
+    """Numbers of tensors in the groups of the authors' optimizer: vectors and biases, and the rest."""
+    vectors = sum(tensor.ndim <= 1 or name.endswith(".bias") for name, tensor in model.items())
+    return [vectors, len(model) - vectors]
+
+
+def content(official, config: Config, optimizer: dict) -> dict:
+    """The content of a file that the authors' code resumes from and samples from."""
+    weights, computed = {"ema": official.model} | official.weights, positions(config)
+    weights = {"ema2": weights["ema"]} | weights
+    parts = {"optimizer": optimizer, "epoch": official.epoch or 0, "args": argparse.Namespace()}
+    vars(parts["args"]).update(official.args or _args(config))
+    for name, key in _SETS.items():
+        tensors = {POSITIONS: computed} | official.fixed.get(name, {}) | weights[name]
+        parts[key] = collections.OrderedDict((f"net.{name}", tensor) for name, tensor in tensors.items())
+    return {key: parts[key] for key in dict.fromkeys([*(official.keys or PARTS), *_SETS.values()])}
+
+
+def positions(config: Config) -> np.ndarray:
+    """The position embedding of the authors' network, [1, patches, width]."""
+    return sine_cosine(config.model.width, config.data.image_size // config.model.patch_size)[None]
+
+
+def described(config: Config) -> typing.Iterator[str]:
+    """What a user of an exported file should know."""
+    diffusion = config.diffusion
+    if (diffusion.process, diffusion.objective) != ("flow", "x0"):
+        what = f"{diffusion.process} with the objective {diffusion.objective}"
+        yield f"note: the authors' code knows flow matching with x0 alone; this run is {what}"
+    yield "its network in the authors' terms:"
+    jit = config.model.jit
+    found = dict(
+        input_size=config.data.image_size, patch_size=config.model.patch_size, in_channels=config.data.channels
+    )
+    found |= dict(hidden_size=config.model.width, depth=config.model.depth, num_heads=config.model.heads)
+    found |= dict(mlp_ratio=config.model.mlp_ratio, num_classes=config.model.num_classes)
+    found |= dict(
+        bottleneck_dim=jit.bottleneck, in_context_len=jit.class_tokens, in_context_start=jit.class_tokens_from
+    )
+    for name, value in found.items():
+        yield f"  {name}: {value}"
+
+
+def _args(config: Config) -> dict:
+    """The authors' settings of a run that was trained here."""
+    model, sampling, stage = config.model, config.sampling, config.stage[config.stages[-1]]
+    letter, _ = _SIZES.get((model.width, model.depth), ("", 0))
+    decays, flow = (stage.ema_decay, *stage.more_ema_decays), config.diffusion.flow
+    return dict(
+        model=f"JiT-{letter}/{model.patch_size}" if letter else "custom",
+        img_size=config.data.image_size,
+        class_num=model.num_classes,
+        attn_dropout=0.0,
+        proj_dropout=model.jit.dropout,
+        label_drop_prob=config.data.label_dropout,
+        P_mean=flow.mean,
+        P_std=flow.std,
+        t_eps=CLAMP,
+        noise_scale=flow.noise_scale,
+        ema_decay1=decays[0],
+        ema_decay2=decays[:2][-1],
+        sampling_method=sampling.method if sampling.method in ("euler", "heun") else "heun",
+        num_sampling_steps=sampling.steps,
+        cfg=1.0 + sampling.guidance,
+        interval_min=sampling.guidance_from,
+        interval_max=sampling.guidance_to,
+        lr=stage.learning_rate,
+        epochs=1,
+    )
+
+
+# --- The settings that a file shows -------------------------------------------------------------
+
+
+def shown(official) -> dict:
+    """Settings that a file shows, such as "model.width": those of the network, and what `args` says of the process.
+
+    Raises:
+      ValueError: the tensors do not make a JiT; the message names one.
+    """
+    args = official.args or {}
+    found = _architecture(official.model | official.fixed.get("params", {}))
+    for fixed in official.fixed.values():
+        _check_positions(fixed, found)
+    found |= {"diffusion.process": "flow", "diffusion.objective": "x0"}
+    if _is_number(args.get("noise_scale")):
+        found["diffusion.flow.noise_scale"] = args["noise_scale"]
+    size = re.fullmatch(r"JiT-([BLH])/\d+", str(args.get("model")))
+    if size and found["model.jit.class_tokens"]:
+        found["model.jit.class_tokens_from"] = dict(_SIZES.values())[size[1]]
+    return found
+
+
+def settings(official, shown: dict, heads: int | None, class_tokens_from: int | None) -> dict:
+    """Settings for a config made from a file, besides those in `shown`; notes say what is assumed.
+
+    Raises:
+      ConfigError: the block before which the class tokens join cannot be told.
+    """
+    del heads  # the tensors show them
+    args, notes = official.args or {}, official.notes
+    found = {"sampling.method": "heun", "sampling.steps": 50, "sampling.guidance_from": 0.1}
+    found |= {"stage.learning_rate": (official.group or {}).get("lr", 0.0), "stage.weight_decay": 0.0}
+    found |= {setting: args[name] for name, setting in _SETTINGS.items() if _is_number(args.get(name))}
+    if args.get("sampling_method") in ("heun", "euler"):
+        found["sampling.method"] = args["sampling_method"]
+    found |= {"stage.clip_norm": 0.0, "stage.ema_law": "plain"}
+    decays = {name: args.get(name) for name in ("ema_decay1", "ema_decay2")}
+    decays = [decays[name] if _is_number(decays[name]) else usual for name, usual in zip(decays, DECAYS, strict=True)]
+    found |= {"stage.ema_decay": decays[0], "stage.more_ema_decays": tuple(decays[1 : len(official.emas)])}
+    if _is_number(args.get("cfg")) and shown["model.num_classes"]:
+        found["sampling.guidance"] = max(args["cfg"] - 1, 0.0)
+    if "diffusion.flow.noise_scale" not in shown:
+        scale = shown["data.image_size"] / 256
+        notes.append(f"note: the file does not show its noise scale; {scale:g} = image side / 256 is assumed")
+        found["diffusion.flow.noise_scale"] = scale
+    if not shown["model.jit.class_tokens"]:
+        found["model.jit.class_tokens_from"] = 0
+    elif "model.jit.class_tokens_from" not in shown:
+        size = _SIZES.get((shown["model.width"], shown["model.depth"]))
+        if class_tokens_from is None and size is None:
+            raise ConfigError(
+                "the block before which the class tokens join the patches cannot be seen in the file: pass "
+                "--class_tokens_from=N (the authors' JiT-B has 4, JiT-L 8, JiT-H 10)"
+            )
+        if class_tokens_from is None:
+            notes.append(f"note: class tokens are assumed to join before block {size[1]}, as in the authors' JiT")
+        found["model.jit.class_tokens_from"] = size[1] if class_tokens_from is None else class_tokens_from
+    return found
+
+
+def _is_number(value) -> bool:
+    return type(value) in (int, float)
+
+
+def differences(official, config: Config) -> typing.Iterator[str]:
+    """Notes about the parts of a file that training here does not use as they are."""
+    args = official.args or {}
+    for name, value in (("t_eps", CLAMP), ("attn_dropout", 0.0)):
+        if args.get(name, value) != value:
+            yield f"note: the file was trained with {name} {args[name]}; training here has {value}"
+
+
+def _architecture(tensors: dict[str, np.ndarray]) -> dict:
+    def shape(name, ndim):
+        if name not in tensors:
+            raise ValueError(f"tensor {name!r} is missing")
+        if tensors[name].ndim != ndim or not tensors[name].size:
+            raise ValueError(f"tensor {name!r} is {tensors[name].shape}; {ndim} dimensions are wanted")
+        return tensors[name].shape
+
+    bottleneck, channels, patch_size, _ = shape("x_embedder.proj1.weight", 4)
+    width = shape("x_embedder.proj2.weight", 4)[0]
+    _, patches, _ = shape(POSITIONS, 3)
+    side = math.isqrt(patches)
+    if side * side != patches:
+        raise ValueError(f"{POSITIONS!r} has {patches} positions, which are not those of square images")
+    head, hidden = shape("blocks.0.attn.q_norm.weight", 1)[0], shape("blocks.0.mlp.w3.weight", 2)[1]
+    # The hidden width is int(MLP's width * 2 / 3), for one or two of the MLP's widths.
+    widths = [n for n in range(3 * hidden // 2, 3 * hidden // 2 + 3) if int(n * 2 / 3) == hidden]
+    return {
+        "data.image_size": side * patch_size,
+        "data.channels": channels,
+        "model.network": "jit",
+        "model.patch_size": patch_size,
+        "model.width": width,
+        "model.depth": len({name.split(".")[1] for name in tensors if name.startswith("blocks.")}),
+        "model.heads": max(width // head, 1),
+        "model.mlp_ratio": max(widths, key=lambda n: math.gcd(n, width)) / width,
+        "model.num_classes": shape("y_embedder.embedding_table.weight", 2)[0] - 1,
+        "model.jit.bottleneck": bottleneck,
+        "model.jit.class_tokens": shape("in_context_posemb", 3)[1] if "in_context_posemb" in tensors else 0,
+    }
+
+
+# --- The position embedding ---------------------------------------------------------------------
+#
+# It is computed here. An EMA's, which the authors average like a weight, differs by rounding: kept for the way back.
+
+
+def _check_positions(fixed: dict, found: dict) -> None:
+    width, side = found["model.width"], found["data.image_size"] // found["model.patch_size"]
+    if width % 4:
+        raise ValueError(f"its width is {width}; a JiT has a multiple of 4")
+    ours, theirs = sine_cosine(width, side)[None], fixed[POSITIONS]
+    if theirs.shape != ours.shape or not np.abs(theirs - ours).max() < 0.01:
+        raise ValueError(f"{POSITIONS!r} is not the sine-cosine embedding of a grid of {side} x {side} patches")
+
+
+def pack(fixed: dict, config: Config) -> dict[str, str]:
+    """Position embeddings of sets of weights, where they differ from ours, as text for JSON."""
+    ours = positions(config).view(np.uint32)
+    bits = {name: tensors[POSITIONS].view(np.uint32) ^ ours for name, tensors in fixed.items()}
+    return {name: base64.b64encode(zlib.compress(b.tobytes())).decode() for name, b in bits.items() if b.any()}
+
+
+def unpack(packed: dict[str, str], config: Config) -> dict:
+    """Inverse of `pack`."""
+    ours = positions(config)
+    bits = {name: np.frombuffer(zlib.decompress(base64.b64decode(text)), np.uint32) for name, text in packed.items()}
+    return {
+        name: {POSITIONS: (ours.view(np.uint32) ^ b.reshape(ours.shape)).view(np.float32)} for name, b in bits.items()
+    }
