@@ -1,6 +1,7 @@
 """The benchmarks start and print what they promise; their figures need an idle machine."""
 
 import json
+import re
 import subprocess
 import sys
 
@@ -81,7 +82,11 @@ def test_the_table_of_costs_has_all_recipes(root):
     rows = [json.loads(line) for line in (root / "docs" / "costs.jsonl").read_text().splitlines()]
     stages_of_celebahq = {"celebahq_pretrain", "celebahq_pretrain_50", "celebahq_finetune"}
     recipes = {path.stem for path in (root / "configs").glob("*.py")} - stages_of_celebahq
-    assert {row["config"] for row in rows} == recipes
+    compiled = {row["config"] for row in rows}
+    assert compiled <= recipes
+    text = (root / "docs" / "costs.md").read_text()
+    later = text.partition("Not compiled yet: ")[2].partition(". ")[0]
+    assert set(re.findall(r"`(\w+)`", later)) == recipes - compiled
     table = (root / "docs" / "costs.md").read_text()
     assert all(f"| {row['config']} | {row['stage']} | {row['topology']} |" in table for row in rows)
     assert all(row["fits"] for row in rows)
