@@ -39,6 +39,9 @@ def pytest_generate_tests(metafunc):
         if f"{kind}_case" in metafunc.fixturenames:
             paths = golden.cases(metafunc.config.getoption("--golden"), kind)
             metafunc.parametrize(f"{kind}_case", paths, ids=[path.stem for path in paths], scope="module")
+    if "jit_file" in metafunc.fixturenames:
+        paths = golden.jit_files(metafunc.config.getoption("--golden"))
+        metafunc.parametrize("jit_file", paths, ids=[path.stem for path in paths], scope="module")
 
 
 @pytest.fixture(scope="session")

@@ -142,6 +142,16 @@ def jit_config(network: dict, noise_scale: float = 1.0, **diffusion):
     return config_lib.parse(c)
 
 
+def jit_files(folder) -> list[pathlib.Path]:
+    """Checkpoints of JiT's authors with recorded outputs beside them."""
+    return [path for path in sorted(pathlib.Path(folder).glob("*.pth")) if expected_of(path).exists()]
+
+
+def expected_of(path) -> pathlib.Path:
+    """The recorded outputs of a checkpoint."""
+    return path.with_name(f"{path.stem}_expected.npz")
+
+
 def jit_checkpoint() -> dict:
     """The content of `jit_tiny.pth`."""
     return torch_file.read(pathlib.Path(__file__).parent / "golden" / "jit_tiny.pth")
