@@ -1,14 +1,16 @@
 """A step's pages are there for the next one."""
 
+import gc
 import json
 import os
 import signal
 import subprocess
 import sys
+import threading
 
 import pytest
 
-from maskdm_jax.errors import ConfigError
+from maskdm_jax.errors import ConfigError, Interrupted
 from maskdm_jax.parallel import processes, runtime
 from maskdm_jax.storage import atomic_path
 
@@ -84,11 +86,31 @@ def test_a_write_to_a_full_disk_names_the_file(tmp_path):
 def test_a_platform_that_does_not_exist_is_a_wrong_setting(monkeypatch, capsys):
     for setup in ("keep_freed_memory", "keep_compiled_programs"):
         monkeypatch.setattr(runtime, setup, lambda: None)
-    monkeypatch.setattr(sys, "stderr", sys.stderr)  # `program` replaces it
+    for name in ("stderr", "unraisablehook"):  # `program` replaces them
+        monkeypatch.setattr(sys, name, getattr(sys, name))
     with pytest.raises(SystemExit) as end, runtime.program(distributed=False):
         raise RuntimeError("Unable to initialize backend 'wrong': it is not in the list\nof known backends")
     assert end.value.code == ConfigError.status
     assert "error: Unable to initialize backend 'wrong'" in capsys.readouterr().err
+
+
+def test_ctrl_c_in_a_callback_is_not_lost(monkeypatch):
+    for name in ("stderr", "unraisablehook"):
+        monkeypatch.setattr(sys, name, getattr(sys, name))
+    for setup in ("keep_freed_memory", "keep_compiled_programs"):
+        monkeypatch.setattr(runtime, setup, lambda: None)
+
+    def interrupted(phase, info):
+        gc.callbacks.remove(interrupted)
+        signal.raise_signal(signal.SIGINT)
+
+    ends = []
+    monkeypatch.setattr(processes, "exit_all", lambda *end: ends.append(end))
+    with runtime.program(distributed=False):
+        gc.callbacks.append(interrupted)
+        gc.collect()
+        threading.Event().wait(60)  # blocks as training does while it waits for the compiler
+    assert ends == [("interrupted", Interrupted.status)]
 
 
 def test_beside_accelerators_nothing_changes(monkeypatch):

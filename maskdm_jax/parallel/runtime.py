@@ -6,7 +6,9 @@ import faulthandler
 import glob
 import os
 import re
+import signal
 import sys
+import threading
 import traceback
 
 import jax
@@ -108,6 +110,17 @@ class _Stderr:
             self._stream.flush()
 
 
+def _repeat_ctrl_c(unraisable) -> None:
+    """Press Ctrl-C again if it came where Python ignores exceptions, for instance in a callback of garbage collection.
+
+    A thread does it, since this function is called where they are still ignored.
+    """
+    if issubclass(unraisable.exc_type, KeyboardInterrupt):
+        threading.Timer(0.1, signal.pthread_kill, (threading.main_thread().ident, signal.SIGINT)).start()
+    else:
+        sys.__unraisablehook__(unraisable)
+
+
 @contextlib.contextmanager
 def program(*, distributed: bool = True, catch_sigterm: bool = False):
     """Run the body of a launcher: set up JAX, join the other processes, exit with one line on an expected error.
@@ -118,7 +131,7 @@ def program(*, distributed: bool = True, catch_sigterm: bool = False):
     """
     keep_freed_memory()
     keep_compiled_programs()
-    sys.stderr = _Stderr(sys.stderr)
+    sys.stderr, sys.unraisablehook = _Stderr(sys.stderr), _repeat_ctrl_c
     try:
         if distributed:
             processes.initialize(catch_sigterm=catch_sigterm)
