@@ -49,25 +49,43 @@ def cudnn_attention(q, k, v):
 # --- CPU ------------------------------------------------------------------------------------------
 
 
+@jax.custom_vjp
 def parallel_heads(q, k, v):
     """`attention` for XLA:CPU, which computes each of these small products on one thread.
 
     Heads are put before tokens, the layout of the batched products, and split into independent parts, which run in
-    parallel.
+    parallel. The backward pass of the softmax reads the weights once.
     """
-    b, t, heads, d = q.shape
+    return _parallel_heads_forward(q, k, v)[0]
+
+
+def _parallel_heads_forward(q, k, v):
+    out, saved = zip(*map(_heads_first, *map(_split_heads, (q, k, v))), strict=True)
+    return _join_heads(out, q.shape), saved
+
+
+def _parallel_heads_backward(saved, g):
+    grads = map(_heads_first_backward, saved, _split_heads(g))
+    return tuple(_join_heads(parts, g.shape) for parts in zip(*grads, strict=True))
+
+
+parallel_heads.defvjp(_parallel_heads_forward, _parallel_heads_backward)
+
+
+def _split_heads(x):
+    """The parts [parts, N, T, d] of x [B, T, H, d]."""
+    b, t, heads, d = x.shape
     parts = math.gcd(b * heads, PARALLEL_PARTS)
-    q, k, v = (x.swapaxes(1, 2).reshape(parts, b * heads // parts, t, d) for x in (q, k, v))
-    return jnp.stack(list(map(_heads_first, q, k, v))).reshape(b, heads, t, d).swapaxes(1, 2)
+    return x.swapaxes(1, 2).reshape(parts, b * heads // parts, t, d)
 
 
-@jax.custom_vjp
+def _join_heads(parts, shape):
+    b, t, heads, d = shape
+    return jnp.stack(parts).reshape(b, heads, t, d).swapaxes(1, 2)
+
+
 def _heads_first(q, k, v):
-    """`attention` of q, k, v [N, T, d]; the backward pass of the softmax reads the weights once."""
-    return _heads_first_forward(q, k, v)[0]
-
-
-def _heads_first_forward(q, k, v):
+    """`attention` of q, k, v [N, T, d], and what its backward pass needs."""
     logits = _product("ntd,nsd->nts", q, k) * q.shape[-1] ** -0.5
     weights = jax.nn.softmax(logits).astype(v.dtype)
     return _product("nts,nsd->ntd", weights, v).astype(v.dtype), (q, k, v, weights)
@@ -87,9 +105,6 @@ def _heads_first_backward(saved, g):
     dk = _product("nts,ntd->nsd", d_logits, q)
     dv = _product("nts,ntd->nsd", weights, g)
     return tuple(grad.astype(q.dtype) for grad in (dq, dk, dv))
-
-
-_heads_first.defvjp(_heads_first_forward, _heads_first_backward)
 
 
 # --- TPU ------------------------------------------------------------------------------------------
