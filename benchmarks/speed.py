@@ -16,10 +16,12 @@ estimate ignores caches. `--torch` adds the official step in PyTorch, as publish
 compiled; ratios are PyTorch's seconds divided by ours. `--json` writes the numbers to a file. The last line is JSON.
 """
 
+import contextlib
 import dataclasses
 import functools
 import json
 import math
+import multiprocessing
 import pathlib
 import statistics
 import sys
@@ -264,8 +266,6 @@ def checkpoint_subjects(settings) -> list[Subject]:
 
 def torch_subjects(settings, stage: str, form: str) -> list[Subject]:
     """The step and the forward pass in PyTorch; form: eager, fused or compiled."""
-    import torch_uvit
-
     config = with_visible(settings, stage, "100")
     known = config.diffusion.process == ("flow" if config.model.network == "jit" else "ddpm")
     if config.model.wavelet_scale or config.model.num_classes or not known:
@@ -273,10 +273,42 @@ def torch_subjects(settings, stage: str, form: str) -> list[Subject]:
             "--torch compares unconditional models of pixels: U-ViT with DDPM, or JiT with flow matching"
         )
     device = "cuda" if jax.default_backend() == "gpu" else "cpu"
-    make = lambda percent: torch_uvit.make_trainer(form, with_visible(settings, stage, percent), stage, device)
+    configs = [with_visible(settings, stage, percent) for percent in (*VISIBLE.value, "100")]
+    spawn = multiprocessing.get_context("spawn")
+    pipe, theirs = spawn.Pipe()
+    spawn.Process(target=serve_torch, args=(theirs, form, configs, stage, device), daemon=True).start()
+    theirs.close()
+    pipe.recv()  # it is ready
+
+    def wait(number: int) -> float:
+        pipe.send(None)
+        return pipe.recv()
+
+    start = lambda number: lambda: pipe.send(number)
+    what = [*(f"step {percent}%" for percent in VISIBLE.value), "forward"]
     n, by = config.stage[stage].batch_size, f"torch {form}"
-    subjects = [Subject(f"step {percent}%", by, make(percent), float, images=n) for percent in VISIBLE.value]
-    return [*subjects, Subject("forward", by, make("100").forward, float, images=n)]
+    return [Subject(name, by, start(number), wait, images=n) for number, name in enumerate(what)]
+
+
+def serve_torch(pipe, form: str, configs: list[Config], stage: str, device: str) -> None:
+    """Start steps, one trainer for each config but the last, and forward passes, of the last, by number.
+
+    This is a process of its own, since the waiting threads of PyTorch slow XLA's threads on the same cores.
+    """
+    import torch_uvit
+
+    runtime.keep_freed_memory()
+    starts = [torch_uvit.make_trainer(form, config, stage, device) for config in configs]
+    starts[-1] = starts[-1].forward
+    last = None
+    pipe.send("ready")
+    with contextlib.suppress(EOFError):  # the benchmark is done
+        while True:
+            number = pipe.recv()
+            if number is None:
+                pipe.send(float(last))
+            else:
+                last = starts[number]()
 
 
 def report(subjects: list[Subject]) -> dict:

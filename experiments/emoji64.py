@@ -43,7 +43,7 @@ def get_config():
     c.evaluation = dict(samples=1000, on="noto", held_out=400, levels=10)
     c.runs = tuple(
         dict(
-            name=f"{name}, {process}", seeds=(0,), phases=(dict(share=1.0, points=2, data="noto", settings=net | more),)
+            name=f"{name}, {process}", seeds=(0,), phases=(dict(share=1.0, points=1, data="noto", settings=net | more),)
         )
         for name, net in (("U-ViT", UVIT), ("JiT", JIT))
         for process, more in PROCESSES.items()
