@@ -1,6 +1,6 @@
 # make demo   set up what is needed and run the demo: digits, in minutes, on two CPU cores
 # make test   set up what is needed and run all tests
-# make lint   ruff: lint and format check
+# make lint   ruff: lint and format check; shellcheck
 # make format ruff: format and fix
 
 PYTHON ?= python3
@@ -17,6 +17,7 @@ test: .venv/.test-installed
 lint: .venv/.test-installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/shellcheck launch/*.sh
 
 format: .venv/.test-installed
 	$(BIN)/ruff format .

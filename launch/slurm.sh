@@ -11,7 +11,7 @@
 #SBATCH --open-mode=append
 #SBATCH --signal=TERM@180
 set -uo pipefail
-cd "${SLURM_SUBMIT_DIR:-.}"
+cd "${SLURM_SUBMIT_DIR:-.}" || exit
 # Overlap the reduction of gradients with computation.
 export XLA_FLAGS="--xla_gpu_enable_latency_hiding_scheduler=true ${XLA_FLAGS:-}"
 srun --kill-on-bad-exit=1 .venv/bin/python "$@"

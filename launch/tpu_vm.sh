@@ -1,45 +1,272 @@
 #!/usr/bin/env bash
-# Run a program on every host of a TPU VM slice, and restart it after a failure or preemption of a host.
+# Run a program on Cloud TPU VMs, one process per host, and recreate the slice after preemptions. See docs/tpu.md.
 #
-#   launch/tpu_vm.sh NAME ZONE launch/train.py --config=configs/celebahq.py --workdir=/mnt/shared/runs/celebahq
+#   export ZONE=us-west4-a TYPE=v5litepod-16
+#   launch/tpu_vm.sh create NAME           request a spot slice; returns at once
+#   launch/tpu_vm.sh run NAME launch/train.py --config=configs/celebahq.py --workdir=gs://BUCKET/runs/celebahq
+#   launch/tpu_vm.sh status NAME           state of the slice, and of the program on every host
+#   launch/tpu_vm.sh logs NAME [HOST] [SLICE]   follow the log of a host, by default host 0 of slice 0
+#   launch/tpu_vm.sh stop NAME             send SIGTERM, on which a run saves, and wait for the end
+#   launch/tpu_vm.sh delete NAME           delete the slice, which costs money until then
 #
-# The committed state of this repository is copied to the hosts and installed there, once per commit. The run folder must
-# be on a disk that all hosts see: Filestore, or a bucket mounted by gcsfuse. When a host fails, the others notice within
-# two minutes and end; then all are restarted after a pause, RESTARTS times (default 100); not after wrong settings (exit
-# status 78). Create the slice first:
+# `run` creates the slice if it does not exist, waits for it, copies the committed state of this repository, and installs
+# it with a Python of its own. The program is detached: a lost connection does not end it, and the same `run` command
+# watches it again. While `run` watches, it starts the program again after failures and preemptions, but not after a
+# configuration error (exit status 78). It ends with status 0 (done), 75 (`stop`), 78, or 1 (another error).
 #
-#   gcloud compute tpus tpu-vm create NAME --zone=ZONE --accelerator-type=v5litepod-16 --version=v2-alpha-tpuv5-lite
+# Further variables, with their defaults:
+#   SLICES=1                number of slices
+#   CREATE_FLAGS=--spot     flags of `gcloud compute tpus queued-resources create`; empty: not preemptible
+#   RUNTIME                 software version of the TPU VM, by default after TYPE
+#   DELETE=                 any text: delete the slice when `run` ends with status 0, 75 or 78
+#   RESTARTS=100 PAUSE=10   starts after failures, and the seconds by which each pause is longer than the previous one
+#   POLL=30 ANSWER=120      seconds between two looks at the hosts, and until they count as not answering
+# The hosts receive WANDB_API_KEY, HF_TOKEN, AWS_* and the file $GOOGLE_APPLICATION_CREDENTIALS, in files that only you
+# can read.
 set -euo pipefail
-if [ $# -lt 3 ]; then
-  sed -n '2,5p' "$0" >&2
+
+UV="uv==0.13.9 --hash=sha256:d7f459fe4fd247d830351c75686d3996ace3c6f3f728eb0e85a30b7ada0cef19" # x86-64
+PYTHON=3.11
+CREDENTIALS="WANDB_API_KEY WANDB_ENTITY HF_TOKEN AWS_ACCESS_KEY_ID AWS_SECRET_ACCESS_KEY AWS_SESSION_TOKEN AWS_REGION
+  AWS_DEFAULT_REGION AWS_ENDPOINT_URL"
+# Overlap collectives with computation.
+FLAGS="--xla_tpu_enable_async_collective_fusion=true --xla_tpu_enable_async_collective_fusion_fuse_all_gather=true"
+
+say() { echo "$(date +%H:%M:%S) $name: $*" >&2; }
+
+# tpu SECONDS VERB [ARGUMENT...]: gcloud on the queued resource, with a time limit. Ctrl-C interrupts `wait` at once.
+tpu() {
+  timeout -k 10 "$1" gcloud compute tpus queued-resources "${@:2}" --zone="$ZONE" --quiet </dev/null &
+  wait $!
+}
+
+# on_all SECONDS FUNCTION [ARGUMENT...]: one of the functions below on all hosts of all slices.
+on_all() {
+  tpu "$1" ssh "$name" --node=all --worker=all \
+    --command="$(declare -f "$2"); $(printf '%q ' "${@:2}")"
+}
+
+# ---- on a host, in ~/maskdm
+
+host_folder() { mkdir -p ~/maskdm && chmod 700 ~/maskdm; }
+
+host_install() { # COMMIT UV PYTHON: install the code with a Python of its own, once per commit
+  set -e
+  cd ~/maskdm
+  if [ ! -e "$1/.installed" ]; then
+    rm -rf "$1" uv
+    tar xzf "$1.tar.gz"
+    echo "$2" >uv.txt
+    python3 -m pip install --quiet --target=uv --require-hashes --requirement=uv.txt
+    uv/bin/uv venv --quiet --python="$3" "$1/.venv"
+    (cd "$1" && VIRTUAL_ENV=.venv ../uv/bin/uv pip install --quiet -r requirements.txt -e ".[tpu,gcs,s3,wandb]")
+    touch "$1/.installed"
+  fi
+  ln -sfn "$1" code
+}
+
+host_start() { # [ARGUMENT...]: start Python with these arguments, detached from this connection
+  cd ~/maskdm && rm -f pid status stopped
+  # The lock is held as long as Python or one of its children lives.
+  setsid nohup bash -c '
+    exec 9>lock && flock --wait 10 9 || exit
+    echo $$ >group && source ./environment && cd code || exit
+    .venv/bin/python "$@" &
+    echo $! >../pid
+    wait $!
+    echo $? >../status' maskdm "$@" >>log 2>&1 </dev/null &
+  for _ in $(seq 100); do [ -e pid ] && return; sleep 0.1; done
+  return 1
+}
+
+host_state() { # print: host NAME: new | running | stopped | ended without a status | the exit status
+  state=new
+  if cd ~/maskdm 2>/dev/null && [ -e lock ]; then
+    state=lost
+    [ ! -s status ] || state=$(cat status)
+    [ ! -e stopped ] || state=stopped
+    flock --nonblock lock true || state=running
+  fi
+  echo "host $(hostname): $state"
+}
+
+host_stop() { # [stopped]: SIGTERM, and SIGKILL after three minutes; the mark makes `run` end
+  cd ~/maskdm 2>/dev/null || return 0
+  [ -z "${1:-}" ] || touch "$1"
+  flock --nonblock lock true && return
+  kill -TERM "$(cat pid)" || true
+  flock --wait 180 lock true || kill -KILL -- "-$(cat group)"
+}
+
+# ---- here
+
+# The state of the queued resource, such as ACTIVE; NONE if there is none; UNKNOWN if gcloud does not answer.
+slice_state() {
+  local answer
+  if answer=$(tpu "$ANSWER" describe "$name" --format="value(state.state)" 2>&1); then
+    tail -n 1 <<<"$answer"
+  elif grep -q NOT_FOUND <<<"$answer"; then
+    echo NONE
+  else
+    echo "${answer:-gcloud does not answer}" >&2
+    echo UNKNOWN
+  fi
+}
+
+create() {
+  local runtime nodes=(--node-id="$name") flags
+  : "${TYPE:?set it to an accelerator type, such as v5litepod-16}"
+  case $TYPE in
+    v5litepod-*) runtime=v2-alpha-tpuv5-lite ;;
+    v5p-*) runtime=v2-alpha-tpuv5 ;;
+    v6e-*) runtime=v2-alpha-tpuv6e ;;
+    *) runtime=tpu-ubuntu2204-base ;;
+  esac
+  [ "${SLICES:-1}" -eq 1 ] || nodes=(--node-prefix="$name" --node-count="$SLICES")
+  read -ra flags <<<"${CREATE_FLAGS---spot}"
+  tpu 1200 create "$name" "${nodes[@]}" --accelerator-type="$TYPE" --runtime-version="${RUNTIME:-$runtime}" \
+    "${flags[@]}"
+}
+
+delete() { tpu 1200 delete "$name" --force; }
+
+# Put the code and the environment of the program into the folder $pack.
+make_pack() {
+  umask 077
+  pack=$(mktemp -d)
+  trap 'rm -rf "$pack"' EXIT
+  commit=$(git rev-parse --short HEAD)
+  git diff --quiet HEAD || say "uncommitted changes are not copied to the hosts"
+  git archive --format=tar.gz --prefix="$commit/" -o "$pack/$commit.tar.gz" HEAD
+  {
+    printf 'export LIBTPU_INIT_ARGS=%q\n' "$FLAGS"
+    for variable in $CREDENTIALS; do
+      [ -z "${!variable:-}" ] || printf 'export %s=%q\n' "$variable" "${!variable}"
+    done
+    if [ -n "${GOOGLE_APPLICATION_CREDENTIALS:-}" ]; then
+      cp "$GOOGLE_APPLICATION_CREDENTIALS" "$pack/credentials.json"
+      echo 'export GOOGLE_APPLICATION_CREDENTIALS=~/maskdm/credentials.json'
+    fi
+  } >"$pack/environment"
+}
+
+start() {
+  say "installing commit $commit on all hosts, and starting $*"
+  started=yes
+  on_all "$ANSWER" host_folder &&
+    tpu 600 scp "$pack"/* "$name:maskdm/" --node=all --worker=all &&
+    on_all 1800 host_install "$commit" "$UV" "$PYTHON" &&
+    on_all "$ANSWER" host_start "$@" && return
+  started=""
+  failure "the hosts could not be set up"
+}
+
+failure() {
+  failures=$((failures + 1))
+  [ "$failures" -le "${RESTARTS:-100}" ] || finish 1 "$*; given up after $failures failures"
+  local pause=$((failures * ${PAUSE:-10}))
+  say "$* (failure $failures); next attempt in $((pause < 300 ? pause : 300)) s"
+  sleep "$((pause < 300 ? pause : 300))"
+}
+
+finish() { # STATUS MESSAGE
+  say "${*:2}"
+  if [ -n "${DELETE:-}" ] && [ "$1" -ne 1 ]; then
+    delete
+  else
+    say "the slice costs money until you delete it: launch/tpu_vm.sh delete $name"
+  fi
+  exit "$1"
+}
+
+# Start the program if it does not run, and act on how it ended.
+attend() {
+  local answer states
+  if ! answer=$(on_all "$ANSWER" host_state 2>&1); then
+    say "the hosts do not answer: $(tail -n 1 <<<"$answer")"
+    return
+  fi
+  states=$(sed -n 's/^host [^ ]*: //p' <<<"$answer" | sort -u | tr '\n' ' ')
+  if [ -z "$started" ]; then
+    [[ " $states" == *" running "* ]] || { start "$@" && return; }
+    say "a program runs already; watching it"
+    started=yes
+  fi
+  case " $states" in
+    " running " | " 0 running ") ;;
+    " 0 ") finish 0 "done" ;;
+    *" stopped "*) finish 75 "stopped" ;;
+    *" 78 "*)
+      on_all 300 host_stop || true
+      finish 78 "a setting is wrong, so that starting again is of no use; see launch/tpu_vm.sh logs $name"
+      ;;
+    *)
+      say "the program ended; states of the hosts: $states"
+      on_all 300 host_stop || true # hosts that wait for one that failed
+      ! grep -qvxE "0|75|new|lost|running" <<<"${states// /$'\n'}0" || failure "the program failed"
+      start "$@"
+      ;;
+  esac
+}
+
+run() {
+  local state slice=""
+  started="" failures=0
+  make_pack
+  trap 'say "no longer watching; the program goes on"; exit 130' INT
+  while true; do
+    state=$(slice_state)
+    case $state in
+      ACTIVE)
+        slice=exists
+        attend "$@"
+        ;;
+      SUSPENDED | FAILED)
+        say "the slice was preempted or could not be created ($state); requesting another one"
+        slice=lost started=""
+        [ "$state" = SUSPENDED ] || failure "the request for a slice failed"
+        if delete && create; then slice=exists; else failure "no slice could be requested"; fi
+        ;;
+      NONE)
+        [ "$slice" != exists ] || { say "the slice was deleted"; exit 1; }
+        if create; then slice=exists; elif [ "$slice" = lost ]; then failure "no slice could be requested"; else exit 1; fi
+        ;;
+      UNKNOWN) [ -n "$slice" ] || exit 1 ;;
+      *)
+        slice=exists
+        say "waiting for the slice: $state"
+        ;;
+    esac
+    sleep "$POLL"
+  done
+}
+
+usage() {
+  sed -n '2,/^set/s/^# \{0,1\}//p' "$0" >&2
   exit 2
-fi
-name=$1 zone=$2
+}
+
+[ $# -ge 2 ] || usage
+command -v gcloud >/dev/null || { echo "gcloud is not installed: https://cloud.google.com/sdk/docs/install" >&2; exit 1; }
+: "${ZONE:?set it to the zone of the TPUs, such as us-west4-a}"
+verb=$1 name=$2 POLL=${POLL:-30} ANSWER=${ANSWER:-120}
 shift 2
 cd "$(dirname "$0")/.."
-commit=$(git rev-parse --short HEAD)
-folder=maskdm-jax-$commit
-on_all() { gcloud compute tpus tpu-vm ssh "$name" --zone="$zone" --worker=all --command="$1"; }
-
-archive=$(mktemp --suffix=.tar.gz)
-trap 'rm -f "$archive"' EXIT
-git archive --format=tar.gz --prefix="$folder/" -o "$archive" HEAD
-gcloud compute tpus tpu-vm scp "$archive" "$name:$folder.tar.gz" --zone="$zone" --worker=all
-on_all "test -e $folder/.installed || (tar xzf $folder.tar.gz && cd $folder && python3 -m venv .venv &&
-  .venv/bin/pip install -q -r requirements.txt && .venv/bin/pip install -q \"jax[tpu]==\$(.venv/bin/python -c 'import importlib.metadata as m; print(m.version(\"jax\"))')\" && touch .installed)"
-
-# Overlap collectives with computation.
-flags="--xla_tpu_enable_async_collective_fusion=true --xla_tpu_enable_async_collective_fusion_fuse_all_gather=true"
-for attempt in $(seq 0 "${RESTARTS:-100}"); do
-  status=0
-  run="LIBTPU_INIT_ARGS='$flags' .venv/bin/python $(printf '%q ' "$@")"
-  on_all "cd $folder && rm -f .status && $run; echo \$? > .status; exit \$(cat .status)" || status=$?
-  [ "$status" -eq 0 ] && exit 0
-  if on_all "cat $folder/.status" | grep -qx 78; then
-    exit 78
-  fi
-  echo "ended with status $status; start $((attempt + 2))" >&2
-  on_all "pkill -9 -f '^.venv/bin/python launch/' || true" || sleep 60 # hosts that are being replaced do not answer
-  sleep $((attempt < 30 ? 10 * attempt : 300))
-done
-exit "$status"
+case $verb in
+  create) create ;;
+  delete) delete ;;
+  run)
+    [ $# -ge 1 ] || usage
+    run "$@"
+    ;;
+  status)
+    echo "slice $name: $(slice_state)"
+    on_all "$ANSWER" host_state
+    ;;
+  logs)
+    gcloud compute tpus queued-resources ssh "$name" --zone="$ZONE" --node="${2:-0}" --worker="${1:-0}" \
+      --command="tail -n 100 -F maskdm/log"
+    ;;
+  stop) on_all 300 host_stop stopped ;;
+  *) usage ;;
+esac

@@ -12,7 +12,6 @@ import time
 import jax
 import numpy as np
 import pytest
-import yaml
 
 from maskdm_jax.errors import ConfigError, DistributedError, Preempted
 from maskdm_jax.parallel import processes
@@ -199,15 +198,12 @@ def test_the_others_are_found_by_what_there_is(monkeypatch, variables, chips, ex
 
 
 def test_the_scripts_can_be_read(root):
-    for path in sorted((root / "launch").glob("*.sh")):
-        subprocess.run(["bash", "-n", str(path)], check=True)
-    done = subprocess.run(["bash", str(root / "launch" / "tpu_vm.sh")], capture_output=True, text=True, check=False)
-    assert done.returncode == 2
-    assert "launch/tpu_vm.sh NAME ZONE launch/train.py" in done.stderr
-    jobs = yaml.safe_load((root / "launch" / "gke_jobset.yaml").read_text())
-    pod = jobs["spec"]["replicatedJobs"][0]["template"]["spec"]
-    names = {variable["name"] for variable in pod["template"]["spec"]["containers"][0]["env"]}
-    assert names >= {"JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"}
+    scripts = sorted(map(str, (root / "launch").glob("*.sh")))
+    for path in scripts:
+        subprocess.run(["bash", "-n", path], check=True)
+    shellcheck = pathlib.Path(sys.executable).with_name("shellcheck")
+    if shellcheck.exists():
+        subprocess.run([shellcheck, *scripts], check=True)
     flags = re.findall(r"--xla_\w+=\w+", (root / "launch" / "slurm.sh").read_text())
     assert flags  # XLA ends a process that is given a flag it does not know
     environment = os.environ | {"XLA_FLAGS": " ".join(flags), "JAX_PLATFORMS": "cpu"}
