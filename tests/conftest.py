@@ -57,6 +57,12 @@ def root():
 
 
 @pytest.fixture(scope="session", autouse=True)
+def cache(tmp_path_factory):
+    """A cache folder of the session's own."""
+    os.environ["MASKDM_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture(scope="session", autouse=True)
 def shared_steps():
     """Runs of equal settings share their jitted steps, so that each is traced and compiled once per worker."""
     honest, known = loop.compile_step, {}

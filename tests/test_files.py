@@ -234,7 +234,9 @@ def test_images_on_an_object_store(store, tmp_path):
     assert pickle.loads(pickle.dumps(source)).read(0) == source.read(0)
     with pytest.raises(DataError, match="memory://bucket/none does not exist or is empty"):
         open_source("memory://bucket/none")
-    with pytest.raises(DataError, match="memory://bucket/x.tar.gz: tar archives are read from a local disk alone"):
+    with pytest.raises(
+        DataError, match="memory://bucket/x.tar.gz: compressed tar archives are read from a local disk alone"
+    ):
         open_source("memory://bucket/x.tar.gz")
     with pytest.raises(DataError, match="nonsense://x cannot be reached: Protocol not known"):
         open_source("nonsense://x")

@@ -1,17 +1,12 @@
-"""Images as files: folders, zip and tar archives, object stores."""
+"""Images as files: folders, zip archives, object stores."""
 
-import bz2
 import collections
-import gzip
-import lzma
 import os
 import pathlib
 import posixpath
-import shutil
 import stat
-import tarfile
+import sys
 import zipfile
-import zlib
 
 import fsspec
 
@@ -19,10 +14,9 @@ from maskdm_jax.data.base import Source, counted, hash_texts
 from maskdm_jax.data.images import MAX_PIXELS, SUFFIXES
 from maskdm_jax.data.labels import SPLITS, find_labels, level_of_difference, note_of_imagenet
 from maskdm_jax.errors import DataError, prefixed
-from maskdm_jax.storage import atomic_path
 
-_OPENERS = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ": lzma.open}
-_ZSTD = b"\x28\xb5\x2f\xfd"
+_EXTRAS = {"gs": "gcs", "gcs": "gcs", "s3": "s3", "s3a": "s3"}  # pyproject.toml's, by the scheme of an address
+_BLOCK = 8 << 20  # bytes that are read ahead from a store
 _BOMB_BYTES, _BOMB_RATIO = 8 * MAX_PIXELS, 100  # 8 bytes: 16 bits of red, green, blue and alpha
 _METHODS = {zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA}  # that Python reads
 
@@ -41,10 +35,10 @@ class Files(Source):
         Raises:
           DataError: there is no image, or labels are wanted and not defined.
         """
-        kinds = {name: _kind(name) for name in sorted(sizes)}
+        kinds = {name: kind_of(name) for name in sorted(sizes)}
         names = [name for name, kind in kinds.items() if kind in SUFFIXES]
         others = [name for name, kind in kinds.items() if kind not in SUFFIXES and kind != "hidden"]
-        found = find_labels(path, names, others, self.content) if labels and names else ([], [], [], [])
+        found = self.find_labels(path, names, others) if labels and names else ([], [], [], [])
         numbers, classes, used, notes = found
         left_aside = collections.Counter(
             kinds[name] for name in kinds if kinds[name] not in SUFFIXES and name not in used
@@ -63,6 +57,10 @@ class Files(Source):
             notes.append(f"left aside {counted(left_aside)}")
         self.note(path, notes + note_of_imagenet(classes))
 
+    def find_labels(self, path, names: list[str], others: list[str]):
+        """See `labels.find_labels`."""
+        return find_labels(path, names, others, self.content)
+
     def content(self, name: str) -> bytes:
         """The content of a file."""
         raise NotImplementedError
@@ -72,11 +70,21 @@ class Files(Source):
         return self.content(self.names[i])
 
 
-def _kind(name: str) -> str:
+def kind_of(name: str) -> str:
     """The suffix of a file in lower case, "without suffix", or "hidden" for the files of operating systems."""
     if any(part.startswith((".", "__MACOSX")) for part in name.split("/") if part not in (".", "..")):
         return "hidden"
     return posixpath.splitext(name)[1].lower() or "without suffix"
+
+
+def list_folder(path: str, depth: int):
+    """Yield the names of the files under a folder or address, to a depth, as they are found; none without a folder."""
+    if "://" in path:
+        store, root = connect(path)
+        for folder, _, names in store.walk(root, maxdepth=depth):
+            yield from (f"{folder}/{name}".removeprefix(f"{root}/") for name in names)
+    elif os.path.isdir(path):
+        yield from (name for name, _ in _walk(path, depth))
 
 
 class ImageFolder(Files):
@@ -95,8 +103,8 @@ class ImageFolder(Files):
         return file_stamp(self._root / self.names[i])
 
 
-def _walk(root: str):
-    """Yield the names and sizes of the files under a folder.
+def _walk(root: str, depth: int = sys.maxsize):
+    """Yield the names and sizes of the files under a folder and its subfolders, to a depth.
 
     Links are followed, but not to a folder that contains them. Broken links are listed too, so that reading them
     fails and they are reported.
@@ -116,18 +124,48 @@ def _walk(root: str):
                     yield prefix + entry.name, 0
                     continue
                 if stat.S_ISDIR(status.st_mode):
-                    pending.append((entry.path, f"{prefix}{entry.name}/", above))
+                    if len(above) < depth:
+                        pending.append((entry.path, f"{prefix}{entry.name}/", above))
                 elif stat.S_ISREG(status.st_mode):  # not a pipe: reading one would block
                     yield prefix + entry.name, status.st_size
 
 
 def file_stamp(path) -> str:
-    """Size and modification time of a file; empty if there is none."""
+    """Size and modification time of a file, or a store's key for this version of it; empty if there is none."""
+    if "://" in str(path):
+        store, name = fsspec.core.url_to_fs(path)
+        return str(store.ukey(name))
     try:
         status = os.stat(path)
     except OSError:
         return ""
     return f"{status.st_size} {status.st_mtime_ns}"
+
+
+def open_file(path: str):
+    """Open a file, on a disk or at an address, to be read from its start to its end."""
+    if "://" not in path:
+        return open(path, "rb")
+    store, name = fsspec.core.url_to_fs(path)
+    return store.open(name, "rb", block_size=_BLOCK, cache_type="readahead")
+
+
+def read_range(path: str, start: int, size: int) -> bytes:
+    """Bytes of a file on a disk or at an address.
+
+    Raises:
+      DataError: the file ends earlier.
+    """
+    if "://" in path:
+        store, name = fsspec.core.url_to_fs(path)
+        found = store.cat_file(name, start=start, end=start + size) if size else b""
+    else:
+        with open(path, "rb") as file:  # opened for each read, because threads would share the position
+            file.seek(start)
+            found = file.read(size)
+    if len(found) < size:
+        raise DataError(f"{path} ends before byte {start + size}; copy it again")
+    return found
 
 
 class RemoteFolder(Files):
@@ -156,8 +194,11 @@ def connect(url: str):
     Raises:
       DataError: the package for this kind of store is missing, or the store cannot be reached.
     """
+    extra = _EXTRAS.get(url.split("://")[0])
+    hint = f": pip install -e '.[{extra}]'" if extra else ""
     with prefixed(DataError, f"{url} cannot be reached: ", Exception):  # each store's package raises its own types
-        store, root = fsspec.core.url_to_fs(url)
+        with prefixed(DataError, f"{url} needs a package that is missing{hint} (", ImportError, ")"):
+            store, root = fsspec.core.url_to_fs(url)
         store.exists(root)
     return store, root.rstrip("/")
 
@@ -212,83 +253,3 @@ class ZipImages(Files):
 def _zip_name(info: zipfile.ZipInfo) -> str:
     """Name of an entry. Some programs on Windows write backslashes, which no file name contains there."""
     return info.filename.replace("\\", "/") if info.create_system == 0 else info.filename
-
-
-class TarImages(Files):
-    """All images in a tar file, read in place. Links among its members are followed."""
-
-    def __init__(self, path, labels: bool = False, scratch=None):
-        """Read the headers.
-
-        scratch: path of a file to decompress a compressed archive into; it is left there and used the next time.
-
-        Raises:
-          DataError: the file is damaged, or compressed and there is no scratch: a compressed archive can only be read
-            from its start.
-        """
-        self._path = str(_decompressed(path, scratch))
-        causes = (tarfile.TarError, EOFError, UnicodeDecodeError)
-        broken = prefixed(DataError, f"{path} is not a readable tar file (", causes, "); copy it again")
-        with broken, tarfile.open(self._path, "r:") as archive:
-            members = {member.name: member for member in archive}  # of members with one name, the last counts
-            archive.fileobj.seek(archive.offset)
-            if archive.fileobj.read(512) != bytes(512):  # tarfile takes a damaged header for the end
-                raise DataError(f"{path} is cut short or damaged at byte {archive.offset}; copy it again")
-        found = [name for name, m in members.items() if (m.isreg() and not m.issparse()) or m.issym() or m.islnk()]
-        self._places, self._stamp = {name: _place(members, members[name]) for name in found}, file_stamp(path)
-        super().__init__(path, {name: members[name].size for name in found}, labels)
-
-    def content(self, name: str) -> bytes:
-        """The content of a file."""
-        if self._places[name] is None:
-            raise DataError("a link to no file of the archive")
-        offset, size = self._places[name]
-        with open(self._path, "rb") as file:  # opened for each read, because threads would share the position
-            file.seek(offset)
-            return file.read(size)
-
-    def stamp(self, i: int) -> str:
-        """Size and modification time of the archive when it was opened."""
-        return self._stamp
-
-
-def _place(members: dict[str, tarfile.TarInfo], member) -> tuple[int, int] | None:
-    """(offset, size) of a member's content, through links; None if it is not in the archive."""
-    for _ in range(len(members)):
-        if member is None or member.isreg():
-            return member and (member.offset_data, member.size)
-        target = member.linkname
-        if member.issym():  # relative to the link; a hard link's target is relative to the root of the archive
-            target = posixpath.normpath(posixpath.join(posixpath.dirname(member.name), target))
-        member = members.get(target) or members.get(f"./{target}")
-    return None
-
-
-def is_tar(path) -> bool:
-    """Whether a file is named like a tar archive, compressed or not."""
-    name = pathlib.Path(path).name.lower()
-    return name.endswith((".tar", ".tgz", ".tbz2", ".txz")) or ".tar." in name
-
-
-def _decompressed(path, scratch) -> pathlib.Path:
-    """`path` itself if it is not compressed; else `scratch`, a file with its content, which is written if needed."""
-    path = pathlib.Path(path)
-    with open(path, "rb") as file:
-        start = file.read(6)
-    if start.startswith(_ZSTD):
-        raise DataError(f"{path} is compressed by zstd; decompress it first: zstd -d {path.name}")
-    opener = next((opener for magic, opener in _OPENERS.items() if start.startswith(magic)), None)
-    if opener is None:
-        return path
-    if scratch is None:
-        raise DataError(
-            f"{path} is compressed; prepare the images once with launch/prepare_data.py, or unpack the file"
-        )
-    scratch = pathlib.Path(scratch)
-    if scratch.exists() and scratch.stat().st_mtime_ns >= path.stat().st_mtime_ns:
-        return scratch
-    causes = (EOFError, zlib.error, lzma.LZMAError, gzip.BadGzipFile)
-    broken = prefixed(DataError, f"{path} is damaged (", causes, "); copy it again")
-    with broken, atomic_path(scratch) as temporary, opener(path) as packed, open(temporary, "wb") as plain:
-        shutil.copyfileobj(packed, plain, 1 << 20)
-    return scratch

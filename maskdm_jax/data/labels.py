@@ -83,12 +83,30 @@ def find_labels(path, names: list[str], others: list[str], read):
     notes = [f"{text}, so no labels are taken from it" for text in unused]
     if len(known) > len(names):
         notes.append(f"{' and '.join(files)} list {len(known) - len(names)} images that are not there")
-    if all(re.fullmatch(r"\d{1,6}(\.0+)?", label) for label in labels.values()):
-        numbers = [int(float(label)) for label in labels.values()]  # label 3 is class 3, even if no image has label 2
-        return numbers, [str(i) for i in range(max(numbers) + 1)], files, notes
-    classes = sorted(set(labels.values()))
+    return *number_labels(list(labels.values())), files, notes
+
+
+def number_labels(labels: list[str]) -> tuple[list[int], list[str]]:
+    """(class numbers, class names) of labels as texts: numbers stay the numbers of the classes, names are sorted."""
+    if all(re.fullmatch(r"\d{1,6}(\.0+)?", label) for label in labels):
+        numbers = [int(float(label)) for label in labels]  # label 3 is class 3, even if no image has label 2
+        return numbers, [str(i) for i in range(max(numbers) + 1)]
+    classes = sorted(set(labels))
     number = {name: i for i, name in enumerate(classes)}
-    return [number[label] for label in labels.values()], classes, files, notes
+    return [number[label] for label in labels], classes
+
+
+def read_label(suffix: str, content: bytes) -> str | None:
+    """The label in a file beside an image, as text: all of a `.cls`, a key of a `.json`. None if there is none."""
+    try:
+        text = content.decode()
+        if suffix == ".cls":
+            return _class_name(text)
+        found = json.loads(text)
+        column = next((name for name in LABEL_COLUMNS if name in found), None) if isinstance(found, dict) else None
+        return _class_name(found[column]) if column else None
+    except (ValueError, RecursionError):
+        return None
 
 
 def _needed(kind: str) -> str:

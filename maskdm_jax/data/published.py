@@ -7,9 +7,9 @@ import tarfile
 import zipfile
 
 from maskdm_jax.data.databases import ArrayBatches, TfdsImages
-from maskdm_jax.data.files import is_tar
 from maskdm_jax.data.images import Framing
 from maskdm_jax.data.sources import Selection, open_source
+from maskdm_jax.data.tars import is_tar
 from maskdm_jax.errors import DataError, prefixed
 
 CIFAR10 = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]

@@ -1,4 +1,4 @@
-"""Where images are: prepared sets, folders, archives, databases, object stores."""
+"""Where images are: prepared sets, folders, archives, shards, databases, object stores."""
 
 import importlib.resources
 import io
@@ -63,12 +63,13 @@ class Selection(Source):
 def open_source(path: str, labels: bool = False, split: str = "", scratch=None) -> Source:
     """Open what a path names: `digits`, a prepared set, a TFDS data folder, a folder, .zip or .tar of images, an LMDB.
 
-    Paths with a scheme (gs://, s3://, ...) are read through fsspec; a prepared set there is copied to a local cache.
+    Parquet files and shards of a WebDataset are given by their folder or a pattern; see `shards.find_shards`. Paths
+    with a scheme (gs://, s3://, ...) are read through fsspec; a prepared set there is copied to a local cache.
 
     Args:
       path: as above; `~` is the home folder.
       labels: whether to read class labels.
-      split: of a TFDS data folder, `train` when empty; other sources have none.
+      split: of a TFDS data folder, Parquet files or shards, `train` when empty; other sources have none.
       scratch: path of a file to decompress a compressed tar into; without it, a compressed tar is an error.
 
     Raises:
@@ -76,24 +77,42 @@ def open_source(path: str, labels: bool = False, split: str = "", scratch=None) 
     """
     with prefixed(DataError, f"{path!r} cannot be opened: ", RuntimeError):  # of an unknown user
         place = pathlib.Path(path).expanduser()
-    if (place / "dataset_info.json").exists() and not (place / CARD).exists():
+    if (place / "dataset_info.json").exists() and not (place / CARD).exists() and not any(place.glob("*.parquet")):
         from maskdm_jax.data.databases import TfdsImages
 
         return TfdsImages(place, labels, split)
+    source = _open_shards(path, labels, split)
+    if source is not None:
+        return source
     source = _open(path, place, labels, scratch)
     if split:
         raise DataError(f"{path!r} has no splits; leave split empty, it is {split!r}")
     return source
 
 
+def _open_shards(path: str, labels: bool, split: str) -> Source | None:
+    from maskdm_jax.data import parquet, shards, tars  # a second to import
+
+    if path == "digits" or path.lower().endswith(".zip"):
+        return None
+    causes = Exception if "://" in path else ()  # each store has types of its own
+    with prefixed(DataError, f"{path} cannot be opened: ", causes):
+        found = shards.find_shards(path)
+        if not found:
+            return None
+        found = shards.of_split(path, found, split)
+        kind = parquet.ParquetImages if found[0].endswith(".parquet") else tars.TarImages
+        return kind(path, found, labels)
+
+
 def _open(path: str, place: pathlib.Path, labels: bool, scratch) -> Source:
-    from maskdm_jax.data import databases, files, prepared  # a second to import
+    from maskdm_jax.data import databases, files, prepared, tars  # a second to import
 
     if path == "digits":
         return Digits(labels)
     if "://" in path:
-        if files.is_tar(path):
-            raise DataError(f"{path}: tar archives are read from a local disk alone; copy it there, or make it a .zip")
+        if tars.is_tar(path):
+            raise DataError(f"{path}: compressed tar archives are read from a local disk alone; decompress it")
         missing = prefixed(DataError, f"{path} cannot be opened, a file is missing: ", FileNotFoundError)
         with prefixed(DataError, f"{path} cannot be opened: ", Exception), missing:  # each store has types of its own
             if path.lower().endswith(".zip"):
@@ -116,12 +135,12 @@ def _open(path: str, place: pathlib.Path, labels: bool, scratch) -> Source:
     if place.is_file():
         with place.open("rb") as file:
             kind = foreign_kind(file.read(64))
-        if kind and not (files.is_tar(place) and kind.startswith("compressed")):
+        if kind and not (tars.is_tar(place) and kind.startswith("compressed")):
             raise DataError(f"{place} is {kind}")
     if place.is_file() and place.suffix.lower() == ".zip":
         return files.ZipImages(place, labels)
-    if place.is_file() and files.is_tar(place):
-        return files.TarImages(place, labels, scratch)
+    if place.is_file() and tars.is_tar(place):
+        return tars.TarImages(place, [str(place)], labels, scratch)
     if place.exists():
         raise DataError(f"'{place}' is neither a folder nor a .zip or .tar of images")
     raise DataError(f"'{place}' does not exist; give a folder or .zip of images, a prepared set, or 'digits'")
