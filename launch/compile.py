@@ -2,8 +2,8 @@
 
 Compiles the training steps and the sampling program and prints, per chip, memory, FLOPs, and the time of the FLOPs at
 the chip's peak. It compiles for a TPU topology, on a machine without TPUs, or for the devices of this machine
-(--topology=local). --find_batch finds the largest batch that fits. HBM or the interconnect can make a step slower;
-benchmarks/recipe_costs.py computes their bounds, too.
+(--topology=local). --find_batch finds the largest batch that fits. --price=DOLLARS_PER_CHIP_HOUR prints the least price
+of the run. HBM or the interconnect can make a step slower; benchmarks/recipe_costs.py computes their bounds, too.
 """
 
 import json
@@ -20,6 +20,7 @@ CONFIG = runtime.config_flag("Config file of the run.")
 TOPOLOGY = flags.DEFINE_string("topology", "local", "TPU topology such as v5e:4x4, v5p:4x4x4, 2*v6e:16x16; or local.")
 STAGES = flags.DEFINE_list("stages", None, "Stages to compile; default: all of the config.")
 SAMPLES = flags.DEFINE_integer("samples", 16, "Images per chip and sampling call; 0: no sampling.", 0)
+PRICE = flags.DEFINE_float("price", None, "Price of a chip-hour in dollars; prints the least price of the run.", 0.0)
 FIND_BATCH = flags.DEFINE_bool("find_batch", False, "Find the largest batch of each stage that fits.")
 JSON = flags.DEFINE_string("json", None, "Also append the numbers to this file, one JSON object per line.")
 
@@ -49,7 +50,9 @@ def report(config, devices) -> bool:
     from maskdm_jax.errors import ConfigError
     from maskdm_jax.tools import cost
 
-    n, total, fine = len(devices), 0.0, True
+    n, hours, fine = len(devices), {}, True
+    if PRICE.value is not None and devices[0].device_kind not in cost.CHIPS:
+        raise ConfigError(f"--price: the speed of {devices[0].device_kind} is not known; give a --topology of TPUs")
     print(f"{recipe()} on {n} x {devices[0].device_kind}", flush=True)
     for name in STAGES.value or config.stages:
         if name not in config.stages:
@@ -61,12 +64,13 @@ def report(config, devices) -> bool:
         fine &= found is not None and found.fits is not False
         if found and found.seconds:
             steps = config.stage[name].steps
-            hours = found.seconds * steps * n / 3600
-            total += hours
-            print(f"  {steps:,} steps take at least {hours:,.1f} chip-hours")
+            hours[name] = found.seconds * steps * n / 3600
+            print(f"  {steps:,} steps take at least {hours[name]:,.1f} chip-hours")
         write(name, batch, found)
-    if total and len(config.stages) > 1:
-        print(f"all stages take at least {total:,.1f} chip-hours")
+    if hours:
+        total = sum(hours.values())
+        price = "" if PRICE.value is None else f", ${total * PRICE.value:,.2f} at ${PRICE.value:,.2f} per chip-hour"
+        print(f"{' + '.join(hours)}: at least {total:,.1f} chip-hours{price}")
     if SAMPLES.value:
         what = f"sampling {SAMPLES.value * n:,} images by {config.sampling.method}"
         found = attempt(what, "lower --samples", lambda: cost.sampling(config, devices, SAMPLES.value))

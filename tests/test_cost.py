@@ -142,14 +142,23 @@ def test_an_unknown_topology_is_named(monkeypatch):
 
 def test_from_the_command_line(root, child_env, tmp_path):
     """For the devices of this machine; the numbers in the file are those on the screen."""
-    command = [sys.executable, str(root / "launch" / "compile.py"), f"--config={root / 'configs' / 'demo.py'}"]
+    # As if the peak of this CPU were published.
+    known = "import runpy, sys; from maskdm_jax.tools import cost; cost.CHIPS['cpu'] = cost.Chip(1e6, 1 << 40); "
+    known = ["-c", known + "sys.argv.pop(0); runpy.run_path(sys.argv[0], run_name='__main__')"]
+    command = [str(root / "launch" / "compile.py"), f"--config={root / 'configs' / 'demo.py'}"]
     command += ["--config.model.width=16", "--config.model.depth=1", "--config.model.heads=2", "--config.mesh.data=2"]
     command += [f"--json={tmp_path / 'costs.jsonl'}"]
     environment = child_env | {"JAX_NUM_CPU_DEVICES": "2"}
-    run = lambda *args: subprocess.run(
-        [*command, *args], env=environment, capture_output=True, text=True, timeout=200, check=False
+    run = lambda *args, before=(): subprocess.run(
+        [sys.executable, *before, *command, *args],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=200,
+        check=False,
     )
-    done = run("--stages=pretrain", "--samples=2", "--config.pretrain.batch_size=9", "--config.sampling.steps=2")
+    args = ["--stages=pretrain", "--samples=2", "--config.pretrain.batch_size=9", "--config.sampling.steps=2"]
+    done = run(*args, "--config.pretrain.steps=100000", "--price=1.2", before=known)
     assert done.returncode == 0, done.stderr
     assert "demo on 2 x cpu" in done.stdout
     assert "pretrain: a batch of 9 does not divide over 2 chips; 10 is taken" in done.stdout
@@ -158,6 +167,14 @@ def test_from_the_command_line(root, child_env, tmp_path):
     assert (sampling["stage"], sampling["batch"]) == ("sampling", 4)
     assert training["memory"] == training["state"] + training["temporary"] > 0
     assert f"{training['flops'] / 1e6:8.2f} MFLOP" in done.stdout
+    hours = 2 * training["flops"] / 1e6 * 100_000 / 3600
+    assert f"100,000 steps take at least {hours:,.1f} chip-hours" in done.stdout
+    price = f"${1.2 * hours:,.2f} at $1.20 per chip-hour"
+    assert f"pretrain: at least {hours:,.1f} chip-hours, {price}" in done.stdout
+    assert hours > 1
+    done = run("--price=1.2")
+    assert done.returncode == CostError.status
+    assert done.stderr.strip().endswith("--price: the speed of cpu is not known; give a --topology of TPUs")
     done = run("--stages=other")
     assert done.returncode == CostError.status
     assert done.stderr.strip().endswith("error: 'other' is not a stage of the config; it has pretrain, finetune")
