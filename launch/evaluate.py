@@ -6,8 +6,6 @@ are those of pytorch-fid, pt_inception-2015-12-05-6726825d.pth, downloaded once 
 """
 
 import json
-import os
-import pathlib
 import shlex
 import sys
 
@@ -46,12 +44,14 @@ def main(argv):
     logging.set_verbosity(logging.WARNING)
     from maskdm_jax.evaluation import evaluate
     from maskdm_jax.parallel import processes
+    from maskdm_jax.storage import is_remote, location
 
     sys.stdout.reconfigure(errors="backslashreplace")  # file names need not be UTF-8
     sampling = {key: flag.value for key, flag in {"method": METHOD, "steps": STEPS}.items() if flag.value is not None}
     with runtime.program():
         for path in filter(None, (REPORT.value, SAVE.value)):  # fail now, not after hours of work
-            pathlib.Path(path).expanduser().absolute().parent.mkdir(parents=True, exist_ok=True)
+            if not is_remote(path):
+                location(path).parent.mkdir(parents=True, exist_ok=True)
         result, reference, samples = evaluate.evaluate(
             REFERENCE.value,
             SAMPLES.value,
@@ -62,7 +62,7 @@ def main(argv):
             batch_size=BATCH.value,
             weights=WEIGHTS.value,
             sampling=sampling,
-            statistics=os.path.expanduser(SAVE.value) if SAVE.value else None,
+            statistics=location(SAVE.value) if SAVE.value else None,
             allow_mismatch=ALLOW_MISMATCH.value,
             keep=bool(REPORT.value),
         )
@@ -73,8 +73,8 @@ def main(argv):
         from maskdm_jax.evaluation.report import write_report
 
         made_by = result["made_by"].get("checkpoint")
-        run = pathlib.Path(made_by).parent.parent if made_by else None
-        sets, path = (reference, samples), os.path.expanduser(REPORT.value)
+        run = location(made_by).parent.parent if made_by else None
+        sets, path = (reference, samples), location(REPORT.value)
         try:
             write_report(path, result, *sets, run=run, command=shlex.join(["python", *sys.argv]))
             print(f"report: {REPORT.value}")

@@ -7,8 +7,7 @@ several checkpoints, each gets its own folder:
     python launch/sample.py --run='runs/mine/checkpoints/*' --n=1000 --out=samples/mine
 """
 
-import glob
-import os
+import io
 import pathlib
 
 from absl import app, flags, logging
@@ -48,22 +47,32 @@ def main(argv):
             sample(path, out)
 
 
+def matching(path) -> list:
+    """Paths that match a pattern."""
+    from maskdm_jax.storage import location
+
+    start = next(parent for parent in path.parents if "*" not in str(parent))
+    return [location(found) for found in start.glob(str(path.relative_to(start)))]
+
+
 def places(runs: list[str], out: str | None) -> dict[pathlib.Path, pathlib.Path]:
     """Checkpoint -> folder of its samples; several checkpoints get folders in `out`, named by run and step."""
     from maskdm_jax.errors import CheckpointError
+    from maskdm_jax.storage import location
     from maskdm_jax.training import checkpoint
 
     found = []
     for run in runs:
-        literal = "*" not in run or os.path.exists(os.path.expanduser(run))
-        matches = [run] if literal else sorted(glob.glob(os.path.expanduser(run)), key=lambda p: (len(p), p))
+        path = location(run)
+        literal = "*" not in run or path.exists()
+        matches = [path] if literal else sorted(matching(path), key=lambda p: (len(str(p)), p))
         if not matches:
             raise CheckpointError(f"no checkpoint matches {run!r}")
         found += [checkpoint.find(match) for match in matches]
     found = list(dict.fromkeys(found))
     if len(found) == 1:
-        return {found[0]: pathlib.Path(out or pathlib.Path("samples") / pathlib.Path(runs[0]).resolve().name)}
-    return {path: pathlib.Path(out or "samples") / f"{path.parent.parent.name}-{path.name}" for path in found}
+        return {found[0]: location(out or f"samples/{location(runs[0]).name}")}
+    return {path: location(out or "samples") / f"{path.parent.parent.name}-{path.name}" for path in found}
 
 
 def sample(path, out):
@@ -98,9 +107,11 @@ def sample(path, out):
     shown = min(N.value, GRID.value)
     if shown:
         if FORMAT.value == "npz":
-            images = np.load(folder / "samples.npz")["images"][:shown]
+            with (folder / "samples.npz").open("rb") as file:
+                images = np.load(file)["images"][:shown]
         else:
-            images = np.stack([np.asarray(Image.open(folder / f"{i:06d}.png")) for i in range(shown)])
+            read = lambda i: Image.open(io.BytesIO((folder / f"{i:06d}.png").read_bytes()))
+            images = np.stack([np.asarray(read(i)) for i in range(shown)])
         images = images.reshape(shown, *images.shape[1:3], -1)
         grid = folder.with_name(f"{folder.name}.png")
         save_png(grid, sample_grid(images, COLUMNS.value))

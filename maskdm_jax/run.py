@@ -205,4 +205,4 @@ class Previews:
         if processes.is_first():
             save_png(path, sample_grid(images, settings.columns, names))
             run.metrics.image(at.step, "samples", path)
-        log.info("samples of the EMA at step %d: %s", at.step, path)
+        log.info("samples of the EMA at step %d: %s", at.step, run.folder / "samples" / path.name)

@@ -1,13 +1,12 @@
 """Sampling: image number i of a seed is the same image on any number of devices and processes."""
 
+import concurrent.futures
 import dataclasses
 import functools
 import hashlib
 import io
 import json
-import os
 import pathlib
-import shutil
 import zipfile
 
 import jax
@@ -22,8 +21,10 @@ from maskdm_jax.diffusion import samplers
 from maskdm_jax.errors import SamplingError
 from maskdm_jax.models.representation import make_representation
 from maskdm_jax.parallel import processes, sharding
-from maskdm_jax.storage import atomic_path, write_atomically
+from maskdm_jax.storage import atomic_path, location, remove_tree, write_atomically
 from maskdm_jax.training import checkpoint
+
+WRITERS = 16  # threads that write images; an object store takes a tenth of a second for each
 
 
 def compile_sampling(config: Config, network: Network, mesh):
@@ -163,7 +164,7 @@ def in_memory(run, params) -> Loaded:
         params = multihost_utils.process_allgather(params, tiled=True)
     params = jax.device_put(params, sharding.replicated(mesh))
     data = run.data
-    return Loaded(run.workdir, "ema", run.config, run.network, params, list(data.classes), data.card, mesh)
+    return Loaded(run.folder, "ema", run.config, run.network, params, list(data.classes), data.card, mesh)
 
 
 def _local_mesh():
@@ -225,13 +226,13 @@ def generate_to_folder(
         raise SamplingError(f"n and batch_size must be at least 1, not {n} and {batch_size}")
     cycle = label_cycle(loaded, labels)
     of_image = None if cycle is None else np.resize(np.asarray(cycle, np.int32), n)
-    folder = pathlib.Path(os.path.expanduser(folder)).absolute()
+    folder = location(folder)
     if processes.is_first():
         settings = dict(seed=seed, labels=cycle, batch_size=batch_size, format=file_format) | _settings_of(loaded)
         _claim(folder, settings)
     processes.barrier("samples claimed")
     packed = _packed(folder / "samples.npz")
-    held = max(len(packed), *(int(p.stem) + 1 for p in folder.glob("*.png") if p.stem.isdecimal()), 0)
+    held = max(len(packed), *(i + 1 for i in _numbers(folder, ".png")), 0)
     if held > n:
         raise SamplingError(f"{folder} holds {held} images, more than n = {n}; give another folder")
     if len(packed) == n:
@@ -257,28 +258,33 @@ def _settings_of(loaded: Loaded) -> dict:
 
 def _make_missing(loaded, n, folder, packed, of_image, seed, batch_size, progress) -> None:
     """Generate those of this process's images that are neither among the first `packed` nor in `folder`."""
-    folder.mkdir(exist_ok=True)
-    suffix = "npy" if folder.name == "parts" else "png"
-    name = lambda i: folder / f"{i:06d}.{suffix}"
+    suffix = ".npy" if folder.name == "parts" else ".png"
+    there = _numbers(folder, suffix)
     # Batches have fixed boundaries, so that an image's batch does not depend on where an earlier call stopped.
     batches = [range(start, min(start + batch_size, n)) for start in range(0, n, batch_size)]
     batches = batches[jax.process_index() :: jax.process_count()]
-    missing = [batch for batch in batches if not all(i < packed or name(i).exists() for i in batch)]
+    missing = [batch for batch in batches if not all(i < packed or i in there for i in batch)]
     index = [i for batch in missing for i in batch]
     labels = None if of_image is None else of_image[index]
     done = sum(map(len, batches)) - len(index)
-    for numbers, images in generate_batches(loaded, index, labels, seed=seed, batch_size=batch_size):
-        for i, image in zip(numbers, images, strict=True):
-            _write_image(name(i), image)
-        done += len(numbers)
-        if progress:
-            progress(done)
+    with concurrent.futures.ThreadPoolExecutor(WRITERS) as pool:
+        for numbers, images in generate_batches(loaded, index, labels, seed=seed, batch_size=batch_size):
+            list(pool.map(_write_image, (folder / f"{i:06d}{suffix}" for i in numbers), images))
+            done += len(numbers)
+            if progress:
+                progress(done)
+
+
+def _numbers(folder, suffix: str) -> set[int]:
+    """Numbers of the images in a folder."""
+    found = folder.iterdir() if folder.is_dir() else ()
+    return {int(path.stem) for path in found if path.suffix == suffix and path.stem.isdecimal()}
 
 
 def _pack(folder: pathlib.Path, n: int, packed, of_image) -> None:
     """Write samples.npz: the images `packed` by an earlier call, then those in `parts`, one at a time."""
     parts = folder / "parts"
-    image = lambda i: packed[i] if i < len(packed) else np.load(parts / f"{i:06d}.npy")
+    image = lambda i: packed[i] if i < len(packed) else np.load(io.BytesIO((parts / f"{i:06d}.npy").read_bytes()))
     header = np.lib.format.header_data_from_array_1_0(image(0))
     header["shape"] = (n, *header["shape"])
     with atomic_path(folder / "samples.npz") as path, zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
@@ -289,7 +295,7 @@ def _pack(folder: pathlib.Path, n: int, packed, of_image) -> None:
         if of_image is not None:
             with archive.open("labels.npy", "w") as file:
                 np.lib.format.write_array(file, of_image)
-    shutil.rmtree(parts)
+    remove_tree(parts)
 
 
 def label_cycle(loaded: Loaded, labels) -> list[int] | None:
@@ -331,7 +337,6 @@ def _claim(folder: pathlib.Path, settings: dict) -> None:
         return
     if folder.exists() and any(not p.name.endswith(".tmp") for p in folder.iterdir()):
         raise SamplingError(f"{folder} is not empty and holds no samples.json; give a new or empty folder")
-    folder.mkdir(parents=True, exist_ok=True)
     write_atomically(path, json.dumps(settings, indent=2).encode())
 
 
@@ -340,7 +345,7 @@ def _packed(path: pathlib.Path):
     if not path.exists():
         return ()
     try:
-        with np.load(path) as stored:
+        with path.open("rb") as file, np.load(file) as stored:
             return stored["images"]
     except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
         raise SamplingError(f"{path} is damaged ({error}); remove it to make it again") from None

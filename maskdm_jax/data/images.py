@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import io
-import pathlib
 import re
 import zlib
 
@@ -287,8 +286,6 @@ def to_pil(image: np.ndarray) -> Image.Image:
 
 def save_png(path, image: Image.Image) -> None:
     """Write a PNG file whole or not at all; its folder is created."""
-    path = pathlib.Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_path(path) as temporary:
         image.save(temporary, format="PNG")
 

@@ -20,7 +20,7 @@ from maskdm_jax.evaluation import efficientnet, inception
 from maskdm_jax.evaluation.metrics import Moments, MomentSums, combine
 from maskdm_jax.parallel import processes, sharding
 from maskdm_jax.sampling import Loaded, generate_batches, label_cycle, load
-from maskdm_jax.storage import write_atomically
+from maskdm_jax.storage import location, write_atomically
 from maskdm_jax.training import checkpoint
 
 NETWORKS = {"inception": inception, "lite0": efficientnet}
@@ -153,8 +153,8 @@ def open_images(path, *, n=None, seed: int = 0, weights: str = "ema", sampling=N
     Raises:
       EvaluationError, DataError, CheckpointError: there is no such set, or it is damaged or too small.
     """
-    if "://" not in str(path) and str(path) != "digits":
-        path = pathlib.Path(path).expanduser().absolute()
+    if str(path).partition("://")[0] not in ("tfds", "digits"):
+        path = location(path)
         if (path / "samples.npz").is_file():  # a folder written by launch/sample.py --format=npz
             path = path / "samples.npz"
         if path.suffix == ".npz":
@@ -228,7 +228,6 @@ def save_statistics(path, moments: Moments) -> None:
     """Write an .npz with `mu`, `sigma` and `n`."""
     buffer = io.BytesIO()
     np.savez(buffer, mu=moments.mu, sigma=moments.sigma, n=moments.n)
-    pathlib.Path(path).parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, buffer.getvalue())
 
 
@@ -244,7 +243,7 @@ def _samples_settings(path) -> tuple[dict, dict]:
     Raises:
       EvaluationError: the file is damaged.
     """
-    file = pathlib.Path(path) / "samples.json"
+    file = location(path) / "samples.json"
     advice = "restore it, or remove it and lose the check"
     try:
         text = file.read_bytes()
@@ -260,10 +259,10 @@ def _samples_settings(path) -> tuple[dict, dict]:
 
 
 def _read_npz(path) -> dict:
-    if not pathlib.Path(path).exists():
+    if not path.exists():
         raise EvaluationError(f"{path} does not exist")
     broken = prefixed(EvaluationError, f"{path} is damaged or not an .npz file (", Exception, ")")
-    with broken, np.load(path, allow_pickle=False) as file:  # np.load raises many types
+    with broken, path.open("rb") as opened, np.load(opened, allow_pickle=False) as file:  # np.load raises many types
         arrays = {name: file[name] for name in ("mu", "sigma", "n", "images", "arr_0") if name in file.files}
         there = ", ".join(file.files)
     if "arr_0" in arrays:  # np.savez's name for an array without one, such as the samples of guided-diffusion

@@ -57,7 +57,7 @@ def write_report(path, result: dict, reference: ImageSet, samples: ImageSet, *, 
     ]
     title = pathlib.Path(result["samples"].split(", seed")[0]).name
     if result["made_by"].get("checkpoint"):
-        checkpoint = pathlib.Path(result["made_by"]["checkpoint"])
+        checkpoint = pathlib.PurePosixPath(result["made_by"]["checkpoint"])
         title = f"{checkpoint.parent.parent.name}, step {checkpoint.name}"
     when = datetime.datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z")
     page = _PAGE.format(
@@ -68,7 +68,6 @@ def write_report(path, result: dict, reference: ImageSet, samples: ImageSet, *, 
         command=f"<pre>{html.escape(command)}</pre>" if command else "",
         style=_STYLE,
     )
-    pathlib.Path(path).parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, page.encode("utf-8", "replace"))
 
 
@@ -142,7 +141,7 @@ def _nearest(reference: ImageSet, samples: ImageSet) -> str:
 
 
 def _training(run) -> str:
-    path = None if run is None else pathlib.Path(run) / "metrics.jsonl"
+    path = None if run is None else run / "metrics.jsonl"
     if path is None or not path.exists():
         return ""
     lines = logs.read_metrics(path)

@@ -20,7 +20,7 @@ from maskdm_jax.interop import official as official_file
 from maskdm_jax.interop.names import NETWORKS
 from maskdm_jax.interop.official import Moment, Official
 from maskdm_jax.parallel.sharding import make_mesh
-from maskdm_jax.storage import write_atomically
+from maskdm_jax.storage import is_remote, location, write_atomically
 from maskdm_jax.training import checkpoint
 from maskdm_jax.training.loop import stage_ends
 from maskdm_jax.training.start import abstract_state, compare_settings, meaning
@@ -74,7 +74,7 @@ def convert(
     Raises:
       TorchFileError, CheckpointError, ConfigError: nothing was written; the message says why.
     """
-    src, dst = (pathlib.Path(os.path.expanduser(path)).absolute() for path in (src, dst))
+    src, dst = map(location, (src, dst))
     kinds = [_kind(path) for path in (src, dst)]
     if kinds[0] == kinds[1]:
         raise ConfigError(f"{src} and {dst} are of the same kind; there is nothing to convert")
@@ -87,9 +87,9 @@ def convert(
             source = _from_folder(src) if kinds[0] == "folder" else _from_file(src)
         _settle_config(source, src, dict(heads=heads, class_tokens_from=class_tokens_from), given, stage)
         with prefixed(CheckpointError, f"{dst} cannot be written: ", OSError):
-            if os.path.lexists(dst) and not (kinds[1] == "folder" and dst.is_dir() and not any(dst.iterdir())):
+            there = dst.exists() if is_remote(dst) else os.path.lexists(dst)  # a link to nothing, too
+            if there and not (kinds[1] == "folder" and dst.is_dir() and not any(dst.iterdir())):
                 raise ConfigError(f"{dst} exists already; give another --dst or move it away")
-            dst.parent.mkdir(parents=True, exist_ok=True)
             lines = writers[kinds[1]](dst, source, weights)
     return [*lines, *source.official.notes]
 
@@ -263,12 +263,14 @@ def _to_folder(dst: pathlib.Path, source: _Source, weights: str) -> list[str]:
         official=_kept(official, config),
     )
     step = stage_ends(config)[index] - stage.steps + official.step
-    temporary = dst.with_name(f".{dst.name}.{os.getpid()}.tmp")
+    # An object store cannot rename; there, an unfinished checkpoint does not count as one.
+    temporary = dst if is_remote(dst) else dst.with_name(f".{dst.name}.{os.getpid()}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)  # of a killed process with our number
     try:
         _save(temporary, step, state, meta)
         write_atomically(temporary / "config.json", json.dumps(meta["config"], indent=2).encode())
-        os.replace(temporary, dst)
+        if temporary != dst:
+            os.replace(temporary, dst)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     parts = ", ".join(["weights", *_ema_words(official), *["optimizer"] * bool(official.moments)])

@@ -6,7 +6,6 @@ such tensors: those whose names differ from the official ones by the same prefix
 
 import dataclasses
 import json
-import os
 import pathlib
 import re
 import reprlib
@@ -22,7 +21,7 @@ from maskdm_jax.errors import TorchFileError, prefixed
 from maskdm_jax.interop import jit_file, torch_file, uvit_file
 from maskdm_jax.interop.names import NETWORKS, Names
 from maskdm_jax.interop.pickles import Skipped
-from maskdm_jax.storage import write_atomically
+from maskdm_jax.storage import local_copy, write_atomically
 from maskdm_jax.training.state import ema_names
 
 _FORMATS = {"uvit": uvit_file, "jit": jit_file}  # by `config.model.network`
@@ -388,13 +387,14 @@ def write_safetensors(path, model: dict[str, np.ndarray], noted: dict) -> None:
 
 def load(path: pathlib.Path) -> tuple[Official, dict]:
     """Read either kind of file: `read_safetensors`, or `read` and no notes."""
-    return read_safetensors(path) if is_safetensors(path) else (read(path), {})
+    with local_copy(path) as file:
+        return read_safetensors(file) if is_safetensors(path) else (read(file), {})
 
 
 def is_safetensors(path: pathlib.Path) -> bool:
     """Whether `read_safetensors` reads this path."""
     name = path.name.lower()
-    return name.endswith((".safetensors", INDEX)) or (os.path.isdir(path) and any(path.glob("*.safetensors")))
+    return name.endswith((".safetensors", INDEX)) or (path.is_dir() and any(path.glob("*.safetensors")))
 
 
 def _float32(name: str, tensor) -> np.ndarray:

@@ -24,7 +24,7 @@ import numpy as np
 from maskdm_jax.errors import TorchFileError, prefixed
 from maskdm_jax.interop import pickles
 from maskdm_jax.interop.pickles import Skipped
-from maskdm_jax.storage import atomic_path, foreign_kind
+from maskdm_jax.storage import atomic_path, foreign_kind, location
 
 STORAGES = {
     "FloatStorage": np.dtype("<f4"),
@@ -286,7 +286,7 @@ def write(path, value) -> None:
     Raises:
       TorchFileError: a value is of another kind.
     """
-    path = pathlib.Path(path)
+    path = location(path)
     content = io.BytesIO()
     pickler = _Pickler(content)
     pickler.dump(value)

@@ -4,6 +4,7 @@ import functools
 import os
 import shutil
 import time
+import uuid
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +20,7 @@ from maskdm_jax.evaluation.features import Images, ImageSet, open_images
 from maskdm_jax.parallel import processes, sharding
 from maskdm_jax.run import check as check_settings
 from maskdm_jax.run import check_processes, open_training_data
+from maskdm_jax.storage import is_remote, write_atomically
 from maskdm_jax.tools import cost
 from maskdm_jax.training import checkpoint
 from maskdm_jax.training.logs import duration
@@ -133,6 +135,11 @@ def _evaluation(config: Config, opened) -> str:
 def _folder(config: Config, workdir) -> str:
     """Check the space in the run folder; create nothing."""
     workdir = run_folder(workdir)
+    if is_remote(workdir):
+        probe = workdir / f"dry_run.{uuid.uuid4().hex}"
+        write_atomically(probe, b"")
+        probe.unlink()
+        return f"{workdir} can be written to"
     existing = next(path for path in (workdir, *workdir.parents) if path.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
         raise PreflightError(f"{existing} cannot be written to; give another --workdir")

@@ -6,11 +6,12 @@ STEP counts the steps of all stages. `meta` is JSON: the stage and its step, the
 and the class names. Sampling and resuming need no other file.
 """
 
+import contextlib
 import dataclasses
 import itertools
 import json
 import logging
-import os
+import math
 import pathlib
 import re
 import shlex
@@ -24,11 +25,13 @@ from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, CustomSt
 from maskdm_jax import config as config_lib
 from maskdm_jax.errors import CheckpointError, ConfigError, prefixed
 from maskdm_jax.parallel import processes
+from maskdm_jax.storage import is_remote, location, move, remove_tree
 from maskdm_jax.training.state import TrainState
 
 log = logging.getLogger(__name__)
 
 FOLDER = "checkpoints"
+_STARTED, _FINISHED = "_CHECKPOINT_METADATA", "commit_success.txt"  # Orbax's first and last file, in an object store
 _EMA = re.compile(r"ema\d*")  # name of the item of an EMA
 META = dict(stage=str, stage_step=int, past=dict, data=dict, window=dict, classes=list, card=dict, config=dict)
 META |= dict(images=(int, type(None)))  # number; None: converted from another format
@@ -51,7 +54,7 @@ class Checkpoints:
 
     def __init__(self, workdir, *, keep: int, keep_steps=()):
         check_path(workdir)
-        self.folder, self._verified = pathlib.Path(workdir).absolute() / FOLDER, False
+        self.folder, self._verified = location(workdir) / FOLDER, False
         self._manager = _Manager(
             self.folder,
             options=ocp.CheckpointManagerOptions(
@@ -71,8 +74,13 @@ class Checkpoints:
         """
         step = self.latest()
         if processes.is_first():
-            for path in sorted(self.folder.iterdir()):  # Orbax would delete the folder among the oldest checkpoints
-                if path.name.isdecimal() and not _is_checkpoint(path):
+            for path in _children(self.folder):  # Orbax would delete the folder among the oldest checkpoints
+                if not path.name.isdecimal() or _is_checkpoint(path):
+                    continue
+                if is_remote(path) and (path / _STARTED).exists():
+                    log.warning("%s was not finished; deleted", path)
+                    remove_tree(path)
+                else:
                     log.warning("%s is no checkpoint; renamed to %s", path, self._move_aside(path.name))
             while step is not None:
                 try:
@@ -89,7 +97,7 @@ class Checkpoints:
         """Rename a folder that is not a valid checkpoint, and return its new name."""
         names = (f"{step}.damaged" + f"-{n}" * (n > 1) for n in itertools.count(1))
         aside = next(name for name in names if not (self.folder / name).exists())
-        os.replace(self.folder / str(step), self.folder / aside)
+        move(self.folder / str(step), self.folder / aside)
         self._manager.reload()
         return aside
 
@@ -104,7 +112,7 @@ class Checkpoints:
         needed = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
         with self._writing():
             # Check the folder first: without it, or on a full disk, Orbax logs hundreds of lines.
-            free = shutil.disk_usage(self.folder).free
+            free = math.inf if is_remote(self.folder) else shutil.disk_usage(self.folder).free
             if processes.is_first() and free < needed:
                 raise OSError(f"step {step} takes {needed / 1e9:.2f} GB and the disk has {free / 1e9:.2f} GB free")
             self._manager.save(
@@ -161,7 +169,7 @@ def check_path(path) -> None:
     Raises:
       ConfigError: it has such characters.
     """
-    patterns = sorted(set(str(pathlib.Path(path).absolute())) & set("[]*?"))
+    patterns = sorted(set(str(location(path))) & set("[]*?"))
     if patterns:
         raise ConfigError(f"{path}: no checkpoint can be kept below a folder with {' '.join(patterns)} in its name")
 
@@ -172,15 +180,14 @@ def find(path) -> pathlib.Path:
     Raises:
       CheckpointError: there is none.
     """
-    path = pathlib.Path(os.path.expanduser(path)).absolute()
+    path = location(path)
     if _is_checkpoint(path):
         return path
     for folder in (path / FOLDER, path):
-        found = folder.iterdir() if folder.is_dir() else ()
-        steps = [int(p.name) for p in found if p.name.isdecimal() and _is_checkpoint(p)]
+        steps = [int(p.name) for p in _children(folder) if p.name.isdecimal() and _is_checkpoint(p)]
         if steps:
             return folder / str(max(steps))
-    if path.is_file() or any(path.glob("*.safetensors")):
+    if path.is_file() or any(child.suffix == ".safetensors" for child in _children(path)):
         command = f"python launch/convert.py --src={shlex.quote(str(path))} --dst=runs/{shlex.quote(path.stem)}"
         raise CheckpointError(
             f"{path} is not a run of this project; if it holds weights of PyTorch, convert it: {command}"
@@ -231,8 +238,9 @@ def check(checkpoint: pathlib.Path) -> None:
         folder = checkpoint / item
         with _reading(checkpoint):
             described = json.loads((folder / "_METADATA").read_bytes())["tree_metadata"]
-            for path in (*folder.glob("_sharding"), *folder.glob("array_metadatas/*")):
-                json.loads(path.read_bytes())
+            for path in (*_children(folder / "array_metadatas"), folder / "_sharding"):
+                with contextlib.suppress(FileNotFoundError):
+                    json.loads(path.read_bytes())
             store = {"driver": "ocdbt", "base": folder.as_uri() + "/"}
             keys = [key.decode() for key in tensorstore.KvStore.open(store).result().list().result()]
             arrays = [key.removesuffix(".zarray") for key in keys if key.endswith(".zarray")]
@@ -294,8 +302,15 @@ def weights_in(checkpoint: pathlib.Path) -> list[str]:
     return ["params", *sorted(emas, key=lambda name: (len(name), name))]
 
 
+def _children(folder) -> list:
+    """What a folder holds, if it exists."""
+    return sorted(folder.iterdir()) if folder.is_dir() else []
+
+
 def _is_checkpoint(path: pathlib.Path) -> bool:
-    return (path / "meta").is_dir() and (path / "params").is_dir()
+    # On a disk, Orbax renames a finished checkpoint; in an object store, it adds a file.
+    finished = not is_remote(path) or (path / _FINISHED).exists()
+    return finished and (path / "meta").is_dir() and (path / "params").is_dir()
 
 
 def _reading(checkpoint: pathlib.Path):

@@ -18,9 +18,11 @@ from maskdm_jax import config as config_lib
 from maskdm_jax.config import Config
 from maskdm_jax.errors import MaskDMError
 from maskdm_jax.parallel import processes
-from maskdm_jax.storage import write_atomically
+from maskdm_jax.storage import location, write_atomically
 
 log = logging.getLogger("maskdm_jax")
+
+CONTINUED = ("config.json", "metrics.jsonl", "log.txt", "wandb_id.txt")  # files of a run folder that a restart reads
 
 
 class _Console(logging.Handler):
@@ -74,7 +76,7 @@ class Metrics:
     that of an uninterrupted one. Of several processes, only the first writes.
     """
 
-    def __init__(self, workdir, config: Config, *, step: int):
+    def __init__(self, workdir, config: Config, *, step: int, name: str = ""):
         self._file = self._board = self._wandb = None
         if not processes.is_first():
             return
@@ -92,7 +94,9 @@ class Metrics:
             known = workdir / "wandb_id.txt"  # a name can belong to several runs, and have characters that an id cannot
             if not known.exists():
                 write_atomically(known, uuid.uuid4().hex.encode())
-            about = dict(project="maskdm-jax", name=workdir.name, dir=str(workdir), config=config_lib.to_dict(config))
+            about = dict(
+                project="maskdm-jax", name=name or workdir.name, dir=str(workdir), config=config_lib.to_dict(config)
+            )
             self._wandb = wandb.init(**about, id=known.read_text().strip(), resume="allow")
 
     def write(self, step: int, values: dict) -> None:
@@ -130,7 +134,7 @@ class Metrics:
 def read_metrics(path) -> list[dict]:
     """The lines of a metrics.jsonl. Damaged lines, such as one truncated by a kill, are skipped."""
     lines = []
-    for text in pathlib.Path(path).read_text(errors="replace").splitlines():
+    for text in location(path).read_bytes().decode(errors="replace").splitlines():
         with contextlib.suppress(ValueError, RecursionError):
             line = json.loads(text)
             if isinstance(line, dict) and isinstance(line.get("step"), int):

@@ -17,7 +17,7 @@ from maskdm_jax.build import Network, make_network, mask_plans
 from maskdm_jax.config import Config
 from maskdm_jax.errors import ConfigError, Interrupted, NonFiniteLoss, Preempted
 from maskdm_jax.parallel import processes, sharding
-from maskdm_jax.storage import lock_dir, write_atomically
+from maskdm_jax.storage import is_remote, location, lock_dir, mirrored, write_atomically
 from maskdm_jax.training import checkpoint, logs
 from maskdm_jax.training.checkpoint import Checkpoints
 from maskdm_jax.training.start import begin, check_history, next_stage
@@ -34,7 +34,9 @@ class Run:
     """Objects that stages and hooks share. `data` is a `data.pipeline.TrainingData` or has its attributes."""
 
     config: Config
-    workdir: pathlib.Path
+    folder: pathlib.Path  # of the run, on a disk or in an object store
+    workdir: pathlib.Path  # on this machine; its files appear in `folder`
+    upload: typing.Callable  # makes them appear now
     mesh: jax.sharding.Mesh
     network: Network
     data: typing.Any
@@ -85,30 +87,34 @@ def train(config: Config, data, workdir, *, make_hooks=lambda run: (), devices=N
       Interrupted: Ctrl-C.
       Preempted: SIGTERM was received and the state saved; only if `processes.initialize` catches SIGTERM.
     """
-    workdir, network, mesh = run_folder(workdir), make_network(config), make_run_mesh(config, devices)
-    with logs.logging_to(workdir), contextlib.ExitStack() as closing:
+    folder, network, mesh = run_folder(workdir), make_network(config), make_run_mesh(config, devices)
+    with contextlib.ExitStack() as closing:
         if processes.is_first():
-            closing.enter_context(lock_dir(workdir))
-            check_history(config, workdir)
+            closing.enter_context(lock_dir(folder))
+        files = mirrored(folder, restore=logs.CONTINUED, active=processes.is_first())
+        workdir, upload = closing.enter_context(files)
+        closing.enter_context(logs.logging_to(workdir))
+        if processes.is_first():
+            check_history(config, folder)
         ends = stage_ends(config)
-        checkpoints = Checkpoints(workdir, keep=config.checkpoint.keep, keep_steps=ends)
+        checkpoints = Checkpoints(folder, keep=config.checkpoint.keep, keep_steps=ends)
         closing.callback(checkpoints.close)
         start = begin(config, network, mesh, checkpoints, data)
         if processes.is_first():
             write_atomically(workdir / "config.json", json.dumps(config_lib.to_dict(config), indent=2).encode())
         done = ends[start.stage] - config.stage[config.stages[start.stage]].steps + int(start.state.step)
         if done == ends[-1]:
-            log.info("nothing left to do: %s finished all %d steps", workdir, done)
+            log.info("nothing left to do: %s finished all %d steps", folder, done)
             return checkpoints.folder / str(done)
         log.debug("parameters\n%s", logs.parameter_table(start.state.params))  # into log.txt alone
         log.info("%s parameters", f"{sum(leaf.size for leaf in jax.tree.leaves(start.state.params)):,}")
         kind = mesh.devices.flat[0].device_kind
-        log.info("%s; %d x %s; run folder %s", data, mesh.size, kind, workdir)
-        metrics = logs.Metrics(workdir, config, step=done)
+        log.info("%s; %d x %s; run folder %s", data, mesh.size, kind, folder)
+        metrics = logs.Metrics(workdir, config, step=done, name=folder.name)
         closing.callback(metrics.close)
         tracing = logs.Profile(workdir / "profile", done + WARM_UP + 1, profile if processes.is_first() else 0)
         closing.callback(tracing.close)
-        run = Run(config, workdir, mesh, network, data, checkpoints, metrics, tracing)
+        run = Run(config, folder, workdir, upload, mesh, network, data, checkpoints, metrics, tracing)
         begun = time.perf_counter()
         try:
             run_stages(run, start, (*make_hooks(run), Save(run)))
@@ -118,7 +124,7 @@ def train(config: Config, data, workdir, *, make_hooks=lambda run: (), devices=N
             raise Interrupted(f"interrupted; {text}") from None
         checkpoints.wait()
         took = logs.duration(time.perf_counter() - begun)
-        log.info("done in %s: %s holds samples, checkpoints/%d, metrics.jsonl, log.txt", took, workdir, ends[-1])
+        log.info("done in %s: %s holds samples, checkpoints/%d, metrics.jsonl, log.txt", took, folder, ends[-1])
         return checkpoints.folder / str(ends[-1])
 
 
@@ -188,11 +194,13 @@ class Save:
             card=data.card,
             config=config_lib.to_dict(config),
         )
+        self._run.upload()  # a checkpoint must not be newer than the metrics beside it
         self._run.checkpoints.save(at.step, at.state, meta | at.resume)
 
 
 def stop_run(run: Run, at: Moment) -> typing.NoReturn:
     """Save and raise `Preempted`."""
+    log.info("SIGTERM received; saving step %d to %s", at.step, run.checkpoints.folder)
     Save(run)(at)
     run.checkpoints.wait()
     processes.barrier("saved")  # a process that exits may abort the others
@@ -302,15 +310,15 @@ def stage_ends(config: Config) -> list[int]:
 
 
 def run_folder(workdir) -> pathlib.Path:
-    """The absolute path of a run folder.
+    """The absolute path of a run folder, or its address in an object store.
 
     Raises:
-      ConfigError: it is an address of an object store, or cannot be a folder.
+      ConfigError: it cannot be a folder.
     """
-    if "://" in str(workdir):
-        raise ConfigError(f"--workdir={workdir}: give a folder on a disk that all hosts see; a bucket can be mounted")
     checkpoint.check_path(workdir)
-    folder = pathlib.Path(os.path.expanduser(workdir)).absolute()
+    folder = location(workdir)
+    if is_remote(folder):
+        return folder
     if str(workdir).startswith("~") and os.path.expanduser(workdir) == str(workdir):
         raise ConfigError(f"--workdir={workdir}: there is no such home folder")
     blocking = [path for path in (folder, *folder.parents) if os.path.lexists(path) and not path.is_dir()]

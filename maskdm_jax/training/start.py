@@ -4,7 +4,6 @@ import dataclasses
 import json
 import logging
 import operator
-import os
 import pathlib
 import typing
 
@@ -15,6 +14,7 @@ from maskdm_jax.build import Network
 from maskdm_jax.config import Config
 from maskdm_jax.errors import ConfigError, TorchFileError, first_line, prefixed
 from maskdm_jax.parallel import sharding
+from maskdm_jax.storage import location
 from maskdm_jax.training import checkpoint, logs
 from maskdm_jax.training.state import TrainState, new_state
 
@@ -64,7 +64,8 @@ def check_history(config: Config, workdir: pathlib.Path) -> None:
     Raises:
       ConfigError: config.json is not of this project, or metrics.jsonl shows that checkpoints have disappeared.
     """
-    if any(path.name.isdecimal() for path in (workdir / checkpoint.FOLDER).glob("*")):
+    saved = workdir / checkpoint.FOLDER
+    if saved.is_dir() and any(path.name.isdecimal() for path in saved.iterdir()):
         return
     stored, metrics = workdir / "config.json", workdir / "metrics.jsonl"
     if stored.exists():
@@ -136,7 +137,7 @@ def initial_weights(config: Config, classes: list[str], abstract) -> tuple[dict,
     """
     from maskdm_jax.interop import official
 
-    found = pathlib.Path(os.path.expanduser(config.init_from)).absolute()
+    found = location(config.init_from)
     if not found.exists():
         raise ConfigError(
             f"config.init_from is {config.init_from!r}, which does not exist; give the path of a file or run"

@@ -1,0 +1,232 @@
+"""Run folders in an object store: the same files, bits and guarantees as on a disk."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import urllib.request
+
+import fsspec
+import jax
+import numpy as np
+import pytest
+import tiny
+
+from maskdm_jax import run, sampling, storage
+from maskdm_jax.errors import CheckpointError, ConfigError
+from maskdm_jax.interop import convert
+from maskdm_jax.storage import location
+from maskdm_jax.training import checkpoint, logs
+
+
+@pytest.fixture(scope="module")
+def server(root):
+    """Address of a server for one bucket."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [sys.executable, root / "tests" / "gcs_server.py", str(port)]
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    process.stdout.readline()
+    yield f"http://127.0.0.1:{port}"
+    process.kill()
+    process.communicate()
+
+
+@pytest.fixture(scope="module")
+def store_env(server):
+    """Variables that make gs:// mean that server, for this process and its children."""
+    variables = dict(STORAGE_EMULATOR_HOST=server, TENSORSTORE_GCS_HTTP_URL=server, EPATH_USE_TF="0")
+    variables |= dict(GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT="false")  # it would ask Google for the kind of the bucket
+    before = dict(os.environ)
+    os.environ.update(variables)
+    yield variables
+    os.environ.clear()
+    os.environ.update(before)
+
+
+@pytest.fixture(scope="module")
+def bucket(store_env):
+    return "gs://bucket"
+
+
+@pytest.fixture(scope="module")
+def runs(bucket, tmp_path_factory):
+    """The same run on a disk and in the bucket."""
+    config, disk = tiny.config(preview__every=2), tmp_path_factory.mktemp("run")
+    for folder in (disk, f"{bucket}/run"):
+        run.train(config, folder)
+    return disk, location(f"{bucket}/run")
+
+
+def metrics(folder):
+    timed = ("images_per_second", "waiting_for_data")
+    return [{k: v for k, v in line.items() if k not in timed} for line in logs.read_metrics(folder / "metrics.jsonl")]
+
+
+def test_a_run_in_a_bucket_is_the_run_on_a_disk(runs):
+    disk, stored = runs
+    assert metrics(stored) == metrics(disk)
+    assert (stored / "config.json").read_bytes() == (disk / "config.json").read_bytes()
+    for step in (4, 6):
+        name = f"samples/step_{step:07d}.png"
+        assert (stored / name).read_bytes() == (disk / name).read_bytes()
+    log = (stored / "log.txt").read_text()
+    assert f"run folder {stored}" in log
+    assert "maskdm-" not in log, "no path of the temporary folder"
+    assert f"{stored} holds samples, checkpoints/6" in log.splitlines()[-1]
+    assert not (stored / "owner.json").exists()
+    loaded = [sampling.load(folder) for folder in runs]
+    for a, b in zip(*(jax.tree.leaves(one.params) for one in loaded), strict=True):
+        np.testing.assert_array_equal(a, b)
+    checkpoint.check(checkpoint.find(stored))
+
+
+def test_it_resumes_where_it_was(runs, bucket):
+    disk, _ = runs
+    folder = f"{bucket}/resumed"
+    run.train(tiny.config(stages=("pretrain",)), folder)
+    run.train(tiny.config(), folder)
+    assert metrics(location(folder)) == metrics(disk)
+    run.train(tiny.config(), folder)
+    assert "nothing left to do" in (location(folder) / "log.txt").read_text()
+
+
+def test_what_was_not_finished_is_no_checkpoint(bucket):
+    unfinished = location(f"{bucket}/killed/checkpoints/9")
+    for name in ("_CHECKPOINT_METADATA", "params/_METADATA", "meta/metadata"):
+        (unfinished / name).write_bytes(b"{}")
+    (unfinished.parent / "7" / "mine.txt").write_bytes(b"mine")
+    with pytest.raises(CheckpointError, match="holds no checkpoint"):
+        checkpoint.find(unfinished.parent.parent)
+    checkpoints = checkpoint.Checkpoints(unfinished.parent.parent, keep=1)
+    assert checkpoints.latest_valid() is None
+    assert not unfinished.exists()
+    assert (unfinished.parent / "7.damaged" / "mine.txt").read_bytes() == b"mine"
+    checkpoints.close()
+
+
+def test_sampling_into_a_bucket(runs, bucket, tmp_path):
+    disk, stored = runs
+    here, there = sampling.load(disk), sampling.load(stored)
+    folder = sampling.generate_to_folder(there, f"{bucket}/samples", 5, batch_size=4)
+    name = folder / "000003.png"
+    content = name.read_bytes()
+    name.unlink()
+    sampling.generate_to_folder(there, folder, 6, batch_size=4)
+    assert name.read_bytes() == content
+    sampling.generate_to_folder(here, tmp_path / "samples", 6, batch_size=4)
+    for i in range(6):
+        assert (folder / f"{i:06d}.png").read_bytes() == (tmp_path / "samples" / f"{i:06d}.png").read_bytes()
+    packed = sampling.generate_to_folder(there, f"{bucket}/packed", 6, batch_size=4, file_format="npz")
+    with (packed / "samples.npz").open("rb") as file:
+        assert np.load(file)["images"].shape == (6, 8, 8, 1)
+    assert not (packed / "parts").exists()
+
+
+def test_conversion_from_and_to_a_bucket(runs, bucket, tmp_path):
+    disk, stored = runs
+    for source, target in ((disk, tmp_path / "a.pt"), (stored, f"{bucket}/a.pt")):
+        convert.convert(source, target)
+    assert location(f"{bucket}/a.pt").read_bytes() == (tmp_path / "a.pt").read_bytes()
+    convert.convert(f"{bucket}/a.pt", f"{bucket}/back", heads=2)
+    assert checkpoint.find(f"{bucket}/back").parent.parent == location(f"{bucket}/back")
+
+
+def test_one_process_owns_a_folder(bucket, monkeypatch, caplog):
+    monkeypatch.setattr(storage, "HEARTBEAT", 0.1)
+    monkeypatch.setattr(storage, "PATIENCE", 0.5)
+    folder = location(f"{bucket}/owned")
+    with storage.lock_dir(folder), pytest.raises(BlockingIOError, match="is writing there"), storage.lock_dir(folder):
+        pass
+    (folder / "owner.json").write_bytes(json.dumps(dict(owner="a process that was killed", beat=7)).encode())
+    with storage.lock_dir(folder):
+        assert "killed" not in (folder / "owner.json").read_text()
+    ended = []
+    monkeypatch.setattr(storage.os, "_exit", ended.append)
+    with storage.lock_dir(folder):
+        (folder / "owner.json").write_bytes(json.dumps(dict(owner="another", beat=0)).encode())
+        while not ended:
+            time.sleep(0.05)
+    assert ended[0] == 1
+
+
+def test_a_watcher_sees_what_is_written(bucket, monkeypatch, server):
+    """Also while the store refuses requests: then later."""
+    monkeypatch.setattr(storage, "UPLOAD_EVERY", 0.05)
+    folder = location(f"{bucket}/watched")
+    with storage.mirrored(folder) as (local, _), (local / "metrics.jsonl").open("a") as file:
+        for number in range(3):
+            if number == 1:
+                urllib.request.urlopen(f"{server}/faults?status=503&count=3").close()
+            file.write(f'{{"step": {number}}}\n')
+            file.flush()
+            deadline = threading.Event()
+            while not (
+                (folder / "metrics.jsonl").exists() and len(logs.read_metrics(folder / "metrics.jsonl")) > number
+            ):
+                deadline.wait(0.05)
+        (local / "part.tmp").write_bytes(b"x")
+    assert [path.name for path in folder.iterdir()] == ["metrics.jsonl"]
+    with storage.mirrored(folder, restore=logs.CONTINUED) as (local, _):
+        assert (local / "metrics.jsonl").read_bytes() == (folder / "metrics.jsonl").read_bytes()
+
+
+def test_a_store_that_refuses_ends_the_run_with_one_line(bucket, monkeypatch):
+    def refuse(*args, **kwargs):
+        raise PermissionError("the credentials have expired\nand so on")
+
+    folder = location(f"{bucket}/refused")
+    monkeypatch.setattr(fsspec.filesystem("gs"), "put_file", refuse)
+    message = r"^gs://bucket/refused/a cannot be written \(the credentials have expired\)$"
+    with pytest.raises(OSError, match=message), storage.mirrored(folder) as (local, _):
+        (local / "a").write_bytes(b"")
+
+
+@pytest.mark.parametrize(
+    ("address", "message"),
+    [
+        ("gs://", "give a path on a disk or an address"),
+        ("ftp://host/run", "give a path on a disk or an address"),
+        ("s3://bucket/run", r"needs s3fs; pip install maskdm-jax\[s3\]"),
+    ],
+)
+def test_addresses_that_cannot_work(address, message, monkeypatch):
+    monkeypatch.setattr(storage.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=message):
+        location(address)
+
+
+def test_killed_in_a_bucket(bucket, store_env, child_env, root, tmp_path):
+    """Killed at some moment and started again, a run has the history of an undisturbed one."""
+    short = "from maskdm_jax import storage; storage.HEARTBEAT, storage.PATIENCE = 0.2, 1; import sys, runpy; "
+    start = short + "sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
+    settings = [f"--config.model.{key}" for key in ("width=16", "depth=1", "heads=2")]
+    settings += ["--config.preview.every=0", "--config.log.every=1", "--config.log.tensorboard=False"]
+    settings += ["--config.checkpoint.every=3", "--config.pretrain.batch_size=8", "--config.stages=('pretrain',)"]
+    command = [sys.executable, "-c", start, "launch/train.py", "--config=configs/demo.py", *settings]
+    env = child_env | store_env
+
+    def begin(folder, steps):
+        args = [*command, f"--workdir={folder}", f"--config.pretrain.steps={steps}"]
+        output = subprocess.PIPE
+        return subprocess.Popen(args, cwd=root, env=env, stdout=output, stderr=subprocess.STDOUT, text=True)
+
+    process = begin(f"{bucket}/killed_run", 100_000)
+    newest = lambda: max((int(p.name) for p in location(f"{bucket}/killed_run/checkpoints").iterdir()), default=0)
+    while not (location(f"{bucket}/killed_run/checkpoints").exists() and newest() >= 6):
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.05)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    steps = newest() + 4
+    for folder in (f"{bucket}/killed_run", tmp_path / "undisturbed"):
+        process = begin(folder, steps)
+        output = process.communicate()[0]
+        assert process.returncode == 0, output
+    assert metrics(location(f"{bucket}/killed_run")) == metrics(tmp_path / "undisturbed")
+    assert "start: resuming" in (location(f"{bucket}/killed_run") / "log.txt").read_text()
