@@ -59,7 +59,7 @@ host_install() { # COMMIT UV PYTHON: install the code with a Python of its own, 
     echo "$2" >uv.txt
     python3 -m pip install --quiet --target=uv --require-hashes --requirement=uv.txt
     uv/bin/uv venv --quiet --python="$3" "$1/.venv"
-    (cd "$1" && VIRTUAL_ENV=.venv ../uv/bin/uv pip install --quiet -r requirements.txt -e ".[tpu,gcs,s3,wandb]")
+    (cd "$1" && VIRTUAL_ENV=.venv ../uv/bin/uv pip install --quiet -r requirements.txt -e ".[tpu,gcs,s3,parquet,wandb]")
     touch "$1/.installed"
   fi
   ln -sfn "$1" code

@@ -154,7 +154,7 @@ def test_a_run_is_created_installed_and_done(tpu, tmp_path):
     installs = tpu.lines("installs")
     assert sum("--require-hashes" in line for line in installs) == 2
     assert sum("uv==" in line and "--hash=sha256:" in line for line in installs) == 2
-    assert sum("-e .[tpu,gcs,s3,wandb]" in line for line in installs) == 2
+    assert sum("-e .[tpu,gcs,s3,parquet,wandb]" in line for line in installs) == 2
     assert tpu("status", "x").out.splitlines()[0] == "slice x: ACTIVE"
     assert tpu.states() == ["ACTIVE", "0", "0"]
     again = tpu("run", "x", "launch/sample.py", DELETE="yes")
