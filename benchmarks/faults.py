@@ -1,12 +1,15 @@
 """Kill processes of a run repeatedly, and compare its result with that of an uninterrupted run.
 
     python benchmarks/faults.py --kills=30 --processes=2
+    python benchmarks/faults.py --kills=10 --processes=2,1,4 --workdir=gs://BUCKET/faults
 
 Trains a tiny network on the digits in several processes. Repeatedly, a random process receives SIGKILL or SIGTERM at a
-random moment, and all processes are restarted. At the end, every logged step, parameters, EMA and moments must equal
-those of the uninterrupted run bit for bit. Prints a line per kill and, as the last line, a JSON object.
+random moment, and all processes are restarted, in turn as many as --processes says, with equally many devices
+altogether. At the end, every logged step, parameters, EMA and moments must equal those of the uninterrupted run bit for
+bit. Prints a line per kill and, as the last line, a JSON object.
 """
 
+import itertools
 import json
 import os
 import pathlib
@@ -18,17 +21,21 @@ import sys
 import tempfile
 import time
 
-from absl import app, flags
+from absl import app, flags, logging
+
+from maskdm_jax.storage import location
 
 KILLS = flags.DEFINE_integer("kills", 30, "Number of kills.", lower_bound=0)
-PROCESSES = flags.DEFINE_integer("processes", 2, "Processes of the run.", lower_bound=1)
-DEVICES = flags.DEFINE_integer("devices", 1, "CPU devices per process.", lower_bound=1)
+PROCESSES = flags.DEFINE_list("processes", ["2"], "Processes of the run; several numbers take turns.")
+WORKDIR = flags.DEFINE_string("workdir", None, "New run folder of the killed run; default: a temporary one.")
+DEVICES = flags.DEFINE_integer("devices", 2, "CPU devices of all processes; a multiple of their number.", lower_bound=1)
 STEPS = flags.DEFINE_integer("steps", 2000, "Steps of the run.", lower_bound=10)
 SEED = flags.DEFINE_integer("seed", 0, "Seed of the kills.")
 ROOT = pathlib.Path(__file__).parent.parent
 
 
 def main(_):
+    logging.set_verbosity(logging.WARNING)
     folder = pathlib.Path(tempfile.mkdtemp(prefix="maskdm-faults-"))
     try:
         sys.exit(0 if compare(folder) else 1)
@@ -39,20 +46,21 @@ def main(_):
 def compare(folder) -> bool:
     """Train without and with kills; print the comparison. True if all is equal and all kills happened."""
     draw, begun = random.Random(SEED.value), time.perf_counter()
-    calm, killed = folder / "calm", folder / "killed"
-    if start(calm).wait():
+    calm, killed = folder / "calm", location(WORKDIR.value or folder / "killed")
+    turns = itertools.cycle(map(int, PROCESSES.value))
+    if start(calm, int(PROCESSES.value[0]), folder).wait():
         sys.exit((folder / "calm.log").read_text()[-3000:])
     calm_seconds = time.perf_counter() - begun
     kills, lost, begun = [], 0, time.perf_counter()
     while True:
         before, saved = steps_of(killed), newest(killed)
         lost += before - saved
-        process = start(killed)
+        process = start(killed, next(turns), folder)
         aim = before + draw.randint(1, max(1, STEPS.value // (2 * KILLS.value or 1)))
         # A third of the kills come during startup, the others some steps later.
         patience = time.monotonic() + (draw.uniform(0, 15) if draw.random() < 1 / 3 else 300)
         while process.poll() is None and steps_of(killed) < aim and time.monotonic() < patience:
-            time.sleep(0.01)
+            time.sleep(0.01 if WORKDIR.value is None else 0.2)
         if process.poll() is None and len(kills) < KILLS.value:
             victims = workers(process)
             if victims:
@@ -72,7 +80,7 @@ def compare(folder) -> bool:
     return all(same.values()) and len(kills) == KILLS.value
 
 
-def start(workdir):
+def start(workdir, processes: int, logs):
     """Start the run, or resume it."""
     settings = {
         "model.width": 32,
@@ -88,18 +96,18 @@ def start(workdir):
         "preview.rows": 1,
         "preview.columns": 2,
         "sampling.steps": 2,
-        "mesh.fsdp": PROCESSES.value * DEVICES.value,
+        "mesh.fsdp": DEVICES.value,
     }
     line = [
         sys.executable,
         "launch/local.py",
-        f"--processes={PROCESSES.value}",
-        f"--devices={DEVICES.value}",
+        f"--processes={processes}",
+        f"--devices={DEVICES.value // processes}",
         "--grace=5",
     ]
     line += ["--", "launch/train.py", "--config=configs/demo.py", f"--workdir={workdir}"]
     line += [f"--config.{name}={value}" for name, value in settings.items()]
-    with open(f"{workdir}.log", "a") as log:
+    with open(logs / f"{workdir.name}.log", "a") as log:
         return subprocess.Popen(line, cwd=ROOT, stdout=log, stderr=log)
 
 
@@ -125,7 +133,8 @@ def steps_of(workdir) -> int:
 def newest(workdir) -> int:
     """Step of the newest checkpoint."""
     folder = workdir / "checkpoints"
-    return max((int(path.name) for path in folder.glob("*") if path.name.isdecimal()), default=0)
+    found = folder.iterdir() if folder.is_dir() else ()
+    return max((int(path.name) for path in found if path.name.isdecimal()), default=0)
 
 
 def tree(workdir, item: str) -> dict:

@@ -36,7 +36,7 @@ from absl import app, flags, logging
 
 from maskdm_jax import config as config_lib
 from maskdm_jax import sampling
-from maskdm_jax.build import make_network
+from maskdm_jax.build import compute_dtype, make_network
 from maskdm_jax.config import Config
 from maskdm_jax.data.pipeline import TrainingData
 from maskdm_jax.errors import DataError
@@ -112,7 +112,8 @@ def measure(settings) -> list[Subject]:
     settings.stages = (stage,)
     settings[stage].batch_size = BATCH.value or settings[stage].batch_size
     settings.sampling.steps = SAMPLING_STEPS.value or settings.sampling.steps
-    subjects = [peak(settings.model.dtype), copy(), *jax_subjects(settings, stage)]
+    dtype = compute_dtype(config_lib.parse(settings).model)
+    subjects = [peak(dtype), copy(), *jax_subjects(settings, stage)]
     subjects += [*loading_subjects(settings, stage), *evaluation_subjects(settings)]
     subjects += [subject for form in TORCH.value for subject in torch_subjects(settings, stage, form)]
     for i in range(ROUNDS.value):

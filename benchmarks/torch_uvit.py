@@ -1,7 +1,7 @@
 """The training step in PyTorch, for comparison: as published, with fused operations, or also compiled.
 
-The networks are those of `tests/torch_twin.py` and `tests/torch_jit.py`, which tests compare with ours. If
-`config.model.dtype` is bfloat16, all variants use autocast; weights, residual stream, norms, softmax and loss stay in
+The networks are those of `tests/torch_twin.py` and `tests/torch_jit.py`, which tests compare with ours. If the
+config's dtype is bfloat16, all variants use autocast; weights, residual stream, norms, softmax and loss stay in
 float32.
 
 - eager: as published. Every patch is embedded, a boolean mask picks the visible tokens before the first block,
@@ -17,7 +17,7 @@ import sys
 import torch
 from torch.nn import functional as F
 
-from maskdm_jax.build import mask_plans, noise_schedule
+from maskdm_jax.build import compute_dtype, mask_plans, noise_schedule
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent.parent / "tests"))
 import torch_jit
@@ -57,7 +57,7 @@ class Trainer:
         rates |= dict(weight_decay=self.stage.weight_decay, fused=form != "eager")
         self.optimizer = torch.optim.AdamW(self.network.parameters(), **rates)
         self.ema = self.published_ema().to(device) if form == "eager" and model.network == "uvit" else None
-        self.autocast = torch.autocast(device, torch.bfloat16, enabled=model.dtype == "bfloat16")
+        self.autocast = torch.autocast(device, torch.bfloat16, enabled=compute_dtype(model) == "bfloat16")
         (self.plan,) = mask_plans(config, stage)
         self.classes, self.flow, schedule = model.num_classes, config.diffusion.flow, noise_schedule(config)
         self.signal = torch.tensor(schedule.sqrt_alpha_bar, device=device)

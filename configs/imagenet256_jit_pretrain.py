@@ -16,7 +16,7 @@ from maskdm_jax import config
 def get_config():
     c = config.default()
     c.data.update(path="data/imagenet256", image_size=256, labels=True, label_dropout=0.1, flip=0.5)
-    c.model.update(network="jit", patch_size=16, width=768, depth=12, heads=12, num_classes=1000, dtype="bfloat16")
+    c.model.update(network="jit", patch_size=16, width=768, depth=12, heads=12, num_classes=1000)
     c.diffusion.update(process="flow", objective="x0")
     c.diffusion.flow.noise_scale = 1.0  # image side / 256
     c.sampling.update(method="heun", steps=50, guidance=1.9, guidance_from=0.1)

@@ -55,13 +55,20 @@ def make_network(config: Config, *, remat: bool = False) -> Network:
     Raises:
       ConfigError: the attention kernel is unknown or does not support the model's dtype or head size.
     """
-    model = config.model
+    model = dataclasses.replace(config.model, dtype=compute_dtype(config.model))
     if model.attention not in ("auto", *KERNELS):
         names = ", ".join(("auto", *KERNELS))
         raise ConfigError(f"config.model.attention is {model.attention!r}; it must be one of {names}")
     if model.attention == "cudnn" and (model.dtype == "float32" or model.width // model.heads % 8):
         raise ConfigError("config.model.attention 'cudnn' is for bfloat16 and heads whose width is a multiple of 8")
     return _network(model, config.data.image_size, config.data.channels, remat)
+
+
+def compute_dtype(model: Model, platform: str = "") -> str:
+    """The dtype that a model computes in on a platform of JAX, this machine's by default."""
+    if model.dtype != "auto":
+        return model.dtype
+    return "float32" if (platform or jax.default_backend()) == "cpu" else "bfloat16"
 
 
 @functools.lru_cache(maxsize=8)

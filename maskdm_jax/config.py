@@ -45,6 +45,7 @@ NonNegative = typing.Annotated[float, Rule(lambda value: value >= 0, "at least 0
 Probability = typing.Annotated[float, Rule(lambda value: 0 <= value <= 1, "a probability, 0 to 1")]
 Decay = typing.Annotated[float, Rule(lambda value: 0 <= value < 1, "in [0, 1)")]
 Fraction = typing.Annotated[float, Rule(lambda value: 0 < value <= 1, "in (0, 1]")]
+Dtype = typing.Annotated[str, _one_of("auto", "float32", "bfloat16")]
 Seed = typing.Annotated[int, Rule(lambda value: 0 <= value < 2**31, "in [0, 2^31)")]
 WideSeed = typing.Annotated[int, Rule(lambda value: 0 <= value < 2**32, "in [0, 2^32)")]
 
@@ -93,7 +94,7 @@ class Model:
     num_classes: Natural = 0  # 0: unconditional
     time_mlp: bool = False  # pass the time embedding through an MLP
     jit: Jit = Jit()
-    dtype: typing.Annotated[str, _one_of("float32", "bfloat16")] = "float32"  # dtype of the computation
+    dtype: Dtype = "auto"  # of the computation; auto: bfloat16 on TPUs and GPUs, float32 on CPU
     attention: str = "auto"  # auto: by platform; else a kernel of `models.ops.attention.KERNELS`
 
 

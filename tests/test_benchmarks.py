@@ -71,7 +71,14 @@ def test_precision(root, child_env, tmp_path):
 
 
 def test_faults(root, child_env):
-    args = [sys.executable, str(root / "benchmarks" / "faults.py"), "--kills=1", "--processes=1", "--steps=12"]
+    args = [
+        sys.executable,
+        str(root / "benchmarks" / "faults.py"),
+        "--kills=1",
+        "--processes=1",
+        "--devices=1",
+        "--steps=12",
+    ]
     done = subprocess.run(args, env=child_env, capture_output=True, text=True, timeout=300, check=False)
     result = json.loads(done.stdout.strip().splitlines()[-1])
     assert result["kills"] <= 1, "0 if the run ended first, on a machine that stalls"

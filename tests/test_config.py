@@ -5,6 +5,7 @@ import tiny
 
 from maskdm_jax import config as config_lib
 from maskdm_jax import run
+from maskdm_jax.build import compute_dtype, make_network
 from maskdm_jax.config import parse
 from maskdm_jax.errors import ConfigError
 
@@ -45,7 +46,7 @@ def test_settings_left_out_take_their_defaults():
         (dict(stages="pretrain"), r"config.stages must be a tuple of names"),
         (dict(model__patch_size=3), r"patch_size is 3; it must be a divisor of data.image_size 8: \[1, 2, 4, 8\]"),
         (dict(model__heads=3), r"heads is 3; it must be a divisor of model.width 16"),
-        (dict(model__dtype="float16"), r"dtype is 'float16'; it must be one of float32, bfloat16"),
+        (dict(model__dtype="float16"), r"dtype is 'float16'; it must be one of auto, float32, bfloat16"),
         (dict(model__num_classes=0), r"config.data.labels is True but config.model.num_classes is 0"),
         (dict(data__labels=False), r"num_classes is set but config.data.labels is False"),
         (dict(sampling__steps=1001), r"sampling.steps is 1001; it must be 1 to"),
@@ -118,7 +119,14 @@ def test_a_config_of_an_older_version_parses_to_the_same_run(root):
     """`config.json` of a run made before settings had defaults: every key is there, and only known ones."""
     stored = json.loads((root / "tests" / "stored_config.json").read_text())
     config = parse(stored)
-    assert config == tiny.config()
+    assert config == tiny.config(model__dtype="float32")
+
+
+def test_dtype_by_platform():
+    model, platforms = tiny.config().model, ("cpu", "gpu", "tpu")
+    assert [compute_dtype(model, platform) for platform in platforms] == ["float32", "bfloat16", "bfloat16"]
+    assert compute_dtype(tiny.config(model__dtype="bfloat16").model, "cpu") == "bfloat16"
+    assert make_network(tiny.config()).dtype == "float32"
 
 
 def test_every_setting_is_shown_as_it_is_given_on_the_command_line():

@@ -10,7 +10,7 @@ import time
 import jax
 from jax.experimental import topologies
 
-from maskdm_jax.build import make_network
+from maskdm_jax.build import compute_dtype, make_network
 from maskdm_jax.config import Config
 from maskdm_jax.errors import CostError
 from maskdm_jax.models.representation import make_representation
@@ -111,7 +111,7 @@ def training_step(config: Config, name: str, devices: list, batch_size: int) -> 
       CostError: it does not fit into memory, or the compiler refuses.
       ConfigError: the batch or the mesh does not divide over the devices.
     """
-    alone = with_batch(config, name, batch_size)
+    alone = with_batch(_on(devices, config), name, batch_size)
     mesh = make_run_mesh(alone, devices)
     lowered = _trace_step(alone, name, mesh).lower()
     return _compile(lowered, mesh, batch_size, count_flops(config, name, batch_size // len(devices)))
@@ -119,6 +119,7 @@ def training_step(config: Config, name: str, devices: list, batch_size: int) -> 
 
 def sampling(config: Config, devices: list, per_device: int) -> Cost:
     """Cost of whole trajectories of `per_device` images on each device; raises as `training_step` does."""
+    config = _on(devices, config)
     mesh, network, n = sharding.make_mesh(devices=devices), make_network(config), per_device * len(devices)
     everywhere = sharding.replicated(mesh)
     place = lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=everywhere)
@@ -217,6 +218,12 @@ def with_batch(config: Config, name: str, batch_size: int, **changes) -> Config:
     """A config with only this stage."""
     stage = dataclasses.replace(config.stage[name], batch_size=batch_size, **changes)
     return dataclasses.replace(config, stages=(name,), stage={name: stage})
+
+
+def _on(devices: list, config: Config) -> Config:
+    """A config with the dtype that is computed in on these devices, whatever this machine has."""
+    dtype = compute_dtype(config.model, devices[0].platform)
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, dtype=dtype))
 
 
 def _with_plain_attention(config: Config) -> Config:
