@@ -90,6 +90,8 @@ host_state() { # print: host NAME: new | running | stopped | ended without a sta
   echo "host $(hostname): $state"
 }
 
+host_log() { sed "s/^/$(hostname): /" < <(tail -n 3 ~/maskdm/log); }
+
 host_stop() { # [stopped]: SIGTERM, and SIGKILL after three minutes; the mark makes `run` end
   cd ~/maskdm 2>/dev/null || return 0
   [ -z "${1:-}" ] || touch "$1"
@@ -198,12 +200,16 @@ attend() {
     *" stopped "*) finish 75 "stopped" ;;
     *" 78 "*)
       on_all 300 host_stop || true
-      finish 78 "a setting is wrong, so that starting again is of no use; see launch/tpu_vm.sh logs $name"
+      on_all "$ANSWER" host_log || true
+      finish 78 "a setting is wrong, so that starting again is of no use"
       ;;
     *)
       say "the program ended; states of the hosts: $states"
       on_all 300 host_stop || true # hosts that wait for one that failed
-      ! grep -qvxE "0|75|new|lost|running" <<<"${states// /$'\n'}0" || failure "the program failed"
+      if grep -qvxE "0|75|new|lost|running" <<<"${states// /$'\n'}0"; then
+        on_all "$ANSWER" host_log || true
+        failure "the program failed"
+      fi
       start "$@"
       ;;
   esac

@@ -179,12 +179,13 @@ def test_failures_are_started_again(tpu):
 
 
 def test_a_configuration_error_ends_all(tpu):
-    tpu.program('[ "$host" = 1 ] && exit 78; ' + FOREVER)
+    tpu.program('[ "$host" = 1 ] && { echo "error: no such key"; exit 78; }; ' + FOREVER)
     done = tpu(*RUN)
     assert done.returncode == ConfigError.status, done.err
     assert tpu.starts() == (1, 1)
     assert tpu.states() == ["ACTIVE", "75", "78"]
     assert "a setting is wrong" in done.err
+    assert ": error: no such key" in done.out
 
 
 def test_a_preempted_slice_is_replaced(tpu):
