@@ -24,13 +24,16 @@ DATASET = flags.DEFINE_enum(
     "dataset", None, list(published.SETS), "Published set; it determines split, labels, crop and size."
 )
 SRC = flags.DEFINE_string(
-    "src", None, "Folder, .zip or .tar of images, LMDB, address (gs://...), tfds:NAME, or a published set's files."
+    "src",
+    None,
+    "Folder, .zip or .tar of images, Parquet files, WebDataset shards (x-{000..012}.tar), LMDB, address (gs://...), "
+    "tfds:NAME, or a published set's files.",
 )
 OUT = flags.DEFINE_string("out", None, "Folder for the prepared set: new, empty, or with an unfinished set.")
 SIZE = flags.DEFINE_integer("size", None, "Side of the images in pixels; published sets have a default.")
-SPLIT = flags.DEFINE_string("split", "", "Split of a published or TFDS set: train, valid, test or all.")
+SPLIT = flags.DEFINE_string("split", "", "Split of a published, TFDS, Parquet or WebDataset set, such as train.")
 LABELS = flags.DEFINE_bool(
-    "labels", None, "Keep class labels: of dataset.json or metadata.csv/.jsonl, else folder names."
+    "labels", None, "Keep class labels: of the set, of dataset.json or metadata.csv/.jsonl, else folder names."
 )
 GREY = flags.DEFINE_bool("grey", False, "Store one channel instead of three.")
 CROP = flags.DEFINE_string(

@@ -54,8 +54,8 @@ WideSeed = typing.Annotated[int, Rule(lambda value: 0 <= value < 2**32, "in [0, 
 class Data:
     """The images and how they are read."""
 
-    path: str = ""  # folder, archive, prepared set, TFDS folder, LMDB or address; "digits" is the embedded set
-    split: str = ""  # split of a TFDS folder
+    path: str = ""  # folder, archive, shards, prepared set, TFDS folder, LMDB or address; "digits" is the embedded set
+    split: str = ""  # split of a TFDS folder, of Parquet files or of WebDataset shards
     image_size: Side = 64  # pixels; the short side is resized (bicubic), the centre cropped
     channels: Count = 3  # 3 colour, 1 grey; other numbers where the source stores them
     classes: tuple[str, ...] = ()  # names of the classes to use, numbered in this order; () for all

@@ -224,8 +224,8 @@ def test_an_error_in_a_users_config_is_shown_with_its_line(launch, tmp_path, wor
             "error: config.init_from is 'nowhere', which does not exist",
         ),
         (
-            ["--config=configs/demo.py", "--workdir=gs://bucket/x"],
-            "error: --workdir=gs://bucket/x: give a folder on a disk",
+            ["--config=configs/demo.py", "--workdir=ftp://bucket/x"],
+            "error: ftp://bucket/x: give a path on a disk or an address gs://BUCKET/...",
         ),
         (["--config=configs/demo.py", "stray"], "unexpected arguments"),
         ([], "which run? give --config=configs/NAME.py"),

@@ -201,6 +201,12 @@ def test_addresses_that_cannot_work(address, message, monkeypatch):
         location(address)
 
 
+def test_orbax_has_no_s3(monkeypatch):
+    monkeypatch.setattr(storage.importlib.util, "find_spec", lambda name: True)
+    with pytest.raises(ConfigError, match="Orbax writes checkpoints to disks and gs:// alone"):
+        checkpoint.check_path("s3://bucket/run")
+
+
 def test_killed_in_a_bucket(bucket, store_env, child_env, root, tmp_path):
     """Killed at some moment and started again, a run has the history of an undisturbed one."""
     short = "from maskdm_jax import storage; storage.HEARTBEAT, storage.PATIENCE = 0.2, 1; import sys, runpy; "

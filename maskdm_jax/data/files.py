@@ -14,8 +14,8 @@ from maskdm_jax.data.base import Source, counted, hash_texts
 from maskdm_jax.data.images import MAX_PIXELS, SUFFIXES
 from maskdm_jax.data.labels import SPLITS, find_labels, level_of_difference, note_of_imagenet
 from maskdm_jax.errors import DataError, prefixed
+from maskdm_jax.storage import STORES
 
-_EXTRAS = {"gs": "gcs", "gcs": "gcs", "s3": "s3", "s3a": "s3"}  # pyproject.toml's, by the scheme of an address
 _BLOCK = 8 << 20  # bytes that are read ahead from a store
 _BOMB_BYTES, _BOMB_RATIO = 8 * MAX_PIXELS, 100  # 8 bytes: 16 bits of red, green, blue and alpha
 _METHODS = {zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA}  # that Python reads
@@ -194,7 +194,7 @@ def connect(url: str):
     Raises:
       DataError: the package for this kind of store is missing, or the store cannot be reached.
     """
-    extra = _EXTRAS.get(url.split("://")[0])
+    _, extra = STORES.get(url.split("://")[0], ("", ""))
     hint = f": pip install -e '.[{extra}]'" if extra else ""
     with prefixed(DataError, f"{url} cannot be reached: ", Exception):  # each store's package raises its own types
         with prefixed(DataError, f"{url} needs a package that is missing{hint} (", ImportError, ")"):

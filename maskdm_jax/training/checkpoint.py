@@ -164,11 +164,15 @@ class Checkpoints:
 
 
 def check_path(path) -> None:
-    """Refuse a path that Orbax would take for a pattern.
+    """Refuse a path where Orbax cannot write, or that it would take for a pattern.
 
     Raises:
-      ConfigError: it has such characters.
+      ConfigError: it is in a store other than Google's, or has characters of patterns.
     """
+    if is_remote(path) and not str(location(path)).startswith("gs://"):
+        raise ConfigError(
+            f"{path}: Orbax writes checkpoints to disks and gs:// alone; mount that bucket"
+        )
     patterns = sorted(set(str(location(path))) & set("[]*?"))
     if patterns:
         raise ConfigError(f"{path}: no checkpoint can be kept below a folder with {' '.join(patterns)} in its name")
