@@ -113,6 +113,7 @@ CONTAINER = {
     "args": [str],
     "env": [ENVIRONMENT],
     "resources": {"limits": {"*": int}},
+    "volumeMounts": [{"name": str, "mountPath": str}],
 }
 POD = {
     "restartPolicy": {"Never", "OnFailure"},
@@ -121,6 +122,7 @@ POD = {
     "nodeSelector": {"*": str},
     "tolerations": [{"key": str, "operator": {"Equal", "Exists"}, "value": str, "effect": {"NoSchedule"}}],
     "containers": [CONTAINER],
+    "volumes": [{"name": str, "emptyDir": {"medium": {"Memory"}}}],
 }
 POD_RULE = {
     "action": {"FailJob", "FailIndex", "Ignore", "Count"},
@@ -219,3 +221,4 @@ def test_the_jobset_starts_the_image_on_spot_nodes(root):
     assert "command" not in container, "the image's entry point is launch/train.py"
     assert {rule["onExitCodes"]["containerName"] for rule in job["podFailurePolicy"]["rules"][:2]} == {"maskdm"}
     assert container["name"] == "maskdm"
+    assert [mount["name"] for mount in container["volumeMounts"]] == [volume["name"] for volume in pod["volumes"]]
