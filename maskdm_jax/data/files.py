@@ -160,9 +160,11 @@ def read_range(path: str, start: int, size: int) -> bytes:
         store, name = fsspec.core.url_to_fs(path)
         found = store.cat_file(name, start=start, end=start + size) if size else b""
     else:
-        with open(path, "rb") as file:  # opened for each read, because threads would share the position
-            file.seek(start)
-            found = file.read(size)
+        file = os.open(path, os.O_RDONLY)  # for each read: a set may have more files than a process may open
+        try:
+            found = os.pread(file, size, start)
+        finally:
+            os.close(file)
     if len(found) < size:
         raise DataError(f"{path} ends before byte {start + size}; copy it again")
     return found

@@ -48,6 +48,7 @@ class ParquetImages(Source):
         self._files, self._names = files, relative_names(files)
         with concurrent.futures.ThreadPoolExecutor(_READERS) as pool:
             indexes = list(pool.map(lambda file: kept_index(file, _read_rows), files))
+        self._copies = {file: str(index_path(file, ".images")) for file in files}
         self._starts = np.cumsum([0] + [len(index["sizes"]) for index in indexes])
         joined = lambda key: np.concatenate([np.asarray(index[key], np.int64) for index in indexes])
         self._where, self._offsets, self._sizes = map(joined, ("where", "offsets", "sizes"))
@@ -82,7 +83,7 @@ class ParquetImages(Source):
             with open_file(self._paths[i]) as file:
                 return file.read()
         file = self._files[self._number(i)]
-        return read_range(file if where == _IN_FILE else str(index_path(file, ".images")), int(self._offsets[i]), size)
+        return read_range(file if where == _IN_FILE else self._copies[file], int(self._offsets[i]), size)
 
     def stamp(self, i: int) -> str:
         """Size and modification time of the file that holds the image."""
