@@ -347,6 +347,9 @@ def test_patterns_name_the_files(tmp_path):
         open_source(f"{tmp_path}/y-*.tar")
     with pytest.raises(DataError, match="lost.parquet' does not exist"):
         open_source(f"{tmp_path}/lost.parquet")
+    write_parquet(tmp_path / "folder.parquet" / "0.parquet", {"image": [png(5)]})
+    assert open_source(f"{tmp_path}/folder.parquet").image(0) == png(5)
+    shutil.rmtree(tmp_path / "folder.parquet")
     write_parquet(tmp_path / "a.parquet", {"image": [png(0)]})
     with pytest.raises(DataError, match=r"holds both .parquet and .tar files; give a pattern, such as .*\*.parquet"):
         open_source(str(tmp_path))

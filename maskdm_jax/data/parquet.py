@@ -48,6 +48,7 @@ class ParquetImages(Source):
         self._files, self._names = files, relative_names(files)
         with concurrent.futures.ThreadPoolExecutor(_READERS) as pool:
             indexes = list(pool.map(lambda file: kept_index(file, _read_rows), files))
+        self._stamps = [index["stamp"] for index in indexes]
         self._copies = {file: str(index_path(file, ".images")) for file in files}
         self._starts = np.cumsum([0] + [len(index["sizes"]) for index in indexes])
         joined = lambda key: np.concatenate([np.asarray(index[key], np.int64) for index in indexes])
@@ -86,8 +87,8 @@ class ParquetImages(Source):
         return read_range(file if where == _IN_FILE else self._copies[file], int(self._offsets[i]), size)
 
     def stamp(self, i: int) -> str:
-        """Size and modification time of the file that holds the image."""
-        return file_stamp(self._paths.get(i) or self._files[self._number(i)])
+        """Size and modification time of the image's file, or of its Parquet file when it was opened."""
+        return file_stamp(self._paths[i]) if i in self._paths else self._stamps[self._number(i)]
 
 
 def _labels(path, names: list[str], indexes: list[dict]):

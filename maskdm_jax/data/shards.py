@@ -1,5 +1,6 @@
 """Sets that are divided into files: which files a path means, and the index of each, which is kept in the cache."""
 
+import concurrent.futures
 import contextlib
 import glob
 import json
@@ -7,6 +8,8 @@ import os
 import pathlib
 import posixpath
 import re
+
+import fsspec
 
 from maskdm_jax.data.base import hash_texts
 from maskdm_jax.data.files import connect, file_stamp, kind_of, list_folder
@@ -16,6 +19,7 @@ from maskdm_jax.errors import DataError
 from maskdm_jax.storage import cache_dir, write_atomically
 
 _KINDS = (".parquet", ".tar")
+_REQUESTS = 16  # to a store, at the same time
 _FORMAT = "1"  # of indexes
 
 
@@ -29,7 +33,7 @@ def find_shards(path: str) -> list[str]:
       DataError: a pattern fits no file, or a file of it is missing.
     """
     path = path if "://" in path else os.path.expanduser(path)
-    if not path.endswith(_KINDS):
+    if not path.endswith(_KINDS) or os.path.isdir(path):
         return _in_folder(path)
     if "://" not in path and os.path.exists(path):
         return [path] if path.endswith(".parquet") else []
@@ -37,7 +41,8 @@ def find_shards(path: str) -> list[str]:
     found = [file for part in expanded for file in (_glob(part) if glob.has_magic(part) else [part])]
     if not found:
         raise DataError(f"{path!r} fits no file")
-    lost = [file for file in found if not _exists(file)]
+    with concurrent.futures.ThreadPoolExecutor(_REQUESTS) as pool:
+        lost = [file for file, there in zip(found, pool.map(_exists, found), strict=True) if not there]
     if lost:
         counted = f" ({len(lost)} of {len(found)} files of {path!r})" if len(found) > 1 else ""
         raise DataError(f"{lost[0]!r} does not exist{counted}")
@@ -78,7 +83,7 @@ def _glob(pattern: str) -> list[str]:
 def _exists(file: str) -> bool:
     if "://" not in file:
         return os.path.exists(file)
-    store, name = connect(file)
+    store, name = fsspec.core.url_to_fs(file)
     return store.exists(name)
 
 
@@ -121,7 +126,8 @@ def index_path(file: str, suffix: str) -> pathlib.Path:
 def kept_index(file: str, build) -> dict:
     """`build(file)`, a dict for JSON, kept in the cache until the file's size or modification time changes.
 
-    `copied`, if the dict has it, is the size of a further file that `build` writes, at `index_path(file, ".images")`.
+    The result has this as `stamp`. `copied`, if the dict has it, is the size of a further file that `build` writes, at
+    `index_path(file, ".images")`.
     """
     stamp = file_stamp(file)
     with contextlib.suppress(OSError, ValueError, LookupError, TypeError, RecursionError):
@@ -129,9 +135,9 @@ def kept_index(file: str, build) -> dict:
         copied = "copied" not in found or index_path(file, ".images").stat().st_size == found["copied"]
         if found["stamp"] == stamp and copied:
             return found
-    found = build(file)
+    found = build(file) | {"stamp": stamp}
     with contextlib.suppress(OSError):  # without a cache, the index is built each time
         path = index_path(file, ".json")
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, json.dumps(found | {"stamp": stamp}).encode())
+        write_atomically(path, json.dumps(found).encode())
     return found

@@ -50,8 +50,8 @@ class TarImages(Files):
             from its start.
         """
         self._tars, self._many = [_decompressed(tar, scratch) for tar in tars], len(tars) > 1
-        self._stamps = [file_stamp(tar) for tar in tars]
         with concurrent.futures.ThreadPoolExecutor(_READERS) as pool:
+            self._stamps = list(pool.map(file_stamp, tars))
             indexes = list(pool.map(lambda tar: kept_index(tar, _read_headers), self._tars))
         self._members, self._labels = {}, {}
         for number, (name, index) in enumerate(zip(relative_names(tars), indexes, strict=True)):
