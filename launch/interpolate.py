@@ -4,8 +4,6 @@ Adds noise to both up to time step --start (0 to 999), mixes them, and denoises 
 resemble the two images less; a few hundred of 1000 keep the layout. The grid has --seeds rows with different noise.
 """
 
-import pathlib
-
 from absl import app, flags, logging
 
 from maskdm_jax.parallel import runtime
@@ -33,12 +31,13 @@ def main(argv):
     from maskdm_jax import sampling
     from maskdm_jax.data.images import Framing, decode, sample_grid, save_png
     from maskdm_jax.errors import DataError, prefixed
+    from maskdm_jax.storage import location
 
     with runtime.program(distributed=False):
         loaded, ends = sampling.load(RUN.value, weights=WEIGHTS.value), []
         for path in IMAGES.value:
             with prefixed(DataError, f"{path}: "):
-                ends.append(decode(pathlib.Path(path).read_bytes(), Framing.of(loaded.config.data)))
+                ends.append(decode(location(path).read_bytes(), Framing.of(loaded.config.data)))
         options = dict(n=N.value, start=START.value, label=LABEL.value)
         rows = [sampling.interpolate(loaded, *ends, seed=seed, **options) for seed in range(SEEDS.value)]
     images = np.concatenate([np.stack([ends[0], *row, ends[1]]) for row in rows])

@@ -90,8 +90,9 @@ def local_copy(path):
 
 
 def remove_tree(folder) -> None:
-    """Delete a folder with all that it holds."""
-    (folder.rmtree if is_remote(folder) else functools.partial(shutil.rmtree, folder))()
+    """Delete a folder with all that it holds, if it exists."""
+    with contextlib.suppress(FileNotFoundError):
+        (folder.rmtree if is_remote(folder) else functools.partial(shutil.rmtree, folder))()
 
 
 def move(folder, target) -> None:

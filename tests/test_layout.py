@@ -51,6 +51,23 @@ def modules(root):
             yield ".".join(path.relative_to(package).with_suffix("").parts), path
 
 
+def test_one_module_knows_how_run_folders_are_stored(root):
+    """The others use `storage`, whose paths can also be addresses in an object store."""
+    changes = {f"os.{name}" for name in ("replace", "rename", "remove", "unlink", "makedirs", "listdir", "scandir")}
+    local = changes | {"pathlib.Path", "shutil.rmtree", "shutil.move", "shutil.copy", "glob.glob", "open"}
+    exceptions = {
+        ("run", "pathlib.Path"),
+        ("evaluation.efficientnet", "pathlib.Path"),
+        ("evaluation.inception", "open"),
+    }
+    for name, path in modules(root):
+        if name.split(".")[0] in ("training", "sampling", "run", "evaluation", "tools") or name == "interop.convert":
+            calls = {
+                ast.unparse(node.func) for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)
+            }
+            assert {(name, call) for call in calls & local} <= exceptions
+
+
 def test_imports_point_one_way(root):
     for name, path in modules(root):
         assert part(name), f"{name} has no place in ORDER"

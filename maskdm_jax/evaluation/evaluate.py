@@ -20,7 +20,7 @@ from maskdm_jax.evaluation.features import (
 )
 from maskdm_jax.evaluation.inception import file_hash
 from maskdm_jax.evaluation.metrics import METRICS, network_of
-from maskdm_jax.storage import cache_dir
+from maskdm_jax.storage import cache_dir, location
 
 log = logging.getLogger(__name__)
 
@@ -42,7 +42,7 @@ class Evaluator:
         """
         name = network_of(wanted)
         weights = inception_weights if name == "inception" else ""
-        path = pathlib.Path(weights).expanduser() if weights else NETWORKS[name].fetch_weights()
+        path = location(weights) if weights else NETWORKS[name].fetch_weights()
         self._wanted, self._digest, self.batch_size = wanted, file_hash(path), batch_size
         self._extractor = Extractor(NETWORKS[name].load_weights(path), NETWORKS[name], batch_size=batch_size)
 

@@ -55,7 +55,7 @@ def write_report(path, result: dict, reference: ImageSet, samples: ImageSet, *, 
         _training(run),
         _cards(result, reference, samples),
     ]
-    title = pathlib.Path(result["samples"].split(", seed")[0]).name
+    title = pathlib.PurePosixPath(result["samples"].split(", seed")[0]).name
     if result["made_by"].get("checkpoint"):
         checkpoint = pathlib.PurePosixPath(result["made_by"]["checkpoint"])
         title = f"{checkpoint.parent.parent.name}, step {checkpoint.name}"
@@ -84,7 +84,7 @@ def nearest(features: np.ndarray, reference: np.ndarray, k: int) -> tuple[np.nda
 def _reference_text(result: dict) -> str:
     count = f"{result['reference_n']:,} images" if result["reference_n"] else "statistics"
     card = result["reference_card"]
-    name = card.get("source") or pathlib.Path(result["reference"]).name
+    name = card.get("source") or pathlib.PurePosixPath(result["reference"]).name
     return f"{count} of {name}" + (f" ({card['split']})" if card.get("split") else "")
 
 

@@ -5,7 +5,6 @@ import dataclasses
 import json
 import os
 import pathlib
-import shutil
 
 import jax
 import numpy as np
@@ -20,7 +19,7 @@ from maskdm_jax.interop import official as official_file
 from maskdm_jax.interop.names import NETWORKS
 from maskdm_jax.interop.official import Moment, Official
 from maskdm_jax.parallel.sharding import make_mesh
-from maskdm_jax.storage import is_remote, location, write_atomically
+from maskdm_jax.storage import is_remote, location, move, remove_tree, write_atomically
 from maskdm_jax.training import checkpoint
 from maskdm_jax.training.loop import stage_ends
 from maskdm_jax.training.start import abstract_state, compare_settings, meaning
@@ -265,14 +264,15 @@ def _to_folder(dst: pathlib.Path, source: _Source, weights: str) -> list[str]:
     step = stage_ends(config)[index] - stage.steps + official.step
     # An object store cannot rename; there, an unfinished checkpoint does not count as one.
     temporary = dst if is_remote(dst) else dst.with_name(f".{dst.name}.{os.getpid()}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)  # of a killed process with our number
+    remove_tree(temporary)  # of a killed process with our number
     try:
         _save(temporary, step, state, meta)
         write_atomically(temporary / "config.json", json.dumps(meta["config"], indent=2).encode())
-        if temporary != dst:
-            os.replace(temporary, dst)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    except BaseException:
+        remove_tree(temporary)
+        raise
+    if temporary != dst:
+        move(temporary, dst)
     parts = ", ".join(["weights", *_ema_words(official), *["optimizer"] * bool(official.moments)])
     return [f"{dst} holds checkpoint {step}: {parts}, step {official.step} of stage {name!r}"]
 

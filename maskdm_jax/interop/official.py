@@ -6,6 +6,7 @@ such tensors: those whose names differ from the official ones by the same prefix
 
 import dataclasses
 import json
+import os
 import pathlib
 import re
 import reprlib
@@ -21,7 +22,7 @@ from maskdm_jax.errors import TorchFileError, prefixed
 from maskdm_jax.interop import jit_file, torch_file, uvit_file
 from maskdm_jax.interop.names import NETWORKS, Names
 from maskdm_jax.interop.pickles import Skipped
-from maskdm_jax.storage import local_copy, write_atomically
+from maskdm_jax.storage import is_remote, local_copy, write_atomically
 from maskdm_jax.training.state import ema_names
 
 _FORMATS = {"uvit": uvit_file, "jit": jit_file}  # by `config.model.network`
@@ -394,7 +395,8 @@ def load(path: pathlib.Path) -> tuple[Official, dict]:
 def is_safetensors(path: pathlib.Path) -> bool:
     """Whether `read_safetensors` reads this path."""
     name = path.name.lower()
-    return name.endswith((".safetensors", INDEX)) or (path.is_dir() and any(path.glob("*.safetensors")))
+    is_dir = path.is_dir() if is_remote(path) else os.path.isdir(path)  # Path.is_dir raises if a name is too long
+    return name.endswith((".safetensors", INDEX)) or (is_dir and any(path.glob("*.safetensors")))
 
 
 def _float32(name: str, tensor) -> np.ndarray:

@@ -72,16 +72,10 @@ class Checkpoints:
 
         A newer one that cannot be read is logged and renamed to STEP.damaged, because its step will be saved again.
         """
-        step = self.latest()
+        step = None
         if processes.is_first():
-            for path in _children(self.folder):  # Orbax would delete the folder among the oldest checkpoints
-                if not path.name.isdecimal() or _is_checkpoint(path):
-                    continue
-                if is_remote(path) and (path / _STARTED).exists():
-                    log.warning("%s was not finished; deleted", path)
-                    remove_tree(path)
-                else:
-                    log.warning("%s is no checkpoint; renamed to %s", path, self._move_aside(path.name))
+            self._clear_away()
+            step = self.latest()
             while step is not None:
                 try:
                     check(self.folder / str(step))
@@ -92,6 +86,17 @@ class Checkpoints:
         step = processes.broadcast(-1 if step is None else step)
         self._manager.reload()
         return None if step < 0 else step
+
+    def _clear_away(self) -> None:
+        """Rename folders that are no checkpoints; Orbax would delete them among the oldest checkpoints."""
+        for path in _children(self.folder):
+            if not path.name.isdecimal() or _is_checkpoint(path):
+                continue
+            if is_remote(path) and (path / _STARTED).exists():
+                log.warning("%s was not finished; deleted", path)
+                remove_tree(path)
+            else:
+                log.warning("%s is no checkpoint; renamed to %s", path, self._move_aside(path.name))
 
     def _move_aside(self, step: int | str) -> str:
         """Rename a folder that is not a valid checkpoint, and return its new name."""
@@ -170,9 +175,7 @@ def check_path(path) -> None:
       ConfigError: it is in a store other than Google's, or has characters of patterns.
     """
     if is_remote(path) and not str(location(path)).startswith("gs://"):
-        raise ConfigError(
-            f"{path}: Orbax writes checkpoints to disks and gs:// alone; mount that bucket"
-        )
+        raise ConfigError(f"{path}: Orbax writes checkpoints to disks and gs:// alone; mount that bucket")
     patterns = sorted(set(str(location(path))) & set("[]*?"))
     if patterns:
         raise ConfigError(f"{path}: no checkpoint can be kept below a folder with {' '.join(patterns)} in its name")

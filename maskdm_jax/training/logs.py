@@ -35,7 +35,7 @@ class _Console(logging.Handler):
 @contextlib.contextmanager
 def logging_to(workdir):
     """Log to stderr and WORKDIR/log.txt. Processes other than the first log only warnings, to stderr."""
-    workdir = pathlib.Path(workdir)
+    workdir = location(workdir)
     workdir.mkdir(parents=True, exist_ok=True)
     console = _Console()
     handlers = [console]
@@ -80,7 +80,7 @@ class Metrics:
         self._file = self._board = self._wandb = None
         if not processes.is_first():
             return
-        workdir, settings = pathlib.Path(workdir), config.log
+        workdir, settings = location(workdir), config.log
         path = workdir / "metrics.jsonl"
         _keep_until(path, step)
         self._file = path.open("a")
