@@ -162,6 +162,7 @@ def test_folders_that_are_no_checkpoints_are_never_deleted(two, state, caplog):
 
 def test_the_newest_whole_one_is_used_and_the_damaged_one_moved_aside(two, state, caplog):
     shutil.rmtree(two.folder / "4" / "ema" / "d")
+    two = checkpoint.Checkpoints(two.folder.parent, keep=2)  # of a new start
     with caplog.at_level("WARNING"):
         assert two.latest_valid() == 3
     assert "checkpoints/4 is damaged" in caplog.text

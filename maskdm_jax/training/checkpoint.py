@@ -8,6 +8,7 @@ and the class names. Sampling and resuming need no other file.
 
 import contextlib
 import dataclasses
+import functools
 import itertools
 import json
 import logging
@@ -23,7 +24,7 @@ import tensorstore
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, CustomSteps, LatestN
 
 from maskdm_jax import config as config_lib
-from maskdm_jax.errors import CheckpointError, ConfigError, prefixed
+from maskdm_jax.errors import CheckpointError, ConfigError, first_line, prefixed
 from maskdm_jax.parallel import processes
 from maskdm_jax.storage import is_remote, location, move, remove_tree
 from maskdm_jax.training.state import TrainState
@@ -54,18 +55,17 @@ class Checkpoints:
 
     def __init__(self, workdir, *, keep: int, keep_steps=()):
         check_path(workdir)
-        self.folder, self._verified = location(workdir) / FOLDER, False
-        self._manager = _Manager(
-            self.folder,
-            options=ocp.CheckpointManagerOptions(
-                preservation_policy=AnyPreservationPolicy([LatestN(keep), CustomSteps(list(keep_steps))])
-            ),
-        )
+        self.folder, self._verified, self._last = location(workdir) / FOLDER, False, None
+        self._preserved = AnyPreservationPolicy([LatestN(keep), CustomSteps(list(keep_steps))])
+
+    @functools.cached_property
+    def _manager(self) -> _Manager:
+        """Orbax's manager, made at the first save. To look at a checkpoint takes it twenty requests to a store."""
+        return _Manager(self.folder, options=ocp.CheckpointManagerOptions(preservation_policy=self._preserved))
 
     def latest(self) -> int | None:
         """Step of the newest finished checkpoint, or None. A partial one, interrupted by a kill, does not count."""
-        steps = [step for step in self._manager.all_steps() if _is_checkpoint(self.folder / str(step))]
-        return max(steps, default=None)
+        return _newest(self.folder)
 
     def latest_valid(self) -> int | None:
         """Step of the newest checkpoint that can be read, the same in all processes; None if there is none.
@@ -84,8 +84,8 @@ class Checkpoints:
                     aside, step = self._move_aside(step), self.latest()
                     log.warning("%s; renamed to %s, resuming from %s", error, aside, step or "the start")
         step = processes.broadcast(-1 if step is None else step)
-        self._manager.reload()
-        return None if step < 0 else step
+        self._last = None if step < 0 else step
+        return self._last
 
     def _clear_away(self) -> None:
         """Rename folders that are no checkpoints; Orbax would delete them among the oldest checkpoints."""
@@ -103,7 +103,6 @@ class Checkpoints:
         names = (f"{step}.damaged" + f"-{n}" * (n > 1) for n in itertools.count(1))
         aside = next(name for name in names if not (self.folder / name).exists())
         move(self.folder / str(step), self.folder / aside)
-        self._manager.reload()
         return aside
 
     def save(self, step: int, state: TrainState, meta: dict) -> None:
@@ -112,15 +111,16 @@ class Checkpoints:
         Raises:
           CheckpointError: the disk is too full, or the previous checkpoint could not be written.
         """
-        if step == self.latest():
+        if step == self._last:
             return
         needed = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
         with self._writing():
+            manager = self._manager  # it creates the folder
             # Check the folder first: without it, or on a full disk, Orbax logs hundreds of lines.
             free = math.inf if is_remote(self.folder) else shutil.disk_usage(self.folder).free
             if processes.is_first() and free < needed:
                 raise OSError(f"step {step} takes {needed / 1e9:.2f} GB and the disk has {free / 1e9:.2f} GB free")
-            self._manager.save(
+            manager.save(
                 step,
                 args=ocp.args.Composite(
                     **{name: ocp.args.StandardSave(tree) for name, tree in _items(state).items()},
@@ -128,6 +128,7 @@ class Checkpoints:
                 ),
                 force=True,  # beside a stray folder of a higher number, Orbax would save nothing and say nothing
             )
+        self._last = step
         if not self._verified:  # a disk that does not keep what is written to it shows now, not at the next start
             self.wait()
             if processes.is_first():
@@ -152,20 +153,28 @@ class Checkpoints:
         Raises:
           CheckpointError: one could not be written.
         """
-        with self._writing():
-            self._manager.wait_until_finished()
+        if "_manager" in vars(self):
+            with self._writing():
+                self._manager.wait_until_finished()
 
     def close(self) -> None:
         """Wait and release."""
-        with self._writing():
-            self._manager.close()
+        if "_manager" in vars(self):
+            with self._writing():
+                self._manager.close()
 
+    @contextlib.contextmanager
     def _writing(self):
         """Context for writing by Orbax; any exception becomes a `CheckpointError` of one line."""
-        latest = self.latest()
-        resume = "there is none yet" if latest is None else f"the same command resumes from step {latest}"
-        message = f"no checkpoint can be written to {self.folder} ("
-        return prefixed(CheckpointError, message, Exception, f"); it needs a folder that exists and room; {resume}")
+        try:
+            yield
+        except Exception as error:
+            latest = self.latest()
+            resume = "there is none yet" if latest is None else f"the same command resumes from step {latest}"
+            raise CheckpointError(
+                f"no checkpoint can be written to {self.folder} ({first_line(error)}); it needs a folder that exists "
+                f"and room; {resume}"
+            ) from error
 
 
 def check_path(path) -> None:
@@ -191,9 +200,9 @@ def find(path) -> pathlib.Path:
     if _is_checkpoint(path):
         return path
     for folder in (path / FOLDER, path):
-        steps = [int(p.name) for p in _children(folder) if p.name.isdecimal() and _is_checkpoint(p)]
-        if steps:
-            return folder / str(max(steps))
+        newest = _newest(folder)
+        if newest is not None:
+            return folder / str(newest)
     if path.is_file() or any(child.suffix == ".safetensors" for child in _children(path)):
         command = f"python launch/convert.py --src={shlex.quote(str(path))} --dst=runs/{shlex.quote(path.stem)}"
         raise CheckpointError(
@@ -312,6 +321,12 @@ def weights_in(checkpoint: pathlib.Path) -> list[str]:
 def _children(folder) -> list:
     """What a folder holds, if it exists."""
     return sorted(folder.iterdir()) if folder.is_dir() else []
+
+
+def _newest(folder) -> int | None:
+    """Step of the newest checkpoint in a folder."""
+    steps = sorted((int(path.name) for path in _children(folder) if path.name.isdecimal()), reverse=True)
+    return next((step for step in steps if _is_checkpoint(folder / str(step))), None)
 
 
 def _is_checkpoint(path: pathlib.Path) -> bool:
