@@ -19,7 +19,7 @@ def base():
     """A U-ViT of 1.1 million parameters on 64 patches, trained unmasked."""
     c = config.default()
     c.data.update(image_size=32, fraction=0.9, threads=2)
-    c.model.update(patch_size=4, width=128, depth=5, heads=4)
+    c.model.update(patch_size=4, width=128, depth=5, heads=4, dtype="float32")
     c.diffusion.objective = "x0"  # with "noise", it takes much longer until the patches of a sample fit together
     c.sampling.update(method="dpm_solver", steps=25)
     c.stages = ("train",)

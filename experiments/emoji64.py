@@ -28,6 +28,7 @@ def base():
     """The settings that all runs share."""
     c = config.default()
     c.data.update(image_size=64, fraction=0.9, threads=2)
+    c.model.dtype = "float32"
     c.model.jit.update(bottleneck=64, class_tokens=0, class_tokens_from=0)
     c.stages = ("train",)
     c.train = config.stage(batch_size=16, learning_rate=1e-3, warmup_steps=200)
