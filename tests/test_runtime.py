@@ -63,6 +63,7 @@ def test_a_run_outlives_its_terminal(monkeypatch):
     monkeypatch.setattr(processes.jax.distributed, "initialize", lambda **_: None)
     service = processes.jax.config.jax_enable_preemption_service
     received, before = [], signal.signal(signal.SIGTERM, lambda number, _: received.append(number))
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup ignores it
     try:
         processes.initialize(catch_sigterm=True)
         os.kill(os.getpid(), signal.SIGHUP)
