@@ -194,7 +194,6 @@ class StepSeconds:
         """Median of 20 steps after 3 warm-up steps. Run nothing else on the machine during it."""
         if key not in self._known:
             self._known[key] = _measure_step(config)
-            self._path.parent.mkdir(parents=True, exist_ok=True)
             write_atomically(self._path, json.dumps(self._known).encode())
         return self._known[key]
 

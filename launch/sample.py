@@ -56,7 +56,7 @@ def matching(path) -> list:
 def places(runs: list[str], out: str | None) -> dict[pathlib.Path, pathlib.Path]:
     """Checkpoint -> folder of its samples; several checkpoints get folders in `out`, named by run and step."""
     from maskdm_jax.errors import CheckpointError
-    from maskdm_jax.storage import location
+    from maskdm_jax.storage import is_remote, location
     from maskdm_jax.training import checkpoint
 
     found = []
@@ -69,7 +69,9 @@ def places(runs: list[str], out: str | None) -> dict[pathlib.Path, pathlib.Path]
         found += [checkpoint.find(match) for match in matches]
     found = list(dict.fromkeys(found))
     if len(found) == 1:
-        return {found[0]: location(out or f"samples/{location(runs[0]).name}")}
+        run = location(runs[0])
+        name = run.name if is_remote(run) else run.resolve().name
+        return {found[0]: location(out or f"samples/{name}")}
     return {path: location(out or "samples") / f"{path.parent.parent.name}-{path.name}" for path in found}
 
 

@@ -5,6 +5,7 @@ import json
 import pathlib
 import zlib
 
+import jax
 import numpy as np
 
 from maskdm_jax import config as config_lib
@@ -14,6 +15,26 @@ from maskdm_jax.interop.names import JIT, UVIT
 MASKS = ("mask", "detail_mask")
 KINDS = ("wavelet", "jit", "uvit", "train", "schedules", "edm", "flow", "samplers", "inception")
 OBJECTIVES = {"pred_noise": "noise", "pred_v": "v", "pred_x0": "x0"}
+
+
+def same(a, b, where="file"):
+    """Contents of two files are equal bit for bit and in the same order: arrays of any library, numbers, texts."""
+    is_array = isinstance(a, (np.ndarray, jax.Array)) or hasattr(a, "detach")
+    assert is_array or type(a) is type(b), where
+    if isinstance(a, dict):
+        assert list(a) == list(b), where
+        for key in a:
+            same(a[key], b[key], f"{where}.{key}")
+    elif isinstance(a, (list, tuple)):
+        assert len(a) == len(b), where
+        for i, (x, y) in enumerate(zip(a, b, strict=True)):
+            same(x, y, f"{where}[{i}]")
+    elif is_array:
+        assert (a.dtype, a.shape) == (b.dtype, b.shape), where
+        a, b = (np.asarray(x.detach() if hasattr(x, "detach") else x) for x in (a, b))
+        assert a.tobytes() == b.tobytes(), where
+    else:
+        assert a == b, where
 
 
 def cases(folder, kind: str):

@@ -55,24 +55,6 @@ KINDS = {  # official settings of every kind of network
 }
 
 
-def same(a, b, where="file"):
-    """Every tensor, number and string of two files' contents equal, bit for bit, in the same order."""
-    if isinstance(a, dict):
-        assert list(a) == list(b), where
-        for key in a:
-            same(a[key], b[key], f"{where}.{key}")
-    elif isinstance(a, (list, tuple)):
-        assert len(a) == len(b), where
-        for i, (x, y) in enumerate(zip(a, b, strict=True)):
-            same(x, y, f"{where}[{i}]")
-    elif isinstance(a, (np.ndarray, jax.Array)):
-        assert (a.dtype, a.shape) == (b.dtype, b.shape), where
-        assert np.asarray(a).tobytes() == np.asarray(b).tobytes(), where
-    else:
-        assert a == b, where
-        assert type(a) is type(b), where
-
-
 @pytest.fixture(scope="module")
 def official(root):
     return root / "tests" / "golden" / "official_tiny.pt"
@@ -129,13 +111,13 @@ def kind(request, tmp_path_factory):
 
 def test_there_and_back_is_bit_identical_for_the_official_file(official, converted, tmp_path):
     convert(converted, tmp_path / "back.pt")
-    same(torch_file.read(official), torch_file.read(tmp_path / "back.pt"))
+    golden.same(torch_file.read(official), torch_file.read(tmp_path / "back.pt"))
 
 
 def test_there_and_back_is_bit_identical_for_every_kind(kind, tmp_path):
     _, file, run = kind
     convert(run, tmp_path / "back.pt")
-    same(torch_file.read(file), torch_file.read(tmp_path / "back.pt"))
+    golden.same(torch_file.read(file), torch_file.read(tmp_path / "back.pt"))
 
 
 def inputs(c, seed=0):
@@ -307,7 +289,7 @@ def test_a_tensor_that_no_step_has_used_has_no_optimizer_state(tmp_path):
     file = twin_file(tmp_path / "twin.pt", c, label_dropout=False)
     convert(file, tmp_path / "run", heads=4)
     convert(tmp_path / "run", tmp_path / "back.pt")
-    same(torch_file.read(file), torch_file.read(tmp_path / "back.pt"))
+    golden.same(torch_file.read(file), torch_file.read(tmp_path / "back.pt"))
     opt = torch.load(tmp_path / "back.pt", weights_only=True)["opt"]
     assert len(opt["state"]) == len(opt["param_groups"][0]["params"]) - 1
 
@@ -326,10 +308,10 @@ def test_safetensors_go_both_ways(official, converted, tmp_path):
             np.testing.assert_array_equal(tensor, state_dict[prefix + name])
         lines = convert(file, tmp_path / which)  # heads and all else are in its header
         assert any("one set of weights" in line for line in lines)
-        same(sampling.load(tmp_path / which).params, sampling.load(converted, weights=which).params)
+        golden.same(sampling.load(tmp_path / which).params, sampling.load(converted, weights=which).params)
     convert(tmp_path / "ema.safetensors", tmp_path / "ema.pt")
     back = torch_file.read(tmp_path / "ema.pt")
-    same(
+    golden.same(
         {k: v for k, v in back["model"].items() if k.startswith("model.")},
         {k.removeprefix("ema_model."): v for k, v in content["ema"].items() if k.startswith("ema_model.model.")},
     )
@@ -350,7 +332,7 @@ def test_safetensors_from_elsewhere_and_a_bare_state_dict(official, converted, t
     for name in ("wrapper.safetensors", "bare.pt", "parallel.safetensors"):
         lines = convert(tmp_path / name, tmp_path / name.partition(".")[0], heads=4)
         assert any("cosine is assumed" in line for line in lines) == (name != "wrapper.safetensors")
-        same(sampling.load(tmp_path / name.partition(".")[0]).params, expected)
+        golden.same(sampling.load(tmp_path / name.partition(".")[0]).params, expected)
         jax.tree.map(np.testing.assert_array_equal, expected, raw_weights(tmp_path / name))
     with pytest.raises(ConfigError, match="pass --num_heads=H"):
         convert(tmp_path / "half.safetensors", tmp_path / "half")
@@ -481,7 +463,7 @@ def test_a_converted_run_goes_on_and_init_from_takes_all_kinds(official, convert
     convert(tmp_path / "run", tmp_path / "trained.pt")
     before, after = torch_file.read(file), torch_file.read(tmp_path / "trained.pt")
     assert (after["step"], after["ema"]["step"], after["opt"]["state"][0]["step"]) == (131, 131, 131)
-    same(before["model"], after["model"])
+    golden.same(before["model"], after["model"])
 
     expected = sampling.load(converted, weights="params").params
     convert(official, tmp_path / "w.safetensors", heads=4, weights="params")
@@ -491,7 +473,7 @@ def test_a_converted_run_goes_on_and_init_from_takes_all_kinds(official, convert
         begun = config_lib.parse(raw)
         checkpoints, mesh = checkpoint.Checkpoints(tmp_path / f"from_{init_from.name}", keep=1), make_mesh(devices=ONE)
         state = start.begin(begun, make_network(begun), mesh, checkpoints, TrainingData(begun.data)).state
-        same(jax.tree.map(np.asarray, state.params), expected)
+        golden.same(jax.tree.map(np.asarray, state.params), expected)
 
 
 def test_a_file_of_the_second_stage(official, tmp_path):
@@ -646,7 +628,7 @@ def test_what_differs_from_the_usual_is_kept_or_named(official, tmp_path):
     lines = convert(tmp_path / "odd.pt", tmp_path / "run", heads=4)
     assert any("EMA says step 77, initted False at training step 130" in line for line in lines)
     convert(tmp_path / "run", tmp_path / "back.pt")
-    same(torch_file.read(tmp_path / "odd.pt"), torch_file.read(tmp_path / "back.pt"))
+    golden.same(torch_file.read(tmp_path / "odd.pt"), torch_file.read(tmp_path / "back.pt"))
 
     content["note"] = "hello"
     content["scaler"] = {"scale": np.array(65536.0), "odd": (1, 2)}

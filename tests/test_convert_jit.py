@@ -65,24 +65,6 @@ def written(tmp_path, content):
     return write
 
 
-def same(a, b, where="file"):
-    """Contents that PyTorch read, equal bit for bit, in the same order."""
-    assert hasattr(a, "detach") or type(a) is type(b), where
-    if isinstance(a, dict):
-        assert list(a) == list(b), where
-        for key in a:
-            same(a[key], b[key], f"{where}.{key}")
-    elif isinstance(a, (list, tuple)):
-        assert len(a) == len(b), where
-        for i, (x, y) in enumerate(zip(a, b, strict=True)):
-            same(x, y, f"{where}[{i}]")
-    elif hasattr(a, "detach"):
-        assert (a.dtype, a.shape) == (b.dtype, b.shape), where
-        assert a.detach().numpy().tobytes() == b.detach().numpy().tobytes(), where
-    else:
-        assert a == b, where
-
-
 def test_all_three_sets_of_weights_give_the_recorded_outputs(jit_file, run, meta):
     recorded = np.load(golden.expected_of(jit_file))
     network = sampling.load(run).network
@@ -97,9 +79,9 @@ def test_all_three_sets_of_weights_give_the_recorded_outputs(jit_file, run, meta
 def test_there_and_back_is_bit_identical_and_torch_loads_it(torch, jit_file, run, tmp_path):
     convert(run, tmp_path / "back.pth")
     before, after = (torch.load(path, weights_only=False) for path in (jit_file, tmp_path / "back.pth"))
-    same(before, after)
+    golden.same(before, after)
     with torch.serialization.safe_globals([argparse.Namespace]):
-        same(before, torch.load(tmp_path / "back.pth", weights_only=True, mmap=True))
+        golden.same(before, torch.load(tmp_path / "back.pth", weights_only=True, mmap=True))
 
 
 @pytest.mark.parametrize(
@@ -119,7 +101,7 @@ def test_variants_come_back_as_they_were(torch, jit_file, options, tmp_path, cha
     torch.save(before, tmp_path / "a.pth")
     convert(tmp_path / "a.pth", tmp_path / "run", **options)
     convert(tmp_path / "run", tmp_path / "b.pth")
-    same(before, torch.load(tmp_path / "b.pth", weights_only=False))
+    golden.same(before, torch.load(tmp_path / "b.pth", weights_only=False))
 
 
 def test_safetensors_of_every_set_go_both_ways(content, run, tmp_path):
@@ -297,7 +279,7 @@ def test_a_run_of_this_project_becomes_a_file_of_the_authors(torch, jit_file, ru
     vector = lambda name, p: p.ndim <= 1 or name.endswith(".bias")
     adamw = torch.optim.AdamW([{"params": [p for n, p in trained if vector(n, p) is first]} for first in (True, False)])
     adamw.load_state_dict(found["optimizer"])
-    same(torch.load(jit_file, weights_only=False)["optimizer"]["state"], adamw.state_dict()["state"])
+    golden.same(torch.load(jit_file, weights_only=False)["optimizer"]["state"], adamw.state_dict()["state"])
 
 
 def test_init_from_takes_all_kinds(jit_file, run, further, tmp_path, caplog):

@@ -54,7 +54,6 @@ def prepare(
     if framing.channels not in (1, 3):
         raise DataError(f"a prepared set holds PNG images, of 1 or 3 channels, not {framing.channels}")
     out = pathlib.Path(out).expanduser().absolute()
-    out.mkdir(parents=True, exist_ok=True)
     plan = dict(source=name, names_hash=hash_texts(source.names), split=split, image=framing.describe())
     plan |= dict(classes=source.classes, labels_hash=source.labels_hash(), images=len(source), per_shard=per_shard)
     with lock_dir(out), concurrent.futures.ThreadPoolExecutor(threads or 2 * (os.cpu_count() or 1)) as pool:

@@ -137,7 +137,5 @@ def kept_index(file: str, build) -> dict:
             return found
     found = build(file) | {"stamp": stamp}
     with contextlib.suppress(OSError):  # without a cache, the index is built each time
-        path = index_path(file, ".json")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, json.dumps(found).encode())
+        write_atomically(index_path(file, ".json"), json.dumps(found).encode())
     return found

@@ -35,7 +35,6 @@ def fetch_weights() -> pathlib.Path:
     path = cache_dir("weights") / FILE
     if path.exists():
         return path
-    path.parent.mkdir(parents=True, exist_ok=True)
     failed = prefixed(
         OSError, f"{URL} cannot be fetched (", OSError, "); get the file and give it by --inception_weights"
     )
