@@ -14,7 +14,7 @@ from maskdm_jax.data.base import Source, counted, hash_texts
 from maskdm_jax.data.images import MAX_PIXELS, SUFFIXES
 from maskdm_jax.data.labels import SPLITS, find_labels, level_of_difference, note_of_imagenet
 from maskdm_jax.errors import DataError, prefixed
-from maskdm_jax.storage import STORES
+from maskdm_jax.storage import STORES, is_remote
 
 _BLOCK = 8 << 20  # bytes that are read ahead from a store
 _BOMB_BYTES, _BOMB_RATIO = 8 * MAX_PIXELS, 100  # 8 bytes: 16 bits of red, green, blue and alpha
@@ -79,7 +79,7 @@ def kind_of(name: str) -> str:
 
 def list_folder(path: str, depth: int):
     """Yield the names of the files under a folder or address, to a depth, as they are found; none without a folder."""
-    if "://" in path:
+    if is_remote(path):
         store, root = connect(path)
         for folder, _, names in store.walk(root, maxdepth=depth):
             yield from (f"{folder}/{name}".removeprefix(f"{root}/") for name in names)
@@ -132,7 +132,7 @@ def _walk(root: str, depth: int = sys.maxsize):
 
 def file_stamp(path) -> str:
     """Size and modification time of a file, or a store's key for this version of it; empty if there is none."""
-    if "://" in str(path):
+    if is_remote(path):
         store, name = fsspec.core.url_to_fs(path)
         return str(store.ukey(name))
     try:
@@ -144,7 +144,7 @@ def file_stamp(path) -> str:
 
 def open_file(path: str):
     """Open a file, on a disk or at an address, to be read from its start to its end."""
-    if "://" not in path:
+    if not is_remote(path):
         return open(path, "rb")
     store, name = fsspec.core.url_to_fs(path)
     return store.open(name, "rb", block_size=_BLOCK, cache_type="readahead")
@@ -156,7 +156,7 @@ def read_range(path: str, start: int, size: int) -> bytes:
     Raises:
       DataError: the file ends earlier.
     """
-    if "://" in path:
+    if is_remote(path):
         store, name = fsspec.core.url_to_fs(path)
         found = store.cat_file(name, start=start, end=start + size) if size else b""
     else:
@@ -244,7 +244,7 @@ class ZipImages(Files):
 
     def _open(self):
         if self._archive is None:  # opened once per process; ZipFile serializes reads among threads
-            store, path = connect(self._path) if "://" in self._path else (None, self._path)
+            store, path = connect(self._path) if is_remote(self._path) else (None, self._path)
             self._archive = zipfile.ZipFile(store.open(path) if store else path)
         return self._archive
 

@@ -16,7 +16,7 @@ from maskdm_jax.data.files import connect, file_stamp, kind_of, list_folder
 from maskdm_jax.data.images import SUFFIXES
 from maskdm_jax.data.labels import SPLITS
 from maskdm_jax.errors import DataError
-from maskdm_jax.storage import cache_dir, write_atomically
+from maskdm_jax.storage import cache_dir, is_remote, write_atomically
 
 _KINDS = (".parquet", ".tar")
 _REQUESTS = 16  # to a store, at the same time
@@ -32,10 +32,10 @@ def find_shards(path: str) -> list[str]:
     Raises:
       DataError: a pattern fits no file, or a file of it is missing.
     """
-    path = path if "://" in path else os.path.expanduser(path)
+    path = path if is_remote(path) else os.path.expanduser(path)
     if not path.endswith(_KINDS) or os.path.isdir(path):
         return _in_folder(path)
-    if "://" not in path and os.path.exists(path):
+    if not is_remote(path) and os.path.exists(path):
         return [path] if path.endswith(".parquet") else []
     expanded = _expand(path)
     found = [file for part in expanded for file in (_glob(part) if glob.has_magic(part) else [part])]
@@ -74,14 +74,14 @@ def _expand(pattern: str) -> list[str]:
 
 
 def _glob(pattern: str) -> list[str]:
-    if "://" not in pattern:
+    if not is_remote(pattern):
         return sorted(glob.glob(pattern))
     store, name = connect(pattern)
     return [store.unstrip_protocol(found) for found in sorted(store.glob(name))]
 
 
 def _exists(file: str) -> bool:
-    if "://" not in file:
+    if not is_remote(file):
         return os.path.exists(file)
     store, name = fsspec.core.url_to_fs(file)
     return store.exists(name)
@@ -119,7 +119,7 @@ def of_split(path: str, files: list[str], split: str) -> list[str]:
 
 def index_path(file: str, suffix: str) -> pathlib.Path:
     """Where the cache keeps what belongs to a file."""
-    place = file if "://" in file else os.path.abspath(file)
+    place = file if is_remote(file) else os.path.abspath(file)
     return cache_dir("shards") / f"{hash_texts([_FORMAT, place])[:32]}{suffix}"
 
 

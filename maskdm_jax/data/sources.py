@@ -11,7 +11,7 @@ import numpy as np
 from maskdm_jax.data.base import CARD, LazySequence, Source, hash_texts
 from maskdm_jax.data.images import Framing
 from maskdm_jax.errors import DataError, first_line, prefixed
-from maskdm_jax.storage import foreign_kind
+from maskdm_jax.storage import foreign_kind, is_remote
 
 _PAUSES = (0.1, 1.0, 5.0)  # seconds before a failed read is tried again
 
@@ -95,7 +95,7 @@ def _open_shards(path: str, labels: bool, split: str) -> Source | None:
 
     if path == "digits" or path.lower().endswith(".zip"):
         return None
-    causes = Exception if "://" in path else ()  # each store has types of its own
+    causes = Exception if is_remote(path) else ()  # each store has types of its own
     with prefixed(DataError, f"{path} cannot be opened: ", causes):
         found = shards.find_shards(path)
         if not found:
@@ -110,7 +110,7 @@ def _open(path: str, place: pathlib.Path, labels: bool, scratch) -> Source:
 
     if path == "digits":
         return Digits(labels)
-    if "://" in path:
+    if is_remote(path):
         if tars.is_tar(path):
             raise DataError(f"{path}: compressed tar archives are read from a local disk alone; decompress it")
         missing = prefixed(DataError, f"{path} cannot be opened, a file is missing: ", FileNotFoundError)

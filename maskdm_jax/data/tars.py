@@ -18,7 +18,7 @@ from maskdm_jax.data.files import Files, file_stamp, open_file, read_range
 from maskdm_jax.data.labels import number_labels, read_label
 from maskdm_jax.data.shards import kept_index, relative_names
 from maskdm_jax.errors import DataError, prefixed
-from maskdm_jax.storage import atomic_path, foreign_kind
+from maskdm_jax.storage import atomic_path, foreign_kind, is_remote
 
 _OPENERS = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ": lzma.open}
 _ZSTD = b"\x28\xb5\x2f\xfd"
@@ -158,7 +158,7 @@ def is_tar(path) -> bool:
 
 def _decompressed(path, scratch) -> str:
     """`path` itself if it is not compressed; else `scratch`, a file with its content, which is written if needed."""
-    if "://" in str(path):
+    if is_remote(path):
         return str(path)
     path = pathlib.Path(path)
     with open(path, "rb") as file:
