@@ -32,6 +32,8 @@ STORES = {"gs": ("gcsfs", "gcs"), "s3": ("s3fs", "s3")}  # scheme -> its package
 UPLOAD_EVERY = 10.0  # seconds between uploads of a mirrored file, ...
 UPLOAD_RATE = 1e6  # ... and at most so many bytes per second of each
 HEARTBEAT, PATIENCE = 10.0, 30.0  # seconds between the signs of life of an owner, and until it counts as dead
+REQUEST_LIMIT = 300  # seconds that a request to a store may take, which else could wait for its answer for ever
+STALLED = "60"  # seconds without a byte after which TensorStore, which moves the checkpoints, repeats a request
 
 _HEADS = {
     b"version https://git-lfs": "a pointer of Git LFS; `git lfs pull` fetches the file itself",
@@ -70,8 +72,13 @@ def location(path):
     package, extra = STORES[scheme]
     if importlib.util.find_spec(package) is None:
         raise ConfigError(f"{path}: reading and writing {scheme}:// needs {package}; pip install maskdm-jax[{extra}]")
-    for name in ("gcs", *STORES):  # without it, what another process writes is not seen
-        fsspec.config.conf.setdefault(name, {}).setdefault("use_listings_cache", False)
+    for name in ("gcs", *STORES):
+        options = fsspec.config.conf.setdefault(name, {})
+        options.setdefault("use_listings_cache", False)  # with it, what another process writes is not seen
+        if name != "s3":  # s3fs has limits of its own
+            options.setdefault("requests_timeout", REQUEST_LIMIT)
+    os.environ.setdefault("TENSORSTORE_CURL_LOW_SPEED_TIME_SECONDS", STALLED)
+    os.environ.setdefault("TENSORSTORE_CURL_LOW_SPEED_LIMIT_BYTES", "1")
     return epath.Path(f"{scheme}://{rest.rstrip('/')}")
 
 

@@ -2,7 +2,7 @@
 
 The emulator of gcp-storage-emulator, with what TensorStore needs and it lacks: generations in the answers, and writes
 under a condition. It has one bucket, `bucket`. A request to /faults?status=503&count=3 makes the next three requests
-fail so, except those of /faults.
+fail so, except those of /faults; status 0 means that they are never answered.
 """
 
 import sys
@@ -11,7 +11,7 @@ import urllib.parse
 from gcp_storage_emulator import server
 from gcp_storage_emulator.exceptions import NotFound
 
-FAULTS = []
+FAULTS, UNANSWERED = [], []
 
 
 class Handler(server.RequestHandler):
@@ -40,6 +40,9 @@ class Handler(server.RequestHandler):
         url = urllib.parse.urlsplit(self.path)
         query = dict(urllib.parse.parse_qsl(url.query))
         status = None
+        if FAULTS and url.path != "/faults" and not FAULTS[-1]:
+            UNANSWERED.append(self.request)
+            return bool(FAULTS.pop())
         if url.path == "/faults":
             FAULTS.extend([int(query["status"])] * int(query["count"]))
             status = 200
@@ -55,8 +58,17 @@ class Handler(server.RequestHandler):
         return status is None
 
 
+class Server(server.server.HTTPServer):
+    """A server that leaves some connections open."""
+
+    def shutdown_request(self, request):
+        """Close a connection, unless its request is to wait."""
+        if request not in UNANSWERED:
+            super().shutdown_request(request)
+
+
 if __name__ == "__main__":
-    server.RequestHandler = Handler
+    server.RequestHandler, server.server.HTTPServer = Handler, Server
     running = server.create_server("127.0.0.1", int(sys.argv[1]), in_memory=True, default_bucket="bucket")
     running.start()
     print("ready", flush=True)

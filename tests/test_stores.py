@@ -185,6 +185,19 @@ def test_a_store_that_refuses_ends_the_run_with_one_line(bucket, monkeypatch):
         (local / "a").write_bytes(b"")
 
 
+def test_an_upload_that_is_never_answered(bucket, monkeypatch, server):
+    folder = location(f"{bucket}/stalled")
+    for name in ("gs", "gcs"):
+        assert fsspec.config.conf[name]["requests_timeout"] == storage.REQUEST_LIMIT
+        monkeypatch.setitem(fsspec.config.conf[name], "requests_timeout", 0.5)
+    urllib.request.urlopen(f"{server}/faults?status=0&count=1").close()
+    message = r"gs://bucket/stalled/a cannot be written \(FSTimeoutError\)"
+    with pytest.raises(OSError, match=message), storage.mirrored(folder) as (local, upload):
+        (local / "a").write_bytes(b"x")
+        upload()
+    assert (folder / "a").read_bytes() == b"x", "it was repeated at the end"
+
+
 @pytest.mark.parametrize(
     ("address", "message"),
     [
