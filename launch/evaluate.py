@@ -20,7 +20,7 @@ INCEPTION = flags.DEFINE_string("inception_weights", "", "Weights of FID's Incep
 CHOSEN = flags.DEFINE_list(
     "metrics",
     ["fid"],
-    "fid, kid, is (Inception Score), pr (precision and recall); fd_lite0, kid_lite0, pr_lite0 need no download.",
+    "Metrics, such as fid,kid,is,pr (precision and recall); those that end in _lite0 need no download.",
 )
 N = flags.DEFINE_integer("n", None, "Number of samples; default: all of a folder.", lower_bound=2)
 SEEDS = flags.DEFINE_list("seeds", ["0"], "Seeds of a checkpoint's samples; several give a mean and a range.")

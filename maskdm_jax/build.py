@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import runpy
 import typing
 
 import jax
@@ -10,12 +11,12 @@ from flax import nnx
 
 from maskdm_jax.config import Config, Model, Sampling
 from maskdm_jax.diffusion import masking, samplers
-from maskdm_jax.diffusion.gaussian import Schedule, loss_weights, make_schedule
-from maskdm_jax.diffusion.process import LOSSES, Process, ddpm, edm, flow
-from maskdm_jax.errors import ConfigError, SamplingError, prefixed
+from maskdm_jax.diffusion.gaussian import Schedule, make_schedule
+from maskdm_jax.diffusion.process import PROCESSES, Process
+from maskdm_jax.diffusion.samplers import SAMPLERS
+from maskdm_jax.errors import ConfigError, SamplingError, first_line, prefixed
 from maskdm_jax.models.backbone import extra_tokens
 from maskdm_jax.models.jit import JiT
-from maskdm_jax.models.ops.attention import KERNELS
 from maskdm_jax.models.representation import make_representation
 from maskdm_jax.models.uvit import UViT
 from maskdm_jax.models.wavelet_uvit import WaveletUViT
@@ -23,20 +24,12 @@ from maskdm_jax.models.wavelet_uvit import WaveletUViT
 
 @dataclasses.dataclass(frozen=True)
 class Network:
-    """A network without its parameters, used functionally: a graphdef and a plain dict of parameters."""
+    """A network without its parameters, which are a nested dict of float32 arrays."""
 
-    graphdef: nnx.GraphDef
-    make: typing.Callable  # (rngs=) -> module
+    init: typing.Callable  # key -> initial parameters; call it under `jax.jit` to place them
+    apply: typing.Callable  # (params, x, t, labels=None, positions=None) -> output; see `UViT.__call__`
     dtype: jnp.dtype  # of the computation
     shapes: dict = dataclasses.field(compare=False)  # ShapeDtypeStructs of the parameters
-
-    def init(self, key) -> dict:
-        """Initial parameters, a nested dict of float32 arrays. Call it under `jax.jit` to place them."""
-        return nnx.to_pure_dict(nnx.state(self.make(rngs=nnx.Rngs(key)), nnx.Param))
-
-    def apply(self, params, x, t, labels=None, positions=None, **options):
-        """See `UViT.__call__`, `WaveletUViT.__call__` and `JiT.__call__`."""
-        return nnx.merge(self.graphdef, params)(x, t, labels, positions, **options)
 
     def cast(self, params) -> dict:
         """Cast matrices to the compute dtype, so that repeated calls of `apply` need not cast them."""
@@ -52,13 +45,17 @@ class Network:
 def make_network(config: Config, *, remat: bool = False) -> Network:
     """Build the network of a config; `remat` recomputes its blocks in the backward pass.
 
+    `config.model.network` is one of `NETWORKS`, or FILE.py:NAME for a network of one's own, made by NAME(model,
+    image_size, channels) with `config.model`: an nnx.Module class, which also takes `rngs`, or any function or class
+    whose result has `init(key, x, t, labels)` -> params and `apply(params, x, t, labels, positions)`, such as a Linen
+    module. x is a batch of images [B, S, S, C], or of visible patches [B, V, p*p*C] with their indices `positions` [B,
+    V]; t is [B], labels int32 [B] (-1: none) or None. The output has x's shape.
+
     Raises:
-      ConfigError: the attention kernel is unknown or does not support the model's dtype or head size.
+      ConfigError: the attention kernel does not support the model's dtype or head size, or the file has no such
+        network.
     """
     model = dataclasses.replace(config.model, dtype=compute_dtype(config.model))
-    if model.attention not in ("auto", *KERNELS):
-        names = ", ".join(("auto", *KERNELS))
-        raise ConfigError(f"config.model.attention is {model.attention!r}; it must be one of {names}")
     if model.attention == "cudnn" and (model.dtype == "float32" or model.width // model.heads % 8):
         raise ConfigError("config.model.attention 'cudnn' is for bfloat16 and heads whose width is a multiple of 8")
     return _network(model, config.data.image_size, config.data.channels, remat)
@@ -73,70 +70,76 @@ def compute_dtype(model: Model, platform: str = "") -> str:
 
 @functools.lru_cache(maxsize=8)
 def _network(model: Model, image_size: int, channels: int, remat: bool) -> Network:
-    fields = dataclasses.asdict(model) | dict(image_size=image_size, channels=channels, remat=remat)
-    fields["dtype"] = jnp.dtype(model.dtype)
-    kind, scale, jit = (fields.pop(name) for name in ("network", "wavelet_scale", "jit"))
-    if kind == "jit":
-        del fields["qv_bias"], fields["time_mlp"]
-        make = functools.partial(JiT, **fields, **jit)
-    elif scale:
-        make = functools.partial(WaveletUViT, scale=scale, **fields)
-    else:
-        make = functools.partial(UViT, **fields)
+    dtype = jnp.dtype(model.dtype)
+    if model.network not in NETWORKS:
+        if remat:
+            raise ConfigError("a stage's remat must be False for a network of one's own, which can use jax.checkpoint")
+        return _own_network(model, image_size, channels, dtype)
+    fields = dataclasses.asdict(model) | dict(image_size=image_size, channels=channels, remat=remat, dtype=dtype)
+    return _from_nnx(NETWORKS[model.network](fields), dtype)
+
+
+def _uvit(fields: dict):
+    kind, scale = (WaveletUViT, dict(scale=fields["wavelet_scale"])) if fields["wavelet_scale"] else (UViT, {})
+    names = fields.keys() - {"network", "wavelet_scale", "jit"}
+    return functools.partial(kind, **{name: fields[name] for name in names}, **scale)
+
+
+def _jit(fields: dict):
+    names = fields.keys() - {"network", "wavelet_scale", "jit", "qv_bias", "time_mlp"}
+    return functools.partial(JiT, **{name: fields[name] for name in names}, **fields["jit"])
+
+
+# By `config.model.network`: fields of `config.model` and of the images -> (rngs=) -> nnx.Module.
+NETWORKS = {"uvit": _uvit, "jit": _jit}
+
+
+def _from_nnx(make, dtype) -> Network:
+    """The network of a function (rngs=) -> nnx.Module."""
     abstract = nnx.eval_shape(lambda: make(rngs=nnx.Rngs(0)))
-    return Network(nnx.graphdef(abstract), make, fields["dtype"], nnx.to_pure_dict(nnx.state(abstract, nnx.Param)))
+    graphdef = nnx.graphdef(abstract)
+
+    def apply(params, x, t, labels=None, positions=None, **options):
+        return nnx.merge(graphdef, params)(x, t, labels, positions, **options)
+
+    init = lambda key: nnx.to_pure_dict(nnx.state(make(rngs=nnx.Rngs(key)), nnx.Param))
+    return Network(init, apply, dtype, nnx.to_pure_dict(nnx.state(abstract, nnx.Param)))
+
+
+def _own_network(model: Model, image_size: int, channels: int, dtype) -> Network:
+    """The network of a user's file; see `make_network`.
+
+    Raises:
+      ConfigError: the file cannot be run, or has no such name.
+    """
+    file, _, name = model.network.rpartition(":")
+    try:
+        make = runpy.run_path(file)[name]
+        if isinstance(make, type) and issubclass(make, nnx.Module):
+            return _from_nnx(functools.partial(make, model, image_size, channels), dtype)
+        module = make(model, image_size, channels)
+    except Exception as error:  # of the user's file
+        raise ConfigError(f"config.model.network: {file} has no network {name} ({first_line(error)})") from error
+    labels = jnp.zeros(1, "int32") if model.num_classes else None
+    init = lambda key: module.init(key, jnp.zeros((1, image_size, image_size, channels)), jnp.zeros(1), labels)
+    return Network(init, module.apply, dtype, jax.eval_shape(init, jax.random.key(0)))
 
 
 def noise_schedule(config: Config) -> Schedule:
-    """The noise schedule of `config.diffusion`, for the process `ddpm`.
-
-    Raises:
-      ConfigError: its name is unknown.
-    """
+    """The noise schedule of `config.diffusion`, for the process `ddpm`."""
     diffusion = config.diffusion
-    with prefixed(ConfigError, "config.diffusion."):
-        return make_schedule(diffusion.schedule, diffusion.timesteps, size=diffusion.shift_size)
-
-
-def _ddpm_process(config: Config) -> Process:
-    diffusion, schedule = config.diffusion, noise_schedule(config)
-    weights = loss_weights(schedule, diffusion.loss_weight, diffusion.loss_weight_gamma)
-    weights = weights if diffusion.loss_weight_gamma else None
-    return ddpm(schedule, objective=diffusion.objective, weights=weights)
-
-
-def _flow_process(config: Config) -> Process:
-    options = dataclasses.asdict(config.diffusion.flow)
-    return flow(objective=config.diffusion.objective, time_scale=_time_scale(config), **options)
-
-
-def _edm_process(config: Config) -> Process:
-    if config.diffusion.objective != "x0":
-        raise ValueError(f"objective is {config.diffusion.objective!r}; it must be x0 for edm")
-    return edm(time_scale=_time_scale(config), **dataclasses.asdict(config.diffusion.edm))
-
-
-def _time_scale(config: Config) -> float:
-    """A JiT is told the time as it is; a U-ViT takes times of up to 1,000."""
-    return 1.0 if config.model.network == "jit" else 1000.0
-
-
-PROCESSES = {"ddpm": _ddpm_process, "flow": _flow_process, "edm": _edm_process}  # by `config.diffusion.process`
+    return make_schedule(diffusion.schedule, diffusion.timesteps, size=diffusion.shift_size)
 
 
 def make_process(config: Config) -> Process:
     """Build the diffusion process of a config.
 
     Raises:
-      ConfigError: a setting of `config.diffusion` is unknown or does not fit the process.
+      ConfigError: a setting of `config.diffusion` does not fit the process.
     """
-    diffusion = config.diffusion
-    for name, table in (("process", PROCESSES), ("loss", LOSSES)):
-        if getattr(diffusion, name) not in table:
-            value = getattr(diffusion, name)
-            raise ConfigError(f"config.diffusion.{name} is {value!r}; it must be one of {', '.join(table)}")
+    time_scale = 1.0 if config.model.network == "jit" else 1000.0  # a U-ViT takes times of up to 1,000
     with prefixed(ConfigError, "config.diffusion."):
-        return PROCESSES[diffusion.process](config)
+        return PROCESSES[config.diffusion.process](config.diffusion, time_scale)
 
 
 def grids(config: Config) -> tuple[tuple[int, int], ...]:
@@ -166,60 +169,33 @@ def mask_plans(config: Config, stage: str) -> tuple[masking.MaskPlan, ...]:
     return tuple(plans)
 
 
-def _ddim(settings, predict, x, noise, process, *, start, clip):
-    steps = settings.steps if start is None else min(settings.steps, start + 1)
-    options = dict(objective=process.objective, clip=clip, start=start, steps=steps, eta=settings.eta)
-    return samplers.ddim(predict, x, noise, process.schedule, **options)
-
-
-def _ddpm(settings, predict, x, noise, process, *, start, clip):
-    return samplers.ddpm(predict, x, noise, process.schedule, objective=process.objective, clip=clip, start=start)
-
-
-def _dpm_solver(settings, predict, x, noise, process, *, start, clip):
-    if start is not None:
-        raise SamplingError("dpm_solver starts from pure noise only; use ddim or ddpm, or heun or euler")
-    options = dict(clip=clip, steps=settings.steps, order=settings.order)
-    if process.schedule is None:
-        return samplers.continuous_dpm_solver(predict, x, process, **options)
-    options |= dict(objective=process.objective, spacing=settings.spacing)
-    return samplers.dpm_solver(predict, x, process.schedule, **options)
-
-
-def _ode(settings, predict, x, noise, process, *, start, clip):
-    churn = samplers.Churn(settings.churn, settings.churn_low, settings.churn_high, settings.churn_scale)
-    options = dict(steps=settings.steps, heun=settings.method == "heun", churn=churn, start=start)
-    return samplers.ode(predict, x, noise, process, **options)
-
-
-# By `config.sampling.method`: (settings, predict, noise, noise function, process, start, clip) -> x0.
-DISCRETE = {"ddim": _ddim, "ddpm": _ddpm, "dpm_solver": _dpm_solver}
-CONTINUOUS = {"heun": _ode, "euler": _ode, "dpm_solver": _dpm_solver}
-
-
 def make_sampler(config: Config, network: Network):
     """Build `sample(params, x, noise, labels=None, start=None)` -> x0 by `config.sampling`; see `diffusion.samplers`.
 
     Raises:
-      ConfigError: the method is unknown or not for the process, or the spacing is unknown.
+      ConfigError: the method is not for the process.
       SamplingError: raised by `sample` if `start` is given and the sampler does not support it.
     """
     settings, clip, process = config.sampling, make_representation(config).clip, make_process(config)
-    methods = CONTINUOUS if process.schedule is None else DISCRETE
-    for name, table in (("method", methods), ("spacing", samplers.DPM_SPACINGS)):
-        if getattr(settings, name) not in table:
-            value, of = getattr(settings, name), f" for the process {config.diffusion.process}"
-            raise ConfigError(f"config.sampling.{name} is {value!r}; it must be one of {', '.join(table)}{of}")
+    kind, sampler = "continuous" if process.schedule is None else "discrete", SAMPLERS[settings.method]
+    fitting = {name: other for name, other in SAMPLERS.items() if getattr(other, kind)}
+    if settings.method not in fitting:
+        of = f"{', '.join(fitting)} for the process {config.diffusion.process}"
+        raise ConfigError(f"config.sampling.method is {settings.method!r}; it must be one of {of}")
     if settings.churn and config.diffusion.process != "edm":
         raise ConfigError(f"config.sampling.churn is {settings.churn:g}; only the process edm takes it, others take 0")
 
     def sample(params, x, noise, labels=None, start=None):
+        if start is not None and not sampler.starts_anywhere:
+            able = " or ".join(name for name, other in fitting.items() if other.starts_anywhere)
+            raise SamplingError(f"{settings.method} starts from pure noise only; use {able}")
+
         def predict(x, t, labels=labels):
             return network.apply(params, *process.told(x, t), labels)
 
         if settings.guidance:
             predict = samplers.guided(predict, functools.partial(predict, labels=None), _guidance(settings, process))
-        return methods[settings.method](settings, predict, x, noise, process, start=start, clip=clip)
+        return sampler.run(settings, predict, x, noise, process, start=start, clip=clip)
 
     return sample
 

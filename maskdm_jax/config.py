@@ -4,12 +4,13 @@ A recipe starts from `default()`, an `ml_collections.ConfigDict` with the defaul
 checks the result (every key known, every value of the right type and in range) and freezes it into these dataclasses.
 Each top-level dict other than `data`, `model`, ... is a stage of training; `stages` names those to run, in order.
 
-To add a setting, add one field with a default and a comment. Networks, samplers and metrics check their own constraints
-when they are built.
+To add a setting, add one field with a default and a comment. The names of samplers, processes, schedules, masks and
+networks are the keys of the tables that define them. What fits together is checked when they are built.
 """
 
 import dataclasses
 import difflib
+import importlib
 import inspect
 import math
 import re
@@ -25,15 +26,25 @@ class Rule(typing.NamedTuple):
     """A constraint on a value, and its description in messages."""
 
     holds: typing.Callable
-    text: str
+    text: str | typing.Callable  # a function if the options are only known later
 
 
 def _one_of(*options) -> Rule:
     return Rule(lambda value: value in options, f"one of {', '.join(map(str, options))}")
 
 
+def _key_of(module: str, table: str, *, also: str = "", more: typing.Callable = lambda value: False) -> Rule:
+    """A key of a table of the package, or `also`, described so, if `more` holds. Modules are imported when needed."""
+    keys = lambda: tuple(getattr(importlib.import_module(f"maskdm_jax.{module}"), table))
+    return Rule(lambda value: value in keys() or more(value), lambda: f"one of {', '.join(keys())}{also}")
+
+
 def _between(low: int, high: int) -> Rule:
     return Rule(lambda value: low <= value <= high, f"at least {low} and at most {high:,}")
+
+
+def _names_a_file(network: str) -> bool:
+    return re.fullmatch(r".+\.py:\w+", network) is not None
 
 
 INT32 = 2**31 - 1  # steps and sizes are int32 on devices
@@ -83,7 +94,7 @@ class Jit:
 class Model:
     """The network; see `models.uvit.UViT`, `models.wavelet_uvit.WaveletUViT` and `models.jit.JiT`."""
 
-    network: typing.Annotated[str, _one_of("uvit", "jit")] = "uvit"
+    network: typing.Annotated[str, _key_of("build", "NETWORKS", also=", FILE.py:NAME", more=_names_a_file)] = "uvit"
     patch_size: Count = 4  # side of a patch in pixels (in Haar coefficients for a wavelet model)
     wavelet_scale: Natural = 0  # 0: U-ViT on pixels; s > 0: on Haar coefficients, detail patches s times as wide
     width: Count = 512  # width of a token
@@ -95,7 +106,7 @@ class Model:
     time_mlp: bool = False  # pass the time embedding through an MLP
     jit: Jit = Jit()
     dtype: Dtype = "auto"  # of the computation; auto: bfloat16 on TPUs and GPUs, float32 on CPU
-    attention: str = "auto"  # auto: by platform; else a kernel of `models.ops.attention.KERNELS`
+    attention: typing.Annotated[str, _key_of("models.ops.attention", "KERNELS")] = "auto"  # auto: by platform
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,15 +135,15 @@ class Edm:
 class Diffusion:
     """Process, objective and loss; see `diffusion.process`. The schedule and its weights are of ddpm."""
 
-    process: str = "ddpm"  # ddpm, flow or edm
+    process: typing.Annotated[str, _key_of("diffusion.process", "PROCESSES")] = "ddpm"
     flow: Flow = Flow()
     edm: Edm = Edm()
     timesteps: typing.Annotated[int, _between(1, 100_000)] = 1000  # T
-    schedule: str = "cosine"  # linear, cosine or shifted_cosine
+    schedule: typing.Annotated[str, _key_of("diffusion.gaussian", "SCHEDULES")] = "cosine"
     shift_size: Count = 64  # image side that shifted_cosine is shifted for
-    objective: str = "noise"  # what the network predicts: noise, x0 or v; with flow x0 or v, with edm x0
-    loss: str = "l2"  # l2 or l1
-    loss_weight: str = "p2"  # weight by time step: p2 or min_snr
+    objective: typing.Annotated[str, _key_of("diffusion.gaussian", "OBJECTIVES")] = "noise"  # what the network predicts
+    loss: typing.Annotated[str, _key_of("diffusion.process", "LOSSES")] = "l2"
+    loss_weight: typing.Annotated[str, _key_of("diffusion.gaussian", "LOSS_WEIGHTS")] = "p2"  # weight by time step
     loss_weight_gamma: float = 0.0  # its exponent; 0: equal weights
 
 
@@ -140,7 +151,7 @@ class Diffusion:
 class Mask:
     """What is hidden; see `diffusion.masking.make_plan`."""
 
-    kind: str = "none"  # none, patch, block or crop
+    kind: typing.Annotated[str, _key_of("diffusion.masking", "KINDS")] = "none"
     rate: float = 0.0  # hidden share, for patch and block
     block: int = 1  # side in patches, for block
     crop: int = 1  # side in patches of the visible window, for crop
@@ -173,11 +184,11 @@ class Stage:
 class Sampling:
     """How images are sampled; see `diffusion.samplers`."""
 
-    method: str = "ddim"  # ddim, ddpm (all steps), dpm_solver (DPM-Solver++); for flow and edm heun, euler, dpm_solver
-    steps: Count = 250  # of all but ddpm; heun calls the network twice per step
+    method: typing.Annotated[str, _key_of("diffusion.samplers", "SAMPLERS")] = "ddim"  # the sampler
+    steps: Count = 250  # of all but ddpm, which takes all time steps; heun calls the network twice per step
     eta: typing.Annotated[float, Rule(lambda value: 0 <= value <= 1, "0 (deterministic) to 1")] = 1.0  # of ddim
     order: typing.Annotated[int, _one_of(1, 2, 3)] = 2  # of dpm_solver
-    spacing: str = "log_snr"  # of dpm_solver: time_uniform, log_snr or time_quadratic
+    spacing: typing.Annotated[str, _key_of("diffusion.samplers", "DPM_SPACINGS")] = "log_snr"  # of dpm_solver's steps
     guidance: NonNegative = 0.0  # weight w of classifier-free guidance, (1 + w) labelled - w unlabelled; 0: off
     guidance_from: Probability = 0.0  # part of the way from noise (0) to image (1) in which guidance acts
     guidance_to: Probability = 1.0
@@ -202,7 +213,7 @@ class Evaluation:
 
     every: Natural = 0  # steps; also at the end of each stage; 0: never
     n: Count = 10_000  # samples
-    metrics: tuple[str, ...] = ("fid",)  # names of `evaluation.metrics.METRICS`: fid, kid, is, pr, fd_lite0, ...
+    metrics: tuple[str, ...] = ("fid",)  # keys of `evaluation.metrics.METRICS`
     reference: str = ""  # images or statistics to compare with; "": the training images
     inception_weights: str = ""  # path; "": downloaded once
 
@@ -327,12 +338,16 @@ def _read(cls, path: str, raw: dict, known) -> dict:
     return {key: _value(f"{path}.{key}", value, _fields(cls)[key]) for key, value in raw.items()}
 
 
+def _text(rule: Rule) -> str:
+    return rule.text() if callable(rule.text) else rule.text
+
+
 def _value(path: str, value, kind):
     if typing.get_origin(kind) is typing.Annotated:
         kind, rule = typing.get_args(kind)
         value = _value(path, value, kind)
         if not rule.holds(value):
-            raise ConfigError(f"{path} is {value!r}; it must be {rule.text}")
+            raise ConfigError(f"{path} is {value!r}; it must be {_text(rule)}")
         return value
     if dataclasses.is_dataclass(kind):
         return _build(kind, path, value)
@@ -454,12 +469,17 @@ def describe(config: Config) -> str:
 
     def add(node, prefix):
         comments = dict(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(type(node)), re.MULTILINE))
-        for name, value in [(field.name, getattr(node, field.name)) for field in dataclasses.fields(node)]:
+        for name, kind in _fields(type(node)).items():
+            value = getattr(node, name)
             if dataclasses.is_dataclass(value):
                 add(value, f"{prefix}{name}.")
             elif name != "stage":
                 line = f"--{prefix}{name}={value!r}"
-                lines.append(f"{line:48}# {comments[name]}" if name in comments else line)
+                about = [
+                    _text(rule) for rule in typing.get_args(kind)[1:] if isinstance(rule, Rule) and callable(rule.text)
+                ]
+                about = "; ".join(([comments[name]] if name in comments else []) + about)
+                lines.append(f"{line:48}# {about}" if about else line)
 
     add(config, "config.")
     for name, stage in config.stage.items():

@@ -16,6 +16,7 @@ from maskdm_jax.build import make_network, make_sampler, mask_plans
 from maskdm_jax.config import Config, Mask, differences, to_dict
 from maskdm_jax.data.images import Framing, sample_grid, save_png
 from maskdm_jax.data.pipeline import TrainingData, probe
+from maskdm_jax.diffusion.masking import KINDS
 from maskdm_jax.errors import ConfigError, DataError
 from maskdm_jax.models.representation import make_representation
 from maskdm_jax.parallel import processes
@@ -180,7 +181,7 @@ def warnings_of(config: Config) -> list[str]:
 
 def _unused(mask: Mask) -> list[str]:
     """The settings of a mask that its kind ignores and that are not the defaults."""
-    used = dict(none=(), patch=("rate", "tile"), block=("rate", "block", "tile"), crop=("crop",))[mask.kind]
+    used = KINDS[mask.kind].settings
     others = {name: value for name, value in dataclasses.asdict(mask).items() if name not in ("kind", *used)}
     return [f"{k}={v} (kind is {mask.kind!r})" for k, v in others.items() if v != getattr(Mask(), k)]
 

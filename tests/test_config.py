@@ -70,6 +70,22 @@ def test_settings_left_out_take_their_defaults():
         (dict(pretrain__learning_rate=float("nan")), r"learning_rate is nan; it must be a finite number"),
         (dict(model__mlp_ratio=float("inf")), r"mlp_ratio is inf"),
         (dict(seed=-1), r"seed is -1; it must be in \[0, 2\^31\)"),
+        (dict(model__attention="flash"), r"'flash'; it must be one of auto, plain, parallel_heads, splash, cudnn"),
+        (
+            dict(diffusion__schedule="cos"),
+            r"config.diffusion.schedule is 'cos'; it must be one of linear, cosine, shifted_cosine",
+        ),
+        (dict(diffusion__objective="eps"), r"config.diffusion.objective is 'eps'; it must be one of noise, x0, v"),
+        (dict(diffusion__loss="l3"), r"config.diffusion.loss is 'l3'; it must be one of l2, l1"),
+        (dict(diffusion__loss_weight="p3"), r"config.diffusion.loss_weight is 'p3'; it must be one of p2, min_snr"),
+        (dict(sampling__spacing="even"), r"config.sampling.spacing is 'even'; it must be one of time_uniform"),
+        (dict(sampling__method="ddmp"), r"config.sampling.method is 'ddmp'; it must be one of ddim, ddpm, dpm_solver"),
+        (dict(diffusion__process="sde"), "config.diffusion.process is 'sde'; it must be one of ddpm, flow, edm"),
+        (
+            dict(pretrain__mask__kind="blob"),
+            "config.pretrain.mask.kind is 'blob'; it must be one of none, patch, block",
+        ),
+        (dict(model__network="unet"), "config.model.network is 'unet'; it must be one of uvit, jit, FILE.py:NAME"),
         (dict(diffusion__schedule="linear", diffusion__timesteps=10), r"timesteps is 10; it must be more than 20"),
     ],
 )
@@ -81,15 +97,9 @@ def test_what_cannot_work_is_refused_by_name(changes, message):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        (dict(model__attention="flash"), r"'flash'; it must be one of auto, plain, parallel_heads, splash, cudnn"),
         (dict(model__attention="cudnn"), r"attention 'cudnn' is for bfloat16 and heads"),
         (dict(pretrain__mask__tile=-1), r"config.pretrain.mask: mask tile -1"),
         (dict(model__wavelet_scale=1, pretrain__mask__tile=8), r"config.pretrain.mask.tile must be 0"),
-        (
-            dict(diffusion__schedule="cos"),
-            r"config.diffusion.schedule is 'cos'; it must be one of linear, cosine, shifted_cosine",
-        ),
-        (dict(diffusion__objective="eps"), r"config.diffusion.objective is 'eps'; it must be one of noise, x0, v"),
         (
             dict(evaluation__metrics=("fid", "lpips")),
             "evaluation.metrics is 'lpips'; it must be one of",
@@ -101,10 +111,6 @@ def test_what_cannot_work_is_refused_by_name(changes, message):
             r"config.pretrain.mask: mask block 3 does not divide",
         ),
         (dict(pretrain__mask__rate=1.0), r"config.pretrain.mask: mask rate 1.0 is outside \[0, 1\)"),
-        (dict(diffusion__loss="l3"), r"config.diffusion.loss is 'l3'; it must be one of l2, l1"),
-        (dict(diffusion__loss_weight="p3"), r"config.diffusion.loss_weight is 'p3'; it must be one of p2, min_snr"),
-        (dict(sampling__method="ddmp"), r"config.sampling.method is 'ddmp'; it must be one of ddim, ddpm, dpm_solver"),
-        (dict(sampling__spacing="even"), r"config.sampling.spacing is 'even'; it must be one of time_uniform"),
     ],
 )
 def test_what_a_part_refuses_is_said_before_anything_is_written(tmp_path, changes, message):

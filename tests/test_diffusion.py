@@ -70,10 +70,3 @@ def test_loss_is_a_mean_per_image_times_its_weight():
     np.testing.assert_allclose(denoising_loss(zero, plain, x0, t, 3 * eps, loss="l1"), [3, 3], rtol=1e-6)
     np.testing.assert_allclose(denoising_loss(zero, weighted, x0, t, eps), weights[np.array([5, 700])], rtol=1e-6)
     np.testing.assert_allclose(weights, 1 / (1 + s.alpha_bar / (1 - s.alpha_bar)), rtol=2e-3)
-
-
-def test_unknown_names_say_what_there_is():
-    with pytest.raises(ValueError, match="schedule is 'sigmoid'; it must be one of linear, cosine, shifted_cosine"):
-        gaussian.make_schedule("sigmoid")
-    with pytest.raises(ValueError, match="loss_weight is 'snr'; it must be one of p2, min_snr"):
-        gaussian.loss_weights(gaussian.make_schedule("linear"), "snr", 1.0)

@@ -193,12 +193,11 @@ def test_sampler_stops_guiding_outside_its_interval():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        (dict(diffusion__process="sde"), "config.diffusion.process is 'sde'; it must be one of ddpm, flow, edm"),
         (dict(diffusion__process="flow"), "config.diffusion.objective is 'noise'; it must be one of x0, v"),
-        (dict(diffusion__process="edm"), "config.diffusion.objective is 'noise'; it must be x0 for edm"),
+        (dict(diffusion__process="edm"), "config.diffusion.objective is 'noise'; it must be one of x0"),
         (
             dict(diffusion__process="flow", diffusion__objective="x0"),
-            "config.sampling.method is 'ddim'; it must be one of heun, euler, dpm_solver for the process flow",
+            "config.sampling.method is 'ddim'; it must be one of dpm_solver, heun, euler for the process flow",
         ),
         (
             dict(diffusion__process="flow", diffusion__objective="x0", diffusion__flow__times="cosine"),

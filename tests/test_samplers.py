@@ -102,7 +102,6 @@ def test_bad_settings_of_dpm_solver_are_refused(schedule):
     for options, message in (
         (dict(order=4), "orders 1, 2 and 3, not 4"),
         (dict(steps=0), "at least 1 step, not 0"),
-        (dict(spacing="log"), "'log' is unknown; choose one of time_uniform, log_snr, time_quadratic"),
     ):
         with pytest.raises(ValueError, match=message):
             samplers.dpm_solver(lambda x, t: x, x, schedule, **options)

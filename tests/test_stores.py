@@ -192,9 +192,10 @@ def test_an_upload_that_is_never_answered(bucket, monkeypatch, server):
         monkeypatch.setitem(fsspec.config.conf[name], "requests_timeout", 0.5)
     urllib.request.urlopen(f"{server}/faults?status=0&count=1").close()
     message = r"gs://bucket/stalled/a cannot be written \(FSTimeoutError\)"
-    with pytest.raises(OSError, match=message), storage.mirrored(folder) as (local, upload):
+    with storage.mirrored(folder) as (local, upload):
         (local / "a").write_bytes(b"x")
-        upload()
+        with pytest.raises(OSError, match=message):
+            upload()
     assert (folder / "a").read_bytes() == b"x", "it was repeated at the end"
 
 

@@ -401,22 +401,6 @@ def test_the_study_of_processes_is_planned(root, monkeypatch):
         make_sampler(run.phases[0].config, make_network(run.phases[0].config))
 
 
-def test_own_network(root, child_env, tmp_path):
-    out, script = tmp_path / "own.png", root / "experiments" / "own_network.py"
-    assert len(script.read_text().splitlines()) <= 60
-    done = subprocess.run(
-        [sys.executable, script, f"--out={out}", "--steps=30"],
-        env=child_env,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr
-    assert "step 30: loss" in done.stdout
-    with Image.open(out) as grid:
-        assert grid.size == (684, 684)
-
-
 def test_swiss_roll(root, child_env, tmp_path):
     args = [sys.executable, str(root / "experiments" / "swiss_roll.py"), "--steps=8", "--primer=64", "--seeds=2"]
     args += [f"--out={tmp_path / 'roll.png'}"]

@@ -58,25 +58,22 @@ def cosine_betas(timesteps: int = 1000, *, size: int = 64) -> np.ndarray:
     return np.clip(1 - alpha_bar[1:] / alpha_bar[:-1], 0, 0.999)
 
 
+SCHEDULES = {  # name -> (T, image side) -> betas
+    "linear": lambda timesteps, size: linear_betas(timesteps),
+    "cosine": lambda timesteps, size: cosine_betas(timesteps),
+    "shifted_cosine": lambda timesteps, size: cosine_betas(timesteps, size=size),
+}
+
+
 def make_schedule(name: str, timesteps: int = 1000, *, size: int = 64) -> Schedule:
-    """Build a schedule by name.
+    """Build a schedule.
 
     Args:
-      name: `linear`, `cosine` or `shifted_cosine`.
+      name: one of `SCHEDULES`.
       timesteps: T.
       size: image side, in pixels, for which `shifted_cosine` is shifted; the others ignore it.
-
-    Raises:
-      ValueError: the name is unknown.
     """
-    makers = {
-        "linear": lambda: linear_betas(timesteps),
-        "cosine": lambda: cosine_betas(timesteps),
-        "shifted_cosine": lambda: cosine_betas(timesteps, size=size),
-    }
-    if name not in makers:
-        raise ValueError(f"schedule is {name!r}; it must be one of {', '.join(makers)}")
-    betas = makers[name]()
+    betas = SCHEDULES[name](timesteps, size)
     alpha_bar = np.cumprod(1 - betas)
     prev = np.append(1.0, alpha_bar[:-1])
     variance = betas * (1 - prev) / (1 - alpha_bar)
@@ -154,19 +151,19 @@ def predictions(schedule: Schedule, objective: str, output, x, t, *, clip: tuple
     return x0, eps_from_x0(schedule, x, t, x0)
 
 
+LOSS_WEIGHTS = {  # name -> signal-to-noise ratio -> base, see `loss_weights`
+    "p2": lambda snr: 1 + snr,
+    "min_snr": lambda snr: np.minimum(1, 5 / snr),
+}
+
+
 def loss_weights(schedule: Schedule, name: str, gamma: float) -> np.ndarray:
-    """Weight of each time step in the loss, float32 [T]; with gamma 0 all weights are 1.
+    """Weight of each time step in the loss, base^-gamma, float32 [T]; with gamma 0 all weights are 1.
 
     `p2`: (1 + snr)^-gamma (Choi et al. 2022). `min_snr`: min(1, 5 / snr)^-gamma; with the noise objective, gamma = -1
     is Min-SNR-5 (Hang et al. 2023).
-
-    Raises:
-      ValueError: the name is unknown.
     """
     # Recompute alpha_bar in float64: at small t, 1 - alpha_bar in float32 loses its digits.
     alpha_bar = np.cumprod(1 - schedule.betas.astype(np.float64))
     snr = alpha_bar / (1 - alpha_bar)
-    bases = {"p2": 1 + snr, "min_snr": np.minimum(1, 5 / snr)}
-    if name not in bases:
-        raise ValueError(f"loss_weight is {name!r}; it must be one of {', '.join(bases)}")
-    return (bases[name] ** -gamma).astype(np.float32)
+    return (LOSS_WEIGHTS[name](snr) ** -gamma).astype(np.float32)

@@ -1,16 +1,15 @@
 """Mask plans: which patches of an image stay visible (MaskDM, section 3.3).
 
 A plan is made once, in Python. It determines the number of visible patches, a static shape of the training step. The
-visible patches themselves are drawn on device, per image, from a key.
+visible patches themselves are drawn on device, per image, from a key. To add a kind of mask, add it to `KINDS`.
 """
 
 import dataclasses
+import typing
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-
-KINDS = ("none", "patch", "block", "crop")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,66 +33,52 @@ class MaskPlan:
         return self.visible == self.total
 
     def __str__(self):
-        unit = {"block": f" {self.unit} x {self.unit}", "crop": f" {self.unit} x {self.unit}"}.get(self.kind, "")
+        unit = f" {self.unit} x {self.unit}" if self.unit > 1 else ""
         filling = f", filling tiles of {self.tile} tokens" if self.tile else ""
         share = f"{self.visible} of {self.total} patches visible ({self.visible / self.total:.1%})"
         return f"mask {self.kind}{unit}: {share}{filling}"
 
 
-def make_plan(
-    kind: str,
-    grid: tuple[int, int],
-    *,
-    rate: float = 0.0,
-    block: int = 1,
-    crop: int = 0,
-    tile: int = 0,
-    extras: int = 0,
-) -> MaskPlan:
+@dataclasses.dataclass(frozen=True)
+class Kind:
+    """An entry of `KINDS`."""
+
+    count: typing.Callable  # (grid, settings as keywords) -> visible patches, side of a unit
+    draw: typing.Callable  # (plan, key) -> visible patches of an image, see `sample_positions`
+    settings: tuple[str, ...] = ()  # names of the arguments of `make_plan` that it takes
+
+
+def make_plan(kind: str, grid: tuple[int, int], *, tile: int = 0, extras: int = 0, **settings) -> MaskPlan:
     """Compute the number of visible patches. Numbers of hidden patches are rounded down, as in the reference.
 
     Args:
       kind: `none` hides nothing; `patch` hides int(rate * N) single patches; `block` hides
         int(rate * N) // block**2 blocks of block x block patches; `crop` shows one crop x crop window.
       grid: rows and columns of patches, N = rows * columns.
-      rate: hidden share in [0, 1), for `patch` and `block`.
-      block: side of a block, for `block`; must divide both sides of the grid.
-      crop: side of the window, for `crop`.
       tile: tokens per tile of the hardware, such as 128, for `patch` and `block`. A partly filled tile costs as
         much as a full one, so the plan makes more patches visible, up to the end of the last tile. 0 does not round.
       extras: tokens besides the patches; they take room in the tiles, too.
+      settings: those of the kind; others are ignored. `rate`: hidden share in [0, 1). `block`: side of a block, which
+        must divide both sides of the grid. `crop`: side of the window.
 
     Raises:
       ValueError: a value does not fit the grid or the kind; the message says which values do.
     """
-    rows, cols = grid
-    n = rows * cols
     if kind not in KINDS:
         raise ValueError(f"mask kind {kind!r} is unknown; choose one of {', '.join(KINDS)}")
-    if kind in ("patch", "block") and not 0 <= rate < 1:
+    used, rate = KINDS[kind].settings, settings.get("rate", 0)
+    if "rate" in used and not 0 <= rate < 1:
         raise ValueError(f"mask rate {rate} is outside [0, 1); 0.9 hides 90% of the patches, 0 hides none")
-    if tile < 0 or (tile and kind in ("none", "crop")):
-        raise ValueError(f"mask tile {tile}: masks of kind patch or block take 1, 2, ... tokens, others only 0")
-    if kind == "none":
-        return MaskPlan("none", grid, n)
-    if kind == "patch":
-        plan = MaskPlan("patch", grid, n - int(rate * n))
-    elif kind == "block":
-        sides = [b for b in range(1, min(grid) + 1) if rows % b == 0 and cols % b == 0]
-        if block not in sides:
-            raise ValueError(
-                f"mask block {block} does not divide the {rows} x {cols} grid of patches; use one of {sides}"
-            )
-        plan = MaskPlan("block", grid, n - int(rate * n) // block**2 * block**2, block)
-    else:
-        if not 1 <= crop <= min(grid):
-            raise ValueError(f"mask crop {crop} does not fit the {rows} x {cols} grid of patches; use 1 to {min(grid)}")
-        plan = MaskPlan("crop", grid, crop * crop, crop)
+    if tile < 0 or (tile and "tile" not in used):
+        takers = " or ".join(name for name, other in KINDS.items() if "tile" in other.settings)
+        raise ValueError(f"mask tile {tile}: masks of kind {takers} take 1, 2, ... tokens, others only 0")
+    visible, unit = KINDS[kind].count(grid, **{name: value for name, value in settings.items() if name in used})
+    plan = MaskPlan(kind, grid, visible, unit)
     if plan.visible < 1:
         raise ValueError(f"{plan}: no patch is visible; lower the rate {rate}")
     if tile:
         room = -(-(plan.visible + extras) // tile) * tile - extras
-        plan = dataclasses.replace(plan, visible=min(room // plan.unit**2 * plan.unit**2, n), tile=tile)
+        plan = dataclasses.replace(plan, visible=min(room // unit**2 * unit**2, plan.total), tile=tile)
     return plan
 
 
@@ -103,17 +88,9 @@ def sample_positions(plan: MaskPlan, key) -> jax.Array:
     Every set of units (patches, blocks, or windows) is equally likely. For a batch, use `jax.vmap` over keys; a sharded
     batch needs no collective.
     """
-    rows, cols = plan.grid
     if plan.hides_nothing:
         return jnp.arange(plan.total, dtype=jnp.int32)
-    if plan.kind == "crop":
-        top_key, left_key = jax.random.split(key)
-        top = jax.random.randint(top_key, (), 0, rows - plan.unit + 1)
-        left = jax.random.randint(left_key, (), 0, cols - plan.unit + 1)
-        return (top * cols + left + _window(plan)).astype(jnp.int32)
-    members = _units(plan)  # [units, patches per unit]
-    order = jnp.argsort(jax.random.bits(key, (len(members),)))  # a random permutation by a single sort
-    return jnp.sort(jnp.asarray(members)[order[: plan.visible // members.shape[1]]].reshape(-1))
+    return KINDS[plan.kind].draw(plan, key)
 
 
 def gather(patches, positions):
@@ -127,15 +104,52 @@ def hidden_mask(plan: MaskPlan, positions):
     return jax.vmap(lambda m, p: m.at[p].set(False))(mask, positions)
 
 
-def _units(plan: MaskPlan) -> np.ndarray:
-    """Row-major patch indices of each block, or of each single patch: int32 [units, unit * unit]."""
-    rows, cols = plan.grid
-    u = plan.unit
+def _all_patches(grid):
+    return grid[0] * grid[1], 1
+
+
+def _patches(grid, rate=0.0):
+    n = grid[0] * grid[1]
+    return n - int(rate * n), 1
+
+
+def _blocks(grid, rate=0.0, block=1):
+    rows, cols = grid
+    sides = [b for b in range(1, min(grid) + 1) if rows % b == 0 and cols % b == 0]
+    if block not in sides:
+        raise ValueError(f"mask block {block} does not divide the {rows} x {cols} grid of patches; use one of {sides}")
+    n = rows * cols
+    return n - int(rate * n) // block**2 * block**2, block
+
+
+def _window(grid, crop=1):
+    if not 1 <= crop <= min(grid):
+        text = f"mask crop {crop} does not fit the {grid[0]} x {grid[1]} grid of patches; use 1 to {min(grid)}"
+        raise ValueError(text)
+    return crop * crop, crop
+
+
+def _draw_units(plan: MaskPlan, key):
+    """Blocks, or single patches."""
+    (rows, cols), u = plan.grid, plan.unit
     index = np.arange(rows * cols, dtype=np.int32).reshape(rows // u, u, cols // u, u)
-    return index.transpose(0, 2, 1, 3).reshape(-1, u * u)
+    members = index.transpose(0, 2, 1, 3).reshape(-1, u * u)  # [units, patches of a unit]
+    order = jnp.argsort(jax.random.bits(key, (len(members),)))  # a random permutation by a single sort
+    return jnp.sort(jnp.asarray(members)[order[: plan.visible // (u * u)]].reshape(-1))
 
 
-def _window(plan: MaskPlan) -> np.ndarray:
-    """Row-major offsets of the window's patches from its top left patch: int32 [crop * crop], ascending."""
-    side = np.arange(plan.unit, dtype=np.int32)
-    return (side[:, None] * plan.grid[1] + side).reshape(-1)
+def _draw_window(plan: MaskPlan, key):
+    (rows, cols), side = plan.grid, np.arange(plan.unit, dtype=np.int32)
+    top_key, left_key = jax.random.split(key)
+    top = jax.random.randint(top_key, (), 0, rows - plan.unit + 1)
+    left = jax.random.randint(left_key, (), 0, cols - plan.unit + 1)
+    window = (side[:, None] * cols + side).reshape(-1)  # its patches, from the top left one
+    return (top * cols + left + window).astype(jnp.int32)
+
+
+KINDS = {  # by `kind` of a mask
+    "none": Kind(_all_patches, _draw_units),
+    "patch": Kind(_patches, _draw_units, ("rate", "tile")),
+    "block": Kind(_blocks, _draw_units, ("rate", "block", "tile")),
+    "crop": Kind(_window, _draw_window, ("crop",)),
+}

@@ -4,7 +4,7 @@
 patches alone. All processes mix data and noise as x_t = alpha(t) x0 + sigma(t) eps. Times t [B] are in the unit of the
 process: 0..T-1 for DDPM (int32), 0 (noise) to 1 (data) for flow matching, and the noise level sigma for EDM.
 
-To add a process, write a function that returns a `Process`, and add it to `build.PROCESSES`.
+To add a process, write a function that returns a `Process`, and add it to `PROCESSES`.
 """
 
 import dataclasses
@@ -170,6 +170,25 @@ def edm(
         half_log_snr=(-math.log(sigma_max), -math.log(sigma_min)),
         time_of=lambda half_log_snr: np.exp(-half_log_snr),
     )
+
+
+def _ddpm(settings, time_scale):
+    schedule = gaussian.make_schedule(settings.schedule, settings.timesteps, size=settings.shift_size)
+    weights = gaussian.loss_weights(schedule, settings.loss_weight, settings.loss_weight_gamma)
+    return ddpm(schedule, objective=settings.objective, weights=weights if settings.loss_weight_gamma else None)
+
+
+def _flow(settings, time_scale):
+    return flow(objective=settings.objective, time_scale=time_scale, **dataclasses.asdict(settings.flow))
+
+
+def _edm(settings, time_scale):
+    _one_of("objective", settings.objective, ("x0",))
+    return edm(time_scale=time_scale, **dataclasses.asdict(settings.edm))
+
+
+# By `config.diffusion.process`: (`config.diffusion`, time_scale) -> `Process`. The network is told time_scale * t.
+PROCESSES = {"ddpm": _ddpm, "flow": _flow, "edm": _edm}
 
 
 def noisy(process: Process, x0, t, eps):

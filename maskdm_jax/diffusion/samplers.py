@@ -17,10 +17,13 @@ and return x0 [B, ...] float32. Those of flow matching and EDM, `ode` and `conti
 
 Noise is a function of the step, so that the caller can choose its source. `image_noise` draws it by image number, which
 makes an image independent of its batch and device; tests pass recorded noise.
+
+To add a sampler, write a function, and add it to `SAMPLERS`.
 """
 
 import dataclasses
 import math
+import typing
 
 import jax
 import jax.numpy as jnp
@@ -116,29 +119,31 @@ def dpm_solver_times(schedule: Schedule, steps: int, spacing: str) -> tuple[np.n
       spacing: one of `DPM_SPACINGS`.
 
     Raises:
-      ValueError: `steps` is below 1 or `spacing` is unknown.
+      ValueError: `steps` is below 1.
     """
-    if steps < 1:
-        raise ValueError(f"DPM-Solver++ needs at least 1 step, not {steps}")
+    _positive(steps)
     known_log_alpha = 0.5 * np.log(schedule.alpha_bar.astype(np.float64))
     known_log_alpha = known_log_alpha[_half_log_snr(known_log_alpha) > MIN_HALF_LOG_SNR]
     n = len(known_log_alpha)
     known_t = np.arange(1, n + 1) / n
-    if spacing == "time_uniform":
-        t = np.linspace(1, 1 / n, steps + 1)
-    elif spacing == "time_quadratic":
-        t = np.linspace(1, n**-0.5, steps + 1) ** 2
-    elif spacing == "log_snr":
-        ends = _half_log_snr(known_log_alpha[[-1, 0]])
-        wanted = -0.5 * np.logaddexp(0, -2 * np.linspace(*ends, steps + 1))  # log(alpha) at those half log-SNRs
-        t = np.interp(wanted, known_log_alpha[::-1], known_t[::-1])
-    else:
-        raise ValueError(f"spacing {spacing!r} is unknown; choose one of {', '.join(DPM_SPACINGS)}")
+    t = DPM_SPACINGS[spacing](steps, n, known_t, known_log_alpha)
     return t - 1 / n, np.interp(t, known_t, known_log_alpha)
 
 
 MIN_HALF_LOG_SNR = -5.1  # noisier time steps are left out: they hardly determine x0
-DPM_SPACINGS = ("time_uniform", "log_snr", "time_quadratic")
+
+
+def _log_snr_spacing(steps, n, known_t, known_log_alpha):
+    ends = _half_log_snr(known_log_alpha[[-1, 0]])
+    wanted = -0.5 * np.logaddexp(0, -2 * np.linspace(*ends, steps + 1))  # log(alpha) at those half log-SNRs
+    return np.interp(wanted, known_log_alpha[::-1], known_t[::-1])
+
+
+DPM_SPACINGS = {  # (steps, n, times [n], log(alpha) at them [n]) -> times [steps + 1], descending
+    "time_uniform": lambda steps, n, *_: np.linspace(1, 1 / n, steps + 1),
+    "log_snr": _log_snr_spacing,
+    "time_quadratic": lambda steps, n, *_: np.linspace(1, n**-0.5, steps + 1) ** 2,
+}
 
 
 def _half_log_snr(log_alpha):
@@ -290,6 +295,50 @@ def _positive(steps: int) -> int:
     if steps < 1:
         raise ValueError(f"a sampler needs at least 1 step, not {steps}")
     return steps
+
+
+def _run_ddim(settings, predict, x, noise, process, *, start, clip):
+    steps = settings.steps if start is None else min(settings.steps, start + 1)
+    options = dict(objective=process.objective, clip=clip, start=start, steps=steps, eta=settings.eta)
+    return ddim(predict, x, noise, process.schedule, **options)
+
+
+def _run_ddpm(settings, predict, x, noise, process, *, start, clip):
+    return ddpm(predict, x, noise, process.schedule, objective=process.objective, clip=clip, start=start)
+
+
+def _run_dpm_solver(settings, predict, x, noise, process, *, start, clip):
+    options = dict(clip=clip, steps=settings.steps, order=settings.order)
+    if process.schedule is None:
+        return continuous_dpm_solver(predict, x, process, **options)
+    options |= dict(objective=process.objective, spacing=settings.spacing)
+    return dpm_solver(predict, x, process.schedule, **options)
+
+
+def _run_ode(settings, predict, x, noise, process, *, start, clip):
+    churn = Churn(settings.churn, settings.churn_low, settings.churn_high, settings.churn_scale)
+    options = dict(steps=settings.steps, heun=settings.method == "heun", churn=churn, start=start)
+    return ode(predict, x, noise, process, **options)
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampler:
+    """An entry of `SAMPLERS`."""
+
+    run: typing.Callable  # (`config.sampling`, predict, x, noise, process, *, start, clip) -> x0
+    discrete: bool = False  # for DDPM, whose time is discrete
+    continuous: bool = False  # for flow matching and EDM
+    calls: typing.Callable = lambda steps, timesteps: steps  # -> how often it calls the network
+    starts_anywhere: bool = True  # whether `start` may be given, to denoise a noisy image
+
+
+SAMPLERS = {  # by `config.sampling.method`
+    "ddim": Sampler(_run_ddim, discrete=True),
+    "ddpm": Sampler(_run_ddpm, discrete=True, calls=lambda steps, timesteps: timesteps),
+    "dpm_solver": Sampler(_run_dpm_solver, discrete=True, continuous=True, starts_anywhere=False),
+    "heun": Sampler(_run_ode, continuous=True, calls=lambda steps, timesteps: 2 * steps - 1),
+    "euler": Sampler(_run_ode, continuous=True),
+}
 
 
 def interpolate(sample, process: Process, x0_a, x0_b, weights, eps, start):

@@ -159,7 +159,7 @@ class Metric:
     """An entry of `METRICS`."""
 
     compute: typing.Callable  # (reference, samples) -> the values of `keys`; both are `features.ImageSet`
-    keys: tuple[str, ...]  # names in the results
+    keys: dict[str, tuple[str, str] | None]  # name in the results -> title and meaning in the report; None: not shown
     network: str = "inception"  # whose features are compared; one of `features.NETWORKS`
     needs: str = "features"  # of the samples: moments, features or logits
     minimum: int = 2  # number of images
@@ -181,14 +181,22 @@ def _precision_recall(reference, samples):
     return precision_recall(reference.features, samples.features)
 
 
-METRICS = {
-    "fid": Metric(_frechet, ("fid",), needs="moments"),
-    "kid": Metric(_kernel, ("kid", "kid_std")),
-    "is": Metric(_inception_score, ("is", "is_std"), needs="logits", minimum=10),
-    "pr": Metric(_precision_recall, ("precision", "recall"), minimum=4),
-    "fd_lite0": Metric(_frechet, ("fd_lite0",), "lite0", needs="moments"),
-    "kid_lite0": Metric(_kernel, ("kid_lite0", "kid_lite0_std"), "lite0"),
-    "pr_lite0": Metric(_precision_recall, ("precision_lite0", "recall_lite0"), "lite0", minimum=4),
+_FID = ("FID", "Fréchet distance of Inception features; lower is better")
+_KID = ("KID × 1000", "kernel distance of Inception features, times 1,000; lower is better")
+_IS = ("Inception Score", "sharpness and diversity by Inception's own classes; higher is better")
+_FD = ("Fréchet distance", "of EfficientNet-Lite0 features, not FID; lower is better")
+_KD = ("Kernel distance × 1000", "of EfficientNet-Lite0 features, not KID; lower is better")
+_PRECISION = ("Precision", "fraction of samples that look like reference images")
+_RECALL = ("Recall", "fraction of reference images that the samples cover")
+
+METRICS = {  # by the names of `config.evaluation.metrics`
+    "fid": Metric(_frechet, {"fid": _FID}, needs="moments"),
+    "kid": Metric(_kernel, {"kid": _KID, "kid_std": None}),
+    "is": Metric(_inception_score, {"is": _IS, "is_std": None}, needs="logits", minimum=10),
+    "pr": Metric(_precision_recall, {"precision": _PRECISION, "recall": _RECALL}, minimum=4),
+    "fd_lite0": Metric(_frechet, {"fd_lite0": _FD}, "lite0", needs="moments"),
+    "kid_lite0": Metric(_kernel, {"kid_lite0": _KD, "kid_lite0_std": None}, "lite0"),
+    "pr_lite0": Metric(_precision_recall, {"precision_lite0": _PRECISION, "recall_lite0": _RECALL}, "lite0", minimum=4),
 }
 
 

@@ -15,21 +15,14 @@ from PIL import Image
 import maskdm_jax
 from maskdm_jax.data.images import sample_grid, to_pil
 from maskdm_jax.evaluation.features import ImageSet
+from maskdm_jax.evaluation.metrics import METRICS
 from maskdm_jax.storage import write_atomically
 from maskdm_jax.training import logs
 
 NEIGHBOURS = 8  # shown for each sample
 SAMPLES = 10  # whose neighbours are shown
-_METRICS = {  # key of the result -> name and meaning
-    "fid": ("FID", "Fréchet distance of Inception features; lower is better"),
-    "kid": ("KID × 1000", "kernel distance of Inception features, times 1,000; lower is better"),
-    "is": ("Inception Score", "sharpness and diversity by Inception's own classes; higher is better"),
-    "fd_lite0": ("Fréchet distance", "of EfficientNet-Lite0 features, not FID; lower is better"),
-    "kid_lite0": ("Kernel distance × 1000", "of EfficientNet-Lite0 features, not KID; lower is better"),
-    "precision": ("Precision", "fraction of samples that look like reference images"),
-    "recall": ("Recall", "fraction of reference images that the samples cover"),
-}
-_METRICS |= {f"{key}_lite0": _METRICS[key] for key in ("precision", "recall")}
+# Key of the result -> title and meaning.
+_METRICS = {key: text for metric in METRICS.values() for key, text in metric.keys.items() if text}
 _CURVES = {  # key of metrics.jsonl -> title and scale of the axis
     "eval/fid": ("FID during training", "linear"),
     "eval/fd_lite0": ("Fréchet distance during training", "linear"),

@@ -127,6 +127,8 @@ def _from_folder(path: pathlib.Path) -> _Source:
     source = _source_of(Official("", {}), meta, found)
     config, stage = source.config, source.config.stage[source.stage]
     network = config.model.network
+    if network not in NETWORKS:
+        raise CheckpointError(f"{found} is of {network}, a network that PyTorch code has no counterpart of")
     index, mesh = config.stages.index(source.stage), make_mesh(devices=jax.devices()[:1])
     state = checkpoint.load_state(found, abstract_state(config, index, make_network(config), mesh))
     named = lambda tree: NETWORKS[network].state_dict(tree, config.model.patch_size, config.model.wavelet_scale)

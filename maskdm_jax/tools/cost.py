@@ -12,6 +12,7 @@ from jax.experimental import topologies
 
 from maskdm_jax.build import compute_dtype, make_network
 from maskdm_jax.config import Config
+from maskdm_jax.diffusion.samplers import SAMPLERS
 from maskdm_jax.errors import CostError
 from maskdm_jax.models.representation import make_representation
 from maskdm_jax.parallel import sharding
@@ -137,8 +138,8 @@ def sampling_steps(config: Config) -> int:
 
 def evaluations(config: Config) -> int:
     """Forward passes of the network in a trajectory."""
-    steps = 2 * config.sampling.steps - 1 if config.sampling.method == "heun" else sampling_steps(config)
-    return steps * (2 if config.sampling.guidance else 1)
+    calls = SAMPLERS[config.sampling.method].calls(config.sampling.steps, config.diffusion.timesteps)
+    return calls * (2 if config.sampling.guidance else 1)
 
 
 def count_flops(config: Config, name: str, images: int) -> float:

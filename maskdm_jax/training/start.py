@@ -214,7 +214,7 @@ def meaning(config: Config) -> dict:
         "edm": ["edm.sigma_data"],
     }
     found = {f"model.{name}": value for name, value in found.items() | {n: getattr(model, n) for n in names}.items()}
-    noise = ["process", "objective", *noise[diffusion.process]]
+    noise = ["process", "objective", *noise.get(diffusion.process, ())]
     found |= {f"diffusion.{name}": operator.attrgetter(name)(diffusion) for name in noise}
     return found | {f"data.{name}": getattr(config.data, name) for name in ("image_size", "channels")}
 

@@ -20,14 +20,18 @@ def attention(q, k, v, kernel: str = "auto"):
 
     Args:
       q, k, v: [B, T, H, d] of equal dtype.
-      kernel: one of `KERNELS`, or `auto`: on TPU `splash` from `FUSED_FROM` tokens on; on NVIDIA GPUs `cudnn` for half
-        precision; on CPU `parallel_heads`; otherwise `plain`.
+      kernel: one of `KERNELS`.
 
     Returns:
       [B, T, H, d] of q's dtype.
     """
-    if kernel != "auto":
-        return KERNELS[kernel](q, k, v)
+    return KERNELS[kernel](q, k, v)
+
+
+def choose_by_platform(q, k, v):
+    """`attention` on TPU by `splash` from `FUSED_FROM` tokens on; on NVIDIA GPUs by `cudnn` for half precision; on CPU
+    by `parallel_heads`; otherwise by `plain`.
+    """
     t, d = q.shape[1], q.shape[3]
     if jax.default_backend() == "gpu" and q.dtype in (jnp.bfloat16, jnp.float16) and d % 8 == 0:
         return cudnn_attention(q, k, v)
@@ -137,4 +141,10 @@ def _splash_kernel(heads: int, length: int, tile: int, interpret: bool):
         return splash.make_splash_mha_single_device(mask, block_sizes=sizes, interpret=interpret)
 
 
-KERNELS = dict(plain=plain_attention, parallel_heads=parallel_heads, splash=splash_attention, cudnn=cudnn_attention)
+KERNELS = {  # by `config.model.attention`
+    "auto": choose_by_platform,
+    "plain": plain_attention,
+    "parallel_heads": parallel_heads,
+    "splash": splash_attention,
+    "cudnn": cudnn_attention,
+}
