@@ -1,18 +1,22 @@
 # make demo   set up what is needed and run the demo: digits, in minutes, on two CPU cores
 # make test   set up what is needed and run all tests
+# make docs   the API of all modules, build/api/index.html
 # make lint   ruff: lint and format check; shellcheck
 # make format ruff: format and fix
 
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint format clean
+.PHONY: demo test docs lint format clean
 
 demo: .venv/.installed
 	$(BIN)/python launch/train.py --config=configs/demo.py --workdir=runs/demo
 
 test: .venv/.test-installed
 	$(BIN)/python -m pytest -n auto --maxprocesses=4 --dist worksteal
+
+docs: .venv/.test-installed
+	$(BIN)/pdoc --docformat google --output-directory build/api maskdm_jax
 
 lint: .venv/.test-installed
 	$(BIN)/ruff check .

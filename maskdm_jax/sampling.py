@@ -15,7 +15,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from maskdm_jax.build import Network, make_network, make_process, make_sampler
-from maskdm_jax.config import Config, Data, differences, parse
+from maskdm_jax.config import Config, Data, differences, parse, to_dict
 from maskdm_jax.data.images import save_png, to_pil
 from maskdm_jax.diffusion import samplers
 from maskdm_jax.errors import SamplingError
@@ -72,7 +72,9 @@ def _generator(config: Config, mesh, batch_size: int):
     return generate
 
 
-def interpolate(loaded: "Loaded", image_a, image_b, *, n: int, start: int, seed: int = 0, label=None) -> np.ndarray:
+def interpolate(
+    loaded: "TrainedModel", image_a, image_b, *, n: int, start: int, seed: int = 0, label=None
+) -> np.ndarray:
     """Interpolate from `image_a` (weight 0) to `image_b` (weight 1) in n images, uint8 [n, S, S, C].
 
     Args:
@@ -110,7 +112,7 @@ def interpolate(loaded: "Loaded", image_a, image_b, *, n: int, start: int, seed:
 
 
 @dataclasses.dataclass(frozen=True)
-class Loaded:
+class TrainedModel:
     """A trained network, ready to sample from."""
 
     checkpoint: pathlib.Path
@@ -121,9 +123,59 @@ class Loaded:
     classes: list[str]
     card: dict  # of the training data; see `data.sources.card_of`
     mesh: jax.sharding.Mesh  # of this process's devices
+    guidable: bool = True  # whether it may have been trained without labels, too
+
+    def sample(self, n: int, *, labels=None, seed: int = 0, batch_size: int = 64, **sampling) -> np.ndarray:
+        """Generate images 0..n-1 of a seed, uint8 [n, S, S, C].
+
+        Args:
+          labels: classes, by name or number, to cycle through; default: all classes of a conditional model.
+          batch_size: images per device and call.
+          sampling: settings of `config.Sampling` in place of the model's own, such as steps=50 or guidance=1.5.
+
+        Raises:
+          SamplingError, ConfigError: a label or setting is invalid.
+        """
+        if n < 1 or batch_size < 1:
+            raise SamplingError(f"n and batch_size must be at least 1, not {n} and {batch_size}")
+        model, cycle = with_sampling(self, sampling), label_cycle(self, labels)
+        of_image = None if cycle is None else np.resize(np.asarray(cycle, np.int32), n)
+        batches = generate_batches(model, range(n), of_image, seed=seed, batch_size=min(n, batch_size))
+        return np.concatenate([images for _, images in batches])
+
+    def denoise(self, x, t, labels=None) -> jax.Array:
+        """Predict clean images from noisy ones, float32 [B, S, S, C] in [-1, 1], not clipped.
+
+        Args:
+          x: noisy images, float32 [B, S, S, C]; for a wavelet model their Haar coefficients, as the result.
+          t: time of the process, a number or [B]: 0..T-1 for ddpm, 0 (noise) to 1 for flow, the noise level for edm.
+          labels: numbers of classes [B], or None.
+        """
+        process, x = make_process(self.config), jnp.asarray(x, jnp.float32)
+        t = jnp.broadcast_to(jnp.asarray(t, jnp.int32 if process.schedule else jnp.float32), len(x))
+        labels = None if labels is None else jnp.asarray(labels, jnp.int32)
+        return process.x0(self.network.apply(self.params, *process.told(x, t), labels), x, t)
 
 
-def load(path, *, weights: str = "ema", sampling: dict | None = None) -> Loaded:
+def with_sampling(model: TrainedModel, changes: dict) -> TrainedModel:
+    """The model with other settings of `config.sampling`.
+
+    Raises:
+      SamplingError: guidance, of a network that was always told the label.
+      ConfigError: a setting is invalid.
+    """
+    raw = to_dict(model.config)
+    config = parse(raw | dict(sampling=raw["sampling"] | changes))
+    if config.sampling.guidance and not model.guidable:
+        raise SamplingError(
+            f"guidance={config.sampling.guidance:g} needs a network that was trained with hidden labels; "
+            f"{model.checkpoint} was trained with data.label_dropout=0"
+        )
+    make_sampler(config, model.network)  # checks the settings
+    return dataclasses.replace(model, config=config)
+
+
+def load(path, *, weights: str = "ema", sampling: dict | None = None) -> TrainedModel:
     """Load the network of a run folder (its newest checkpoint) or of a checkpoint folder.
 
     weights: `ema`, `ema2`, ... or `params` (the raw ones); sampling: replaces fields of the config's `sampling`.
@@ -137,34 +189,26 @@ def load(path, *, weights: str = "ema", sampling: dict | None = None) -> Loaded:
         there = ", ".join(checkpoint.weights_in(found))
         raise SamplingError(f"{found} has no weights {weights!r}; it has {there} (the raw ones are params)")
     meta = checkpoint.load_meta(found)
-    raw = meta["config"]
-    raw["sampling"] |= sampling or {}
-    raw["mesh"] = {}  # the mesh of the machine that trained; this one may have other devices
-    config = parse(raw)
+    config = parse(meta["config"] | dict(mesh={}))  # the mesh of the machine that trained; this one may have another
     # Of a converted file or of weights from elsewhere, it is not known whether labels were hidden.
-    if config.sampling.guidance and not (config.data.label_dropout or config.init_from or meta.get("official")):
-        raise SamplingError(
-            f"guidance={config.sampling.guidance:g} needs a network that was trained with hidden labels; {found} was "
-            "trained with data.label_dropout=0"
-        )
+    guidable = bool(config.data.label_dropout or config.init_from or meta.get("official"))
     network, mesh = make_network(config), _local_mesh()
-    make_sampler(config, network)  # checks the sampling settings before weights are read
-    place = sharding.replicated(mesh)
+    model = TrainedModel(found, weights, config, network, {}, meta["classes"], meta["card"], mesh, guidable)
+    model, place = with_sampling(model, sampling or {}), sharding.replicated(mesh)  # before weights are read
     abstract = jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), network.abstract_params()
     )
-    params = checkpoint.load_item(found, weights, abstract)
-    return Loaded(found, weights, config, network, params, meta["classes"], meta["card"], mesh)
+    return dataclasses.replace(model, params=checkpoint.load_item(found, weights, abstract))
 
 
-def in_memory(run, params) -> Loaded:
-    """Make a `Loaded` from weights of a `training.loop.Run`, such as its EMA, on every local device."""
+def in_memory(run, params) -> TrainedModel:
+    """Make a `TrainedModel` from weights of a `training.loop.Run`, such as its EMA, on every local device."""
     mesh = _local_mesh()
     if jax.process_count() > 1:
         params = multihost_utils.process_allgather(params, tiled=True)
     params = jax.device_put(params, sharding.replicated(mesh))
     data = run.data
-    return Loaded(run.folder, "ema", run.config, run.network, params, list(data.classes), data.card, mesh)
+    return TrainedModel(run.folder, "ema", run.config, run.network, params, list(data.classes), data.card, mesh)
 
 
 def _local_mesh():
@@ -172,7 +216,7 @@ def _local_mesh():
     return sharding.make_mesh(devices=jax.local_devices())
 
 
-def generate_batches(loaded: Loaded, index, labels, *, seed: int, batch_size: int):
+def generate_batches(loaded: TrainedModel, index, labels, *, seed: int, batch_size: int):
     """Yield (index, images) for the image numbers `index`, with `labels` (or None) of equal length.
 
     batch_size: images per device and call. Every device runs the same program on its own rows. On one platform, an
@@ -188,7 +232,7 @@ def generate_batches(loaded: Loaded, index, labels, *, seed: int, batch_size: in
 
 
 def generate_to_folder(
-    loaded: Loaded,
+    loaded: TrainedModel,
     folder,
     n: int,
     *,
@@ -246,7 +290,7 @@ def generate_to_folder(
     return folder
 
 
-def _settings_of(loaded: Loaded) -> dict:
+def _settings_of(loaded: TrainedModel) -> dict:
     """The settings that determine the images, for samples.json."""
     sampling = dataclasses.asdict(loaded.config.sampling)
     known = dict(weights=loaded.weights, sampling=sampling, classes=loaded.classes, card=loaded.card)
@@ -298,7 +342,7 @@ def _pack(folder: pathlib.Path, n: int, packed, of_image) -> None:
     remove_tree(parts)
 
 
-def label_cycle(loaded: Loaded, labels) -> list[int] | None:
+def label_cycle(loaded: TrainedModel, labels) -> list[int] | None:
     """Numbers of the classes to cycle through, given by name or number; all classes when `labels` is empty.
 
     Raises:

@@ -16,7 +16,7 @@ ORDER = [  # a module may import, at its top, its own package and those above it
     {"sampling", "interop.convert"},
     {"evaluation"},
     {"run"},
-    {"tools"},
+    {"tools", "api"},
 ]
 
 

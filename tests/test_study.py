@@ -29,7 +29,7 @@ from maskdm_jax.data.sources import Digits, select
 from maskdm_jax.diffusion.gaussian import at, make_schedule
 from maskdm_jax.errors import ConfigError, DataError
 from maskdm_jax.run import train
-from maskdm_jax.sampling import Loaded
+from maskdm_jax.sampling import TrainedModel
 
 BUDGET = 3e8
 EVALUATOR = """
@@ -295,7 +295,7 @@ def test_denoising_by_level():
 
     def errors(apply, **options):
         network = types.SimpleNamespace(apply=apply, cast=lambda params: params)
-        loaded = Loaded(None, "ema", config, network, {}, [], {}, None)
+        loaded = TrainedModel(None, "ema", config, network, {}, [], {}, None)
         return denoising_by_level(loaded, images, levels=4, **options)
 
     schedule = make_schedule("cosine", 1000)

@@ -19,7 +19,7 @@ from maskdm_jax.errors import CheckpointError, DataError, EvaluationError, prefi
 from maskdm_jax.evaluation import efficientnet, inception
 from maskdm_jax.evaluation.metrics import Moments, MomentSums, combine
 from maskdm_jax.parallel import processes, sharding
-from maskdm_jax.sampling import Loaded, generate_batches, label_cycle, load
+from maskdm_jax.sampling import TrainedModel, generate_batches, label_cycle, load
 from maskdm_jax.storage import location, write_atomically
 from maskdm_jax.training import checkpoint
 
@@ -174,7 +174,7 @@ def open_images(path, *, n=None, seed: int = 0, weights: str = "ema", sampling=N
     return _of_source(str(path), source, count, lambda image: np.asarray(open_image(image, 3)), card, made_by)
 
 
-def sampled(loaded: Loaded, n: int, *, seed: int, batch_size: int) -> Images:
+def sampled(loaded: TrainedModel, n: int, *, seed: int, batch_size: int) -> Images:
     """Samples 0..n-1 of a network and seed; a conditional network cycles through its classes."""
     labels = label_cycle(loaded, None)
     labels = None if labels is None else np.resize(np.asarray(labels, np.int32), n)

@@ -93,6 +93,11 @@ def convert(
     return [*lines, *source.official.notes]
 
 
+def is_file(path) -> bool:
+    """Whether a path is of a file with weights, or of a folder with the index of several; else of a run."""
+    return _kind(location(path)) != "folder"
+
+
 def _kind(path: pathlib.Path) -> str:
     suffix = path.suffix.lower()
     if official_file.is_safetensors(path):

@@ -1,0 +1,80 @@
+"""The package from Python."""
+
+import doctest
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+import maskdm_jax
+from maskdm_jax import api
+from maskdm_jax.data.images import sample_grid
+from maskdm_jax.errors import ConfigError, MaskDMError, SamplingError
+from maskdm_jax.interop.convert import convert
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """The run of the doctests, which train, load and sample in the order of the module."""
+    runs = tmp_path_factory.mktemp("runs")
+    names = dict(maskdm_jax=maskdm_jax, runs=runs)
+    failures = []
+    for name in ("recipe", "train", "load"):
+        test = doctest.DocTestFinder(recurse=False).find(getattr(api, name), name, globs=names)[0]
+        runner = doctest.DocTestRunner(verbose=False)
+        runner.run(test, out=failures.append, clear_globs=False)
+        names = test.globs
+    assert not failures, "".join(failures)
+    return names
+
+
+def test_what_a_model_does(trained):
+    model = trained["model"]
+    images = model.sample(12, seed=3)
+    assert images.dtype == np.uint8
+    assert model.classes[:2] == ["0", "1"]
+    np.testing.assert_array_equal(images, model.sample(12, seed=3, batch_size=12))
+    assert (model.sample(12, seed=3, steps=4) != images).any()
+    assert (model.sample(12, seed=4) != images).any()
+    assert sample_grid(images, 4) is not None
+    x0 = model.denoise(np.zeros((2, 8, 8, 1)), 0.5, labels=[1, 2])
+    assert x0.shape == (2, 8, 8, 1)
+    assert (x0 != model.denoise(np.zeros((2, 8, 8, 1)), [0.5, 0.9], labels=[1, 2]))[1].any()
+    with pytest.raises(SamplingError, match=r"labels \['ten'\] are neither classes"):
+        model.sample(1, labels=["ten"])
+    with pytest.raises(ConfigError, match="config.sampling.step is not a setting; did you mean 'steps'"):
+        model.sample(1, step=3)
+    with pytest.raises(SamplingError, match="n and batch_size must be at least 1, not 0"):
+        model.sample(0)
+
+
+def test_a_file_loads_like_its_run(trained, tmp_path):
+    convert(trained["last"], tmp_path / "weights.safetensors")
+    model = maskdm_jax.load(tmp_path / "weights.safetensors")
+    assert model.checkpoint == tmp_path / "weights.safetensors"
+    np.testing.assert_array_equal(model.sample(4, seed=5), trained["model"].sample(4, seed=5))
+
+
+def test_recipes():
+    config = maskdm_jax.recipe("celeba64_pretrain:crop_50", {"model.jit.dropout": 0.5})
+    assert config.pretrain.mask.kind == "crop"
+    assert config.model.jit.dropout == 0.5
+    with pytest.raises(ConfigError, match="there is no recipe 'celeba'; give the path of a FILE.py or one of .*demo"):
+        maskdm_jax.recipe("celeba")
+    with pytest.raises(MaskDMError, match="config.data.pth is not a setting; did you mean 'path'"):
+        maskdm_jax.train(maskdm_jax.recipe("demo", {"data.pth": "x"}), "nowhere")
+    with pytest.raises(AttributeError, match="has no attribute 'sample'"):
+        getattr(maskdm_jax, "sample")  # noqa: B009
+
+
+def test_a_parsed_config_trains(trained):
+    config = trained["model"].config  # of a run that is finished
+    assert maskdm_jax.train(config, trained["runs"] / "small") == trained["last"]
+
+
+def test_pages_of_the_api(tmp_path):
+    command = [sys.executable, "-m", "pdoc", "--docformat", "google", "--output-directory", str(tmp_path), "maskdm_jax"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "Warn" not in done.stdout + done.stderr
+    assert (tmp_path / "maskdm_jax" / "training" / "step.html").exists()
