@@ -12,6 +12,7 @@ from maskdm_jax import run, sampling
 from maskdm_jax.config import Config, parse
 from maskdm_jax.errors import ConfigError
 from maskdm_jax.interop.convert import convert, is_file
+from maskdm_jax.main import recipe_path, shipped
 from maskdm_jax.parallel import runtime
 
 
@@ -30,12 +31,11 @@ def recipe(name: str, changes: dict | None = None) -> ConfigDict:
     Raises:
       ConfigError: there is no such recipe.
     """
-    name, _, argument = name.partition(":")
-    file = pathlib.Path(name) if name.endswith(".py") else shipped("configs") / f"{name}.py"
-    if not file.is_file():
+    file, _, argument = recipe_path(name).partition(":")
+    if not pathlib.Path(file).is_file():
         known = ", ".join(sorted(path.stem for path in shipped("configs").glob("*.py")))
         raise ConfigError(f"there is no recipe {name!r}; give the path of a FILE.py or one of {known}")
-    raw = runpy.run_path(str(file))["get_config"](*[argument] * bool(argument)).to_dict()
+    raw = runpy.run_path(file)["get_config"](*[argument] * bool(argument)).to_dict()
     for key, value in (changes or {}).items():
         *parents, last = key.split(".")
         section = raw
@@ -89,9 +89,3 @@ def load(path, *, weights: str = "ema", heads: int | None = None) -> sampling.Tr
     with tempfile.TemporaryDirectory() as scratch:
         convert(path, f"{scratch}/run", heads=heads)
         return dataclasses.replace(sampling.load(f"{scratch}/run", weights=weights), checkpoint=pathlib.Path(path))
-
-
-def shipped(name: str) -> pathlib.Path:
-    """The folder `configs` or `launch`: in the installed package, or beside it in a clone."""
-    inside = pathlib.Path(__file__).parent / name
-    return inside if inside.is_dir() else inside.parent.parent / name

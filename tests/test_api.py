@@ -1,6 +1,7 @@
 """The package from Python."""
 
 import doctest
+import shutil
 import subprocess
 import sys
 
@@ -78,3 +79,27 @@ def test_pages_of_the_api(tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert "Warn" not in done.stdout + done.stderr
     assert (tmp_path / "maskdm_jax" / "training" / "step.html").exists()
+
+
+def test_the_package_that_is_built(root, child_env, tmp_path):
+    """It holds recipes, programs and data, and its command runs outside of the clone."""
+    source = tmp_path / "source"  # setuptools writes beside what it builds
+    ignored = shutil.ignore_patterns(".*", "runs", "tests", "docs", "build", "*.egg-info", "__pycache__")
+    shutil.copytree(root, source, ignore=ignored)
+    options = ["--quiet", "--no-deps", "--no-index", "--no-build-isolation"]
+    command = [sys.executable, "-m", "pip", "install", *options, "--target", str(tmp_path / "site"), str(source)]
+    subprocess.run(command, check=True, cwd=tmp_path)
+    package = tmp_path / "site" / "maskdm_jax"
+    for folder, place in ((root / "maskdm_jax", package), *((root / n, package / n) for n in ("configs", "launch"))):
+        for path in folder.rglob("*.*"):
+            assert path.suffix == ".pyc" or (place / path.relative_to(folder)).exists(), path
+    env = child_env | dict(PYTHONPATH=str(tmp_path / "site"))
+    run = lambda *args: subprocess.run(
+        [tmp_path / "site" / "bin" / "maskdm", *args], cwd=tmp_path, env=env, capture_output=True, text=True
+    )
+    done = run("train", "--config=celeba64_pretrain:crop_50", "--print_config", "--config.pretrain.steps=7")
+    assert "--config.pretrain.steps=7" in done.stdout, done.stderr
+    assert "--config.pretrain.mask.kind='crop'" in done.stdout
+    done = run("tarin")
+    assert done.returncode == 78
+    assert "PROGRAM is one of" in done.stderr

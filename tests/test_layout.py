@@ -6,7 +6,7 @@ import pytest
 
 ORDER = [  # a module may import, at its top, its own package and those above it
     {"errors"},
-    {"storage", "config", "interop.pickles"},
+    {"storage", "config", "main", "interop.pickles"},
     {"diffusion", "parallel"},
     {"models", "data"},
     {"build", "interop.torch_file", "interop.names"},
