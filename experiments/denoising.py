@@ -10,7 +10,9 @@ from maskdm_jax.models.representation import make_representation
 from maskdm_jax.sampling import TrainedModel
 
 
-def denoising_by_level(loaded: TrainedModel, images, *, levels: int = 10, seed: int = 0, batch_size: int = 64) -> np.ndarray:
+def denoising_by_level(
+    loaded: TrainedModel, images, *, levels: int = 10, seed: int = 0, batch_size: int = 64
+) -> np.ndarray:
     """Mean of the process's squared error on unmasked images, without its weight, float64 [levels].
 
     Level k is the middle of the k-th of `levels` equal parts of the way from image to noise; level 0 has the least
