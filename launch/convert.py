@@ -2,6 +2,7 @@
 
 The paths determine the formats: a run folder or one of its checkpoints, an official .pt (U-ViT) or .pth (JiT), or a
 .safetensors (weights only). Needs neither PyTorch nor an accelerator. docs/checkpoints.md lists what carries over.
+--for=torch writes a folder that runs on PyTorch alone: weights, model code, sampler, model card.
 """
 
 from absl import app, flags, logging
@@ -20,6 +21,7 @@ CLASS_TOKENS_FROM = flags.DEFINE_integer(
 )
 CONFIG = runtime.config_flag("Config of the run; needed to train it further.")
 STAGE = flags.DEFINE_string("stage", None, "Stage of --config that the file belongs to; default: the first.")
+FOR = flags.DEFINE_enum("for", None, ["torch"], "Make --dst a folder that PyTorch runs without this project.")
 WEIGHTS = flags.DEFINE_string(
     "weights", "ema", "Of a .safetensors to write: averaged (ema; ema2, ...) or raw (params)."
 )
@@ -35,7 +37,7 @@ def main(argv):
     from maskdm_jax.interop.convert import convert
 
     options = dict(heads=HEADS.value, class_tokens_from=CLASS_TOKENS_FROM.value)
-    options |= dict(config=CONFIG.value, stage=STAGE.value, weights=WEIGHTS.value)
+    options |= dict(config=CONFIG.value, stage=STAGE.value, weights=WEIGHTS.value, for_torch=FOR.value == "torch")
     with runtime.program(distributed=False):
         lines = convert(SRC.value, DST.value, **options)
     print("\n".join(lines))

@@ -1,7 +1,8 @@
-"""Checkpoints from one form to another: run folder (Orbax), the authors' `.pt`, `.safetensors` (weights only)."""
+"""Checkpoints from one form to another: run folder (Orbax), the authors' `.pt`, `.safetensors`, folder for PyTorch."""
 
 import contextlib
 import dataclasses
+import functools
 import json
 import os
 import pathlib
@@ -18,6 +19,7 @@ from maskdm_jax.interop import jit_file
 from maskdm_jax.interop import official as official_file
 from maskdm_jax.interop.names import NETWORKS
 from maskdm_jax.interop.official import Moment, Official
+from maskdm_jax.interop.torch_folder import write as torch_folder
 from maskdm_jax.parallel.sharding import make_mesh
 from maskdm_jax.storage import is_remote, location, move, remove_tree, write_atomically
 from maskdm_jax.training import checkpoint
@@ -51,6 +53,7 @@ def convert(
     config=None,
     stage: str | None = None,
     weights: str = "ema",
+    for_torch: bool = False,
 ) -> list[str]:
     """Convert `src` into `dst`; the paths tell the kinds.
 
@@ -66,6 +69,7 @@ def convert(
         Without it the checkpoint gets a config made from the file, good for sampling.
       stage: of `config`, the one that the file belongs to; the first when not given.
       weights: those that go into a `.safetensors`: `ema`, `ema2`, ... or `params`.
+      for_torch: make `dst` a folder for users of PyTorch, with weights, model code, sampler and model card.
 
     Returns:
       lines for the user: what was carried over, and what was not.
@@ -74,11 +78,12 @@ def convert(
       TorchFileError, CheckpointError, ConfigError: nothing was written; the message says why.
     """
     src, dst = map(location, (src, dst))
-    kinds = [_kind(path) for path in (src, dst)]
+    kinds = [_kind(src), "torch" if for_torch else _kind(dst)]
     if kinds[0] == kinds[1]:
         raise ConfigError(f"{src} and {dst} are of the same kind; there is nothing to convert")
     given = None if config is None else config_lib.parse(config)
     writers = {"folder": _to_folder, "pt": _to_pt, "safetensors": _to_safetensors}
+    writers["torch"] = functools.partial(_to_torch, src)
     with prefixed(TorchFileError, f"{src}: "):
         with prefixed(CheckpointError, f"{src} cannot be read: ", OSError):
             if kinds[0] != "folder" and not src.exists():
@@ -87,7 +92,7 @@ def convert(
         _settle_config(source, src, dict(heads=heads, class_tokens_from=class_tokens_from), given, stage)
         with prefixed(CheckpointError, f"{dst} cannot be written: ", OSError):
             there = dst.exists() if is_remote(dst) else os.path.lexists(dst)  # a link to nothing, too
-            if there and not (kinds[1] == "folder" and dst.is_dir() and not any(dst.iterdir())):
+            if there and not (kinds[1] in ("folder", "torch") and dst.is_dir() and not any(dst.iterdir())):
                 raise ConfigError(f"{dst} exists already; give another --dst or move it away")
             lines = writers[kinds[1]](dst, source, weights)
     return [*lines, *source.official.notes]
@@ -269,19 +274,25 @@ def _to_folder(dst: pathlib.Path, source: _Source, weights: str) -> list[str]:
         official=_kept(official, config),
     )
     step = stage_ends(config)[index] - stage.steps + official.step
-    # An object store cannot rename; there, an unfinished checkpoint does not count as one.
-    temporary = dst if is_remote(dst) else dst.with_name(f".{dst.name}.{os.getpid()}.tmp")
-    remove_tree(temporary)  # of a killed process with our number
-    try:
-        _save(temporary, step, state, meta)
-        write_atomically(temporary / "config.json", json.dumps(meta["config"], indent=2).encode())
-    except BaseException:
-        remove_tree(temporary)
-        raise
-    if temporary != dst:
-        move(temporary, dst)
+    with _whole(dst) as folder:
+        _save(folder, step, state, meta)
+        write_atomically(folder / "config.json", json.dumps(meta["config"], indent=2).encode())
     parts = ", ".join(["weights", *_ema_words(official), *["optimizer"] * bool(official.moments)])
     return [f"{dst} holds checkpoint {step}: {parts}, step {official.step} of stage {name!r}"]
+
+
+@contextlib.contextmanager
+def _whole(dst):
+    """Yield a folder that becomes `dst` when it is complete; an object store cannot rename, so it is `dst` there."""
+    folder = dst if is_remote(dst) else dst.with_name(f".{dst.name}.{os.getpid()}.tmp")
+    remove_tree(folder)  # of a killed process with our number
+    try:
+        yield folder
+    except BaseException:
+        remove_tree(folder)
+        raise
+    if folder != dst:
+        move(folder, dst)
 
 
 def _ema_words(official: Official) -> list[str]:
@@ -389,3 +400,11 @@ def _to_safetensors(dst: pathlib.Path, source: _Source, weights: str) -> list[st
     return [
         f"{dst} holds the {'raw weights' if weights == 'params' else weights.replace('ema', 'EMA')} (--weights chooses)"
     ]
+
+
+def _to_torch(src, dst: pathlib.Path, source: _Source, weights: str) -> list[str]:
+    weights = "params" if weights == "ema" and not source.official.emas else weights
+    with _whole(dst) as folder:
+        _to_safetensors(folder / "model.safetensors", source, weights)
+        torch_folder.write(folder, dst.name, source.config, source.classes, weights, src)
+    return [f"{dst} holds the weights ({weights}), sample.py for PyTorch, and README.md, a model card to complete"]

@@ -1,0 +1,1 @@
+"""A folder for PyTorch users: `modeling.py` and `sample.py` are copied into it, and run on torch alone."""

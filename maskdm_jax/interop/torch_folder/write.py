@@ -1,0 +1,125 @@
+"""What a folder for PyTorch users holds besides the weights: settings, model code, sampler, model card."""
+
+import dataclasses
+import json
+import pathlib
+
+import maskdm_jax
+from maskdm_jax.config import Config, Stage
+from maskdm_jax.errors import CheckpointError
+from maskdm_jax.storage import write_atomically
+from maskdm_jax.training import checkpoint, logs
+
+CODE = ("modeling.py", "sample.py")
+_MODEL = ("network", "patch_size", "wavelet_scale", "width", "depth", "heads", "mlp_ratio", "qv_bias", "num_classes")
+_MODEL += ("time_mlp", "jit")
+_CARD = """---
+library_name: pytorch
+tags: [diffusion]
+---
+# {title}
+
+A {network} that generates {size} x {size} images{classes}, trained with MaskDM-JAX {version} on `{images}`.
+{grid}
+## Use
+
+    pip install torch safetensors numpy pillow
+    python sample.py --n=16 --out=grid.png
+
+In Python, `modeling.from_pretrained(FOLDER)` loads the network, and `sample.generate` turns noise into images. In
+MaskDM-JAX, `maskdm_jax.load(FOLDER)` loads it.
+
+## Training
+
+| stage | steps | images per step | hidden patches | learning rate |
+|---|--:|--:|---|--:|
+{stages}
+
+The weights are {weights}. The process is `{process}` with the objective `{objective}`; `config.json` has the settings
+of the network and the sampler. The method is that of
+[Masked Diffusion Models are Fast Distribution Learners](https://arxiv.org/abs/2306.11363).
+
+## Data
+
+{data}
+
+Licence of the images and of these weights: not stated. Fill it in before you publish this folder.
+{numbers}"""
+
+
+def write(folder, title: str, config: Config, classes: list[str], weights: str, src) -> None:
+    """Add all but `model.safetensors` to a folder.
+
+    Args:
+      title: of the model card.
+      config, classes: of the network.
+      weights: ema, ema2, ... or params.
+      src: the run, checkpoint or file that they are from; the card describes it.
+    """
+    raw = dataclasses.asdict(config)
+    settings = dict(
+        data={name: raw["data"][name] for name in ("image_size", "channels")},
+        model={name: raw["model"][name] for name in _MODEL},
+        diffusion=raw["diffusion"] | dict(time_scale=1.0 if config.model.network == "jit" else 1000.0),
+        sampling=raw["sampling"],
+        classes=classes,
+    )
+    write_atomically(folder / "config.json", json.dumps(settings, indent=2).encode())
+    for name in CODE:
+        write_atomically(folder / name, pathlib.Path(__file__).with_name(name).read_bytes())
+    known = _known(src)
+    if known["grid"]:
+        write_atomically(folder / "samples.png", known["grid"].read_bytes())
+    write_atomically(folder / "README.md", _card(title, config, classes, weights, known).encode())
+
+
+def _known(src) -> dict:
+    """What a run tells besides its weights: step, data card, last evaluation, last grid of samples."""
+    try:
+        found = checkpoint.find(src)
+    except CheckpointError:  # a file
+        return dict(step=None, card={}, evaluated={}, grid=None)
+    run, step = found.parent.parent, int(found.name)
+    metrics = run / "metrics.jsonl"
+    lines = [line for line in logs.read_metrics(metrics) if line["step"] <= step] if metrics.exists() else []
+    evaluated = [line for line in lines if any(key.startswith("eval/") for key in line)]
+    grids = [path for path in (run / "samples").glob("step_*.png") if int(path.stem.removeprefix("step_")) <= step]
+    return dict(
+        step=step,
+        card=checkpoint.load_meta(found)["card"],
+        evaluated=evaluated[-1] if evaluated else {},
+        grid=max(grids, key=lambda path: path.name, default=None),
+    )
+
+
+def _card(title: str, config: Config, classes: list[str], weights: str, known: dict) -> str:
+    """The model card, in Markdown."""
+    wavelet = " on Haar coefficients" if config.model.wavelet_scale else ""
+    card = known["card"]
+    facts = {"images": f"{card['count']:,}"} if card else {}
+    facts |= {key: card[key] for key in ("source", "split") if card.get(key)} | card.get("image", {})
+    numbers = {k.removeprefix("eval/"): v for k, v in known["evaluated"].items() if k.startswith("eval/")}
+    lines = "\n".join(f"- {name}: {value:.4g}" for name, value in numbers.items())
+    return _CARD.format(
+        title=title,
+        network="JiT" if config.model.network == "jit" else f"U-ViT{wavelet}",
+        size=config.data.image_size,
+        classes=f" of {len(classes)} classes" if classes else "",
+        version=maskdm_jax.__version__,
+        images=pathlib.PurePath(config.data.path).name,
+        grid="\n![Samples](samples.png)\n" if known["grid"] else "",
+        stages="\n".join(_row(name, config.stage[name]) for name in config.stages),
+        weights={"params": "the raw ones"}.get(weights, f"the average `{weights}`")
+        + (f" of step {known['step']:,}" if known["step"] is not None else ""),
+        process=config.diffusion.process,
+        objective=config.diffusion.objective,
+        data="\n".join(f"- {name}: {value}" for name, value in facts.items()) or "Not known.",
+        numbers=f"\n## Numbers\n\nAt step {known['evaluated']['step']:,}:\n\n{lines}\n" if numbers else "",
+    )
+
+
+def _row(name: str, stage: Stage) -> str:
+    mask = stage.mask
+    hidden = {"none": "none", "crop": f"all but a window of {mask.crop} x {mask.crop}"}
+    hidden = hidden.get(mask.kind, f"{mask.rate:.0%}, {mask.kind}")
+    return f"| {name} | {stage.steps:,} | {stage.batch_size} | {hidden} | {stage.learning_rate:g} |"

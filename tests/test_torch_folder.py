@@ -1,0 +1,138 @@
+"""The folder for PyTorch users draws the same images as this project, without it."""
+
+import dataclasses
+import importlib
+import json
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+from PIL import Image
+
+import maskdm_jax
+from maskdm_jax import config as config_lib
+from maskdm_jax.build import make_network, make_sampler
+from maskdm_jax.diffusion.samplers import image_noise
+from maskdm_jax.errors import ConfigError
+from maskdm_jax.interop.convert import convert
+from maskdm_jax.interop.jit_file import positions
+from maskdm_jax.interop.names import NETWORKS
+from maskdm_jax.interop.official import write_safetensors
+from maskdm_jax.models.representation import make_representation
+
+torch = pytest.importorskip("torch")
+
+FLOW = dict(diffusion__process="flow", diffusion__objective="x0", sampling__method="heun", sampling__steps=4)
+SETTINGS = {
+    "uvit": dict(data__label_dropout=0.1, diffusion__timesteps=60, stages=("pretrain",)),
+    "wavelet": dict(model__wavelet_scale=1, model__patch_size=1, sampling__steps=5, stages=("pretrain",)),
+    "jit": FLOW | dict(model__network="jit", model__jit=dict(bottleneck=4, class_tokens=3, class_tokens_from=1)),
+}
+
+
+@pytest.fixture(scope="module", params=SETTINGS)
+def made(request, tmp_path_factory):
+    """(config, our network, its parameters, the folder)"""
+    root, config = tmp_path_factory.mktemp(request.param), tiny.config(**SETTINGS[request.param])
+    network, names = make_network(config), NETWORKS[config.model.network]
+    noisy = lambda leaf: leaf + 0.05 * jax.random.normal(jax.random.key(leaf.size), leaf.shape)  # some begin as zeros
+    params = jax.device_get(jax.tree.map(noisy, network.init(jax.random.key(1))))
+    tensors = names.state_dict(params, config.model.patch_size, config.model.wavelet_scale)
+    tensors |= {name: positions(config) for name in names.fixed}
+    noted = dict(config=config_lib.to_dict(config), stage="pretrain", classes=list("0123456789"), weights="ema")
+    write_safetensors(root / "weights.safetensors", tensors, noted)
+    convert(root / "weights.safetensors", root / "run")
+    (root / "run" / "samples").mkdir()
+    Image.new("RGB", (9, 9)).save(root / "run" / "samples" / "step_0000000.png")
+    lines = [{"step": 0, "stage": "pretrain", "eval/fd_lite0": 123.456}, {"step": 0, "loss": 0.5}]
+    (root / "run" / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    convert(root / "run", root / "folder", for_torch=True)
+    return config, network, params, root / "folder"
+
+
+@pytest.fixture
+def code(made, monkeypatch):
+    """The folder's modules, modeling and sample."""
+    monkeypatch.syspath_prepend(str(made[3]))
+    for name in ("modeling", "sample"):
+        sys.modules.pop(name, None)
+    yield importlib.import_module("modeling"), importlib.import_module("sample")
+    for name in ("modeling", "sample"):
+        sys.modules.pop(name, None)
+
+
+TRAJECTORIES = {
+    "uvit": [
+        dict(sampling__steps=37, diffusion__objective="v", sampling__eta=0.5),
+        dict(sampling__steps=7, sampling__guidance=1.5, sampling__guidance_from=0.3, sampling__guidance_to=0.8),
+        dict(sampling__method="ddpm", diffusion__schedule="linear"),
+        dict(sampling__method="dpm_solver", sampling__order=3, sampling__steps=7, diffusion__objective="x0"),
+        dict(sampling__method="dpm_solver", sampling__spacing="time_quadratic", sampling__steps=5),
+        dict(diffusion__schedule="shifted_cosine", diffusion__shift_size=256, sampling__method="dpm_solver"),
+    ],
+    "wavelet": [{}],
+    "jit": [
+        dict(sampling__guidance=0.7, data__label_dropout=0.1),
+        dict(diffusion__objective="v", sampling__method="euler"),
+        dict(sampling__method="dpm_solver", sampling__steps=6),
+        dict(diffusion__process="edm", sampling__churn=3.0),
+        dict(diffusion__process="edm", sampling__method="dpm_solver", sampling__steps=6),
+    ],
+}
+
+
+def test_same_noise_same_images(made, code):
+    config, network, params, folder = made
+    modeling, sample = code
+    model, kind = modeling.from_pretrained(folder), folder.parent.name.rstrip("0123456789")
+    space, labels = make_representation(config), np.array([1, 4, 9])
+    x, noise = image_noise(jax.random.key(5), jnp.arange(3), space.shape)
+    torched = lambda a: torch.tensor(np.asarray(a).transpose(0, 3, 1, 2))
+    for changes in TRAJECTORIES[kind]:
+        changed = tiny.config(**SETTINGS[kind] | changes)
+        ours = jax.jit(lambda params, x, c=changed: space.decode(make_sampler(c, network)(params, x, noise, labels)))
+        model.config["diffusion"] |= dataclasses.asdict(changed.diffusion)
+        settings = dataclasses.asdict(changed.sampling)
+        theirs = sample.generate(model, torched(x), lambda i: torched(noise(i)), torch.tensor(labels), **settings)
+        ours = np.asarray(ours(params, x)).astype(int)
+        assert ours.std() > 10
+        assert np.abs(ours - theirs).max() <= 1, changes
+
+
+def test_it_comes_back(made):
+    config, _, params, folder = made
+    loaded = maskdm_jax.load(folder)
+    assert loaded.config == config
+    jax.tree.map(np.testing.assert_array_equal, loaded.params, params)
+    with pytest.raises(ConfigError, match="exists already"):
+        convert(folder.parent / "run", folder, for_torch=True)
+
+
+@pytest.mark.parametrize("made", ["uvit"], indirect=True)
+def test_it_runs_on_torch_alone(made, child_env):
+    folder = made[3]
+    blocked = ("jax", "flax", "maskdm_jax", "ml_collections", "orbax", "scipy")
+    start = f"import sys; sys.modules |= dict.fromkeys({blocked}); sys.argv = sys.argv[1:]; "
+    start += "import runpy; sys.path.insert(0, '.'); runpy.run_path(sys.argv[0], run_name='__main__')"
+    command = [sys.executable, "-c", start, "sample.py", "--n=5", "--steps=2", "--labels=3,7", "--seed=1"]
+    done = subprocess.run(command, cwd=folder, env=child_env, capture_output=True, text=True)
+    assert done.stdout == "5 images in samples.png\n", done.stderr
+    with Image.open(folder / "samples.png") as grid:
+        assert grid.size == (24, 16)
+    done = subprocess.run([*command, "--labels=ten"], cwd=folder, env=child_env, capture_output=True, text=True)
+    assert "unknown labels ['ten']; the classes are" in done.stderr
+
+
+@pytest.mark.parametrize("made", ["jit"], indirect=True)
+def test_card(made):
+    card = (made[3] / "README.md").read_text()
+    assert "![Samples](samples.png)" in card
+    assert "| pretrain | 4 | 8 | 50%, patch | 0.001 |" in card
+    assert "- fd_lite0: 123.5" in card
+    assert "of 10 classes" in card
+    assert "A JiT that generates" in card
+    assert "Licence of the images and of these weights: not stated." in card
