@@ -1,9 +1,6 @@
 """One HTML page about an evaluation: numbers, samples, their nearest neighbours, curves, cards. It loads nothing."""
 
-import base64
-import datetime
 import html
-import io
 import json
 import math
 import pathlib
@@ -12,11 +9,10 @@ import numpy as np
 from matplotlib.figure import Figure
 from PIL import Image
 
-import maskdm_jax
 from maskdm_jax.data.images import sample_grid, to_pil
 from maskdm_jax.evaluation.features import ImageSet
 from maskdm_jax.evaluation.metrics import METRICS
-from maskdm_jax.storage import write_atomically
+from maskdm_jax.evaluation.page import img, plot, png, style_axis, write_page
 from maskdm_jax.training import logs
 
 NEIGHBOURS = 8  # shown for each sample
@@ -52,16 +48,8 @@ def write_report(path, result: dict, reference: ImageSet, samples: ImageSet, *, 
     if result["made_by"].get("checkpoint"):
         checkpoint = pathlib.PurePosixPath(result["made_by"]["checkpoint"])
         title = f"{checkpoint.parent.parent.name}, step {checkpoint.name}"
-    when = datetime.datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z")
-    page = _PAGE.format(
-        title=html.escape(title),
-        subtitle=html.escape(f"{result['n']:,} samples against {_reference_text(result)}"),
-        body="\n".join(filter(None, sections)),
-        footer=html.escape(f"maskdm-jax {maskdm_jax.__version__}, {when}"),
-        command=f"<pre>{html.escape(command)}</pre>" if command else "",
-        style=_STYLE,
-    )
-    write_atomically(path, page.encode("utf-8", "replace"))
+    subtitle = f"{result['n']:,} samples against {_reference_text(result)}"
+    write_page(path, title, subtitle, sections, command)
 
 
 def nearest(features: np.ndarray, reference: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
@@ -141,12 +129,10 @@ def _training(run) -> str:
     figure = draw_curves(lines)
     if figure is None:
         return ""
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=160, transparent=True)
     stages = {str(line["stage"]): line["step"] for line in lines if "stage" in line}
     ends = ", ".join(f"{html.escape(name)} to step {step:,}" for name, step in stages.items())
     note = f'<p class="note">By step. Stages: {ends}.</p>' if ends else ""
-    return f"<h2>Training</h2>{note}{_image(buffer.getvalue(), 'curves of the training')}"
+    return f"<h2>Training</h2>{note}{img(plot(figure), 'curves of the training')}"
 
 
 def draw_curves(lines: list[dict]) -> Figure | None:
@@ -170,21 +156,8 @@ def draw_curves(lines: list[dict]) -> Figure | None:
         title, scale = _CURVES[key]
         axis = figure.add_subplot(rows, 2, i)
         axis.plot(*points.T, color="#3b82c4", linewidth=1.4, marker="o" if len(points) < 30 else "", markersize=4)
-        axis.set_title(title, loc="left", fontsize=11, color=_GREY)
-        if scale == "log" and points[:, 1].min() > 0:
-            axis.set_yscale("log")
-            label = lambda y, _: f"{y:g}" if f"{y:e}"[0] in "125" else ""
-            axis.yaxis.set_major_formatter(label)
-            axis.yaxis.set_minor_formatter(label)
-        axis.grid(axis="y", color=_GREY, alpha=0.25)
-        axis.tick_params(which="both", colors=_GREY, labelsize=9)
-        axis.xaxis.set_major_formatter(lambda step, _: f"{step:,.0f}")
-        axis.spines[["top", "right", "left"]].set_visible(False)
-        axis.spines["bottom"].set_color(_GREY)
+        style_axis(axis, title, log=scale == "log" and points[:, 1].min() > 0)
     return figure
-
-
-_GREY = "#808790"  # legible on the white page and on the dark one
 
 
 def _is_number(value) -> bool:
@@ -222,11 +195,11 @@ def _grid(images, columns: int) -> str:
     """A grid of images; those that are not of its square size are fitted into squares."""
     side = max(32, min(128, max(image.shape[0] for image in images)))
     fitted = np.stack([np.asarray(_square(image, side)) for image in images])
-    return _image(_png(sample_grid(fitted, columns)), "grid", 2 * columns * side)
+    return img(png(sample_grid(fitted, columns)), "grid", 2 * columns * side)
 
 
 def _tile(image: np.ndarray) -> str:
-    return _image(_png(_square(image, 96 if image.shape[0] <= 96 else 128)), "image of a row", 96)
+    return img(png(_square(image, 96 if image.shape[0] <= 96 else 128)), "image of a row", 96)
 
 
 def _square(image: np.ndarray, side: int) -> Image.Image:
@@ -237,66 +210,3 @@ def _square(image: np.ndarray, side: int) -> Image.Image:
     page = Image.new("RGB", (side, side), "white")
     page.paste(picture, ((side - picture.width) // 2, (side - picture.height) // 2))
     return page
-
-
-def _png(picture: Image.Image) -> bytes:
-    buffer = io.BytesIO()
-    picture.save(buffer, "PNG", optimize=True)
-    return buffer.getvalue()
-
-
-def _image(png: bytes, alt: str, width: int = 1120) -> str:
-    """An <img> with its data in the page, at most `width` pixels wide."""
-    data = base64.b64encode(png).decode()
-    return f'<img alt="{alt}" style="max-width: min(100%, {width}px)" src="data:image/png;base64,{data}">'
-
-
-_STYLE = """
-:root { --page: #fff; --ink: #1a1c1f; --soft: #676d76; --line: #e2e5e9; --tint: #f5f6f8; }
-@media (prefers-color-scheme: dark) {
-  :root { --page: #16181b; --ink: #e8eaed; --soft: #9aa1ab; --line: #30343a; --tint: #1f2226; }
-}
-body { background: var(--page); color: var(--ink); font: 16px/1.5 system-ui, sans-serif; margin: 0 auto;
-  max-width: 1120px; padding: 40px 24px 64px; overflow-wrap: anywhere; }
-h1 { font-size: 30px; line-height: 1.2; margin: 0 0 4px; }
-h2 { font-size: 20px; margin: 44px 0 8px; }
-.subtitle, .note, footer, summary, i { color: var(--soft); font-style: normal; }
-.note { font-size: 14px; margin: 6px 0 14px; max-width: 80ch; }
-.tiles { display: flex; flex-wrap: wrap; gap: 14px; margin-top: 28px; }
-.tile { background: var(--tint); border-radius: 10px; flex: 1 1 110px; max-width: 240px; padding: 16px 20px; }
-.tile b { display: block; font-size: 34px; line-height: 1.15; }
-.tile span { display: block; }
-i { font-size: 13px; }
-.pair { display: grid; gap: 24px; grid-template-columns: repeat(auto-fit, minmax(min(100%, 440px), 1fr)); }
-figure { margin: 0; }
-figcaption { font-weight: 600; margin-bottom: 6px; }
-img { border-radius: 4px; display: block; width: 100%; }
-.scroll { overflow-x: auto; }
-table { border-collapse: collapse; }
-.near td { padding: 4px; text-align: center; vertical-align: top; }
-.near img { width: 96px; }
-.near .first { border-right: 2px solid var(--line); padding-right: 12px; }
-.near .first + td { padding-left: 12px; }
-.cards { font-size: 14px; width: 100%; }
-.cards th, .cards td { border-bottom: 1px solid var(--line); padding: 7px 14px 7px 0; text-align: left; }
-.cards tr > th:first-child { color: var(--soft); font-weight: 400; white-space: nowrap; }
-pre { background: var(--tint); border-radius: 8px; font-size: 13px; padding: 12px 14px; white-space: pre-wrap; }
-footer { border-top: 1px solid var(--line); font-size: 14px; margin-top: 48px; padding-top: 14px; }
-"""
-
-_PAGE = """<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{title}</title>
-<style>{style}</style>
-</head>
-<body>
-<h1>{title}</h1>
-<p class="subtitle">{subtitle}</p>
-{body}
-<footer>{footer}{command}</footer>
-</body>
-</html>
-"""
