@@ -2,13 +2,16 @@
 
 import dataclasses
 import functools
+import io
 import json
 import os
 import runpy
 import shlex
 import subprocess
 import sys
+import tarfile
 import types
+import zipfile
 
 import jax
 import jax.numpy as jnp
@@ -399,6 +402,26 @@ def test_the_study_of_processes_is_planned(root, monkeypatch):
     assert kinds == {(network, process) for network in ("uvit", "jit") for process in ("ddpm", "flow", "edm")}
     for run in runs:
         make_sampler(run.phases[0].config, make_network(run.phases[0].config))
+
+
+def test_emoji_archive(root, child_env, tmp_path):
+    """From a package with two emoji, one of which has a variation."""
+    emoji = [dict(image="a.png", category="People & Body", skin_variations={"1": dict(image="b.png")})]
+    emoji.append(dict(image="c.png", category="Flags"))
+    red = io.BytesIO()
+    Image.fromarray(np.array([[[255, 0, 0, 128], [0, 0, 0, 0]]], np.uint8)).save(red, "PNG")
+    files = {"emoji.json": json.dumps(emoji).encode()} | {f"img/google/64/{n}.png": red.getvalue() for n in "abc"}
+    with tarfile.open(tmp_path / "package.tgz", "w:gz") as package:
+        for name, content in files.items():
+            entry = tarfile.TarInfo(f"package/{name}")
+            entry.size = len(content)
+            package.addfile(entry, io.BytesIO(content))
+    args = [f"--package={tmp_path / 'package.tgz'}", f"--out={tmp_path / 'set.zip'}"]
+    subprocess.run([sys.executable, root / "experiments" / "emoji.py", *args], env=child_env, check=True)
+    with zipfile.ZipFile(tmp_path / "set.zip") as archive:
+        assert archive.namelist() == ["people_body/a.png", "people_body/b.png", "flags/c.png"]
+        with Image.open(archive.open("flags/c.png")) as image:
+            assert np.asarray(image).tolist() == [[[255, 127, 127], [255, 255, 255]]]
 
 
 def test_swiss_roll(root, child_env, tmp_path):

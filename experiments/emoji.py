@@ -1,0 +1,47 @@
+"""Build the emoji archives of the studies from public packages:
+
+    npm pack emoji-datasource-google@16.0.0 emoji-datasource-twitter@16.0.0
+    python experiments/emoji.py --package=emoji-datasource-google-16.0.0.tgz --out=emoji64_noto.zip
+    python experiments/emoji.py --package=emoji-datasource-twitter-16.0.0.tgz --out=emoji64_twemoji.zip
+
+An archive holds 3,786 RGB images of 64 x 64 pixels on white, CLASS/CODEPOINTS.png, with ten classes. The images are
+Noto Emoji (Google, Apache-2.0) and Twemoji (Twitter and others, CC BY 4.0); the packages are of emoji-data (MIT).
+"""
+
+import io
+import json
+import tarfile
+import zipfile
+
+from absl import app, flags
+from PIL import Image
+
+PACKAGE = flags.DEFINE_string("package", None, "A package emoji-datasource-MAKER-VERSION.tgz.", required=True)
+OUT = flags.DEFINE_string("out", None, "The archive to write.", required=True)
+
+
+def main(_):
+    with tarfile.open(PACKAGE.value) as package, zipfile.ZipFile(OUT.value, "w") as archive:
+        folder = next(name for name in package.getnames() if name.endswith(".png") and "/64/" in name).rpartition("/")[
+            0
+        ]
+        for emoji in json.load(package.extractfile("package/emoji.json")):
+            label = emoji["category"].lower().replace(" & ", "_").replace(" ", "_")
+            for image in (emoji, *emoji.get("skin_variations", {}).values()):
+                png = on_white(package.extractfile(f"{folder}/{image['image']}"))
+                archive.writestr(zipfile.ZipInfo(f"{label}/{image['image']}", (2024, 1, 1, 0, 0, 0)), png)
+    print(f"{OUT.value} holds {len(zipfile.ZipFile(OUT.value).namelist())} images")
+
+
+def on_white(file) -> bytes:
+    """A PNG on white, RGB."""
+    image = Image.open(file).convert("RGBA")
+    page = Image.new("RGBA", image.size, "white")
+    page.alpha_composite(image)
+    content = io.BytesIO()
+    page.convert("RGB").save(content, "PNG", optimize=True)
+    return content.getvalue()
+
+
+if __name__ == "__main__":
+    app.run(main)
