@@ -22,11 +22,13 @@ from maskdm_jax.interop.convert import convert
 from maskdm_jax.interop.jit_file import positions
 from maskdm_jax.interop.names import NETWORKS
 from maskdm_jax.interop.official import write_safetensors
+from maskdm_jax.interop.torch_folder import write
 from maskdm_jax.models.representation import make_representation
 
 torch = pytest.importorskip("torch")
 
 FLOW = dict(diffusion__process="flow", diffusion__objective="x0", sampling__method="heun", sampling__steps=4)
+FLOW |= dict(data__label_dropout=0.1)
 SETTINGS = {
     "uvit": dict(data__label_dropout=0.1, diffusion__timesteps=60, stages=("pretrain",)),
     "wavelet": dict(model__wavelet_scale=1, model__patch_size=1, sampling__steps=5, stages=("pretrain",)),
@@ -76,7 +78,7 @@ TRAJECTORIES = {
     ],
     "wavelet": [{}],
     "jit": [
-        dict(sampling__guidance=0.7, data__label_dropout=0.1),
+        dict(sampling__guidance=0.7),
         dict(diffusion__objective="v", sampling__method="euler"),
         dict(sampling__method="dpm_solver", sampling__steps=6),
         dict(diffusion__process="edm", sampling__churn=3.0),
@@ -97,10 +99,31 @@ def test_same_noise_same_images(made, code):
         ours = jax.jit(lambda params, x, c=changed: space.decode(make_sampler(c, network)(params, x, noise, labels)))
         model.config["diffusion"] |= dataclasses.asdict(changed.diffusion)
         settings = dataclasses.asdict(changed.sampling)
-        theirs = sample.generate(model, torched(x), lambda i: torched(noise(i)), torch.tensor(labels), **settings)
+        theirs = sample.from_noise(model, torched(x), lambda i: torched(noise(i)), torch.tensor(labels), **settings)
         ours = np.asarray(ours(params, x)).astype(int)
         assert ours.std() > 10
         assert np.abs(ours - theirs).max() <= 1, changes
+
+
+def test_generate(made, code):
+    modeling, sample = code
+    model = modeling.from_pretrained(made[3])
+    images = sample.generate(model, 5, labels=[3, "7"], seed=2, steps=2, batch_size=2)
+    np.testing.assert_array_equal(images[:3], sample.generate(model, 3, labels=[3, 7], seed=2, steps=2, batch_size=1))
+    method = "heun" if model.config["diffusion"]["process"] == "ddpm" else "ddim"
+    for changes, message in (
+        (dict(step=2), r"unknown settings \['step'\]; there are"),
+        (dict(method=method), f"method is '{method}'; the process"),
+        (dict(steps=0), "steps is 0; it must be 1 to"),
+        (dict(labels=["ten"]), r"unknown labels \['ten'\]; the classes are"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            sample.generate(model, 1, **changes)
+    model.config |= dict(guidable=False, classes=[])
+    with pytest.raises(ValueError, match="guidance needs a network"):
+        sample.generate(model, 1, guidance=1.0)
+    with pytest.raises(ValueError, match="the network has no classes"):
+        sample.generate(model, 1, labels=[1])
 
 
 def test_it_comes_back(made):
@@ -118,10 +141,10 @@ def test_it_runs_on_torch_alone(made, child_env):
     blocked = ("jax", "flax", "maskdm_jax", "ml_collections", "orbax", "scipy")
     start = f"import sys; sys.modules |= dict.fromkeys({blocked}); sys.argv = sys.argv[1:]; "
     start += "import runpy; sys.path.insert(0, '.'); runpy.run_path(sys.argv[0], run_name='__main__')"
-    command = [sys.executable, "-c", start, "sample.py", "--n=5", "--steps=2", "--labels=3,7", "--seed=1"]
+    command = [sys.executable, "-c", start, "sample.py", "--n=5", "--steps=2", "--labels=3,7"]
     done = subprocess.run(command, cwd=folder, env=child_env, capture_output=True, text=True)
-    assert done.stdout == "5 images in samples.png\n", done.stderr
-    with Image.open(folder / "samples.png") as grid:
+    assert done.stdout == "5 images in grid.png\n", done.stderr
+    with Image.open(folder / "grid.png") as grid:
         assert grid.size == (24, 16)
     done = subprocess.run([*command, "--labels=ten"], cwd=folder, env=child_env, capture_output=True, text=True)
     assert "unknown labels ['ten']; the classes are" in done.stderr
@@ -131,8 +154,13 @@ def test_it_runs_on_torch_alone(made, child_env):
 def test_card(made):
     card = (made[3] / "README.md").read_text()
     assert "![Samples](samples.png)" in card
-    assert "| pretrain | 4 | 8 | 50%, patch | 0.001 |" in card
+    assert "trained on `digits` by MaskDM-JAX" in card
     assert "- fd_lite0: 123.5" in card
     assert "of 10 classes" in card
     assert "A JiT that generates" in card
+    table = write._stages(tiny.config(), 5)
+    assert table.splitlines()[2:] == [
+        "| pretrain | 4 | 8 | 50%, patch | 0.001 |",
+        "| finetune | 1 | 8 | none | 0.001 |",
+    ]
     assert "Licence of the images and of these weights: not stated." in card

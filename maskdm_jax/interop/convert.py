@@ -239,7 +239,7 @@ def _settle_config(source: _Source, path: pathlib.Path, flags: dict, given: Conf
 def _config_of(official: Official, shown: dict, flags: dict) -> Config:
     """A config with all that the file shows; the rest (data, batch, mask) has the defaults."""
     c = config_lib.default()
-    c.data.path, c.data.labels = "unknown", shown["model.num_classes"] > 0
+    c.data.path, c.data.labels = torch_folder.UNKNOWN, shown["model.num_classes"] > 0
     c.stages, c.stage = ("stage",), config_lib.stage(steps=max(official.step, 1))
     c.stage.more_ema_decays = (c.stage.ema_decay,) * len(official.emas[1:])
     if official.group:

@@ -5,7 +5,7 @@ import json
 import pathlib
 
 import maskdm_jax
-from maskdm_jax.config import Config, Stage
+from maskdm_jax.config import Config
 from maskdm_jax.errors import CheckpointError
 from maskdm_jax.storage import write_atomically
 from maskdm_jax.training import checkpoint, logs
@@ -13,13 +13,15 @@ from maskdm_jax.training import checkpoint, logs
 CODE = ("modeling.py", "sample.py")
 _MODEL = ("network", "patch_size", "wavelet_scale", "width", "depth", "heads", "mlp_ratio", "qv_bias", "num_classes")
 _MODEL += ("time_mlp", "jit")
+UNKNOWN = "unknown"  # path of the data of a run that was converted from a file which does not say
+UNTOLD = "Not known: the weights come from a file that does not say."
 _CARD = """---
 library_name: pytorch
 tags: [diffusion]
 ---
 # {title}
 
-A {network} that generates {size} x {size} images{classes}, trained with MaskDM-JAX {version} on `{images}`.
+A {network} that generates {size} x {size} images{classes}, {trained} MaskDM-JAX {version}.
 {grid}
 ## Use
 
@@ -31,9 +33,7 @@ MaskDM-JAX, `maskdm_jax.load(FOLDER)` loads it.
 
 ## Training
 
-| stage | steps | images per step | hidden patches | learning rate |
-|---|--:|--:|---|--:|
-{stages}
+{training}
 
 The weights are {weights}. The process is `{process}` with the objective `{objective}`; `config.json` has the settings
 of the network and the sampler. The method is that of
@@ -63,6 +63,7 @@ def write(folder, title: str, config: Config, classes: list[str], weights: str, 
         diffusion=raw["diffusion"] | dict(time_scale=1.0 if config.model.network == "jit" else 1000.0),
         sampling=raw["sampling"],
         classes=classes,
+        guidable=bool(config.data.label_dropout or config.init_from or config.data.path == UNKNOWN),
     )
     write_atomically(folder / "config.json", json.dumps(settings, indent=2).encode())
     for name in CODE:
@@ -95,7 +96,7 @@ def _known(src) -> dict:
 def _card(title: str, config: Config, classes: list[str], weights: str, known: dict) -> str:
     """The model card, in Markdown."""
     wavelet = " on Haar coefficients" if config.model.wavelet_scale else ""
-    card = known["card"]
+    card, unknown = known["card"], config.data.path == UNKNOWN
     facts = {"images": f"{card['count']:,}"} if card else {}
     facts |= {key: card[key] for key in ("source", "split") if card.get(key)} | card.get("image", {})
     numbers = {k.removeprefix("eval/"): v for k, v in known["evaluated"].items() if k.startswith("eval/")}
@@ -106,9 +107,9 @@ def _card(title: str, config: Config, classes: list[str], weights: str, known: d
         size=config.data.image_size,
         classes=f" of {len(classes)} classes" if classes else "",
         version=maskdm_jax.__version__,
-        images=pathlib.PurePath(config.data.path).name,
+        trained="converted by" if unknown else f"trained on `{pathlib.PurePath(config.data.path).name}` by",
         grid="\n![Samples](samples.png)\n" if known["grid"] else "",
-        stages="\n".join(_row(name, config.stage[name]) for name in config.stages),
+        training=UNTOLD if unknown else _stages(config, known["step"]),
         weights={"params": "the raw ones"}.get(weights, f"the average `{weights}`")
         + (f" of step {known['step']:,}" if known["step"] is not None else ""),
         process=config.diffusion.process,
@@ -118,8 +119,17 @@ def _card(title: str, config: Config, classes: list[str], weights: str, known: d
     )
 
 
-def _row(name: str, stage: Stage) -> str:
-    mask = stage.mask
-    hidden = {"none": "none", "crop": f"all but a window of {mask.crop} x {mask.crop}"}
-    hidden = hidden.get(mask.kind, f"{mask.rate:.0%}, {mask.kind}")
-    return f"| {name} | {stage.steps:,} | {stage.batch_size} | {hidden} | {stage.learning_rate:g} |"
+def _stages(config: Config, step: int | None) -> str:
+    """A table of the stages that the weights have seen; step: of the run, None if all are done."""
+    rows = ["| stage | steps | images per step | hidden patches | learning rate |", "|---|--:|--:|---|--:|"]
+    for name in config.stages:
+        stage = config.stage[name]
+        done = stage.steps if step is None else min(step, stage.steps)
+        if not done:
+            break
+        step = None if step is None else step - done
+        mask = stage.mask
+        hidden = {"none": "none", "crop": f"all but a window of {mask.crop} x {mask.crop}"}
+        hidden = hidden.get(mask.kind, f"{mask.rate:.0%}, {mask.kind}")
+        rows.append(f"| {name} | {done:,} | {stage.batch_size} | {hidden} | {stage.learning_rate:g} |")
+    return "\n".join(rows)
