@@ -2,8 +2,9 @@
 
     python benchmarks/recipe_costs.py --json=costs.jsonl > table.md
 
-Compiles the programs of each config and topology that the file lacks, in a minute or two each, and then prints the
-table. Sampling is compiled for the first topology only. Needs libtpu: pip install -e ".[tpu]".
+Compiles the programs of each config and topology that the file lacks, in one to five minutes each, and then prints the
+table. Sampling is compiled for the first topology only, and once for recipes that sample alike. Needs libtpu:
+pip install -e ".[tpu]".
 """
 
 import json
@@ -29,8 +30,8 @@ def main(_):
     with runtime.program(distributed=False):
         for config in configs:
             for topology in TOPOLOGIES.value:
-                if not any((row["config"], row["topology"]) == (config, topology) for row in rows()):
-                    add(config, topology, SAMPLES.value if topology == TOPOLOGIES.value[0] else 0)
+                samples = SAMPLES.value if topology == TOPOLOGIES.value[0] and is_first(config, configs) else 0
+                add(config, topology, samples)
     print(table([row for row in rows() if row["config"] in configs and row["topology"] in TOPOLOGIES.value]))
 
 
@@ -40,19 +41,31 @@ def rows() -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
+def read(name: str):
+    """The settings of a recipe."""
+    from maskdm_jax import config as config_lib
+
+    return config_lib.parse(runpy.run_path(str(ROOT / "configs" / f"{name}.py"))["get_config"]())
+
+
+def is_first(name: str, names: list[str]) -> bool:
+    """Whether no recipe before this one samples as it does."""
+    about = lambda c: (c.model, c.diffusion, c.sampling, c.data.image_size, c.data.channels)
+    return not any(about(read(name)) == about(read(other)) for other in names[: names.index(name)])
+
+
 def add(name: str, topology: str, samples: int) -> None:
-    """Compile the programs of a config, and append a row for each to the file."""
+    """Compile the programs of a config that the file lacks, and append a row for each to the file."""
     import jax
     import roofline
 
-    from maskdm_jax import config as config_lib
     from maskdm_jax.errors import CostError
     from maskdm_jax.tools import cost
 
     if topology != "local":
         jax.config.update("jax_platforms", "cpu")
         jax.config.update("jax_enable_compilation_cache", False)  # programs for absent chips cannot be read back
-    config = config_lib.parse(runpy.run_path(str(ROOT / "configs" / f"{name}.py"))["get_config"]())
+    config = read(name)
     devices = cost.topology_devices(topology)
     programs = {}  # name -> (images, function that compiles)
     for stage in config.stages:
@@ -62,6 +75,8 @@ def add(name: str, topology: str, samples: int) -> None:
         programs["sampling"] = samples * len(devices), lambda: roofline.sampling(config, devices, samples)
     for program, (batch, compile_it) in programs.items():
         row = dict(config=name, topology=topology, stage=program, batch=batch)
+        if any(row.items() <= other.items() for other in rows()):
+            continue
         try:
             row |= numbers(compile_it())
             over = row["hbm_bytes"] / row["least_hbm_bytes"]

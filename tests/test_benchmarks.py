@@ -106,7 +106,7 @@ def test_recipe_costs(root, child_env, tmp_path):
     rows = [row, row | dict(stage="finetune", fits=False)]
     (tmp_path / "costs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     args = [sys.executable, str(root / "benchmarks" / "recipe_costs.py"), f"--json={tmp_path / 'costs.jsonl'}"]
-    args += ["--configs=demo", "--topologies=v5e:4x4"]
+    args += ["--configs=demo", "--topologies=v5e:4x4", "--samples=0"]
     done = subprocess.run(args, env=child_env, capture_output=True, text=True, timeout=100, check=True)
     assert "| demo | pretrain | v5e:4x4 | 64 | 1.00 | 5.00 | 3.0 | 7 | 4.0 (HBM) | 16,000 |" in done.stdout
     assert "| demo | finetune | v5e:4x4 | 64 | does not fit |" in done.stdout
