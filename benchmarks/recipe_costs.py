@@ -7,6 +7,7 @@ table. Sampling is compiled for the first topology only, and once for recipes th
 pip install -e ".[tpu]".
 """
 
+import functools
 import json
 import pathlib
 import runpy
@@ -66,17 +67,18 @@ def add(name: str, topology: str, samples: int) -> None:
         jax.config.update("jax_platforms", "cpu")
         jax.config.update("jax_enable_compilation_cache", False)  # programs for absent chips cannot be read back
     config = read(name)
-    devices = cost.topology_devices(topology)
-    programs = {}  # name -> (images, function that compiles)
-    for stage in config.stages:
-        batch = cost.round_up_batch(config, stage, len(devices))
-        programs[stage] = batch, lambda stage=stage, n=batch: roofline.training_step(config, stage, devices, n)
-    if samples:
-        programs["sampling"] = samples * len(devices), lambda: roofline.sampling(config, devices, samples)
-    for program, (batch, compile_it) in programs.items():
-        row = dict(config=name, topology=topology, stage=program, batch=batch)
-        if any(row.items() <= other.items() for other in rows()):
+    known = {row["stage"] for row in rows() if (row["config"], row["topology"]) == (name, topology)}
+    for program in [*config.stages, *["sampling"] * bool(samples)]:
+        if program in known:
             continue
+        devices = cost.topology_devices(topology)
+        batch = samples * len(devices)
+        if program == "sampling":
+            compile_it = functools.partial(roofline.sampling, config, devices, samples)
+        else:
+            batch = cost.round_up_batch(config, program, len(devices))
+            compile_it = functools.partial(roofline.training_step, config, program, devices, batch)
+        row = dict(config=name, topology=topology, stage=program, batch=batch)
         try:
             row |= numbers(compile_it())
             over = row["hbm_bytes"] / row["least_hbm_bytes"]
