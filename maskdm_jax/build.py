@@ -76,17 +76,21 @@ def _network(model: Model, image_size: int, channels: int, remat: bool) -> Netwo
             raise ConfigError("a stage's remat must be False for a network of one's own, which can use jax.checkpoint")
         return _own_network(model, image_size, channels, dtype)
     fields = dataclasses.asdict(model) | dict(image_size=image_size, channels=channels, remat=remat, dtype=dtype)
+    fields |= dict(outer=model.outer_blocks, mask_token=model.returning == "token")
     return _from_nnx(NETWORKS[model.network](fields), dtype)
+
+
+NOT_PASSED = {"network", "wavelet_scale", "jit", "outer_blocks", "returning"}  # to a network under these names
 
 
 def _uvit(fields: dict):
     kind, scale = (WaveletUViT, dict(scale=fields["wavelet_scale"])) if fields["wavelet_scale"] else (UViT, {})
-    names = fields.keys() - {"network", "wavelet_scale", "jit"}
+    names = fields.keys() - NOT_PASSED
     return functools.partial(kind, **{name: fields[name] for name in names}, **scale)
 
 
 def _jit(fields: dict):
-    names = fields.keys() - {"network", "wavelet_scale", "jit", "qv_bias", "time_mlp"}
+    names = fields.keys() - NOT_PASSED - {"qv_bias", "time_mlp"}
     return functools.partial(JiT, **{name: fields[name] for name in names}, **fields["jit"])
 
 
@@ -190,14 +194,39 @@ def make_sampler(config: Config, network: Network):
             able = " or ".join(name for name, other in fitting.items() if other.starts_anywhere)
             raise SamplingError(f"{settings.method} starts from pure noise only; use {able}")
 
-        def predict(x, t, labels=labels):
+        def predict(x, t):
             return network.apply(params, *process.told(x, t), labels)
 
+        def weak(x, t):
+            return network.apply(params, *process.told(x, t), *WEAK[settings.weak](config, labels, len(x)))
+
         if settings.guidance:
-            predict = samplers.guided(predict, functools.partial(predict, labels=None), _guidance(settings, process))
+            predict = samplers.guided(predict, weak, _guidance(settings, process))
         return sampler.run(settings, predict, x, noise, process, start=start, clip=clip)
 
     return sample
+
+
+def _sparse(config: Config, labels, n: int):
+    """The same patches sleep in all images and steps, so that the guidance does not flicker."""
+    plans = [masking.make_plan("patch", grid, rate=config.sampling.weak_rate) for grid in grids(config)]
+    awake = [masking.sample_positions(plan, jax.random.key(i)) for i, plan in enumerate(plans)]
+    return labels, _by_band(config, [jnp.broadcast_to(positions, (n, len(positions))) for positions in awake])
+
+
+def _shallow(config: Config, labels, n: int):
+    return labels, _by_band(config, [jnp.zeros((n, 0), "int32") for _ in grids(config)])
+
+
+def _by_band(config: Config, positions: list):
+    return tuple(positions) if config.model.wavelet_scale else positions[0]
+
+
+WEAK = {  # by `config.sampling.weak`: (config, labels, images) -> labels and positions of the weak prediction
+    "unlabelled": lambda config, labels, n: (None, None),  # classifier-free guidance (Ho & Salimans 2022)
+    "shallow": _shallow,  # without the inner blocks: path-drop guidance (SPRINT)
+    "sparse": _sparse,  # fewer patches awake: sparse guidance
+}
 
 
 def _guidance(settings: Sampling, process: Process):

@@ -106,6 +106,8 @@ class Model:
     time_mlp: bool = False  # pass the time embedding through an MLP
     jit: Jit = Jit()
     dtype: Dtype = "auto"  # of the computation; auto: bfloat16 on TPUs and GPUs, float32 on CPU
+    outer_blocks: Natural = 0  # k: hidden patches sleep through all but k blocks at either end; 0: they are left out
+    returning: typing.Annotated[str, _one_of("itself", "token")] = "itself"  # what comes back after the sleep
     attention: typing.Annotated[str, _key_of("models.ops.attention", "KERNELS")] = "auto"  # auto: by platform
 
 
@@ -153,7 +155,7 @@ class Mask:
 
     kind: typing.Annotated[str, _key_of("diffusion.masking", "KINDS")] = "none"
     rate: float = 0.0  # hidden share, for patch and block
-    block: int = 1  # side in patches, for block
+    block: int = 1  # side in patches, for block and strided
     crop: int = 1  # side in patches of the visible window, for crop
     tile: int = 0  # round visible patches up to fill tiles of this many tokens, such as 128; 0: no rounding
 
@@ -189,7 +191,9 @@ class Sampling:
     eta: typing.Annotated[float, Rule(lambda value: 0 <= value <= 1, "0 (deterministic) to 1")] = 1.0  # of ddim
     order: typing.Annotated[int, _one_of(1, 2, 3)] = 2  # of dpm_solver
     spacing: typing.Annotated[str, _key_of("diffusion.samplers", "DPM_SPACINGS")] = "log_snr"  # of dpm_solver's steps
-    guidance: NonNegative = 0.0  # weight w of classifier-free guidance, (1 + w) labelled - w unlabelled; 0: off
+    guidance: NonNegative = 0.0  # weight w of guidance, (1 + w) prediction - w weak prediction; 0: off
+    weak: typing.Annotated[str, _key_of("build", "WEAK")] = "unlabelled"  # the prediction that guidance leads away from
+    weak_rate: Fraction = 0.5  # share of the patches that sleep in the weak prediction `sparse`
     guidance_from: Probability = 0.0  # part of the way from noise (0) to image (1) in which guidance acts
     guidance_to: Probability = 1.0
     churn: NonNegative = 0.0  # of heun and euler with edm: noise added per step, S_churn; 0: none
@@ -283,6 +287,11 @@ def patch(rate: float) -> dict:
 def block(rate: float, block: int) -> dict:
     """A mask that hides a share `rate` of the patches, in blocks of block x block."""
     return dataclasses.asdict(Mask("block", rate=rate, block=block))
+
+
+def strided(block: int) -> dict:
+    """A mask that shows one patch of each group of block x block."""
+    return dataclasses.asdict(Mask("strided", block=block))
 
 
 def crop(side: int) -> dict:
@@ -417,12 +426,16 @@ def _check_model(config: Config) -> None:
         _need(
             model.jit.class_tokens_from < model.depth, "model.jit.class_tokens_from", model.jit.class_tokens_from, later
         )
+    if model.outer_blocks and _names_a_file(model.network):
+        raise ConfigError("config.model.outer_blocks must be 0 for a network of one's own")
+    if model.returning == "token" and not model.outer_blocks:
+        raise ConfigError("config.model.returning is 'token', but no patch sleeps: config.model.outer_blocks is 0")
     _need(int(model.mlp_ratio * model.width) >= 1, "model.mlp_ratio", model.mlp_ratio, "larger")
 
 
 def _check_labels(config: Config) -> None:
     data, model, guidance = config.data, config.model, config.sampling.guidance
-    if model.wavelet_scale and (data.label_dropout or guidance):
+    if model.wavelet_scale and (data.label_dropout or (guidance and config.sampling.weak == "unlabelled")):
         raise ConfigError(
             "a wavelet model (config.model.wavelet_scale) has no token for 'no label', as in the reference; set "
             "config.data.label_dropout and config.sampling.guidance to 0"
@@ -437,8 +450,11 @@ def _check_labels(config: Config) -> None:
             "config.data.labels is True but config.model.num_classes is 0; give the number of classes, or "
             "--config.data.labels=False for an unconditional model"
         )
-    if guidance and not model.num_classes:
+    weak = config.sampling.weak
+    if guidance and weak == "unlabelled" and not model.num_classes:
         raise ConfigError("config.sampling.guidance needs a conditional model; config.model.num_classes is 0")
+    if guidance and weak != "unlabelled" and not model.outer_blocks:
+        raise ConfigError(f"config.sampling.weak is {weak!r}, which needs config.model.outer_blocks above 0")
 
 
 # --- Showing --------------------------------------------------------------------------------------

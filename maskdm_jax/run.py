@@ -63,7 +63,8 @@ def check(config: Config) -> None:
     for name, package in (("wandb", "wandb"), ("tensorboard", "tensorboardX")):
         if getattr(config.log, name) and importlib.util.find_spec(package) is None:
             raise ConfigError(f"config.log.{name} is True but {package} is not installed; pip install {package}")
-    if config.sampling.guidance and not config.data.label_dropout and not config.init_from:
+    unlabelled = config.sampling.guidance and config.sampling.weak == "unlabelled"
+    if unlabelled and not config.data.label_dropout and not config.init_from:
         raise ConfigError(
             f"config.sampling.guidance is {config.sampling.guidance:g}, but training never hides a label; set "
             "config.data.label_dropout above 0, such as 0.1"

@@ -166,7 +166,7 @@ def with_sampling(model: TrainedModel, changes: dict) -> TrainedModel:
     """
     raw = to_dict(model.config)
     config = parse(raw | dict(sampling=raw["sampling"] | changes))
-    if config.sampling.guidance and not model.guidable:
+    if config.sampling.guidance and config.sampling.weak == "unlabelled" and not model.guidable:
         raise SamplingError(
             f"guidance={config.sampling.guidance:g} needs a network that was trained with hidden labels; "
             f"{model.checkpoint} was trained with data.label_dropout=0"

@@ -57,6 +57,7 @@ PLANS = [
     masking.make_plan("patch", (6, 4), rate=0.6),
     masking.make_plan("block", (6, 4), rate=0.6, block=2),
     masking.make_plan("crop", (6, 4), crop=3),
+    masking.make_plan("strided", (6, 4), block=2),
 ]
 
 
@@ -79,6 +80,8 @@ def test_positions_are_what_the_plan_says(plan):
     else:
         assert len(units) == plan.total
         assert np.abs(counts / 4000 - plan.visible / plan.total).max() < 0.04, "every patch is shown equally often"
+    if plan.kind == "strided":
+        assert (np.sort((rows // 2) * 2 + cols // 2, axis=1) == np.arange(6)).all(), "one of each group"
     if plan.kind == "block":
         blocks = np.sort((rows // 2) * 2 + cols // 2, axis=1).reshape(4000, -1, 4)
         assert (blocks == blocks[..., :1]).all(), "blocks are shown whole"
@@ -113,6 +116,7 @@ def test_a_plan_that_hides_nothing_says_so(options):
         (dict(kind="block", block=2, rate=float("nan")), "rate nan"),
         (dict(kind="crop", crop=3, tile=128), "mask tile 128: masks of kind patch or block"),
         (dict(kind="patch", rate=0.5, tile=-1), "mask tile -1"),
+        (dict(kind="strided", block=3), "block 3 does not divide"),
         (dict(kind="blob", rate=0.5), "'blob' is unknown; choose one of none, patch, block, crop"),
     ],
 )

@@ -53,7 +53,8 @@ def make_plan(kind: str, grid: tuple[int, int], *, tile: int = 0, extras: int = 
 
     Args:
       kind: `none` hides nothing; `patch` hides int(rate * N) single patches; `block` hides
-        int(rate * N) // block**2 blocks of block x block patches; `crop` shows one crop x crop window.
+        int(rate * N) // block**2 blocks of block x block patches; `crop` shows one crop x crop window; `strided` shows
+        one patch of each group of block x block.
       grid: rows and columns of patches, N = rows * columns.
       tile: tokens per tile of the hardware, such as 128, for `patch` and `block`. A partly filled tile costs as
         much as a full one, so the plan makes more patches visible, up to the end of the last tile. 0 does not round.
@@ -122,6 +123,11 @@ def _blocks(grid, rate=0.0, block=1):
     return n - int(rate * n) // block**2 * block**2, block
 
 
+def _one_of_each(grid, block=2):
+    _blocks(grid, block=block)  # checks the side
+    return grid[0] * grid[1] // block**2, block
+
+
 def _window(grid, crop=1):
     if not 1 <= crop <= min(grid):
         text = f"mask crop {crop} does not fit the {grid[0]} x {grid[1]} grid of patches; use 1 to {min(grid)}"
@@ -131,11 +137,22 @@ def _window(grid, crop=1):
 
 def _draw_units(plan: MaskPlan, key):
     """Blocks, or single patches."""
+    members = _members(plan)
+    order = jnp.argsort(jax.random.bits(key, (len(members),)))  # a random permutation by a single sort
+    return jnp.sort(jnp.asarray(members)[order[: plan.visible // members.shape[1]]].reshape(-1))
+
+
+def _draw_one_of_each(plan: MaskPlan, key):
+    members = _members(plan)
+    chosen = jax.random.randint(key, (len(members), 1), 0, members.shape[1])
+    return jnp.sort(jnp.take_along_axis(jnp.asarray(members), chosen, axis=1)[:, 0])
+
+
+def _members(plan: MaskPlan) -> np.ndarray:
+    """Row-major patch indices of each block: int32 [blocks, unit * unit]."""
     (rows, cols), u = plan.grid, plan.unit
     index = np.arange(rows * cols, dtype=np.int32).reshape(rows // u, u, cols // u, u)
-    members = index.transpose(0, 2, 1, 3).reshape(-1, u * u)  # [units, patches of a unit]
-    order = jnp.argsort(jax.random.bits(key, (len(members),)))  # a random permutation by a single sort
-    return jnp.sort(jnp.asarray(members)[order[: plan.visible // (u * u)]].reshape(-1))
+    return index.transpose(0, 2, 1, 3).reshape(-1, u * u)
 
 
 def _draw_window(plan: MaskPlan, key):
@@ -152,4 +169,5 @@ KINDS = {  # by `kind` of a mask
     "patch": Kind(_patches, _draw_units, ("rate", "tile")),
     "block": Kind(_blocks, _draw_units, ("rate", "block", "tile")),
     "crop": Kind(_window, _draw_window, ("crop",)),
+    "strided": Kind(_one_of_each, _draw_one_of_each, ("block",)),
 }

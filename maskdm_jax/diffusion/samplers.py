@@ -360,15 +360,16 @@ def interpolate(sample, process: Process, x0_a, x0_b, weights, eps, start):
     return sample(noisy(process, x0, jnp.full((n,), start), jnp.broadcast_to(eps[None], x0.shape)))
 
 
-def guided(predict_labelled, predict_unlabelled, weight):
-    """Classifier-free guidance for any sampler (Ho & Salimans 2022): (1 + weight) * labelled - weight * unlabelled.
+def guided(predict, predict_weak, weight):
+    """Guidance for any sampler: (1 + weight) * prediction - weight * weak prediction.
 
-    Takes two functions `predict` and returns their combination. Because it is linear, it is the same for predictions of
+    With the prediction without a label as the weak one, this is classifier-free guidance (Ho & Salimans 2022). Takes
+    two functions `predict` and returns their combination. Because it is linear, it is the same for predictions of
     noise, velocity and (unclipped) x0. `weight` is a number, or a function of t [B] whose values [B] are weights.
     """
 
-    def predict(x, t):
+    def combined(x, t):
         w = weight(t).reshape((-1,) + (1,) * (x.ndim - 1)) if callable(weight) else weight
-        return (1 + w) * predict_labelled(x, t) - w * predict_unlabelled(x, t)
+        return (1 + w) * predict(x, t) - w * predict_weak(x, t)
 
-    return predict
+    return combined

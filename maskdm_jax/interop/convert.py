@@ -137,6 +137,8 @@ def _from_folder(path: pathlib.Path) -> _Source:
     source = _source_of(Official("", {}), meta, found)
     config, stage = source.config, source.config.stage[source.stage]
     network = config.model.network
+    if config.model.returning == "token":
+        raise CheckpointError(f"{found} has a learned token for hidden patches, which PyTorch code has no place for")
     if network not in NETWORKS:
         raise CheckpointError(f"{found} is of {network}, a network that PyTorch code has no counterpart of")
     index, mesh = config.stages.index(source.stage), make_mesh(devices=jax.devices()[:1])

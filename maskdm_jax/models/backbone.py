@@ -5,6 +5,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from maskdm_jax.models.layers import Block, LayerNorm, Mlp, normal_002, timestep_embedding
+from maskdm_jax.models.routing import come_back, leave
 
 
 class Backbone(nnx.Module):
@@ -21,6 +22,8 @@ class Backbone(nnx.Module):
       num_classes: 0 for an unconditional model.
       unconditional_token: give a conditional model a learned token for "no label".
       time_mlp: pass the time embedding through a two-layer MLP before it becomes a token.
+      outer: blocks at either end that see all patches, while some sleep through the others; see `models.routing`.
+      mask_token: give the patches that come back a learned token for what they were.
       dtype: dtype of the computation; parameters are float32.
       attention: name of the kernel, see `ops.attention.attention`.
       remat: recompute each block in the backward pass instead of saving its activations.
@@ -41,6 +44,8 @@ class Backbone(nnx.Module):
         num_classes: int = 0,
         unconditional_token: bool = True,
         time_mlp: bool = False,
+        outer: int = 0,
+        mask_token: bool = False,
         dtype=jnp.float32,
         attention: str = "auto",
         remat: bool = False,
@@ -49,6 +54,8 @@ class Backbone(nnx.Module):
         if width % 2:
             raise ValueError(f"width {width} is odd; the time embedding is half cosines, half sines")
         self.width, self.num_classes, self.dtype, self.remat = width, num_classes, dtype, remat
+        self.outer = outer
+        self.mask_token = nnx.Param(normal_002(rngs.params(), (width,))) if mask_token else None
         self.extras = extra_tokens(num_classes)
         self.time_mlp = Mlp(width, 4 * width, activation=jax.nn.silu, dtype=dtype, rngs=rngs) if time_mlp else None
         if num_classes:
@@ -64,10 +71,11 @@ class Backbone(nnx.Module):
         self.out_blocks = nnx.List([block(skip=True) for _ in range(depth // 2)])
         self.norm = LayerNorm(width, rngs=rngs)
 
-    def __call__(self, patch_tokens, pos_extras, t, labels=None):
+    def __call__(self, patch_tokens, pos_extras, t, labels=None, awake=None):
         """Transform patch tokens [B, V, D], position embeddings included; returns [B, V, D] of the compute dtype.
 
         Args:
+          awake: [B, W] numbers of the patches that take part in the inner blocks, None for all.
           pos_extras: [extras, D], position embeddings of the label (if any) and time tokens.
           t: [B], 0..999, integer or fractional.
           labels: [B] int32 in 0..num_classes-1, -1 for "no label"; None is no label for all.
@@ -81,13 +89,18 @@ class Backbone(nnx.Module):
         def run(block, *args):
             return jax.checkpoint(lambda *a: block(*a))(*args) if self.remat else block(*args)
 
-        skips = []
-        for block in self.in_blocks:
-            h = run(block, h)
-            skips.append(h)
-        h = run(self.mid_block, h)
-        for block in self.out_blocks:
-            h = run(block, h, skips.pop())
+        n, k, skips = len(self.in_blocks), self.outer, []
+        inner = range(k, 2 * n + 1 - k) if awake is not None else range(0)
+        for number, block in enumerate([*self.in_blocks, self.mid_block, *self.out_blocks]):
+            if inner and number == inner.start:
+                before, h = h[:, self.extras :], leave(h, awake, self.extras)
+            if inner and number == inner.stop:
+                h = come_back(h, before, awake, self.extras, self.mask_token)
+            if number in inner and not awake.shape[1]:  # all patches sleep: the prediction without the inner blocks
+                continue
+            h = run(block, h, skips.pop()) if number > n else run(block, h)
+            if number < n:
+                skips.append(h)
         return self.norm(h[:, self.extras :])
 
     def _extra_tokens(self, t, labels):

@@ -8,6 +8,7 @@ from flax import nnx
 from maskdm_jax.models.layers import Linear, normal_002, ones, patchify, timestep_embedding, unpatchify, zeros
 from maskdm_jax.models.ops.attention import attention
 from maskdm_jax.models.ops.dense import rms_norm, swiglu
+from maskdm_jax.models.routing import come_back, leave, take
 
 xavier = nnx.initializers.xavier_uniform()
 TIME_WIDTH = 256  # of the sinusoidal embedding of the time
@@ -32,6 +33,9 @@ class JiT(nnx.Module):
       class_tokens: number of class tokens.
       class_tokens_from: the block before which they join the patches.
       dropout: rate after the attention and inside the MLP, in the middle half of the blocks.
+      outer: blocks at either end that see all patches, while some sleep through the others; see `models.routing`.
+      mask_token: give the patches that come back a learned token for what they were. A linear layer then joins all
+        patches with what they were before the inner blocks (SPRINT).
       dtype: dtype of the computation; parameters are float32.
       attention: name of the kernel, see `ops.attention.attention`.
       remat: recompute each block in the backward pass instead of saving its activations.
@@ -56,6 +60,8 @@ class JiT(nnx.Module):
         class_tokens: int = 32,
         class_tokens_from: int = 4,
         dropout: float = 0.0,
+        outer: int = 0,
+        mask_token: bool = False,
         dtype=jnp.float32,
         attention: str = "auto",
         remat: bool = False,
@@ -81,6 +87,9 @@ class JiT(nnx.Module):
             Block(width, heads, int(width * mlp_ratio), dropout * (i in middle), kernel=attention, **dense)
             for i in range(depth)
         )
+        self.routed, self.inner = outer > 0, range(outer, depth - outer) if outer else range(0)
+        self.mask_token = nnx.Param(normal_002(rngs.params(), (width,))) if mask_token else None
+        self.join = Linear(2 * width, width, kernel_init=xavier, **dense) if mask_token else None
         self.norm = RMSNorm(width, rngs=rngs)
         self.modulation = Linear(width, 2 * width, kernel_init=zeros, **dense)
         self.head = Linear(width, patch_dim, kernel_init=zeros, **dense)
@@ -93,7 +102,7 @@ class JiT(nnx.Module):
           t: [B] float32, what the process tells, 0..1 in JiT's own training.
           labels: [B] int32 in 0..num_classes-1, -1 for "no label"; None is no label for all.
           positions: [B, V] int32, row-major index of each visible patch in the grid; only with patches. None with
-            patches means that they are the whole grid in order.
+            patches means that they are the whole grid in order. With `outer` blocks as in `UViT`.
           dropout: [B] keys for dropout; None is none.
 
         Returns:
@@ -103,6 +112,7 @@ class JiT(nnx.Module):
           ValueError: as `UViT.__call__`.
         """
         whole = x.ndim == 4
+        positions, awake = (None, positions) if self.routed else (positions, None)
         if whole and positions is not None:
             raise ValueError("positions go with patches [B, V, p*p*C]; a whole image [B, H, W, C] takes none")
         if labels is not None and not self.num_classes:
@@ -117,18 +127,34 @@ class JiT(nnx.Module):
         label = self._label(labels, len(h))
         c = jax.nn.silu(self._time(t) + label).astype(self.dtype)
 
-        tokens = 0
+        tokens, all_angles = 0, angles
         for i, block in enumerate(self.blocks):
+            if self.inner and i == self.inner.start:
+                before = h[:, tokens:]
+                if awake is not None:
+                    h, angles = leave(h, awake, tokens), _beside(tokens, take(all_angles, awake))
+            if self.inner and i == self.inner.stop:
+                h, angles = self._come_back(h, before, awake, tokens), _beside(tokens, all_angles)
+            if i in self.inner and awake is not None and not awake.shape[1]:
+                continue  # all patches sleep: the prediction without the inner blocks
             if i == self.class_tokens_from and self.class_positions is not None:
                 tokens = self.class_positions.shape[0]
                 h = jnp.concatenate([(label[:, None] + self.class_positions[None]).astype(h.dtype), h], axis=1)
-                angles = jnp.pad(angles, ((0, 0), (tokens, 0), (0, 0)))  # class tokens are not rotated
+                angles = _beside(tokens, angles)
             keys = None if dropout is None else jax.vmap(jax.random.fold_in, (0, None))(dropout, i)
             run = jax.checkpoint(lambda *a, block=block: block(*a)) if self.remat else block
             h = run(h, c, angles, keys)
         shift, scale = jnp.split(self.modulation(c)[:, None], 2, axis=-1)
         out = self.head(modulate(self.norm(h[:, tokens:]), shift, scale)).astype(jnp.float32)
         return unpatchify(out, self.patch_size, self.grid) if whole else out
+
+    def _come_back(self, h, before, awake, tokens: int):
+        """Bring sleeping patches back, and join all patches with what they were `before` the inner blocks."""
+        if awake is not None:
+            h = come_back(h, before, awake, tokens, self.mask_token)
+        if self.join is None:
+            return h
+        return jnp.concatenate([h[:, :tokens], self.join(jnp.concatenate([h[:, tokens:], before], axis=-1))], axis=1)
 
     def _time(self, t):
         embedded = timestep_embedding(t, TIME_WIDTH)
@@ -177,6 +203,11 @@ class RMSNorm(nnx.Module):
 
     def __call__(self, x):
         return rms_norm(x, self.scale[...], EPSILON)
+
+
+def _beside(tokens: int, angles):
+    """Angles of `tokens` class tokens, which are not rotated, and of patches."""
+    return jnp.pad(angles, ((0, 0), (tokens, 0), (0, 0)))
 
 
 def modulate(x, shift, scale):

@@ -53,7 +53,8 @@ class UViT(nnx.Module):
           t: time step of each image, [B], 0..999, integer or fractional.
           labels: [B] int32 in 0..num_classes-1, -1 for "no label"; None is no label for all.
           positions: [B, V] int32, row-major index of each visible patch in the grid; only with patches. None with
-            patches means that they are the whole grid in order.
+            patches means that they are the whole grid in order. With `outer` blocks, x is of all patches or the whole
+            image, and these are the patches that are awake in the inner blocks.
 
         Returns:
           The prediction, float32 of x's shape.
@@ -62,16 +63,17 @@ class UViT(nnx.Module):
           ValueError: labels are given to an unconditional model, positions are given for a whole image, or patches
             without positions are not the whole grid.
         """
-        whole = x.ndim == 4
-        if whole and positions is not None:
+        whole, routed = x.ndim == 4, self.backbone.outer > 0
+        if whole and positions is not None and not routed:
             raise ValueError("positions go with patches [B, V, p*p*C]; a whole image [B, H, W, C] takes none")
         patches = patchify(x, self.patch_size) if whole else x
         pos_extras, pos_grid = self.pos_embed[: self.extras], self.pos_embed[self.extras :]
+        positions, awake = (None, positions) if routed else (positions, None)
         if positions is None and patches.shape[1] != pos_grid.shape[0]:
             raise ValueError(
                 f"got {patches.shape[1]} patches without positions, but the model's grid is "
                 f"{self.grid[0]} x {self.grid[1]} = {pos_grid.shape[0]}"
             )
         tokens = self.patch_embed(patches, pos_grid, positions)  # [B, V, D]
-        out = self.head(self.backbone(tokens, pos_extras, t, labels)).astype(jnp.float32)
+        out = self.head(self.backbone(tokens, pos_extras, t, labels, awake)).astype(jnp.float32)
         return unpatchify(out, self.patch_size, self.grid) if whole else out

@@ -76,7 +76,7 @@ class WaveletUViT(nnx.Module):
           t: time step of each image, [B], 0..999, integer or fractional.
           labels: [B] int32 in 0..num_classes-1, required by a conditional model.
           positions: ([B, V], [B, W]) int32, row-major index of each visible patch in its band's grid; only with
-            patches. None with patches means that they are both whole grids in order.
+            patches. None with patches means that they are both whole grids in order. With `outer` blocks as in `UViT`.
 
         Returns:
           The prediction, float32 of x's shape or shapes.
@@ -85,12 +85,14 @@ class WaveletUViT(nnx.Module):
           ValueError: labels are missing or given to an unconditional model, positions are given for whole coefficients,
             or patches without positions are not the whole grids.
         """
-        whole = not isinstance(x, tuple)
-        if whole and positions is not None:
+        whole, routed = not isinstance(x, tuple), self.backbone.outer > 0
+        if whole and positions is not None and not routed:
             raise ValueError("positions go with patches of both bands; coefficients [B, h, w, 4C] take none")
         approx, detail = cut_bands(x, self.channels, self.patch_size, self.scale) if whole else x
+        sizes, awake = [rows * cols for rows, cols in self.grids], None
+        if routed and positions is not None:
+            positions, awake = None, jnp.concatenate([positions[0], positions[1] + sizes[0]], axis=1)
         at_approx, at_detail = (None, None) if positions is None else positions
-        sizes = [rows * cols for rows, cols in self.grids]
         if positions is None and [approx.shape[1], detail.shape[1]] != sizes:
             raise ValueError(
                 f"got {approx.shape[1]} and {detail.shape[1]} patches without positions, but the model's grids have "
@@ -99,7 +101,7 @@ class WaveletUViT(nnx.Module):
         pos_extras, pos_approx, pos_detail = jnp.split(self.pos_embed[...], [self.extras, self.extras + sizes[0]])
         approx_tokens = self.approx_patch_embed(approx, pos_approx, at_approx)
         detail_tokens = self.detail_patch_embed(detail, pos_detail, at_detail)
-        h = self.backbone(jnp.concatenate([approx_tokens, detail_tokens], axis=1), pos_extras, t, labels)
+        h = self.backbone(jnp.concatenate([approx_tokens, detail_tokens], axis=1), pos_extras, t, labels, awake)
         visible = approx.shape[1]
         approx = self.approx_head(h[:, :visible]).astype(jnp.float32)
         detail = self.detail_head(h[:, visible:]).astype(jnp.float32)

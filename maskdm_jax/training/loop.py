@@ -295,9 +295,12 @@ def _advice(run: Run, name: str, stage_step: int, step: int, values: dict) -> st
 def describe_masks(run: Run, name: str) -> str:
     """One line about the masks of a stage."""
     plans = mask_plans(run.config, name)
+    outer = run.config.model.outer_blocks
+    sleep = f"; hidden patches take part in the first and last {outer} blocks" if outer else ""
     if len(plans) == 1:
-        return str(plans[0])
-    return "; ".join(f"{band}: {plan}" for band, plan in zip(("approximation", "details"), plans, strict=True))
+        return f"{plans[0]}{sleep}"
+    bands = zip(("approximation", "details"), plans, strict=True)
+    return "; ".join(f"{band}: {plan}" for band, plan in bands) + sleep
 
 
 def stage_ends(config: Config) -> list[int]:

@@ -201,7 +201,8 @@ def compare_settings(config: Config, theirs: dict, where) -> None:
 def meaning(config: Config) -> dict:
     """The settings that give weights their meaning, by dotted name, such as "model.width"."""
     model, diffusion = config.model, config.diffusion
-    names = ["network", "patch_size", "width", "heads", "num_classes"]
+    names = ["network", "patch_size", "width", "heads", "num_classes", "returning"]
+    names += ["outer_blocks"] * (model.returning == "token")
     found = dict(depth=model.depth if model.network == "jit" else model.depth | 1)
     found |= dict(mlp_ratio=int(model.mlp_ratio * model.width) / model.width)
     if model.network == "jit":

@@ -17,12 +17,15 @@ from maskdm_jax.training.state import TrainState, ema_decays, ema_step_size, lea
 
 
 class Inputs(typing.NamedTuple):
-    """Inputs of the loss: V visible patches of size d per image. For a wavelet model, tuples with an entry per band."""
+    """Inputs of the loss: V visible patches of size d per image, or all N if hidden ones only sleep (`outer_blocks`).
+
+    For a wavelet model, tuples with an entry per band.
+    """
 
     x0: jax.Array  # [B, V, d] clean patches
     t: jax.Array  # [B], times of the process
     eps: jax.Array  # [B, V, d] noise
-    positions: jax.Array | None  # [B, V] int32; None when nothing is hidden
+    positions: jax.Array | None  # [B, V] int32, of the visible patches; None when nothing is hidden
     labels: jax.Array | None  # [B] int32, -1 where the label is hidden; None for an unconditional model
     dropout: jax.Array | None = None  # [B] keys for dropout in the network; None without dropout
 
@@ -42,7 +45,9 @@ def draw_inputs(config: Config, stage: str, key, batch) -> Inputs:
         patches, positions, eps = [], [], []
         for i, (band, plan) in enumerate(zip(bands, plans, strict=True)):
             positions.append(masking.sample_positions(plan, jax.random.fold_in(mask_key, i)))
-            patches.append(band[0] if plan.hides_nothing else band[0][positions[-1]])  # hidden patches are dropped here
+            # Hidden patches are dropped here, unless they only sleep in the inner blocks.
+            all_seen = plan.hides_nothing or config.model.outer_blocks
+            patches.append(band[0] if all_seen else band[0][positions[-1]])
             eps.append(jax.random.normal(jax.random.fold_in(eps_key, i), patches[-1].shape))
         label = jnp.where(jax.random.bernoulli(label_key, config.data.label_dropout), -1, label)
         restore = lambda parts: jax.tree.unflatten(structure, parts)

@@ -1,0 +1,178 @@
+"""Patches that sleep through the inner blocks: what they are when they come back, and what they cost."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+
+from maskdm_jax import config as config_lib
+from maskdm_jax import run, sampling
+from maskdm_jax.build import make_network, make_sampler
+from maskdm_jax.errors import CheckpointError, ConfigError
+from maskdm_jax.interop.convert import convert
+from maskdm_jax.models import routing
+from maskdm_jax.models.layers import patchify
+from maskdm_jax.training import step
+
+NETWORKS = {
+    "uvit": dict(),
+    "wavelet": dict(model__wavelet_scale=1, model__patch_size=1),
+    "jit": dict(
+        model__network="jit",
+        model__jit=dict(bottleneck=4, class_tokens=3, class_tokens_from=1),
+        diffusion__process="flow",
+        diffusion__objective="x0",
+        sampling__method="heun",
+    ),
+}
+
+
+def built(kind, **changes):
+    """(config, network, parameters none of which is zero, a batch of whole noisy images as patches, what sleeps)"""
+    config = tiny.config(**NETWORKS[kind] | changes)
+    network = make_network(config)
+    spread = lambda leaf: leaf + 0.2 * jax.random.normal(jax.random.key(leaf.size), leaf.shape)
+    params = jax.tree.map(spread, network.init(jax.random.key(0)))
+    data = dict(image=np.random.default_rng(0).integers(0, 256, (3, 8, 8, 1), np.uint8))
+    data |= dict(label=np.array([1, 2, 3], np.int32), index=np.arange(3, dtype=np.uint32))
+    return config, network, params, step.draw_inputs(config, "pretrain", jax.random.key(1), data)
+
+
+def outputs(network, params, inputs, positions):
+    return jax.jit(network.apply)(params, inputs.x0, inputs.t, inputs.labels, positions)
+
+
+@pytest.mark.parametrize("kind", NETWORKS)
+@pytest.mark.parametrize("returning", ["itself", "token"])
+def test_nobody_sleeps_if_nothing_is_hidden_or_all_blocks_are_outer(kind, returning):
+    config, network, params, inputs = built(kind, model__outer_blocks=2, model__returning=returning)
+    assert jax.tree.leaves(inputs.x0)[0].shape[1] == 16, "all patches go in"
+    assert inputs.positions is not None
+    dense = outputs(network, params, inputs, None)
+    jax.tree.map(np.testing.assert_array_equal, outputs(network, params, inputs, inputs.positions), dense)
+    if returning == "itself":
+        plain = make_network(dataclasses.replace(config, model=dataclasses.replace(config.model, outer_blocks=0)))
+        jax.tree.map(np.testing.assert_array_equal, outputs(plain, params, inputs, None), dense)
+        some = make_network(dataclasses.replace(config, model=dataclasses.replace(config.model, outer_blocks=1)))
+        jax.tree.map(np.testing.assert_array_equal, outputs(some, params, inputs, None), dense)
+
+
+@pytest.mark.parametrize("token", [None, jnp.arange(4.0)])
+def test_leaving_and_coming_back(token):
+    """Against loops in NumPy: two extras, then seven patches, of which three are awake."""
+    draw = np.random.default_rng(0)
+    tokens, awake = draw.standard_normal((2, 9, 4)).astype(np.float32), np.array([[0, 3, 6], [1, 2, 5]])
+    left = np.asarray(routing.leave(jnp.asarray(tokens), jnp.asarray(awake), 2))
+    worked = left + 1
+    back = routing.come_back(jnp.asarray(worked), jnp.asarray(tokens[:, 2:]), jnp.asarray(awake), 2, token)
+    for b in range(2):
+        expected = [*(tokens[b, :2] + 1)]
+        for n in range(7):
+            asleep = tokens[b, 2 + n] if token is None else np.asarray(token)
+            expected.append(tokens[b, 2 + n] + 1 if n in awake[b] else asleep)
+        np.testing.assert_array_equal(left[b], np.concatenate([tokens[b, :2], tokens[b, 2 + awake[b]]]))
+        np.testing.assert_array_equal(back[b], expected)
+
+
+@pytest.mark.parametrize("kind", NETWORKS)
+@pytest.mark.parametrize("returning", ["itself", "token"])
+def test_gradients_of_sleeping_patches_pass_the_outer_blocks_alone(kind, returning):
+    """If attention in the outer blocks mixes nothing, sleeping patches know no parameter of the inner blocks."""
+    _, network, params, inputs = built(kind, model__outer_blocks=1, model__returning=returning)
+    unmixed = jax.tree_util.tree_map_with_path(
+        lambda path, leaf: leaf * 0 if "proj" in jax.tree_util.keystr(path) else leaf, params
+    )
+    awake = jax.tree.leaves(inputs.positions)
+
+    def of_sleepers(params):
+        total = 0
+        for band, at in zip(jax.tree.leaves(outputs(network, params, inputs, inputs.positions)), awake, strict=True):
+            asleep = jnp.ones(band.shape[:2]).at[jnp.arange(3)[:, None], at].set(0)
+            total += (band * asleep[..., None]).sum()
+        return total
+
+    grads = jax.jit(jax.grad(of_sleepers))(unmixed)
+    size = lambda tree: max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(tree))
+    if kind == "jit":
+        inner, outer = grads["blocks"][1], [grads["blocks"][i]["w3"] for i in (0, 2)]
+    else:
+        grads = grads["backbone"]
+        inner, outer = grads["mid_block"], [grads["in_blocks"][0]["mlp"], grads["out_blocks"][0]["mlp"]]
+    assert size(inner) == 0
+    assert all(size(one) > 0 for one in outer)
+    assert returning == "itself" or size(grads["mask_token"]) > 0
+
+
+@pytest.mark.parametrize("kind", NETWORKS)
+def test_a_sleeping_patch_matters_and_is_learned(kind):
+    config, network, params, inputs = built(kind, model__outer_blocks=1)
+    loss = step.make_loss(config, network)
+    grads = jax.jit(jax.grad(lambda x0: loss(params, inputs._replace(x0=x0))))(inputs.x0)
+    for grad in jax.tree.leaves(grads):
+        assert (np.abs(np.asarray(grad)).max(axis=-1) > 0).all(), "the loss is of all patches"
+
+
+@pytest.mark.parametrize("kind", NETWORKS)
+def test_guidance_from_sparsity(kind):
+    """A weak prediction is that of the network without its inner blocks, or with fewer patches awake."""
+    config, network, params, _ = built(kind, model__outer_blocks=1, sampling__steps=2)
+    shape = (2, 4, 4, 4) if kind == "wavelet" else (2, 8, 8, 1)
+    x, labels = jax.random.normal(jax.random.key(4), shape), jnp.array([1, 2])
+    noise = lambda i: jnp.zeros_like(x)
+
+    def images(**changes):
+        settings = dataclasses.replace(config.sampling, **changes)
+        return np.asarray(
+            make_sampler(dataclasses.replace(config, sampling=settings), network)(params, x, noise, labels)
+        )
+
+    plain, shallow = images(), images(guidance=0.5, weak="shallow")
+    sparse, all_awake = (images(guidance=0.5, weak="sparse", weak_rate=rate) for rate in (0.5, 1e-6))
+    assert np.abs(shallow - plain).max() > 1e-3
+    assert np.abs(sparse - plain).max() > 1e-3
+    assert np.abs(sparse - shallow).max() > 1e-3
+    np.testing.assert_allclose(all_awake, plain, atol=1e-5)  # (1 + w) p - w p
+
+
+def test_a_run(tmp_path):
+    """Routed pre-training, dense fine-tuning, guidance from sparsity; a stop in between changes nothing."""
+    changes = dict(model__outer_blocks=1, model__returning="token", pretrain__mask=config_lib.strided(2))
+    changes |= dict(sampling__guidance=0.5, sampling__weak="shallow")
+    config = tiny.config(**changes)
+    run.train(config, tmp_path / "whole")
+    assert "4 of 16 patches visible" in (tmp_path / "whole" / "log.txt").read_text()
+    assert "hidden patches take part in the first and last 1 blocks" in (tmp_path / "whole" / "log.txt").read_text()
+    run.train(
+        dataclasses.replace(config, stages=("pretrain",), stage=dict(pretrain=config.stage["pretrain"])),
+        tmp_path / "parts",
+    )
+    run.train(config, tmp_path / "parts")
+    whole, parts = (sampling.load(tmp_path / name) for name in ("whole", "parts"))
+    jax.tree.map(np.testing.assert_array_equal, whole.params, parts.params)
+    with pytest.raises(CheckpointError, match="a learned token for hidden patches"):
+        convert(tmp_path / "whole", tmp_path / "file.pt")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (dict(model__returning="token"), "returning is 'token', but no patch sleeps"),
+        (dict(model__outer_blocks=1, model__network="own.py:X"), "outer_blocks must be 0 for a network of one's own"),
+        (dict(sampling__guidance=1.0, sampling__weak="shallow"), "which needs config.model.outer_blocks above 0"),
+        (dict(sampling__weak="weaker"), "weak is 'weaker'; it must be one of unlabelled, shallow, sparse"),
+    ],
+)
+def test_settings_that_do_not_fit(changes, message):
+    with pytest.raises(ConfigError, match=message):
+        tiny.config(**changes)
+
+
+def test_patches_in_order_are_the_image():
+    _, network, params, inputs = built("uvit", model__outer_blocks=1)
+    image = jax.random.normal(jax.random.key(3), (3, 8, 8, 1))
+    whole = network.apply(params, image, inputs.t, inputs.labels, inputs.positions)
+    patches = network.apply(params, patchify(image, 2), inputs.t, inputs.labels, inputs.positions)
+    np.testing.assert_array_equal(patchify(whole, 2), patches)
