@@ -165,6 +165,7 @@ class Stage:
     """A part of a run with its own number of steps, batch size, optimizer, EMA and mask."""
 
     steps: Count = 200_000
+    continues: bool = False  # keep optimizer, EMA and learning rate schedule of the stage before; its mask may differ
     batch_size: Count = 256  # global, over all devices
     micro_batches: Count = 1  # sequential parts of a device's batch; more parts need less memory
     remat: bool = False  # recompute blocks in the backward pass: less memory, a third more FLOPs
@@ -397,6 +398,9 @@ def _check(config: Config) -> None:
     if diffusion.process == "ddpm":
         limit = f"1 to config.diffusion.timesteps = {diffusion.timesteps}"
         _need(config.sampling.steps <= diffusion.timesteps, "sampling.steps", config.sampling.steps, limit)
+    for before, name in zip(("", *config.stages), config.stages, strict=False):
+        if config.stage[name].continues:
+            _check_continues(config, before, name)
     for name, stage in config.stage.items():
         decays = stage.more_ema_decays
         _need(all(0 <= decay < 1 for decay in decays), f"{name}.more_ema_decays", decays, "numbers in [0, 1)")
@@ -404,6 +408,15 @@ def _check(config: Config) -> None:
         _need(stage.batch_size % stage.micro_batches == 0, f"{name}.micro_batches", stage.micro_batches, divisor)
         if stage.detail_mask and not config.model.wavelet_scale:
             raise ConfigError(f"config.{name}.detail_mask is for wavelet models, but config.model.wavelet_scale is 0")
+
+
+def _check_continues(config: Config, before: str, name: str) -> None:
+    if not before:
+        raise ConfigError(f"config.{name}.continues is True, but {name} is the first stage; there is none to continue")
+    free = ("steps", "continues", "batch_size", "micro_batches", "remat", "mask", "detail_mask")
+    for field in _fields(Stage).keys() - set(free):
+        old, new = (getattr(config.stage[stage], field) for stage in (before, name))
+        _need(old == new, f"{name}.{field}", new, f"{old!r} as in {before}, which it continues")
 
 
 def _check_model(config: Config) -> None:
@@ -455,6 +468,14 @@ def _check_labels(config: Config) -> None:
         raise ConfigError("config.sampling.guidance needs a conditional model; config.model.num_classes is 0")
     if guidance and weak != "unlabelled" and not model.outer_blocks:
         raise ConfigError(f"config.sampling.weak is {weak!r}, which needs config.model.outer_blocks above 0")
+
+
+def steps_before(config: Config, name: str) -> int:
+    """Steps of the stages that stage `name` continues, with the same optimizer and EMA."""
+    total, chain = 0, list(config.stages[: config.stages.index(name) + 1])
+    while len(chain) > 1 and config.stage[chain.pop()].continues:
+        total += config.stage[chain[-1]].steps
+    return total
 
 
 # --- Showing --------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from maskdm_jax.build import make_network, make_sampler, mask_plans
-from maskdm_jax.config import Config, Mask, differences, to_dict
+from maskdm_jax.config import Config, Mask, differences, steps_before, to_dict
 from maskdm_jax.data.images import Framing, sample_grid, save_png
 from maskdm_jax.data.pipeline import TrainingData, probe
 from maskdm_jax.diffusion.masking import KINDS
@@ -165,14 +165,15 @@ def warnings_of(config: Config) -> list[str]:
         )
     for name in config.stages:
         stage = config.stage[name]
-        if stage.warmup_steps > stage.steps / 3:
+        if stage.warmup_steps > stage.steps / 3 and not stage.continues:
             lines.append(f"{name}.warmup_steps={stage.warmup_steps} is more than a third of its {stage.steps} steps")
         if not 0 < stage.learning_rate < 0.1:
             lines.append(f"{name}.learning_rate={stage.learning_rate:g} is unusual; recipes have 1e-5 to 2e-3")
         for mask, settings in ((f"{name}.mask", stage.mask), (f"{name}.detail_mask", stage.detail_mask)):
             lines += [f"{mask}.{unused} has no effect" for unused in _unused(settings)] if settings else []
-        share = stage.ema_decay ** (max(stage.steps - EMA_COPY_STEPS, 0) / stage.ema_every)
-        if stage.steps > EMA_COPY_STEPS and share > 1 / math.e:  # the stage is shorter than the memory of the EMA
+        steps = stage.steps + steps_before(config, name)
+        share = stage.ema_decay ** (max(steps - EMA_COPY_STEPS, 0) / stage.ema_every)
+        if steps > EMA_COPY_STEPS and share > 1 / math.e:  # the stage is shorter than the memory of the EMA
             lines.append(
                 f"{share:.0%} of the EMA at the end of {name} are the weights of step {EMA_COPY_STEPS}: lower "
                 f"{name}.ema_decay={stage.ema_decay} or {name}.ema_every={stage.ema_every}, or train longer"

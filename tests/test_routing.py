@@ -15,7 +15,8 @@ from maskdm_jax.errors import CheckpointError, ConfigError
 from maskdm_jax.interop.convert import convert
 from maskdm_jax.models import routing
 from maskdm_jax.models.layers import patchify
-from maskdm_jax.training import step
+from maskdm_jax.parallel.sharding import make_mesh
+from maskdm_jax.training import checkpoint, logs, start, step
 
 NETWORKS = {
     "uvit": dict(),
@@ -138,20 +139,26 @@ def test_guidance_from_sparsity(kind):
 
 
 def test_a_run(tmp_path):
-    """Routed pre-training, dense fine-tuning, guidance from sparsity; a stop in between changes nothing."""
+    """Routed, then dense with the same optimizer, guidance from sparsity; a stop in between changes nothing."""
     changes = dict(model__outer_blocks=1, model__returning="token", pretrain__mask=config_lib.strided(2))
-    changes |= dict(sampling__guidance=0.5, sampling__weak="shallow")
-    config = tiny.config(**changes)
+    changes |= dict(finetune__continues=True, finetune__warmup_steps=5, pretrain__warmup_steps=5)
+    config = tiny.config(**changes, sampling__guidance=0.5, sampling__weak="shallow")
     run.train(config, tmp_path / "whole")
-    assert "4 of 16 patches visible" in (tmp_path / "whole" / "log.txt").read_text()
-    assert "hidden patches take part in the first and last 1 blocks" in (tmp_path / "whole" / "log.txt").read_text()
-    run.train(
-        dataclasses.replace(config, stages=("pretrain",), stage=dict(pretrain=config.stage["pretrain"])),
-        tmp_path / "parts",
-    )
+    text = (tmp_path / "whole" / "log.txt").read_text()
+    assert "4 of 16 patches visible" in text
+    assert "hidden patches take part in the first and last 1 blocks" in text
+    rates = [line["learning_rate"] for line in logs.read_metrics(tmp_path / "whole" / "metrics.jsonl")]
+    np.testing.assert_allclose(rates, 1e-3 * np.minimum(np.arange(6) / 5, 1), rtol=1e-6)
+    first = dataclasses.replace(config, stages=("pretrain",), stage=dict(pretrain=config.stage["pretrain"]))
+    run.train(first, tmp_path / "parts")
     run.train(config, tmp_path / "parts")
     whole, parts = (sampling.load(tmp_path / name) for name in ("whole", "parts"))
     jax.tree.map(np.testing.assert_array_equal, whole.params, parts.params)
+    network, mesh = make_network(config), make_mesh(devices=jax.devices()[:1])
+    state = checkpoint.load_state(whole.checkpoint, start.abstract_state(config, 1, network, mesh))
+    assert int(state.step) == 2
+    counts = [int(leaf) for leaf in jax.tree.leaves(state.opt_state) if leaf.dtype == jnp.int32]
+    assert max(counts) == 6, "one optimizer for both stages"
     with pytest.raises(CheckpointError, match="a learned token for hidden patches"):
         convert(tmp_path / "whole", tmp_path / "file.pt")
 
@@ -162,6 +169,8 @@ def test_a_run(tmp_path):
         (dict(model__returning="token"), "returning is 'token', but no patch sleeps"),
         (dict(model__outer_blocks=1, model__network="own.py:X"), "outer_blocks must be 0 for a network of one's own"),
         (dict(sampling__guidance=1.0, sampling__weak="shallow"), "which needs config.model.outer_blocks above 0"),
+        (dict(pretrain__continues=True), "pretrain is the first stage; there is none to continue"),
+        (dict(finetune__continues=True, finetune__b1=0.5), "finetune.b1 is 0.5; it must be 0.9 as in pretrain"),
         (dict(sampling__weak="weaker"), "weak is 'weaker'; it must be one of unlabelled, shallow, sparse"),
     ],
 )

@@ -111,14 +111,27 @@ def fresh_state(config: Config, network: Network, abstract: TrainState) -> Train
 
 
 def next_stage(config: Config, index: int, network: Network, mesh, state: TrainState) -> TrainState:
-    """State at the start of stage `index`: the weights of the previous stage, and a new EMA and optimizer state."""
-    return _first_state(config, index, abstract_state(config, index, network, mesh), state.params)
+    """State at the start of stage `index`: the weights of the previous stage, and a new EMA and optimizer state.
+
+    A stage that continues the previous one keeps its EMA and optimizer state, too.
+    """
+    abstract = abstract_state(config, index, network, mesh)
+    if not config.stage[config.stages[index]].continues:
+        return _first_state(config, index, abstract, state.params)
+    fresh = lambda state, key: dataclasses.replace(state, step=0 * state.step, key=key)
+    return jax.jit(fresh, out_shardings=sharding.placement(abstract), donate_argnums=0)(
+        state, _stage_key(config, index)
+    )
 
 
 def _first_state(config: Config, index: int, abstract: TrainState, params) -> TrainState:
-    stage = config.stage[config.stages[index]]
-    key = jax.random.fold_in(jax.random.key(config.seed), index)  # each stage has its own random stream
+    stage, key = config.stage[config.stages[index]], _stage_key(config, index)
     return jax.jit(new_state, static_argnums=1, out_shardings=sharding.placement(abstract))(params, stage, key)
+
+
+def _stage_key(config: Config, index: int):
+    """Each stage has its own random stream."""
+    return jax.random.fold_in(jax.random.key(config.seed), index)
 
 
 def initial_weights(config: Config, classes: list[str], abstract) -> tuple[dict, pathlib.Path]:

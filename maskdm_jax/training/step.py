@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from maskdm_jax.build import Network, make_network, make_process, mask_plans
-from maskdm_jax.config import Config, Stage
+from maskdm_jax.config import Config, Stage, steps_before
 from maskdm_jax.diffusion import masking
 from maskdm_jax.diffusion.process import denoising_loss
 from maskdm_jax.models.representation import make_representation
@@ -87,7 +87,7 @@ def make_loss(config: Config, network: Network) -> typing.Callable:
     return loss
 
 
-def train_step(state: TrainState, batch, *, draw, loss, stage: Stage, mesh) -> tuple[TrainState, dict]:
+def train_step(state: TrainState, batch, *, draw, loss, stage: Stage, mesh, before: int = 0) -> tuple[TrainState, dict]:
     """One optimizer step.
 
     Args:
@@ -95,11 +95,12 @@ def train_step(state: TrainState, batch, *, draw, loss, stage: Stage, mesh) -> t
       draw: (key, batch) -> `Inputs`.
       loss: (params, inputs) -> scalar.
       mesh: devices of state and batch.
+      before: steps of the stages that this one continues.
 
     Returns:
       the next state and float32 scalars: loss, grad_norm (before clipping), learning_rate.
     """
-    key = jax.random.fold_in(state.key, state.step)
+    key, done = jax.random.fold_in(state.key, state.step), state.step + before
 
     def value_and_grad(params, rows):
         return jax.value_and_grad(lambda params: loss(params, draw(key, rows)))(params)
@@ -111,11 +112,11 @@ def train_step(state: TrainState, batch, *, draw, loss, stage: Stage, mesh) -> t
     params = optax.apply_updates(state.params, updates)
     emas = tuple(
         optax.incremental_update(
-            params, ema, ema_step_size(state.step, decay=decay, every=stage.ema_every, law=stage.ema_law)
+            params, ema, ema_step_size(done, decay=decay, every=stage.ema_every, law=stage.ema_law)
         )
         for ema, decay in zip(state.emas, ema_decays(stage), strict=True)
     )
-    metrics = dict(loss=value, grad_norm=optax.tree.norm(grads), learning_rate=learning_rate(stage)(state.step))
+    metrics = dict(loss=value, grad_norm=optax.tree.norm(grads), learning_rate=learning_rate(stage)(done))
     return TrainState(state.step + 1, params, emas, opt_state, state.key), metrics
 
 
@@ -124,7 +125,8 @@ def jit_step(config: Config, name: str, mesh, abstract: TrainState):
     stage = config.stage[name]
     network = make_network(config, remat=stage.remat)
     draw = functools.partial(draw_inputs, config, name)
-    step = functools.partial(train_step, draw=draw, loss=make_loss(config, network), stage=stage, mesh=mesh)
+    options = dict(loss=make_loss(config, network), stage=stage, mesh=mesh, before=steps_before(config, name))
+    step = functools.partial(train_step, draw=draw, **options)
     placed = sharding.placement(abstract)
     return jax.jit(
         step,
