@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 
 from maskdm_jax import run, sampling
 from maskdm_jax.config import Config, parse
-from maskdm_jax.errors import ConfigError
+from maskdm_jax.errors import ConfigError, prefixed
 from maskdm_jax.interop.convert import convert, is_file
 from maskdm_jax.main import recipe_path, shipped
 from maskdm_jax.parallel import runtime
@@ -29,18 +29,21 @@ def recipe(name: str, changes: dict | None = None) -> ConfigDict:
       changes: values by dotted key, as in --config.KEY=VALUE.
 
     Raises:
-      ConfigError: there is no such recipe.
+      ConfigError: there is no such recipe, or it does not take the argument.
     """
     file, _, argument = recipe_path(name).partition(":")
     if not pathlib.Path(file).is_file():
         known = ", ".join(sorted(path.stem for path in shipped("configs").glob("*.py")))
         raise ConfigError(f"there is no recipe {name!r}; give the path of a FILE.py or one of {known}")
-    raw = runpy.run_path(file)["get_config"](*[argument] * bool(argument)).to_dict()
+    with prefixed(ConfigError, f"{name}: "):  # such as an argument that the recipe does not know
+        raw = runpy.run_path(file)["get_config"](*[argument] * bool(argument)).to_dict()
     for key, value in (changes or {}).items():
         *parents, last = key.split(".")
         section = raw
         for parent in parents:
             section = section.setdefault(parent, {})  # `parse` refuses unknown keys
+            if not isinstance(section, dict):
+                raise ConfigError(f"{key}: {parent} is a setting, not a section of settings")
         section[last] = value
     return ConfigDict(raw)
 

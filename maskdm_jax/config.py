@@ -319,6 +319,11 @@ def parse(config) -> Config:
     if not top.get("stages"):
         raise ConfigError(f"config.stages is empty; name at least one stage, this config has {sorted(sections)}")
     stages = {name: _build(Stage, f"config.{name}", section) for name, section in sections.items()}
+    for name, section in sections.items():
+        if name not in top["stages"] and not section.keys() >= _fields(Stage).keys():  # a stage of a recipe has all
+            close = difflib.get_close_matches(name, [*top["stages"], *known], n=1)
+            hint = f"did you mean {close[0]!r}?" if close else f"config.stages is {top['stages']}"
+            raise ConfigError(f"config.{name} is neither a section of settings nor a stage to run; {hint}")
     for name in top["stages"]:
         if name not in stages:
             raise ConfigError(f"config.stages names {name!r}, but the config has only {sorted(sections)}")

@@ -118,8 +118,8 @@ class TrainedModel:
     checkpoint: pathlib.Path
     weights: str  # ema, ema2, ... or params
     config: Config
-    network: Network
-    params: dict
+    network: Network = dataclasses.field(repr=False)
+    params: dict = dataclasses.field(repr=False)
     classes: list[str]
     card: dict  # of the training data; see `data.sources.card_of`
     mesh: jax.sharding.Mesh  # of this process's devices
@@ -129,15 +129,16 @@ class TrainedModel:
         """Generate images 0..n-1 of a seed, uint8 [n, S, S, C].
 
         Args:
-          labels: classes, by name or number, to cycle through; default: all classes of a conditional model.
+          labels: a class, by name or number, or several to cycle through; default: all of a conditional model.
           batch_size: images per device and call.
           sampling: settings of `config.Sampling` in place of the model's own, such as steps=50 or guidance=1.5.
 
         Raises:
           SamplingError, ConfigError: a label or setting is invalid.
         """
-        if n < 1 or batch_size < 1:
-            raise SamplingError(f"n and batch_size must be at least 1, not {n} and {batch_size}")
+        if not (isinstance(n, int | np.integer) and n >= 1 and batch_size >= 1 and 0 <= seed < 2**32):
+            wanted = "n and batch_size must be at least 1, and seed at least 0 and below 2^32"
+            raise SamplingError(f"{wanted}, not {n}, {batch_size}, {seed}")
         model, cycle = with_sampling(self, sampling), label_cycle(self, labels)
         of_image = None if cycle is None else np.resize(np.asarray(cycle, np.int32), n)
         batches = generate_batches(model, range(n), of_image, seed=seed, batch_size=min(n, batch_size))
@@ -149,11 +150,15 @@ class TrainedModel:
         Args:
           x: noisy images, float32 [B, S, S, C]; for a wavelet model their Haar coefficients, as the result.
           t: time of the process, a number or [B]: 0..T-1 for ddpm, 0 (noise) to 1 for flow, the noise level for edm.
-          labels: numbers of classes [B], or None.
+          labels: classes of the images, by name or number, or None.
+
+        Raises:
+          SamplingError: a label is invalid.
+          ValueError: a shape is wrong.
         """
         process, x = make_process(self.config), jnp.asarray(x, jnp.float32)
         t = jnp.broadcast_to(jnp.asarray(t, jnp.int32 if process.schedule else jnp.float32), len(x))
-        labels = None if labels is None else jnp.asarray(labels, jnp.int32)
+        labels = None if labels is None else jnp.asarray(np.resize(label_cycle(self, labels), len(x)), jnp.int32)
         return process.x0(self.network.apply(self.params, *process.told(x, t), labels), x, t)
 
 
@@ -343,17 +348,18 @@ def _pack(folder: pathlib.Path, n: int, packed, of_image) -> None:
 
 
 def label_cycle(loaded: TrainedModel, labels) -> list[int] | None:
-    """Numbers of the classes to cycle through, given by name or number; all classes when `labels` is empty.
+    """Numbers of the classes to cycle through, given by name or number, one or several; all if `labels` is empty.
 
     Raises:
       SamplingError: labels for an unconditional model, or unknown ones.
     """
     count = loaded.config.model.num_classes
+    labels = [labels] if isinstance(labels, str | int) else labels
     if not count:
-        if labels:
+        if labels is not None and len(labels):
             raise SamplingError(f"{loaded.checkpoint} is of an unconditional model; leave labels out")
         return None
-    if not labels:
+    if labels is None or not len(labels):
         return list(range(count))
     number = {str(i): i for i in range(count)} | {name: i for i, name in enumerate(loaded.classes)}
     wrong = [label for label in labels if str(label) not in number]

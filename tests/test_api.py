@@ -46,8 +46,14 @@ def test_what_a_model_does(trained):
         model.sample(1, labels=["ten"])
     with pytest.raises(ConfigError, match="config.sampling.step is not a setting; did you mean 'steps'"):
         model.sample(1, step=3)
-    with pytest.raises(SamplingError, match="n and batch_size must be at least 1, not 0"):
-        model.sample(0)
+    np.testing.assert_array_equal(model.sample(2, labels="7"), model.sample(2, labels=[7]))
+    np.testing.assert_array_equal(model.sample(2, labels=7), model.sample(2, labels=np.array([7])))
+    for wrong in (dict(n=0), dict(n=2.5), dict(n=1, seed=-1), dict(n=1, seed=2**32), dict(n=1, batch_size=0)):
+        with pytest.raises(SamplingError, match="n and batch_size must be at least 1, and seed"):
+            model.sample(**wrong)
+    with pytest.raises(SamplingError, match=r"labels \[99\] are neither classes"):
+        model.denoise(np.zeros((2, 8, 8, 1)), 0.5, labels=99)
+    assert len(repr(model)) < 5000, "without its parameters"
 
 
 def test_a_file_loads_like_its_run(trained, tmp_path):
@@ -63,6 +69,12 @@ def test_recipes():
     assert config.model.jit.dropout == 0.5
     with pytest.raises(ConfigError, match="there is no recipe 'celeba'; give the path of a FILE.py or one of .*demo"):
         maskdm_jax.recipe("celeba")
+    with pytest.raises(ConfigError, match="celeba64_pretrain:nope: mask 'nope' is unknown"):
+        maskdm_jax.recipe("celeba64_pretrain:nope")
+    with pytest.raises(ConfigError, match="pretrain.steps.x: steps is a setting"):
+        maskdm_jax.recipe("demo", {"pretrain.steps.x": 3})
+    with pytest.raises(MaskDMError, match="config.prtrain is neither a section .* did you mean 'pretrain'"):
+        maskdm_jax.train(maskdm_jax.recipe("demo", {"prtrain.steps": 3}), "nowhere")
     with pytest.raises(MaskDMError, match="config.data.pth is not a setting; did you mean 'path'"):
         maskdm_jax.train(maskdm_jax.recipe("demo", {"data.pth": "x"}), "nowhere")
     with pytest.raises(AttributeError, match="has no attribute 'sample'"):
