@@ -18,6 +18,7 @@ import tiny
 from maskdm_jax import run, sampling, storage
 from maskdm_jax.errors import CheckpointError, ConfigError
 from maskdm_jax.interop import convert
+from maskdm_jax.parallel import processes
 from maskdm_jax.storage import location
 from maskdm_jax.training import checkpoint, logs
 
@@ -93,6 +94,30 @@ def test_it_resumes_where_it_was(runs, bucket):
     assert metrics(location(folder)) == metrics(disk)
     run.train(tiny.config(), folder)
     assert "nothing left to do" in (location(folder) / "log.txt").read_text()
+
+
+def test_one_host_asks_the_store_at_a_start(runs, monkeypatch):
+    """However many hosts there are: the others get the answers from the first."""
+    _, stored = runs
+    store, asked = type(fsspec.filesystem("gs")), []
+    request = store._request
+
+    async def counted(self, method, path, *args, **kwargs):
+        asked.append((method, path))
+        return await request(self, method, path, *args, **kwargs)
+
+    monkeypatch.setattr(store, "_request", counted)
+
+    def requests(first):
+        asked.clear()
+        monkeypatch.setattr(processes, "is_first", lambda: first)
+        monkeypatch.setattr(processes, "broadcast", lambda value: value if first else 6)
+        with storage.mirrored(stored, restore=logs.CONTINUED, active=first):
+            assert checkpoint.Checkpoints(stored, keep=1).latest_valid() == 6
+        return len(asked)
+
+    assert requests(first=False) == 0
+    assert 0 < requests(first=True) < 120
 
 
 def test_what_was_not_finished_is_no_checkpoint(bucket):
