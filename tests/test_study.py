@@ -404,6 +404,23 @@ def test_the_study_of_processes_is_planned(root, monkeypatch):
         make_sampler(run.phases[0].config, make_network(run.phases[0].config))
 
 
+@pytest.mark.parametrize(("name", "count"), [("search", 32), ("final", 16)])
+def test_the_study_of_sleeping_patches_is_fair(root, monkeypatch, name, count):
+    """Every run has the same budget, network and process; phases differ in the mask alone."""
+    monkeypatch.setattr(study.cost, "count_flops", lambda config, stage, images: 1e11)
+    runs = study.plan(runpy.run_path(str(root / "experiments" / "sparse64.py"))["get_config"](name))
+    assert len(runs) == count
+    for run in runs:
+        assert sum(phase.stage.steps for phase in run.phases) == pytest.approx(
+            1e4 if name == "final" else 2e3, rel=0.01
+        )
+        models = {phase.config.model for phase in run.phases}
+        assert len(models) == 1
+        assert len({phase.config.diffusion for phase in run.phases}) == 1
+        assert run.phases[-1].stage.mask.kind == "none"
+        assert (run.phases[0].stage.mask.kind == "none") == ("dense" in run.name)
+
+
 def test_emoji_archive(root, child_env, tmp_path):
     """From a package with two emoji, one of which has a variation."""
     emoji = [dict(image="a.png", category="People & Body", skin_variations={"1": dict(image="b.png")})]
