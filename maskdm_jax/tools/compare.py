@@ -11,7 +11,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from maskdm_jax.config import Config, parse, to_dict
-from maskdm_jax.errors import EvaluationError, MaskDMError
+from maskdm_jax.errors import EvaluationError, MaskDMError, first_line
 from maskdm_jax.evaluation.page import img, plot, style_axis, write_page
 from maskdm_jax.storage import location
 from maskdm_jax.tools.cost import count_flops
@@ -71,8 +71,11 @@ def _open(folder) -> Run:
     try:
         raw, lines = json.loads((folder / "config.json").read_text()), logs.read_metrics(folder / "metrics.jsonl")
         config = parse(raw)
+    except FileNotFoundError as error:
+        missing = "config.json or metrics.jsonl"
+        raise EvaluationError(f"{folder} is no run folder that can be compared: it lacks {missing}") from error
     except (OSError, ValueError, MaskDMError) as error:
-        raise EvaluationError(f"{folder} is no run folder that can be compared ({error})") from None
+        raise EvaluationError(f"{folder} is no run folder that can be compared ({first_line(error)})") from error
     if not any("loss" in line for line in lines):
         raise EvaluationError(f"{folder} has no metrics yet; its first line appears after config.log.every steps")
     flops = {name: count_flops(config, name, 1) * config.stage[name].batch_size for name in config.stages}
