@@ -10,7 +10,6 @@ pip install -e ".[tpu]".
 import functools
 import json
 import pathlib
-import runpy
 import sys
 
 from absl import app, flags
@@ -42,11 +41,13 @@ def rows() -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
+@functools.cache
 def read(name: str):
     """The settings of a recipe."""
-    from maskdm_jax import config as config_lib
+    import maskdm_jax
+    from maskdm_jax.config import parse
 
-    return config_lib.parse(runpy.run_path(str(ROOT / "configs" / f"{name}.py"))["get_config"]())
+    return parse(maskdm_jax.recipe(name))
 
 
 def is_first(name: str, names: list[str]) -> bool:

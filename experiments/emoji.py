@@ -10,6 +10,7 @@ Noto Emoji (Google, Apache-2.0) and Twemoji (Twitter and others, CC BY 4.0); the
 
 import io
 import json
+import posixpath
 import tarfile
 import zipfile
 
@@ -22,9 +23,7 @@ OUT = flags.DEFINE_string("out", None, "The archive to write.", required=True)
 
 def main(_):
     with tarfile.open(PACKAGE.value) as package, zipfile.ZipFile(OUT.value, "w") as archive:
-        folder = next(name for name in package.getnames() if name.endswith(".png") and "/64/" in name).rpartition("/")[
-            0
-        ]
+        folder = posixpath.dirname(next(name for name in package.getnames() if "/64/" in name))
         for emoji in json.load(package.extractfile("package/emoji.json")):
             label = emoji["category"].lower().replace(" & ", "_").replace(" ", "_")
             for image in (emoji, *emoji.get("skin_variations", {}).values()):

@@ -141,9 +141,13 @@ def make_process(config: Config) -> Process:
     Raises:
       ConfigError: a setting of `config.diffusion` does not fit the process.
     """
-    time_scale = 1.0 if config.model.network == "jit" else 1000.0  # a U-ViT takes times of up to 1,000
     with prefixed(ConfigError, "config.diffusion."):
-        return PROCESSES[config.diffusion.process](config.diffusion, time_scale)
+        return PROCESSES[config.diffusion.process](config.diffusion, time_scale(config.model))
+
+
+def time_scale(model: Model) -> float:
+    """What a network is told is this times the time: a JiT takes it as it is, a U-ViT takes times of up to 1,000."""
+    return 1.0 if model.network == "jit" else 1000.0
 
 
 def grids(config: Config) -> tuple[tuple[int, int], ...]:

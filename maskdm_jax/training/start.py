@@ -119,9 +119,8 @@ def next_stage(config: Config, index: int, network: Network, mesh, state: TrainS
     if not config.stage[config.stages[index]].continues:
         return _first_state(config, index, abstract, state.params)
     fresh = lambda state, key: dataclasses.replace(state, step=0 * state.step, key=key)
-    return jax.jit(fresh, out_shardings=sharding.placement(abstract), donate_argnums=0)(
-        state, _stage_key(config, index)
-    )
+    go_on = jax.jit(fresh, out_shardings=sharding.placement(abstract), donate_argnums=0)
+    return go_on(state, _stage_key(config, index))
 
 
 def _first_state(config: Config, index: int, abstract: TrainState, params) -> TrainState:

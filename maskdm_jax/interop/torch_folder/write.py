@@ -5,6 +5,7 @@ import json
 import pathlib
 
 import maskdm_jax
+from maskdm_jax.build import time_scale
 from maskdm_jax.config import Config
 from maskdm_jax.errors import CheckpointError
 from maskdm_jax.storage import write_atomically
@@ -60,7 +61,7 @@ def write(folder, title: str, config: Config, classes: list[str], weights: str, 
     settings = dict(
         data={name: raw["data"][name] for name in ("image_size", "channels")},
         model={name: raw["model"][name] for name in _MODEL},
-        diffusion=raw["diffusion"] | dict(time_scale=1.0 if config.model.network == "jit" else 1000.0),
+        diffusion=raw["diffusion"] | dict(time_scale=time_scale(config.model)),
         sampling=raw["sampling"],
         classes=classes,
         guidable=bool(config.data.label_dropout or config.init_from or config.data.path == UNKNOWN),
