@@ -427,18 +427,27 @@ def test_emoji_archive(root, child_env, tmp_path):
     emoji.append(dict(image="c.png", category="Flags"))
     red = io.BytesIO()
     Image.fromarray(np.array([[[255, 0, 0, 128], [0, 0, 0, 0]]], np.uint8)).save(red, "PNG")
-    files = {"emoji.json": json.dumps(emoji).encode()} | {f"img/google/64/{n}.png": red.getvalue() for n in "abc"}
-    with tarfile.open(tmp_path / "package.tgz", "w:gz") as package:
-        for name, content in files.items():
-            entry = tarfile.TarInfo(f"package/{name}")
-            entry.size = len(content)
-            package.addfile(entry, io.BytesIO(content))
-    args = [f"--package={tmp_path / 'package.tgz'}", f"--out={tmp_path / 'set.zip'}"]
-    subprocess.run([sys.executable, root / "experiments" / "emoji.py", *args], env=child_env, check=True)
-    with zipfile.ZipFile(tmp_path / "set.zip") as archive:
-        assert archive.namelist() == ["people_body/a.png", "people_body/b.png", "flags/c.png"]
-        with Image.open(archive.open("flags/c.png")) as image:
+    packages = {maker: f"--package={tmp_path / maker}.tgz" for maker in ("google", "twitter")}
+    for maker in packages:
+        files = {"emoji.json": json.dumps(emoji).encode()} | {f"img/{maker}/64/{n}.png": red.getvalue() for n in "abc"}
+        with tarfile.open(tmp_path / f"{maker}.tgz", "w:gz") as package:
+            for name, content in files.items():
+                entry = tarfile.TarInfo(f"package/{name}")
+                entry.size = len(content)
+                package.addfile(entry, io.BytesIO(content))
+
+    def archive(*args):
+        command = [sys.executable, root / "experiments" / "emoji.py", *args, f"--out={tmp_path / 'set.zip'}"]
+        subprocess.run(command, env=child_env, check=True)
+        return zipfile.ZipFile(tmp_path / "set.zip")
+
+    one = ["people_body/a.png", "people_body/b.png", "flags/c.png"]
+    with archive(packages["google"]) as made:
+        assert made.namelist() == one
+        with Image.open(made.open("flags/c.png")) as image:
             assert np.asarray(image).tolist() == [[[255, 127, 127], [255, 255, 255]]]
+    with archive(*packages.values()) as made:
+        assert made.namelist() == [f"{maker}_{name}" for maker in packages for name in one]
 
 
 def test_swiss_roll(root, child_env, tmp_path):
