@@ -6,9 +6,9 @@
     python experiments/emoji.py --package=emoji-datasource-google-16.0.0.tgz \
         --package=emoji-datasource-twitter-16.0.0.tgz --out=emoji64.zip
 
-An archive of one package holds 3,786 RGB images of 64 x 64 pixels on white, CLASS/CODEPOINTS.png, with ten classes; one
-of both holds 7,572 in twenty classes, google_CLASS and twitter_CLASS. The images are Noto Emoji (Google, Apache-2.0) and
-Twemoji (Twitter and others, CC BY 4.0); the packages are of emoji-data (MIT).
+An archive of one package holds 3,786 RGB images of 64 x 64 pixels on white, CLASS/CODEPOINTS.png, with ten
+classes; one of both holds 7,572 in twenty classes, google_CLASS and twitter_CLASS. The images are Noto Emoji (Google,
+Apache-2.0) and Twemoji (Twitter and others, CC BY 4.0); the packages are of emoji-data (MIT).
 """
 
 import io

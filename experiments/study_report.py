@@ -20,7 +20,8 @@ def describe(runs: list[Run]) -> list[str]:
         lines.append(f"{run.name}, seed {run.seed}")
         for phase in run.phases:
             stage, mask = phase.stage, phase.stage.mask
-            hidden = f"{mask.rate:.0%} hidden, {mask.kind} {mask.block}" if mask.kind != "none" else "nothing hidden"
+            rate = 1 - 1 / mask.block**2 if mask.kind == "strided" else mask.rate
+            hidden = f"{rate:.0%} hidden, {mask.kind} {mask.block}" if mask.kind != "none" else "nothing hidden"
             points = f"evaluated at {', '.join(map(str, phase.points))}" if phase.points else "not evaluated"
             lines.append(
                 f"  {stage.steps:,} steps of {stage.batch_size} images, {phase.flops * stage.steps:.3g} FLOPs, "

@@ -26,6 +26,8 @@ WEIGHTS = flags.DEFINE_string(
     "weights", "ema", "Of a .safetensors to write: averaged (ema; ema2, ...) or raw (params)."
 )
 
+DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Of the weights in a .safetensors to write.")
+
 
 def main(argv):
     if len(argv) > 1:
@@ -37,7 +39,8 @@ def main(argv):
     from maskdm_jax.interop.convert import convert
 
     options = dict(heads=HEADS.value, class_tokens_from=CLASS_TOKENS_FROM.value)
-    options |= dict(config=CONFIG.value, stage=STAGE.value, weights=WEIGHTS.value, for_torch=FOR.value == "torch")
+    options |= dict(config=CONFIG.value, stage=STAGE.value, weights=WEIGHTS.value)
+    options |= dict(dtype=DTYPE.value, for_torch=FOR.value == "torch")
     with runtime.program(distributed=False):
         lines = convert(SRC.value, DST.value, **options)
     print("\n".join(lines))

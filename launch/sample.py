@@ -5,6 +5,8 @@ samples.npz instead of single images. After an interruption, the same command re
 several checkpoints, each gets its own folder:
 
     python launch/sample.py --run='runs/mine/checkpoints/*' --n=1000 --out=samples/mine
+
+--run also takes a file (.pt, .pth, .safetensors), and the name of a shipped model: emoji64.
 """
 
 import io
@@ -14,7 +16,7 @@ from absl import app, flags, logging
 
 from maskdm_jax.parallel import runtime
 
-RUN = flags.DEFINE_list("run", None, "Run folders (their latest checkpoints) or checkpoints; * is expanded.")
+RUN = flags.DEFINE_list("run", None, "Run folders (their latest checkpoints), checkpoints or files; * is expanded.")
 OUT = flags.DEFINE_string("out", None, "Folder for the samples; default: samples/NAME of the run.")
 N = flags.DEFINE_integer("n", 64, "Number of images.", lower_bound=1)
 SEED = flags.DEFINE_integer("seed", 0, "Seed of the noise; image number i of a seed is always the same.", 0, 2**32 - 1)
@@ -54,25 +56,28 @@ def matching(path) -> list:
 
 
 def places(runs: list[str], out: str | None) -> dict[pathlib.Path, pathlib.Path]:
-    """Checkpoint -> folder of its samples; several checkpoints get folders in `out`, named by run and step."""
+    """Checkpoint or file -> folder of its samples; several get folders in `out`, named by run and step, or by file."""
     from maskdm_jax.errors import CheckpointError
+    from maskdm_jax.interop.convert import is_file
+    from maskdm_jax.main import model_path
     from maskdm_jax.storage import is_remote, location
     from maskdm_jax.training import checkpoint
 
     found = []
     for run in runs:
-        path = location(run)
+        path = location(model_path(run))
         literal = "*" not in run or path.exists()
         matches = [path] if literal else sorted(matching(path), key=lambda p: (len(str(p)), p))
         if not matches:
             raise CheckpointError(f"no checkpoint matches {run!r}")
-        found += [checkpoint.find(match) for match in matches]
+        found += [match if is_file(match) else checkpoint.find(match) for match in matches]
     found = list(dict.fromkeys(found))
     if len(found) == 1:
         run = location(runs[0])
         name = run.name if is_remote(run) else run.resolve().name
         return {found[0]: location(out or f"samples/{name}")}
-    return {path: location(out or "samples") / f"{path.parent.parent.name}-{path.name}" for path in found}
+    name = lambda path: path.stem if is_file(path) else f"{path.parent.parent.name}-{path.name}"
+    return {path: location(out or "samples") / name(path) for path in found}
 
 
 def sample(path, out):
@@ -80,14 +85,15 @@ def sample(path, out):
     from PIL import Image
     from tqdm import tqdm
 
+    from maskdm_jax import load
     from maskdm_jax.data.images import sample_grid, save_png
     from maskdm_jax.parallel import processes
-    from maskdm_jax.sampling import generate_to_folder, load
+    from maskdm_jax.sampling import generate_to_folder, with_sampling
 
     chosen = {"method": METHOD.value, "steps": STEPS.value, "eta": ETA.value, "order": ORDER.value}
     chosen |= {"spacing": SPACING.value, "guidance": GUIDANCE.value}
     sampling = {key: value for key, value in chosen.items() if value is not None}
-    loaded = load(path, weights=WEIGHTS.value, sampling=sampling)
+    loaded = with_sampling(load(path, weights=WEIGHTS.value), sampling)
     first = processes.is_first()
     if first:
         print(f"{N.value} images from the {WEIGHTS.value} of {loaded.checkpoint}")

@@ -1,9 +1,7 @@
 """The package from Python: recipes, training, and models that sample. `import maskdm_jax` has these functions."""
 
-import dataclasses
 import pathlib
 import runpy
-import tempfile
 
 from absl import logging
 from ml_collections import ConfigDict
@@ -11,9 +9,10 @@ from ml_collections import ConfigDict
 from maskdm_jax import run, sampling
 from maskdm_jax.config import Config, parse
 from maskdm_jax.errors import ConfigError, prefixed
-from maskdm_jax.interop.convert import convert, is_file
-from maskdm_jax.main import recipe_path, shipped
+from maskdm_jax.interop.convert import is_file, read_weights
+from maskdm_jax.main import model_path, recipe_path, shipped
 from maskdm_jax.parallel import runtime
+from maskdm_jax.storage import location
 
 
 def recipe(name: str, changes: dict | None = None) -> ConfigDict:
@@ -80,15 +79,16 @@ def load(path, *, weights: str = "ema", heads: int | None = None) -> sampling.Tr
     (4, 8, 8, 1)
 
     Args:
-      path: run folder (its newest checkpoint), checkpoint folder, or a file: .pt, .pth, .safetensors.
+      path: run folder (its newest checkpoint), checkpoint folder, or a file: .pt, .pth, .safetensors; or the name of
+        a shipped model: "emoji64".
       weights: `ema`, `ema2`, ... or `params`, the raw ones.
       heads: attention heads of a file that does not show them; width / 64 if not given, as in the official models.
 
     Raises:
       MaskDMError: there is no such checkpoint or file, or it cannot be read.
     """
+    path = location(model_path(path))
     if not is_file(path):
         return sampling.load(path, weights=weights)
-    with tempfile.TemporaryDirectory() as scratch:
-        convert(path, f"{scratch}/run", heads=heads)
-        return dataclasses.replace(sampling.load(f"{scratch}/run", weights=weights), checkpoint=pathlib.Path(path))
+    config, classes, params = read_weights(path, weights=weights, heads=heads)
+    return sampling.from_weights(path, weights, config, classes, params)

@@ -47,6 +47,7 @@ def _names_a_file(network: str) -> bool:
     return re.fullmatch(r".+\.py:\w+", network) is not None
 
 
+UNKNOWN = "unknown"  # path of the data of a run that was converted from a file which does not say
 INT32 = 2**31 - 1  # steps and sizes are int32 on devices
 Count = typing.Annotated[int, _between(1, INT32)]
 Natural = typing.Annotated[int, _between(0, INT32)]
@@ -266,6 +267,11 @@ class Config:
     stages: tuple[str, ...] = ()  # names of the stages to run, in order
     stage: dict[str, Stage] = dataclasses.field(default_factory=dict, hash=False)  # by name, as `stages` lists them
 
+    @property
+    def guidable(self) -> bool:
+        """Whether the network may have learned to do without a label: here, or wherever its weights are from."""
+        return bool(self.data.label_dropout or self.init_from or self.data.path == UNKNOWN)
+
 
 # --- Recipes --------------------------------------------------------------------------------------
 
@@ -276,7 +282,7 @@ def default() -> ConfigDict:
 
 
 def stage(**changes) -> ConfigDict:
-    """A stage with the defaults of `Stage`, except for `changes`; a `mask` comes from `patch`, `block` or `crop`."""
+    """A stage with the defaults of `Stage`, except for `changes`; a `mask` comes from `patch`, `block`, ..."""
     return ConfigDict(dataclasses.asdict(Stage()) | changes)
 
 
@@ -444,6 +450,9 @@ def _check_model(config: Config) -> None:
         _need(
             model.jit.class_tokens_from < model.depth, "model.jit.class_tokens_from", model.jit.class_tokens_from, later
         )
+    blocks = model.depth if model.network == "jit" else model.depth | 1
+    half = f"below half of the {blocks} blocks, or no block is left for hidden patches to skip"
+    _need(2 * model.outer_blocks < blocks, "model.outer_blocks", model.outer_blocks, half)
     if model.outer_blocks and _names_a_file(model.network):
         raise ConfigError("config.model.outer_blocks must be 0 for a network of one's own")
     if model.returning == "token" and not model.outer_blocks:

@@ -2,7 +2,7 @@
 
     maskdm train --config=celebahq_pretrain --config.data.path=photos.zip
 
---config takes the name of a recipe, or the path of a file.
+--config takes the name of a recipe, or the path of a file; that of launch/train.py does, too.
 """
 
 import pathlib
@@ -15,7 +15,7 @@ HERE = pathlib.Path(__file__).parent
 
 
 def shipped(name: str) -> pathlib.Path:
-    """The folder `configs` or `launch`: in the installed package, or beside it in a clone."""
+    """The folder `configs`, `launch` or `pretrained`: in the installed package, or beside it in a clone."""
     return HERE / name if (HERE / name).is_dir() else HERE.parent / name
 
 
@@ -26,6 +26,12 @@ def recipe_path(name: str) -> str:
     return f"{known if known.is_file() else name}{colon}{argument}"
 
 
+def model_path(path):
+    """The folder of a shipped model given by name, such as emoji64; a path stays what it is."""
+    known = shipped("pretrained") / str(path)
+    return known if known.is_dir() and not pathlib.Path(path).exists() else path
+
+
 def main() -> None:
     """Run a program."""
     programs = {path.stem: path for path in shipped("launch").glob("*.py")}
@@ -33,7 +39,5 @@ def main() -> None:
     if name not in programs:
         print(f"usage: maskdm PROGRAM [flags]; PROGRAM is one of {', '.join(sorted(programs))}", file=sys.stderr)
         sys.exit(ConfigError.status)
-    flag = "--config="
-    arguments = [flag + recipe_path(a.removeprefix(flag)) if a.startswith(flag) else a for a in arguments]
     sys.argv = [str(programs[name]), *arguments]
     runpy.run_path(sys.argv[0], run_name="__main__")

@@ -172,10 +172,11 @@ def warnings_of(config: Config) -> list[str]:
         for mask, settings in ((f"{name}.mask", stage.mask), (f"{name}.detail_mask", stage.detail_mask)):
             lines += [f"{mask}.{unused} has no effect" for unused in _unused(settings)] if settings else []
         steps = stage.steps + steps_before(config, name)
-        share = stage.ema_decay ** (max(steps - EMA_COPY_STEPS, 0) / stage.ema_every)
-        if steps > EMA_COPY_STEPS and share > 1 / math.e:  # the stage is shorter than the memory of the EMA
+        copied = EMA_COPY_STEPS if stage.ema_law == "reference" else 0
+        share = stage.ema_decay ** (max(steps - copied, 0) / stage.ema_every)
+        if steps > copied and share > 1 / math.e:  # the stage is shorter than the memory of the EMA
             lines.append(
-                f"{share:.0%} of the EMA at the end of {name} are the weights of step {EMA_COPY_STEPS}: lower "
+                f"{share:.0%} of the EMA at the end of {name} are the weights of step {copied}: lower "
                 f"{name}.ema_decay={stage.ema_decay} or {name}.ema_every={stage.ema_every}, or train longer"
             )
     return lines

@@ -195,8 +195,7 @@ def load(path, *, weights: str = "ema", sampling: dict | None = None) -> Trained
         raise SamplingError(f"{found} has no weights {weights!r}; it has {there} (the raw ones are params)")
     meta = checkpoint.load_meta(found)
     config = parse(meta["config"] | dict(mesh={}))  # the mesh of the machine that trained; this one may have another
-    # Of a converted file or of weights from elsewhere, it is not known whether labels were hidden.
-    guidable = bool(config.data.label_dropout or config.init_from or meta.get("official"))
+    guidable = config.guidable or bool(meta.get("official"))
     network, mesh = make_network(config), _local_mesh()
     model = TrainedModel(found, weights, config, network, {}, meta["classes"], meta["card"], mesh, guidable)
     model, place = with_sampling(model, sampling or {}), sharding.replicated(mesh)  # before weights are read
@@ -204,6 +203,13 @@ def load(path, *, weights: str = "ema", sampling: dict | None = None) -> Trained
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), network.abstract_params()
     )
     return dataclasses.replace(model, params=checkpoint.load_item(found, weights, abstract))
+
+
+def from_weights(path, weights: str, config: Config, classes: list[str], params: dict) -> TrainedModel:
+    """Make a `TrainedModel` from weights that were read from a file at `path`."""
+    mesh = _local_mesh()
+    params = jax.device_put(params, sharding.replicated(mesh))
+    return TrainedModel(path, weights, config, make_network(config), params, classes, {}, mesh, config.guidable)
 
 
 def in_memory(run, params) -> TrainedModel:
@@ -287,7 +293,8 @@ def generate_to_folder(
     if len(packed) == n:
         return folder
     parts = folder / "parts" if file_format == "npz" else None
-    _make_missing(loaded, n, parts or folder, len(packed), of_image, seed, batch_size, progress)
+    place = (parts, ".npy") if parts else (folder, ".png")
+    _make_missing(loaded, n, *place, len(packed), of_image, seed, batch_size, progress)
     processes.barrier("samples made")
     if parts and processes.is_first():
         _pack(folder, n, packed, of_image)
@@ -305,9 +312,8 @@ def _settings_of(loaded: TrainedModel) -> dict:
     return known | dict(checkpoint=str(loaded.checkpoint), weights_hash=digest.hexdigest())
 
 
-def _make_missing(loaded, n, folder, packed, of_image, seed, batch_size, progress) -> None:
+def _make_missing(loaded, n, folder, suffix, packed, of_image, seed, batch_size, progress) -> None:
     """Generate those of this process's images that are neither among the first `packed` nor in `folder`."""
-    suffix = ".npy" if folder.name == "parts" else ".png"
     there = _numbers(folder, suffix)
     # Batches have fixed boundaries, so that an image's batch does not depend on where an earlier call stopped.
     batches = [range(start, min(start + batch_size, n)) for start in range(0, n, batch_size)]

@@ -71,7 +71,7 @@ def location(path):
         raise ConfigError(f"{path}: give a path on a disk or an address gs://BUCKET/... or s3://BUCKET/...")
     package, extra = STORES[scheme]
     if importlib.util.find_spec(package) is None:
-        raise ConfigError(f"{path}: reading and writing {scheme}:// needs {package}; pip install maskdm-jax[{extra}]")
+        raise ConfigError(f"{path}: reading and writing {scheme}:// needs {package}; pip install 'maskdm-jax[{extra}]'")
     for name in ("gcs", *STORES):
         options = fsspec.config.conf.setdefault(name, {})
         options.setdefault("use_listings_cache", False)  # with it, what another process writes is not seen

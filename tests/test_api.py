@@ -61,6 +61,13 @@ def test_a_file_loads_like_its_run(trained, tmp_path):
     model = maskdm_jax.load(tmp_path / "weights.safetensors")
     assert model.checkpoint == tmp_path / "weights.safetensors"
     np.testing.assert_array_equal(model.sample(4, seed=5), trained["model"].sample(4, seed=5))
+    assert not model.guidable, "its config says that no label was hidden"
+    with pytest.raises(ConfigError, match="the source has no weights 'ema2'; it has params"):
+        maskdm_jax.load(tmp_path / "weights.safetensors", weights="ema2")
+    run = tmp_path / "run"
+    shutil.copytree(trained["last"].parent.parent, run)
+    (run / "export.safetensors").write_bytes(b"")
+    assert maskdm_jax.load(run).checkpoint == run / "checkpoints" / trained["last"].name, "not the export beside it"
 
 
 def test_recipes():
@@ -102,7 +109,10 @@ def test_the_package_that_is_built(root, child_env, tmp_path):
     command = [sys.executable, "-m", "pip", "install", *options, "--target", str(tmp_path / "site"), str(source)]
     subprocess.run(command, check=True, cwd=tmp_path)
     package = tmp_path / "site" / "maskdm_jax"
-    for folder, place in ((root / "maskdm_jax", package), *((root / n, package / n) for n in ("configs", "launch"))):
+    for folder, place in (
+        (root / "maskdm_jax", package),
+        *((root / n, package / n) for n in ("configs", "launch")),
+    ):
         for path in folder.rglob("*.*"):
             assert path.suffix == ".pyc" or (place / path.relative_to(folder)).exists(), path
     env = child_env | dict(PYTHONPATH=str(tmp_path / "site"))

@@ -309,6 +309,14 @@ def test_safetensors_go_both_ways(official, converted, tmp_path):
         lines = convert(file, tmp_path / which)  # heads and all else are in its header
         assert any("one set of weights" in line for line in lines)
         golden.same(sampling.load(tmp_path / which).params, sampling.load(converted, weights=which).params)
+    convert(official, tmp_path / "half.safetensors", heads=4, dtype="bfloat16")
+    assert (tmp_path / "half.safetensors").stat().st_size < 0.6 * (tmp_path / "ema.safetensors").stat().st_size
+    network.load_state_dict(load_file(tmp_path / "half.safetensors"), strict=True)
+    for name, tensor in network.state_dict().items():
+        rounded = torch.from_numpy(state_dict[prefix + name].copy()).bfloat16().float()
+        np.testing.assert_array_equal(tensor, rounded)
+    with pytest.raises(ConfigError, match=r"--dtype=bfloat16 is for .safetensors; .*half always holds float32"):
+        convert(official, tmp_path / "half", heads=4, dtype="bfloat16")
     convert(tmp_path / "ema.safetensors", tmp_path / "ema.pt")
     back = torch_file.read(tmp_path / "ema.pt")
     golden.same(

@@ -19,7 +19,7 @@ from PIL import Image
 from maskdm_jax.data import parquet, prepare, tars
 from maskdm_jax.data.images import Framing, decode
 from maskdm_jax.data.pipeline import TrainingData
-from maskdm_jax.data.sources import open_source
+from maskdm_jax.data.sources import Selection, open_source
 from maskdm_jax.errors import DataError
 
 KINDS = ("parquet", "webdataset")
@@ -191,6 +191,8 @@ def test_odd_rows_are_unreadable_images_with_their_names(tmp_path, caplog):
     for name in ("2", "3", "4", "5", "6", "7"):
         assert f"unreadable image a.parquet[{name}]: " in caplog.text
     assert "a.parquet[6]: its label -1 is none of 3 classes; replaced by its neighbour" in caplog.text
+    part = Selection(source, [1, 6, 7], ["1", "0"])
+    assert list(part.labels) == [0, -1, -1], "labels that are missing stay so"
 
 
 def metadata(features) -> dict:

@@ -119,6 +119,8 @@ def test_generate(made, code):
     ):
         with pytest.raises(ValueError, match=message):
             sample.generate(model, 1, **changes)
+    with pytest.raises(ValueError, match="weak is 'shallow'; here, guidance leads away from the unlabelled"):
+        sample.generate(model, 1, guidance=1.0, weak="shallow")
     model.config |= dict(guidable=False, classes=[])
     with pytest.raises(ValueError, match="guidance needs a network"):
         sample.generate(model, 1, guidance=1.0)

@@ -40,7 +40,7 @@ class Selection(Source):
     def __init__(self, source, numbers, classes=()):
         self._source, self._numbers = source, np.asarray(numbers)
         new = {source.classes.index(name): i for i, name in enumerate(classes)}
-        labels = [new[source.labels[i]] for i in self._numbers] if new else []
+        labels = [new.get(source.labels[i], -1) for i in self._numbers] if new else []  # -1: it has none
         files = hash_texts([source.files_hash, *map(str, self._numbers)]) if source.files_hash else ""
         names = LazySequence(len(self._numbers), self._name)
         super().__init__(names, labels, classes, files, source.left_aside)

@@ -1,6 +1,6 @@
 """Samplers: generate images from noise with a trained network, in one `lax.scan` over the trajectory.
 
-Those of DDPM have the signature
+`ddim` and `ddpm` have the signature
 
     sampler(predict, x, noise, schedule, *, objective, clip, ...) -> x0
 
@@ -18,7 +18,9 @@ and return x0 [B, ...] float32. Those of flow matching and EDM, `ode` and `conti
 Noise is a function of the step, so that the caller can choose its source. `image_noise` draws it by image number, which
 makes an image independent of its batch and device; tests pass recorded noise.
 
-To add a sampler, write a function, and add it to `SAMPLERS`.
+To add a sampler, write `run(settings, predict, x, noise, process, *, start, clip)` -> x0, where `settings` is
+`config.sampling`, and add `Sampler(run, discrete=True)` (for DDPM) or `Sampler(run, continuous=True)` (for flow
+matching and EDM) to `SAMPLERS`. Folders for PyTorch have a table of their own in `interop/torch_folder/sample.py`.
 """
 
 import dataclasses

@@ -53,6 +53,7 @@ def convert(
     config=None,
     stage: str | None = None,
     weights: str = "ema",
+    dtype: str = "float32",
     for_torch: bool = False,
 ) -> list[str]:
     """Convert `src` into `dst`; the paths tell the kinds.
@@ -69,6 +70,7 @@ def convert(
         Without it the checkpoint gets a config made from the file, good for sampling.
       stage: of `config`, the one that the file belongs to; the first when not given.
       weights: those that go into a `.safetensors`: `ema`, `ema2`, ... or `params`.
+      dtype: of the weights in a `.safetensors`: `float32` or `bfloat16`.
       for_torch: make `dst` a folder for users of PyTorch, with weights, model code, sampler and model card.
 
     Returns:
@@ -82,20 +84,27 @@ def convert(
     if kinds[0] == kinds[1]:
         raise ConfigError(f"{src} and {dst} are of the same kind; there is nothing to convert")
     given = None if config is None else config_lib.parse(config)
-    writers = {"folder": _to_folder, "pt": _to_pt, "safetensors": _to_safetensors}
-    writers["torch"] = functools.partial(_to_torch, src)
+    writers = {"folder": _to_folder, "pt": _to_pt, "safetensors": functools.partial(_to_safetensors, dtype=dtype)}
+    writers["torch"] = functools.partial(_to_torch, src, dtype=dtype)
+    if dtype != "float32" and kinds[1] not in ("safetensors", "torch"):
+        raise ConfigError(f"--dtype={dtype} is for .safetensors; {dst} always holds float32")
     with prefixed(TorchFileError, f"{src}: "):
-        with prefixed(CheckpointError, f"{src} cannot be read: ", OSError):
-            if kinds[0] != "folder" and not src.exists():
-                raise CheckpointError(f"{src} is not a file")
-            source = _from_folder(src) if kinds[0] == "folder" else _from_file(src)
-        _settle_config(source, src, dict(heads=heads, class_tokens_from=class_tokens_from), given, stage)
+        source = _read(src, dict(heads=heads, class_tokens_from=class_tokens_from), given, stage)
         with prefixed(CheckpointError, f"{dst} cannot be written: ", OSError):
             there = dst.exists() if is_remote(dst) else os.path.lexists(dst)  # a link to nothing, too
             if there and not (kinds[1] in ("folder", "torch") and dst.is_dir() and not any(dst.iterdir())):
                 raise ConfigError(f"{dst} exists already; give another --dst or move it away")
             lines = writers[kinds[1]](dst, source, weights)
     return [*lines, *source.official.notes]
+
+
+def read_weights(path, *, weights: str = "ema", heads: int | None = None) -> tuple[Config, list[str], dict]:
+    """Read a file's config, names of its classes, and weights; arguments and errors are those of `convert`."""
+    path = location(path)
+    with prefixed(TorchFileError, f"{path}: "):
+        source = _read(path, dict(heads=heads, class_tokens_from=None))
+        official = source.official
+        return source.config, source.classes, official.names.params(official.weights[_chosen(official, weights)])
 
 
 def is_file(path) -> bool:
@@ -113,6 +122,16 @@ def _kind(path: pathlib.Path) -> str:
 
 
 # --- Reading ------------------------------------------------------------------------------------
+
+
+def _read(path: pathlib.Path, flags: dict, given: Config | None = None, stage: str | None = None) -> _Source:
+    with prefixed(CheckpointError, f"{path} cannot be read: ", OSError):
+        is_folder = _kind(path) == "folder"
+        if not is_folder and not path.exists():
+            raise CheckpointError(f"{path} is not a file")
+        source = _from_folder(path) if is_folder else _from_file(path)
+    _settle_config(source, path, flags, given, stage)
+    return source
 
 
 def _from_file(path: pathlib.Path) -> _Source:
@@ -241,7 +260,7 @@ def _settle_config(source: _Source, path: pathlib.Path, flags: dict, given: Conf
 def _config_of(official: Official, shown: dict, flags: dict) -> Config:
     """A config with all that the file shows; the rest (data, batch, mask) has the defaults."""
     c = config_lib.default()
-    c.data.path, c.data.labels = torch_folder.UNKNOWN, shown["model.num_classes"] > 0
+    c.data.path, c.data.labels = config_lib.UNKNOWN, shown["model.num_classes"] > 0
     c.stages, c.stage = ("stage",), config_lib.stage(steps=max(official.step, 1))
     c.stage.more_ema_decays = (c.stage.ema_decay,) * len(official.emas[1:])
     if official.group:
@@ -388,25 +407,32 @@ def _to_pt(dst: pathlib.Path, source: _Source, weights: str) -> list[str]:
     return [f"{dst} holds {parts}, step {official.step}", *official.format.described(config)]
 
 
-def _to_safetensors(dst: pathlib.Path, source: _Source, weights: str) -> list[str]:
+def _to_safetensors(dst: pathlib.Path, source: _Source, weights: str, *, dtype: str) -> list[str]:
     official, config = source.official, source.config
-    if weights == "ema" and not official.emas:
-        official.notes.append("note: the source has one set of weights, no EMA")
-        weights = "params"
-    if weights not in official.weights:
-        raise ConfigError(f"the source has no weights {weights!r}; it has {', '.join(official.weights)}")
+    weights = _chosen(official, weights)
     noted = dict(config=config_lib.to_dict(config), stage=source.stage, classes=source.classes, weights=weights)
     fixed = {name: official.format.positions(config) for name in official.names.fixed}
-    tensors = fixed | official.fixed.get(weights, {}) | official.weights[weights]
+    trained = {name: tensor.astype(dtype) for name, tensor in official.weights[weights].items()}
+    tensors = fixed | official.fixed.get(weights, {}) | trained
     official_file.write_safetensors(dst, tensors, noted)
     return [
         f"{dst} holds the {'raw weights' if weights == 'params' else weights.replace('ema', 'EMA')} (--weights chooses)"
     ]
 
 
-def _to_torch(src, dst: pathlib.Path, source: _Source, weights: str) -> list[str]:
+def _chosen(official: Official, weights: str) -> str:
+    """The name of the weights to use: those asked for, or the only ones."""
+    if weights == "ema" and not official.emas:
+        official.notes.append("note: the source has one set of weights, no EMA")
+        return "params"
+    if weights not in official.weights:
+        raise ConfigError(f"the source has no weights {weights!r}; it has {', '.join(official.weights)}")
+    return weights
+
+
+def _to_torch(src, dst: pathlib.Path, source: _Source, weights: str, *, dtype: str) -> list[str]:
     weights = "params" if weights == "ema" and not source.official.emas else weights
     with _whole(dst) as folder:
-        _to_safetensors(folder / "model.safetensors", source, weights)
+        _to_safetensors(folder / "model.safetensors", source, weights, dtype=dtype)
         torch_folder.write(folder, dst.name, source.config, source.classes, weights, src)
     return [f"{dst} holds the weights ({weights}), sample.py for PyTorch, and README.md, a model card to complete"]

@@ -23,6 +23,7 @@ from maskdm_jax.interop import jit_file, torch_file, uvit_file
 from maskdm_jax.interop.names import NETWORKS, Names
 from maskdm_jax.interop.pickles import Skipped
 from maskdm_jax.storage import is_remote, local_copy, write_atomically
+from maskdm_jax.training import checkpoint
 from maskdm_jax.training.state import ema_names
 
 _FORMATS = {"uvit": uvit_file, "jit": jit_file}  # by `config.model.network`
@@ -396,7 +397,8 @@ def is_safetensors(path: pathlib.Path) -> bool:
     """Whether `read_safetensors` reads this path."""
     name = path.name.lower()
     is_dir = path.is_dir() if is_remote(path) else os.path.isdir(path)  # Path.is_dir raises if a name is too long
-    return name.endswith((".safetensors", INDEX)) or (is_dir and any(path.glob("*.safetensors")))
+    is_run = is_dir and (path / checkpoint.FOLDER).is_dir()  # which may hold exports, too
+    return name.endswith((".safetensors", INDEX)) or (is_dir and not is_run and any(path.glob("*.safetensors")))
 
 
 def _float32(name: str, tensor) -> np.ndarray:

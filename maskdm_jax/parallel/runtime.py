@@ -16,6 +16,7 @@ from absl import app, flags
 from ml_collections import config_flags
 
 from maskdm_jax.errors import ConfigError, Interrupted, MaskDMError, Preempted, first_line
+from maskdm_jax.main import recipe_path
 from maskdm_jax.parallel import processes
 from maskdm_jax.storage import cache_dir
 
@@ -47,6 +48,8 @@ def config_flag(text: str):
 def _parse_flags(argv: list[str]) -> list[str]:
     """Parse the command line, and load the config file that it names; what remains are the arguments."""
     argv = re.sub(r"\0--?config\0", "\0--config=", "\0".join(argv)).split("\0")  # --config FILE is --config=FILE
+    flag = re.compile("(--?config=)(.*)", re.DOTALL)
+    argv = [flag.sub(lambda found: found[1] + recipe_path(found[2]), arg) if flag.match(arg) else arg for arg in argv]
     named = [arg.partition("=")[2].split(":")[0] for arg in argv if arg.startswith(("--config=", "-config="))]
     try:
         for file in named:

@@ -6,7 +6,7 @@ import pathlib
 
 import maskdm_jax
 from maskdm_jax.build import time_scale
-from maskdm_jax.config import Config
+from maskdm_jax.config import UNKNOWN, Config
 from maskdm_jax.errors import CheckpointError
 from maskdm_jax.storage import write_atomically
 from maskdm_jax.training import checkpoint, logs
@@ -14,7 +14,6 @@ from maskdm_jax.training import checkpoint, logs
 CODE = ("modeling.py", "sample.py")
 _MODEL = ("network", "patch_size", "wavelet_scale", "width", "depth", "heads", "mlp_ratio", "qv_bias", "num_classes")
 _MODEL += ("time_mlp", "jit")
-UNKNOWN = "unknown"  # path of the data of a run that was converted from a file which does not say
 UNTOLD = "Not known: the weights come from a file that does not say."
 _CARD = """---
 library_name: pytorch
@@ -64,7 +63,7 @@ def write(folder, title: str, config: Config, classes: list[str], weights: str, 
         diffusion=raw["diffusion"] | dict(time_scale=time_scale(config.model)),
         sampling=raw["sampling"],
         classes=classes,
-        guidable=bool(config.data.label_dropout or config.init_from or config.data.path == UNKNOWN),
+        guidable=config.guidable,
     )
     write_atomically(folder / "config.json", json.dumps(settings, indent=2).encode())
     for name in CODE:
@@ -81,14 +80,15 @@ def _known(src) -> dict:
         found = checkpoint.find(src)
     except CheckpointError:  # a file
         return dict(step=None, card={}, evaluated={}, grid=None)
-    run, step = found.parent.parent, int(found.name)
+    run, meta = found.parent.parent, checkpoint.load_meta(found)
+    step = sum(meta["past"].values()) + meta["stage_step"]
     metrics = run / "metrics.jsonl"
     lines = [line for line in logs.read_metrics(metrics) if line["step"] <= step] if metrics.exists() else []
     evaluated = [line for line in lines if any(key.startswith("eval/") for key in line)]
     grids = [path for path in (run / "samples").glob("step_*.png") if int(path.stem.removeprefix("step_")) <= step]
     return dict(
         step=step,
-        card=checkpoint.load_meta(found)["card"],
+        card=meta["card"],
         evaluated=evaluated[-1] if evaluated else {},
         grid=max(grids, key=lambda path: path.name, default=None),
     )
@@ -131,6 +131,7 @@ def _stages(config: Config, step: int | None) -> str:
         step = None if step is None else step - done
         mask = stage.mask
         hidden = {"none": "none", "crop": f"all but a window of {mask.crop} x {mask.crop}"}
+        hidden |= {"strided": f"all but one of {mask.block} x {mask.block}"}
         hidden = hidden.get(mask.kind, f"{mask.rate:.0%}, {mask.kind}")
         rows.append(f"| {name} | {done:,} | {stage.batch_size} | {hidden} | {stage.learning_rate:g} |")
     return "\n".join(rows)
