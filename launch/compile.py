@@ -136,19 +136,8 @@ def write(stage: str, batch: int, found) -> None:
         return
     numbers = dict(config=recipe(), topology=TOPOLOGY.value, stage=stage, batch=batch, fits=False)
     if found is not None:
-        names = (
-            "fits",
-            "chips",
-            "kind",
-            "limit",
-            "state",
-            "temporary",
-            "memory",
-            "flops",
-            "seconds",
-            "compile_seconds",
-        )
-        numbers |= {name: getattr(found, name) for name in names}
+        names = "fits chips kind limit state temporary memory flops seconds compile_seconds"
+        numbers |= {name: getattr(found, name) for name in names.split()}
     with open(JSON.value, "a") as file:
         file.write(json.dumps(numbers) + "\n")
 

@@ -8,7 +8,7 @@ from absl import app, flags, logging
 
 from maskdm_jax.parallel import runtime
 
-RUN = flags.DEFINE_string("run", None, "Run folder (its latest checkpoint is used) or checkpoint.", required=True)
+RUN = flags.DEFINE_string("run", None, "Run folder (its latest checkpoint is used), checkpoint or file.", required=True)
 IMAGES = flags.DEFINE_list(
     "images", None, "Two image files, which are resized and cropped as in training.", required=True
 )
@@ -28,13 +28,13 @@ def main(argv):
     logging.set_verbosity(logging.WARNING)
     import numpy as np
 
-    from maskdm_jax import sampling
+    from maskdm_jax import load, sampling
     from maskdm_jax.data.images import Framing, decode, sample_grid, save_png
     from maskdm_jax.errors import DataError, prefixed
     from maskdm_jax.storage import location
 
     with runtime.program(distributed=False):
-        loaded, ends = sampling.load(RUN.value, weights=WEIGHTS.value), []
+        loaded, ends = load(RUN.value, weights=WEIGHTS.value), []
         for path in IMAGES.value:
             with prefixed(DataError, f"{path}: "):
                 ends.append(decode(location(path).read_bytes(), Framing.of(loaded.config.data)))

@@ -72,7 +72,7 @@ def test_what_one_mesh_saved_any_other_restores(state, tmp_path, devices):
     folder.wait()
     for others in (1, 2, 4, 8):
         wanted = abstract(mesh_of(others))
-        found = folder.restore(3, wanted)
+        found = checkpoint.load_state(folder.folder / "3", wanted)
         assert_same(found, state)
         assert jax.tree.all(jax.tree.map(lambda a, b: a.sharding == b.sharding, found, wanted))
     split = sum("fsdp" in leaf.sharding.spec for leaf in jax.tree.leaves(found.opt_state))
@@ -108,7 +108,7 @@ def test_every_damaged_file_is_noticed_or_does_not_matter(two, state):
     assert all("checkpoints/4 is damaged" in text and len(text) < 500 for text in said)
     for path, content in harmless:
         write(path, content)
-    assert_same(two.restore(4, abstract(mesh_of(1))), state)
+    assert_same(checkpoint.load_state(two.folder / "4", abstract(mesh_of(1))), state)
 
 
 def test_a_full_disk_is_named(two, state, monkeypatch):

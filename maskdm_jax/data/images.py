@@ -8,7 +8,7 @@ import zlib
 
 import numpy as np
 import PIL
-from PIL import ExifTags, Image, ImageDraw, ImageFont, UnidentifiedImageError
+from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
 
 from maskdm_jax.storage import atomic_path, foreign_kind
 
@@ -19,15 +19,6 @@ _FORMATS = {*Image.OPEN, "MPO"} - _UNDECODED
 SUFFIXES = {suffix for suffix, kind in Image.registered_extensions().items() if kind in _FORMATS}
 MAX_PIXELS = 178_956_970  # Pillow's limit against decompression bombs
 Image.MAX_IMAGE_PIXELS = None  # `open_image` checks its own limit, which can be set
-_ROTATIONS = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}  # by EXIF orientation
 DECODER = f"Pillow {PIL.__version__}"
 FILTERS = {
     "bicubic": Image.Resampling.BICUBIC,
@@ -131,7 +122,8 @@ def open_image(image, channels: int, max_pixels: int = MAX_PIXELS) -> Image.Imag
         image = _read_file(image, max_pixels)
         if image.mode == "F" or (image.mode == "I" and image.format not in ("PPM", "PNG")):
             raise ValueError("images of floating-point or 32-bit numbers have no agreed range")
-        image = _rotate(image)
+        with contextlib.suppress(Exception):  # damaged EXIF, of which Pillow raises many types, counts as none
+            ImageOps.exif_transpose(image, in_place=True)
     if image.mode.startswith("I"):  # 16-bit grey, which convert() would clip at 255
         pixels = np.asarray(image)
         clear = pixels == image.info.get("transparency", -1)
@@ -187,15 +179,6 @@ def _without_metadata(content: bytes) -> bytes:
             start = end
         return b"".join(kept) + content[start:]
     return content
-
-
-def _rotate(image: Image.Image) -> Image.Image:
-    """Apply the EXIF orientation; damaged EXIF counts as none."""
-    try:
-        rotation = _ROTATIONS.get(image.getexif().get(ExifTags.Base.Orientation))
-    except Exception:  # Pillow raises many types
-        return image
-    return image if rotation is None else image.transpose(rotation)
 
 
 def is_image(content: bytes) -> bool:

@@ -8,6 +8,7 @@ import math
 import pathlib
 
 import numpy as np
+from flax.traverse_util import flatten_dict
 from matplotlib.figure import Figure
 
 from maskdm_jax.config import Config, parse, to_dict
@@ -150,7 +151,7 @@ def _curve(axis, run: Run, key: str, of, colour: str) -> None:
 
 def _settings(runs: list[Run]) -> str:
     """A table of the settings in which the runs differ."""
-    flat = [_flat(to_dict(run.config)) for run in runs]
+    flat = [flatten_dict(to_dict(run.config), sep=".") for run in runs]
     keys = [
         key for key in dict.fromkeys(key for one in flat for key in one) if len({str(o.get(key)) for o in flat}) > 1
     ]
@@ -162,14 +163,6 @@ def _settings(runs: list[Run]) -> str:
     note = '<p class="note">The other settings are equal.</p>'
     table = f'<table class="cards"><tr><th></th>{head}</tr>{"".join(rows)}</table>'
     return f'<h2>Settings that differ</h2>{note}<div class="scroll">{table}</div>'
-
-
-def _flat(node: dict, prefix: str = "") -> dict:
-    """Settings by dotted key."""
-    found = {}
-    for key, value in node.items():
-        found |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-    return found
 
 
 def _samples(runs: list[Run]) -> str:

@@ -135,18 +135,6 @@ class Checkpoints:
                 check(self.folder / str(step))
             self._verified = True
 
-    def meta(self, step: int) -> dict:
-        """The JSON part of a checkpoint."""
-        return load_meta(self.folder / str(step))
-
-    def restore(self, step: int, abstract: TrainState) -> TrainState:
-        """Read a state; `abstract` contains ShapeDtypeStructs with the wanted shardings.
-
-        Raises:
-          CheckpointError: names, shapes or dtypes differ.
-        """
-        return load_state(self.folder / str(step), abstract)
-
     def wait(self) -> None:
         """Wait until the checkpoints are on disk.
 
@@ -367,7 +355,5 @@ def _shapes(tree) -> dict:
             leaf = jax.eval_shape(jax.random.key_data, leaf)
         return f"{tuple(leaf.shape)} {leaf.dtype}"
 
-    def name(path):
-        return ".".join(str(getattr(p, "key", getattr(p, "name", getattr(p, "idx", p)))) for p in path)
-
+    name = functools.partial(jax.tree_util.keystr, simple=True, separator=".")
     return {name(path): describe(leaf) for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]}

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import itertools
 import json
 import logging
 import math
@@ -43,11 +44,6 @@ class Run:
     checkpoints: Checkpoints
     metrics: logs.Metrics
     profile: logs.Profile
-
-    @property
-    def ends(self) -> list[int]:
-        """Step of the run at which each stage ends."""
-        return stage_ends(self.config)
 
 
 class Moment(typing.NamedTuple):
@@ -140,7 +136,11 @@ def run_stages(run: Run, start, hooks) -> None:
 def run_stage(run: Run, index: int, state: TrainState, meta: dict, hooks) -> TrainState:
     """Train stage number `index` from `state` (and the position in `meta`, if resumed) to its end."""
     name = run.config.stages[index]
-    stage, first, offset = run.config.stage[name], int(state.step), run.ends[index] - run.config.stage[name].steps
+    stage, first, offset = (
+        run.config.stage[name],
+        int(state.step),
+        stage_ends(run.config)[index] - run.config.stage[name].steps,
+    )
     log.info("stage %s: %d steps of %d images; %s", name, stage.steps, stage.batch_size, describe_masks(run, name))
     if first == stage.steps:
         return state
@@ -215,7 +215,7 @@ class StageReport:
     def __init__(self, run: Run, index: int, first: int, window: dict):
         self._run, self._name, self._pending = run, run.config.stages[index], None
         self._stage = run.config.stage[self._name]
-        self._offset = run.ends[index] - self._stage.steps
+        self._offset = stage_ends(run.config)[index] - self._stage.steps
         plans = mask_plans(run.config, self._name)
         self._visible, self._total = (sum(getattr(plan, what) for plan in plans) for what in ("visible", "total"))
         self._later = sum(_cost(run.config, name) for name in run.config.stages[index + 1 :])
@@ -305,11 +305,7 @@ def describe_masks(run: Run, name: str) -> str:
 
 def stage_ends(config: Config) -> list[int]:
     """Step of the run at which each stage ends."""
-    ends, total = [], 0
-    for name in config.stages:
-        total += config.stage[name].steps
-        ends.append(total)
-    return ends
+    return list(itertools.accumulate(config.stage[name].steps for name in config.stages))
 
 
 def run_folder(workdir) -> pathlib.Path:

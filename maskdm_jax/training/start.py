@@ -39,10 +39,11 @@ def begin(config: Config, network: Network, mesh, checkpoints: checkpoint.Checkp
     """
     step = checkpoints.latest_valid()
     if step is not None:
-        meta = checkpoints.meta(step)
-        index = resumed_stage(config, meta, checkpoints.folder / str(step))
-        check_trained_for(config, data.classes, meta, checkpoints.folder / str(step))
-        state = checkpoints.restore(step, abstract_state(config, index, network, mesh))
+        found = checkpoints.folder / str(step)
+        meta = checkpoint.load_meta(found)
+        index = resumed_stage(config, meta, found)
+        check_trained_for(config, data.classes, meta, found)
+        state = checkpoint.load_state(found, abstract_state(config, index, network, mesh))
         log.info(
             "start: resuming %s at step %d (%s, step %d)", checkpoints.folder, step, meta["stage"], meta["stage_step"]
         )
