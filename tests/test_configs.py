@@ -28,6 +28,7 @@ NAMES = [
     "cifar10_finetune",
     "cifar10_pretrain",
     "demo",
+    "emoji64",
     "imagenet256_jit",
     "imagenet256_jit_finetune",
     "imagenet256_jit_pretrain",
