@@ -184,14 +184,19 @@ def _read(path: pathlib.Path) -> Image.Image:
 
 
 def _page_of_strips(strips: dict[str, pathlib.Path]) -> Image.Image:
-    """The samples of each run below its name, enlarged by a factor of 2."""
+    """The samples of each run below its name, enlarged to at least 768 pixels, in 128 colours."""
     pictures = {name: _read(path) for name, path in strips.items()}
     font, gap = ImageFont.load_default(size=16), 26
-    width = max(2 * picture.width for picture in pictures.values())
-    page = Image.new("RGB", (width, sum(2 * picture.height + gap for picture in pictures.values())), "white")
+    scale = max(1, 768 // max(picture.width for picture in pictures.values()))
+    pictures = {
+        name: picture.resize((scale * picture.width, scale * picture.height), Image.Resampling.BICUBIC)
+        for name, picture in pictures.items()
+    }
+    width = max(picture.width for picture in pictures.values())
+    page = Image.new("RGB", (width, sum(picture.height + gap for picture in pictures.values())), "white")
     draw, top = ImageDraw.Draw(page), 0
     for name, picture in pictures.items():
         draw.text((4, top + 4), name, fill="black", font=font)
-        page.paste(picture.resize((2 * picture.width, 2 * picture.height), Image.Resampling.BICUBIC), (0, top + gap))
-        top += 2 * picture.height + gap
-    return page
+        page.paste(picture, (0, top + gap))
+        top += picture.height + gap
+    return page.quantize(128)
