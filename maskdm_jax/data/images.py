@@ -20,12 +20,7 @@ SUFFIXES = {suffix for suffix, kind in Image.registered_extensions().items() if 
 MAX_PIXELS = 178_956_970  # Pillow's limit against decompression bombs
 Image.MAX_IMAGE_PIXELS = None  # `open_image` checks its own limit, which can be set
 DECODER = f"Pillow {PIL.__version__}"
-FILTERS = {
-    "bicubic": Image.Resampling.BICUBIC,
-    "bilinear": Image.Resampling.BILINEAR,
-    "lanczos": Image.Resampling.LANCZOS,
-    "box": Image.Resampling.BOX,
-}
+FILTERS = {name: Image.Resampling[name.upper()] for name in ("bicubic", "bilinear", "lanczos", "box")}
 
 
 class ChannelsError(ValueError):

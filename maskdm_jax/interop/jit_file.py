@@ -7,6 +7,7 @@ groups: vectors and biases first), `epoch`, and `args`, an argparse.Namespace of
 import argparse
 import base64
 import collections
+import functools
 import math
 import re
 import typing
@@ -17,6 +18,7 @@ import numpy as np
 from maskdm_jax.config import Config
 from maskdm_jax.diffusion.process import CLAMP
 from maskdm_jax.errors import ConfigError
+from maskdm_jax.interop.names import shape_of
 from maskdm_jax.models.jit import sine_cosine
 
 EMAS = 2  # that the authors' code keeps
@@ -186,13 +188,7 @@ def differences(official, config: Config) -> typing.Iterator[str]:
 
 
 def _architecture(tensors: dict[str, np.ndarray]) -> dict:
-    def shape(name, ndim):
-        if name not in tensors:
-            raise ValueError(f"tensor {name!r} is missing")
-        if tensors[name].ndim != ndim or not tensors[name].size:
-            raise ValueError(f"tensor {name!r} is {tensors[name].shape}; {ndim} dimensions are wanted")
-        return tensors[name].shape
-
+    shape = functools.partial(shape_of, tensors)
     bottleneck, channels, patch_size, _ = shape("x_embedder.proj1.weight", 4)
     width = shape("x_embedder.proj2.weight", 4)[0]
     _, patches, _ = shape(POSITIONS, 3)

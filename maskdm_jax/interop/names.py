@@ -195,3 +195,12 @@ JIT = Names(
     fixed=("pos_embed",),
 )
 NETWORKS = {"uvit": UVIT, "jit": JIT}  # by `config.model.network`
+
+
+def shape_of(tensors: dict[str, np.ndarray], name: str, ndim: int) -> tuple[int, ...]:
+    """The shape of a tensor that must be there, with `ndim` dimensions."""
+    if name not in tensors:
+        raise ValueError(f"tensor {name!r} is missing")
+    if tensors[name].ndim != ndim or not tensors[name].size:
+        raise ValueError(f"tensor {name!r} is {tensors[name].shape}; {ndim} dimensions are wanted")
+    return tensors[name].shape

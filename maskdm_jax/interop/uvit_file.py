@@ -5,6 +5,7 @@ network), `opt` (AdamW, by position of the tensors) and `scaler`.
 """
 
 import collections
+import functools
 import math
 import typing
 
@@ -15,6 +16,7 @@ from maskdm_jax.build import noise_schedule
 from maskdm_jax.config import Config, Stage
 from maskdm_jax.diffusion.gaussian import Schedule, cosine_betas, linear_betas
 from maskdm_jax.errors import ConfigError
+from maskdm_jax.interop.names import shape_of
 from maskdm_jax.training.state import EMA_COPY_STEPS
 
 BUFFERS = {  # of the official diffusion wrapper, in its order -> column of `gaussian.Schedule`
@@ -115,14 +117,7 @@ def differences(official, config: Config) -> typing.Iterator[str]:
 
 
 def _architecture(model: dict[str, np.ndarray]) -> dict:
-
-    def shape(name, ndim):
-        if name not in model:
-            raise ValueError(f"tensor {name!r} is missing")
-        if model[name].ndim != ndim or not model[name].size:
-            raise ValueError(f"tensor {name!r} is {model[name].shape}; {ndim} dimensions are wanted")
-        return model[name].shape
-
+    shape = functools.partial(shape_of, model)
     wavelet = "encoder.approx_patch_embed.proj.weight" in model
     embed = "encoder.approx_patch_embed.proj.weight" if wavelet else "encoder.patch_embed.proj.weight"
     width, channels, patch_size, _ = shape(embed, 4)
