@@ -20,6 +20,7 @@ CACHE = ROOT / ".pytest_cache" / "xla"
 jax.config.update("jax_disable_most_optimizations", True)
 if jaxlib.version.__version_info__ < (0, 12):
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_cpu_use_fusion_emitters=false".strip()
+BEFORE = dict(os.environ)  # as no test has changed it
 gc.set_threshold(200_000, 20, 100)  # tracing makes many objects; by default, a fifth of the time goes to the collector
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -100,9 +101,10 @@ def optimized():
 
 
 @pytest.fixture(scope="session")
-def child_env():
+def child_env(tmp_path_factory):
     """Environment of a program that a test starts: one CPU device, a warm compilation cache."""
-    return os.environ | {
+    return BEFORE | {
+        "MASKDM_CACHE": str(tmp_path_factory.mktemp("children")),
         "JAX_PLATFORMS": "cpu",
         "JAX_NUM_CPU_DEVICES": "1",
         "JAX_DISABLE_MOST_OPTIMIZATIONS": "true",

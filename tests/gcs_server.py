@@ -69,7 +69,7 @@ class Server(server.server.HTTPServer):
 
 if __name__ == "__main__":
     server.RequestHandler, server.server.HTTPServer = Handler, Server
-    running = server.create_server("127.0.0.1", int(sys.argv[1]), in_memory=True, default_bucket="bucket")
+    running = server.create_server("127.0.0.1", 0, in_memory=True, default_bucket="bucket")
     running.start()
-    print("ready", flush=True)
+    print(running._api._httpd.server_port, flush=True)
     sys.stdin.read()  # until the test closes it

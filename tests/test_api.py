@@ -10,7 +10,7 @@ import pytest
 
 import maskdm_jax
 from maskdm_jax import api
-from maskdm_jax.data.images import sample_grid
+from maskdm_jax.config import parse
 from maskdm_jax.errors import ConfigError, MaskDMError, SamplingError
 from maskdm_jax.interop.convert import convert
 
@@ -38,7 +38,6 @@ def test_what_a_model_does(trained):
     np.testing.assert_array_equal(images, model.sample(12, seed=3, batch_size=12))
     assert (model.sample(12, seed=3, steps=4) != images).any()
     assert (model.sample(12, seed=4) != images).any()
-    assert sample_grid(images, 4) is not None
     x0 = model.denoise(np.zeros((2, 8, 8, 1)), 0.5, labels=[1, 2])
     assert x0.shape == (2, 8, 8, 1)
     assert (x0 != model.denoise(np.zeros((2, 8, 8, 1)), [0.5, 0.9], labels=[1, 2]))[1].any()
@@ -68,6 +67,25 @@ def test_a_file_loads_like_its_run(trained, tmp_path):
     shutil.copytree(trained["last"].parent.parent, run)
     (run / "export.safetensors").write_bytes(b"")
     assert maskdm_jax.load(run).checkpoint == run / "checkpoints" / trained["last"].name, "not the export beside it"
+
+
+def test_the_shipped_model_draws(tmp_path, monkeypatch):
+    model = maskdm_jax.load("emoji64")
+    assert model.classes[0] == "google_activities"
+    images = model.sample(2, labels=["google_smileys_emotion"], steps=6).astype(int)
+    assert images.shape == (2, 64, 64, 3)
+    border, centre = images[:, [0, -1]].mean(), images[:, 24:40, 24:40].mean()
+    assert border > 240, "emoji are on white"
+    assert centre < 230
+    (tmp_path / "emoji64").mkdir()  # a folder of this name comes first
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(MaskDMError, match="emoji64 holds no"):
+        maskdm_jax.load("emoji64")
+
+
+def test_train_takes_the_name_of_a_recipe(monkeypatch):
+    monkeypatch.setattr(api.run, "train", lambda config, workdir: config)
+    assert maskdm_jax.train("demo", "x") == parse(maskdm_jax.recipe("demo"))
 
 
 def test_recipes():
@@ -111,10 +129,10 @@ def test_the_package_that_is_built(root, child_env, tmp_path):
     package = tmp_path / "site" / "maskdm_jax"
     for folder, place in (
         (root / "maskdm_jax", package),
-        *((root / n, package / n) for n in ("configs", "launch")),
+        *((root / n, package / n) for n in ("configs", "launch", "pretrained")),
     ):
         for path in folder.rglob("*.*"):
-            assert path.suffix == ".pyc" or (place / path.relative_to(folder)).exists(), path
+            assert "__pycache__" in path.parts or (place / path.relative_to(folder)).exists(), path
     env = child_env | dict(PYTHONPATH=str(tmp_path / "site"))
     run = lambda *args: subprocess.run(
         [tmp_path / "site" / "bin" / "maskdm", *args], cwd=tmp_path, env=env, capture_output=True, text=True

@@ -35,6 +35,7 @@ def test_settings_left_out_take_their_defaults():
     ("changes", "message"),
     [
         (dict(model__widht=3), r"config.model.widht is not a setting; did you mean 'width'"),
+        (dict(pretrain__lr=1), r"config.pretrain.lr is not a setting; known keys"),
         (dict(sede=3), r"config.sede is not a setting; did you mean 'seed'"),
         (dict(pretrain__mask__ratio=0.3), r"config.pretrain.mask.ratio is not a setting; did you mean 'rate'"),
         (dict(model__width="16"), r"config.model.width must be a int, not '16'"),
@@ -45,6 +46,7 @@ def test_settings_left_out_take_their_defaults():
         (dict(stages=("pretrain", "pretrain")), r"names a stage twice"),
         (dict(stages="pretrain"), r"config.stages must be a tuple of names"),
         (dict(model__patch_size=3), r"patch_size is 3; it must be a divisor of data.image_size 8: \[1, 2, 4, 8\]"),
+        (dict(model__outer_blocks=2), r"outer_blocks is 2; it must be below half of the 3 blocks"),
         (dict(model__heads=3), r"heads is 3; it must be a divisor of model.width 16"),
         (dict(model__dtype="float16"), r"dtype is 'float16'; it must be one of auto, float32, bfloat16"),
         (dict(model__num_classes=0), r"config.data.labels is True but config.model.num_classes is 0"),

@@ -504,17 +504,6 @@ class TestDecode:
         image = decode(png((0, 255, 255, 0), (8, 8), "CMYK", "TIFF"), Framing(8, 3))
         assert image[0, 0].tolist() == [255, 0, 0]
 
-    def test_exif_rotation(self):
-        image = Image.new("RGB", (8, 8))
-        image.paste((255, 255, 255), (0, 0, 8, 4))  # white on top
-        exif = Image.Exif()
-        exif[0x0112] = 3  # stored upside down
-        buffer = io.BytesIO()
-        image.save(buffer, "PNG", exif=exif)
-        turned = decode(buffer.getvalue(), Framing(8, 1))
-        assert turned[:3].max() < 10
-        assert turned[5:].min() > 245
-
 
 def take(batches, n):
     with_all = [next(batches) for _ in range(n)]

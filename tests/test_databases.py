@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import tiny
 from PIL import Image
+from tensorflow_datasets.core.utils import gcs_utils
 
 from maskdm_jax.data.databases import ArrayBatches
 from maskdm_jax.data.pipeline import TrainingData
@@ -107,7 +108,9 @@ def tfds_folder(tmp_path_factory):
                 yield i, {"image": io.BytesIO(encoded(i)), "label": i % 2, "file_name": f"{i}.png"}
 
     root = tmp_path_factory.mktemp("tfds")
-    Pets(data_dir=root, file_format="array_record").download_and_prepare()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gcs_utils, "_is_gcs_disabled", True)  # it would ask for the set over the network
+        Pets(data_dir=root, file_format="array_record").download_and_prepare()
     return root / "pets" / "1.0.0"
 
 

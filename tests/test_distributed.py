@@ -101,14 +101,14 @@ def agree(workdir, alone):
 def alone(start, tmp_path_factory):
     """An undisturbed run of one process on one device."""
     workdir = tmp_path_factory.mktemp("alone") / "run"
-    status, output = finish(start(workdir, 1, 1), workdir)
+    status, output = finish(start(workdir, 1, 1, "--config.checkpoint.every=40"), workdir)
     assert status == 0, output[-3000:]
     return workdir
 
 
 def test_four_processes_are_the_same_run_as_one(start, alone, tmp_path):
     workdir = tmp_path / "run"
-    status, output = finish(start(workdir, 4, 1, "--config.mesh.fsdp=2"), workdir)
+    status, output = finish(start(workdir, 4, 1, "--config.mesh.fsdp=2", "--config.checkpoint.every=40"), workdir)
     assert status == 0, output[-3000:]
     assert "4 x cpu" in output
     assert output.count("start: fresh weights") == 1, "one process speaks"

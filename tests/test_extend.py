@@ -44,7 +44,7 @@ def test_entries_of_tables(monkeypatch):
     assert mask_plans(config, "pretrain")[0].visible == 8
     shown = config_lib.describe(config)
     for name, entries in table.items():
-        assert f"={'mine'!r}" in shown
+        assert f"{name}='mine'" in shown, name
         assert f"one of {', '.join(entries)}" in shown, name
 
 

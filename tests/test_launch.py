@@ -176,12 +176,15 @@ def test_samples_from_a_run(launch, demo, tmp_path):
     assert np.load(tmp_path / "b" / "samples.npz")["images"].shape == (3, 8, 8, 1)
 
 
-@pytest.mark.parametrize("words", [lambda file: [f"--config={file}"], lambda file: ["--config", file]])
 @pytest.mark.parametrize(
-    ("line", "message"),
+    ("words", "line", "message"),
     [
-        ("    config.default().model.width = 'a'", "line 3: TypeError: Could not override field 'width'"),
-        ("    return", "returns nothing"),
+        (
+            lambda file: [f"--config={file}"],
+            "    config.default().model.width = 'a'",
+            "line 3: TypeError: Could not override field 'width'",
+        ),
+        (lambda file: ["--config", file], "    return", "returns nothing"),
     ],
 )
 def test_an_error_in_a_users_config_is_shown_with_its_line(launch, tmp_path, words, line, message):
@@ -193,14 +196,19 @@ def test_an_error_in_a_users_config_is_shown_with_its_line(launch, tmp_path, wor
     assert "Traceback" not in output
 
 
+def test_a_dry_run_that_finds_something(launch, tmp_path):
+    args = ["--config=demo", "--dry_run", *TINY, "--config.mesh.data=3", f"--workdir={tmp_path / 'run'}"]
+    code, output = launch("train", *args)
+    assert code == 1, output
+    assert "FAIL  devices:" in output
+    assert "preflight checks passed" not in output
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize(
     ("args", "message"),
     [
         (["--config=configs/demo.py", "--config.model.widht=3"], "error: config.model.widht is not a setting; did you"),
-        (
-            ["--config=configs/demo.py", "--config.pretrain.lr=1"],
-            "error: config.pretrain.lr is not a setting; known keys",
-        ),
         (["--config=configs/demo.py", "--config.none.x=1"], "error: the config has no 'none'"),
         (
             ["--config=configs/demo.py", "--config.pretrain.steps=1e3"],
@@ -208,21 +216,7 @@ def test_an_error_in_a_users_config_is_shown_with_its_line(launch, tmp_path, wor
         ),
         (["--config=configs/nowhere.py"], "error: [Errno 2] No such file or directory: 'configs/nowhere.py'"),
         (["--config=tests/conftest.py"], "error: tests/conftest.py"),
-        (["--config=configs/demo.py", "--config.pretrain.mask.rate=1.5"], "error: config.pretrain.mask: mask rate 1.5"),
         (["--config=configs/demo.py", "--config.data.path=nowhere"], "error: 'nowhere' does not exist"),
-        (
-            [
-                "--config=configs/demo.py",
-                "--config.evaluation.every=1",
-                "--config.evaluation.inception_weights=none",
-            ],
-            "/none'",  # no such file
-        ),
-        (["--config=configs/demo.py", "--config.data.classes=('7','x')"], "error: classes ['x'] are not in the data"),
-        (
-            ["--config=configs/demo.py", "--config.init_from=nowhere"],
-            "error: config.init_from is 'nowhere', which does not exist",
-        ),
         (
             ["--config=configs/demo.py", "--workdir=ftp://bucket/x"],
             "error: ftp://bucket/x: give a path on a disk or an address gs://BUCKET/...",

@@ -31,7 +31,8 @@ def examined(config, workdir):
     return preflight.examine(config, workdir, say), lines
 
 
-def test_a_healthy_run(tmp_path):
+def test_a_healthy_run(tmp_path, monkeypatch):
+    monkeypatch.setattr(preflight, "_step_seconds", lambda *_: 30.0)
     config = tiny.config(pretrain__batch_size=8, checkpoint__keep=2, model__depth=1)
     fine, lines = examined(config, tmp_path / "run")
     assert fine, lines
@@ -43,7 +44,7 @@ def test_a_healthy_run(tmp_path):
     assert "1,797 images in 10 classes from digits; 200 of them, evenly spread" in lines["data"][1]
     assert lines["start"] == (True, "the run would start fresh")
     assert "GiB per device, compiled in" in lines["memory, finetune"][1]
-    assert lines["memory, finetune"][1].endswith(" s per step: 0s if data keeps up")
+    assert lines["memory, finetune"][1].endswith("; 30 s per step: 1m00s if data keeps up")
     assert not (tmp_path / "run").exists(), "nothing was created"
 
 

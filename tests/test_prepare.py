@@ -235,16 +235,17 @@ def test_a_stop_loses_one_shard_at_most(folder, prepared, tmp_path):
 
 
 def child(folder, out):
-    make(folder, out, progress=lambda done: time.sleep(0.05))
+    make(folder, out, progress=lambda done: time.sleep(0.05 if done < 11 else 600))  # it never ends by itself
 
 
 def test_kill_9_at_any_moment(folder, prepared, tmp_path):
     out = tmp_path / "set"
     context = multiprocessing.get_context("spawn")
     for wait in (0.05, 0.2):
+        known = set(out.glob("shard-*.json"))
         process = context.Process(target=child, args=(folder, out))
         process.start()
-        while not list(out.glob("shard-*.json")) and process.is_alive():
+        while set(out.glob("shard-*.json")) <= known and process.is_alive():
             time.sleep(0.005)
         time.sleep(wait)
         os.kill(process.pid, signal.SIGKILL)

@@ -63,13 +63,13 @@ def test_a_run_outlives_its_terminal(monkeypatch):
     monkeypatch.setattr(processes.jax.distributed, "initialize", lambda **_: None)
     service = processes.jax.config.jax_enable_preemption_service
     received, before = [], signal.signal(signal.SIGTERM, lambda number, _: received.append(number))
-    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup ignores it
+    hung_up = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup ignores it
     try:
         processes.initialize(catch_sigterm=True)
         os.kill(os.getpid(), signal.SIGHUP)
         assert received == [signal.SIGTERM]
     finally:
-        signal.signal(signal.SIGHUP, signal.SIG_DFL)
+        signal.signal(signal.SIGHUP, hung_up)
         signal.signal(signal.SIGTERM, before)
         processes.jax.config.update("jax_enable_preemption_service", service)
 

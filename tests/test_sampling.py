@@ -1,7 +1,7 @@
 import dataclasses
 import json
+import os
 import shutil
-import socket
 import subprocess
 import sys
 
@@ -90,9 +90,7 @@ np.savez(f"{out}-{host}.npz", features=found.features, sigma=found.moments.sigma
 
 def test_hosts_share_the_work(run, loaded, inception_weights, tmp_path, child_env):
     """Two processes with two devices each: the same images and features as one process, each made once."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = 20_000 + os.getpid() % 10_000  # below those that the system gives to others
     out = tmp_path / "out"
     environment = child_env | {"JAX_NUM_CPU_DEVICES": "2"}
     arguments = [str(port), str(run), str(out), str(inception_weights)]
@@ -234,12 +232,13 @@ def test_samples_of_a_run_that_moved_go_on(run, tmp_path):
         sampling.generate_to_folder(other, tmp_path / "out", 5, batch_size=8)
 
 
-def test_raw_weights_and_other_samplers(loaded, run):
-    raw = sampling.load(run, weights="params", sampling={"method": "ddpm"})
-    assert raw.config.sampling.method == "ddpm"
-    ((index, images),) = sampling.generate_batches(raw, range(2), [0, 1], seed=0, batch_size=2)
-    assert images.shape == (2, 8, 8, 1)
-    assert index.tolist() == [0, 1]
+def test_what_a_model_cannot_do_is_said(tmp_path):
+    config = tiny.config(model__num_classes=0, data__labels=False, data__channels=4)
+    model = sampling.from_weights(tmp_path / "model.pt", "ema", config, [], {})
+    with pytest.raises(SamplingError, match="unconditional model; leave labels out"):
+        sampling.label_cycle(model, [1])
+    with pytest.raises(SamplingError, match="4 channels cannot be PNG files; use --format=npz"):
+        sampling.generate_to_folder(model, tmp_path / "a", 1)
 
 
 def test_images_between_two(loaded):

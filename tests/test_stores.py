@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -26,13 +25,9 @@ from maskdm_jax.training import checkpoint, logs
 @pytest.fixture(scope="module")
 def server(root):
     """Address of a server for one bucket."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    command = [sys.executable, root / "tests" / "gcs_server.py", str(port)]
+    command = [sys.executable, root / "tests" / "gcs_server.py"]
     process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
-    process.stdout.readline()
-    yield f"http://127.0.0.1:{port}"
+    yield f"http://127.0.0.1:{int(process.stdout.readline())}"
     process.kill()
     process.communicate()
 
@@ -163,15 +158,17 @@ def test_conversion_from_and_to_a_bucket(runs, bucket, tmp_path):
 
 def test_one_process_owns_a_folder(bucket, monkeypatch, caplog):
     monkeypatch.setattr(storage, "HEARTBEAT", 0.1)
-    monkeypatch.setattr(storage, "PATIENCE", 0.5)
+    monkeypatch.setattr(storage, "PATIENCE", 3)
+    ended = []
+    monkeypatch.setattr(storage.os, "_exit", ended.append)
     folder = location(f"{bucket}/owned")
     with storage.lock_dir(folder), pytest.raises(BlockingIOError, match="is writing there"), storage.lock_dir(folder):
         pass
+    monkeypatch.setattr(storage, "PATIENCE", 0.5)
     (folder / "owner.json").write_bytes(json.dumps(dict(owner="a process that was killed", beat=7)).encode())
     with storage.lock_dir(folder):
         assert "killed" not in (folder / "owner.json").read_text()
-    ended = []
-    monkeypatch.setattr(storage.os, "_exit", ended.append)
+    assert not ended
     with storage.lock_dir(folder):
         (folder / "owner.json").write_bytes(json.dumps(dict(owner="another", beat=0)).encode())
         while not ended:
@@ -229,7 +226,7 @@ def test_an_upload_that_is_never_answered(bucket, monkeypatch, server):
     [
         ("gs://", "give a path on a disk or an address"),
         ("ftp://host/run", "give a path on a disk or an address"),
-        ("s3://bucket/run", r"needs s3fs; pip install maskdm-jax\[s3\]"),
+        ("s3://bucket/run", r"needs s3fs; pip install 'maskdm-jax\[s3\]"),
     ],
 )
 def test_addresses_that_cannot_work(address, message, monkeypatch):
