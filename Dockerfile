@@ -1,7 +1,7 @@
 # This repository with its requirements, for CPU, NVIDIA GPUs (cuda) or TPUs. It needs no network at run time.
 #
 #   docker build --build-arg=PLATFORM=tpu -t IMAGE .
-#   docker run --rm -v "$PWD/runs:/maskdm-jax/runs" --user="$(id -u)" IMAGE --config=configs/demo.py
+#   mkdir -p runs && docker run --rm -v "$PWD/runs:/maskdm-jax/runs" --user="$(id -u)" IMAGE --config=configs/demo.py
 #   docker run --rm --gpus=all --shm-size=8g -v "$PWD/runs:/maskdm-jax/runs" --user="$(id -u)" IMAGE --config=...
 #   docker run --rm --entrypoint=python IMAGE launch/sample.py --help
 FROM python:3.11-slim

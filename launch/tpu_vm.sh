@@ -48,11 +48,14 @@ on_all() {
 
 # ---- on a host, in ~/maskdm
 
-host_folder() { mkdir -p ~/maskdm && chmod 700 ~/maskdm; }
+host_folder() { # remove the marks of the last program; fails while one runs
+  mkdir -p ~/maskdm && chmod 700 ~/maskdm && cd ~/maskdm && flock --nonblock lock rm -f pid status stopped
+}
 
 host_install() { # COMMIT UV PYTHON: install the code with a Python of its own, once per commit
   set -e
   cd ~/maskdm
+  exec 8>install.lock && flock --wait 1500 8 # a connection that was lost may have left an installation behind
   if [ ! -e "$1/.installed" ]; then
     rm -rf "$1" uv
     tar xzf "$1.tar.gz"
@@ -66,10 +69,11 @@ host_install() { # COMMIT UV PYTHON: install the code with a Python of its own, 
 }
 
 host_start() { # [ARGUMENT...]: start Python with these arguments, detached from this connection
-  cd ~/maskdm && rm -f pid status stopped
+  cd ~/maskdm || return
   # The lock is held as long as Python or one of its children lives.
   setsid nohup bash -c '
     exec 9>lock && flock --wait 10 9 || exit
+    echo "$*" >command
     echo $$ >group && source ./environment && cd code || exit
     .venv/bin/python "$@" &
     echo $! >../pid
@@ -79,13 +83,16 @@ host_start() { # [ARGUMENT...]: start Python with these arguments, detached from
   return 1
 }
 
-host_state() { # print: host NAME: new | running | stopped | ended without a status | the exit status
+host_state() { # [ARGUMENT...]: print host NAME: new | running | another (program runs) | stopped | lost | the exit status
   state=new
   if cd ~/maskdm 2>/dev/null && [ -e lock ]; then
     state=lost
     [ ! -s status ] || state=$(cat status)
     [ ! -e stopped ] || state=stopped
-    flock --nonblock lock true || state=running
+    if ! flock --nonblock lock true; then
+      state=running
+      [ $# -eq 0 ] || [ "$(cat command)" = "$*" ] || state=another
+    fi
   fi
   echo "host $(hostname): $state"
 }
@@ -135,7 +142,7 @@ delete() { tpu 1200 delete "$name" --force; }
 # Put the code and the environment of the program into the folder $pack.
 make_pack() {
   umask 077
-  pack=$(mktemp -d)
+  mkdir -p ~/.cache && pack=$(mktemp -d ~/.cache/maskdm.XXXXXX) # /tmp may be emptied in a run of weeks
   trap 'rm -rf "$pack"' EXIT
   commit=$(git rev-parse --short HEAD)
   git diff --quiet HEAD || say "uncommitted changes are not copied to the hosts"
@@ -184,18 +191,22 @@ finish() { # STATUS MESSAGE
 # Start the program if it does not run, and act on how it ended.
 attend() {
   local answer states
-  if ! answer=$(on_all "$ANSWER" host_state 2>&1); then
+  if ! answer=$(on_all "$ANSWER" host_state "$@" 2>&1); then
     say "the hosts do not answer: $(tail -n 1 <<<"$answer")"
     return
   fi
   states=$(sed -n 's/^host [^ ]*: //p' <<<"$answer" | sort -u | tr '\n' ' ')
+  if [[ " $states" == *" another "* ]]; then
+    say "another program runs; end it first: launch/tpu_vm.sh stop $name"
+    exit 1
+  fi
   if [ -z "$started" ]; then
     [[ " $states" == *" running "* ]] || { start "$@" && return; }
     say "a program runs already; watching it"
     started=yes
   fi
   case " $states" in
-    " running " | " 0 running ") ;;
+    " running " | " 0 running " | *" running stopped ") ;; # some may still save
     " 0 ") finish 0 "done" ;;
     *" stopped "*) finish 75 "stopped" ;;
     *" 78 "*)
@@ -230,7 +241,10 @@ run() {
       SUSPENDED | FAILED)
         say "the slice was preempted or could not be created ($state); requesting another one"
         slice=lost started=""
-        [ "$state" = SUSPENDED ] || failure "the request for a slice failed"
+        [ "$state" = SUSPENDED ] || {
+          tpu "$ANSWER" describe "$name" --format="value(state.failedData.error.message)" >&2 || true
+          failure "the request for a slice failed"
+        }
         if delete && create; then slice=exists; else failure "no slice could be requested"; fi
         ;;
       NONE)
@@ -238,6 +252,7 @@ run() {
         if create; then slice=exists; elif [ "$slice" = lost ]; then failure "no slice could be requested"; else exit 1; fi
         ;;
       UNKNOWN) [ -n "$slice" ] || exit 1 ;;
+      DELETING | SUSPENDING) say "waiting for the slice: $state" ;;
       *)
         slice=exists
         say "waiting for the slice: $state"
@@ -263,6 +278,7 @@ case $verb in
   delete) delete ;;
   run)
     [ $# -ge 1 ] || usage
+    : "${TYPE:?set it to an accelerator type, such as v5litepod-16, for a slice that must be requested}"
     run "$@"
     ;;
   status)

@@ -41,6 +41,7 @@ def check(config, workdir):
     import jax
 
     from maskdm_jax import run
+    from maskdm_jax.errors import ConfigError
     from maskdm_jax.parallel import processes
     from maskdm_jax.tools import preflight
 
@@ -49,7 +50,7 @@ def check(config, workdir):
         print(f"{'ok  ' if good else 'FAIL'}  {where}{name}: {text}", flush=True)
 
     if not preflight.examine(config, workdir, say):
-        processes.exit_all("preflight checks failed")
+        processes.exit_all("preflight checks failed", ConfigError.status)
     if processes.is_first():
         for line in run.warnings_of(config):
             print(f"note  {line}")

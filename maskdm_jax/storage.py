@@ -273,7 +273,7 @@ def _lease(folder):
         for count in itertools.count(1):
             if done.wait(HEARTBEAT):
                 return
-            with contextlib.suppress(OSError):  # a store that does not answer now may at the next beat
+            with contextlib.suppress(Exception):  # of any type: a store that refuses now may answer at the next beat
                 other = _read(path)
                 if other and other["owner"] != owner:  # this process was taken for dead: it must not write any more
                     print(f"error: {folder} was taken over by {other['owner']}", file=sys.stderr, flush=True)

@@ -178,7 +178,7 @@ def test_the_same_folder_twice_at_once(start, alone, tmp_path):
         (dict(SLURM_NTASKS="4", SLURM_STEP_NODELIST="n[1-2]"), False, dict(cluster_detection_method="slurm")),
         (dict(SLURM_NTASKS="1", SLURM_STEP_NODELIST="n1"), False, dict(num_processes=1, process_id=0)),
         (dict(SLURM_NTASKS="many"), False, dict(num_processes=1, process_id=0)),
-        ({}, True, {}),
+        ({}, True, dict(initialization_timeout=3600)),
         ({}, False, dict(num_processes=1, process_id=0)),
     ],
 )

@@ -199,7 +199,7 @@ def test_an_error_in_a_users_config_is_shown_with_its_line(launch, tmp_path, wor
 def test_a_dry_run_that_finds_something(launch, tmp_path):
     args = ["--config=demo", "--dry_run", *TINY, "--config.mesh.data=3", f"--workdir={tmp_path / 'run'}"]
     code, output = launch("train", *args)
-    assert code == 1, output
+    assert code == ConfigError.status, output
     assert "FAIL  devices:" in output
     assert "preflight checks passed" not in output
     assert not (tmp_path / "run").exists()

@@ -11,14 +11,16 @@ import pytest
 from maskdm_jax.errors import ConfigError, Preempted
 
 # In $STUB: state (of the slice), host0, host1 (home folders), calls. A file `hang` or `refuse` contains a verb; the
-# next call of that verb hangs or is refused.
+# next call of that verb hangs or is refused; `after` is then the state.
 GCLOUD = r"""#!/usr/bin/env bash
 cd "$STUB" || exit
 verb=$4 command= status=0
 for argument in "$@"; do case $argument in --command=*) command=${argument#--command=} ;; esac; done
 echo "$*" >>calls
 if [ "$(cat hang 2>/dev/null)" = "$verb" ]; then rm hang; exec sleep 60; fi
-if [ "$(cat refuse 2>/dev/null)" = "$verb" ]; then rm refuse; echo "ERROR: refused" >&2; exit 1; fi
+if [ "$(cat refuse 2>/dev/null)" = "$verb" ]; then
+  rm refuse; [ ! -e after ] || mv after state; echo "ERROR: refused" >&2; exit 1
+fi
 case $verb in
   create) echo ACTIVE >state; mkdir host0 host1; echo create >>events ;;
   describe) cat state 2>/dev/null || { echo "ERROR: NOT_FOUND: Resource 'x' was not found" >&2; exit 1; } ;;
@@ -214,6 +216,27 @@ def test_gcloud_hangs_or_fails(tpu, fault, verb):
     assert tpu.starts() == (2, 2)
 
 
+def test_a_deletion_that_takes_its_time(tpu):
+    """It is refused once, goes on by itself, and the slice is then requested anew."""
+    tpu.program(f"[ $attempt -gt 1 ] && exit 0; {FOREVER}")
+    with tpu.start(*RUN) as run:
+        wait_for(lambda: tpu.starts() == (1, 1))
+        (tpu.folder / "after").write_text("DELETING")
+        (tpu.folder / "refuse").write_text("delete")
+        (tpu.folder / "state").write_text("SUSPENDED")
+        wait_for(lambda: not (tpu.folder / "after").exists())
+        calls = len(tpu.lines("calls"))
+        wait_for(lambda: len(tpu.lines("calls")) > calls + 3)
+        for host in ("host0", "host1"):
+            os.killpg(int((tpu.folder / host / "maskdm" / "group").read_text()), signal.SIGKILL)
+            shutil.rmtree(tpu.folder / host)
+        (tpu.folder / "state").unlink()
+        _, errors = run.communicate()
+    assert run.returncode == 0, errors
+    assert "waiting for the slice: DELETING" in errors
+    assert tpu.lines("events") == ["create", "create"]
+
+
 def test_a_request_that_is_refused_at_once_ends_the_run(tpu):
     (tpu.folder / "refuse").write_text("create")
     done = tpu(*RUN)
@@ -235,6 +258,9 @@ def test_a_program_outlives_the_connection(tpu, end, status):
         first.communicate()
     assert first.returncode == status
     assert tpu.states() == ["ACTIVE", "running", "running"]
+    other = tpu("run", "x", "launch/train.py", "--config=configs/own_images.py")
+    assert other.returncode == 1
+    assert "another program runs; end it first" in other.err
     with tpu.start(*RUN) as second:
         assert "a program runs already; watching it" in next(line for line in second.stderr if "x:" in line)
         (tpu.folder / "go").touch()

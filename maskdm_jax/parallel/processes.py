@@ -43,7 +43,7 @@ def initialize(*, catch_sigterm: bool = False) -> None:
     elif os.environ.get("SLURM_NTASKS", "1") not in ("", "0", "1") and "SLURM_STEP_NODELIST" in os.environ:
         how = dict(cluster_detection_method="slurm")
     elif _on_tpu():
-        how = {}  # JAX reads the metadata of the TPU
+        how = dict(initialization_timeout=3600)  # s; JAX reads the metadata. Another slice may still be requested.
     elif catch_sigterm:
         how = _alone()
     else:

@@ -146,7 +146,8 @@ def program(*, distributed: bool = True, catch_sigterm: bool = False):
     except MaskDMError as error:
         processes.exit_all(f"error: {error}", error.status)
     except OSError as error:
-        processes.exit_all(f"error: {error}")
+        refused = isinstance(error, PermissionError) or "Forbidden" in str(error)  # as gcsfs says it
+        processes.exit_all(f"error: {error}", ConfigError.status if refused else 1)
     except MemoryError as error:
         processes.exit_all(f"error: not enough host memory ({first_line(error)})")
     except KeyboardInterrupt:
