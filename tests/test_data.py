@@ -4,6 +4,7 @@ import json
 import logging
 import multiprocessing.util
 import os
+import pathlib
 import pickle
 import shutil
 import signal
@@ -649,6 +650,31 @@ def test_a_worker_process_that_dies_is_an_error_and_not_a_wait_without_end(monke
     assert "terminated unexpectedly with exit code -9." in failed[0]
     assert "lower --config.data.workers" in failed[0]
     batches.close()
+
+
+def spawned() -> set[int]:
+    """Worker processes of this one."""
+    lists = [path.read_text().split() for path in pathlib.Path("/proc/self/task").glob("*/children")]
+    pids = {int(pid) for children in lists for pid in children}
+    return {pid for pid in pids if b"spawn_main" in pathlib.Path(f"/proc/{pid}/cmdline").read_bytes()}
+
+
+def test_a_sigterm_to_the_workers_changes_no_batch():
+    """As of SLURM and systemd, which send it to every process; the run itself saves then."""
+    made = (TrainingData(tiny.config(data__workers=n).data).batches(batch_size=8, seed=0) for n in (1, 0))
+    batches, undisturbed = made
+    for _ in range(3):
+        next(batches), next(undisturbed)
+    before = spawned()
+    assert before
+    for pid in before:
+        os.kill(pid, signal.SIGTERM)
+    for _ in range(40):  # more than are ready
+        batch, expected = next(batches), next(undisturbed)
+        assert all((batch[name] == expected[name]).all() for name in expected)
+    assert not before & spawned()
+    batches.close()
+    undisturbed.close()
 
 
 KILLED = """

@@ -228,7 +228,15 @@ class Batches:
             self._iterator = self._start()
         hint = " If memory is short, lower --config.data.workers or --config.data.threads"
         with prefixed(DataError, "reading the images failed: ", RuntimeError, hint):  # such as a killed worker process
-            batch = dict(next(self._iterator))
+            try:
+                batch = dict(next(self._iterator))
+            except RuntimeError as error:
+                if "exit code -15" not in str(error):
+                    raise
+                # SLURM and systemd send SIGTERM to workers, too; the run goes on until it has saved.
+                self.close()
+                self._iterator = self._start()
+                batch = dict(next(self._iterator))
         self._next += self._batch_size
         self._report(batch.pop("unreadable"))
         return batch
