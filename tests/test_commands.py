@@ -51,6 +51,8 @@ def in_small(line: list[str], weights) -> list[str]:
         return [*line, *more]
     c = maskdm_jax.recipe(recipe.split("/")[1].removesuffix(".py"))
     size, model, steps = 64, SMALL, 2
+    if any("outer_blocks" in word for word in line):
+        model = model | dict(depth=5)
     if "celebahq_finetune" in recipe:  # which model-20.pt belongs to, here of official_tiny.pt, which is at step 130
         size, model, steps = 16, OFFICIAL, 131
     if c.data.path == "digits":

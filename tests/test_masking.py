@@ -5,7 +5,6 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from maskdm_jax.diffusion import masking
-from maskdm_jax.models import routing
 from maskdm_jax.parallel.sharding import make_mesh
 
 
@@ -95,7 +94,7 @@ def test_hidden_mask_and_gather_agree():
     patches = jax.random.normal(jax.random.key(3), (5, plan.total, 3))
     hidden = np.asarray(masking.hidden_mask(plan, positions))
     assert hidden.sum(1).tolist() == [plan.total - plan.visible] * 5
-    np.testing.assert_array_equal(routing.take(patches, positions), patches[~hidden].reshape(5, plan.visible, 3))
+    np.testing.assert_array_equal(masking.gather(patches, positions), patches[~hidden].reshape(5, plan.visible, 3))
 
 
 @pytest.mark.parametrize("options", [dict(kind="none"), dict(kind="patch", rate=0.0), dict(kind="crop", crop=4)])

@@ -284,7 +284,7 @@ def test_the_report_says_what_ranges_allow(planned, tmp_path):
     assert "compared with digits by inception" in text
     assert "commit abc; 1 x cpu; 2026-01-01 to 2026-01-02." in text
     assert (tmp_path / "table.md").read_text() == text
-    for name, size in (("curves.png", (1430, 506)), ("samples.png", (192, 3 * (32 + 26)))):
+    for name, size in (("curves.png", (1430, 506)), ("samples.png", (768, 3 * (8 * 16 + 26)))):
         with Image.open(tmp_path / name) as picture:
             assert picture.size == size
     with pytest.raises(ConfigError, match="no run of this study has all its results yet"):
