@@ -1,4 +1,5 @@
 # make demo   set up what is needed and run the demo: digits, in minutes, on two CPU cores
+# make sample set up what is needed and draw emoji from the trained model in pretrained/
 # make test   set up what is needed and run all tests
 # make docs   the API of all modules, build/api/index.html
 # make lint   ruff: lint and format check; shellcheck
@@ -7,10 +8,13 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test docs lint format clean
+.PHONY: demo sample test docs lint format clean
 
 demo: .venv/.installed
 	$(BIN)/python launch/train.py --config=configs/demo.py --workdir=runs/demo
+
+sample: .venv/.installed
+	$(BIN)/python launch/sample.py --run=emoji64 --n=60 --columns=20
 
 test: .venv/.test-installed
 	$(BIN)/python -m pytest -n auto --maxprocesses=4 --dist worksteal
