@@ -8,6 +8,9 @@ best share of each method, and three seeds of dense training. Networks and proce
 has been run yet; a run of `final` takes about two hours of one core.
 """
 
+import functools
+import operator
+
 from emoji64 import JIT, PROCESSES, UVIT, base
 from ml_collections import ConfigDict
 
@@ -26,10 +29,7 @@ BEST = dict.fromkeys(METHODS, 0.8)  # share of each method, to be set to the bes
 
 
 def phase(share, points, *settings):
-    merged = {}
-    for some in settings:
-        merged |= some
-    return dict(share=share, points=points, data="noto", settings=merged)
+    return dict(share=share, points=points, data="noto", settings=functools.reduce(operator.or_, settings))
 
 
 def sparse(network: dict, method: str, share: float, points: int = 1) -> tuple:

@@ -2,7 +2,7 @@
 
     maskdm train --config=celebahq_pretrain --config.data.path=photos.zip
 
---config takes the name of a recipe, or the path of a file; that of launch/train.py does, too.
+--config takes the name of a recipe, or the path of a file.
 """
 
 import pathlib

@@ -233,10 +233,8 @@ class Batches:
             except RuntimeError as error:
                 if "exit code -15" not in str(error):
                     raise
-                # SLURM and systemd send SIGTERM to workers, too; the run goes on until it has saved.
-                self.close()
-                self._iterator = self._start()
-                batch = dict(next(self._iterator))
+                self.close()  # SLURM and systemd send SIGTERM to workers, too; the run goes on until it has saved
+                return next(self)
         self._next += self._batch_size
         self._report(batch.pop("unreadable"))
         return batch

@@ -48,8 +48,8 @@ def config_flag(text: str):
 def _parse_flags(argv: list[str]) -> list[str]:
     """Parse the command line, and load the config file that it names; what remains are the arguments."""
     argv = re.sub(r"\0--?config\0", "\0--config=", "\0".join(argv)).split("\0")  # --config FILE is --config=FILE
-    flag = re.compile("(--?config=)(.*)", re.DOTALL)
-    argv = [flag.sub(lambda found: found[1] + recipe_path(found[2]), arg) if flag.match(arg) else arg for arg in argv]
+    flag = re.compile(r"\A(--?config=)(.*)", re.DOTALL)
+    argv = [flag.sub(lambda found: found[1] + recipe_path(found[2]), arg) for arg in argv]
     named = [arg.partition("=")[2].split(":")[0] for arg in argv if arg.startswith(("--config=", "-config="))]
     try:
         for file in named:

@@ -136,11 +136,8 @@ def run_stages(run: Run, start, hooks) -> None:
 def run_stage(run: Run, index: int, state: TrainState, meta: dict, hooks) -> TrainState:
     """Train stage number `index` from `state` (and the position in `meta`, if resumed) to its end."""
     name = run.config.stages[index]
-    stage, first, offset = (
-        run.config.stage[name],
-        int(state.step),
-        stage_ends(run.config)[index] - run.config.stage[name].steps,
-    )
+    stage, first = run.config.stage[name], int(state.step)
+    offset = stage_ends(run.config)[index] - stage.steps
     log.info("stage %s: %d steps of %d images; %s", name, stage.steps, stage.batch_size, describe_masks(run, name))
     if first == stage.steps:
         return state
