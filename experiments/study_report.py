@@ -6,6 +6,7 @@ import statistics
 from PIL import Image, ImageDraw, ImageFont
 from study import Run, picture_name
 
+from maskdm_jax.build import mask_plans
 from maskdm_jax.data.images import save_png
 from maskdm_jax.errors import ConfigError
 from maskdm_jax.storage import write_atomically
@@ -19,9 +20,9 @@ def describe(runs: list[Run]) -> list[str]:
     for run in runs:
         lines.append(f"{run.name}, seed {run.seed}")
         for phase in run.phases:
-            stage, mask = phase.stage, phase.stage.mask
-            rate = 1 - 1 / mask.block**2 if mask.kind == "strided" else mask.rate
-            hidden = f"{rate:.0%} hidden, {mask.kind} {mask.block}" if mask.kind != "none" else "nothing hidden"
+            stage, plan = phase.stage, mask_plans(phase.config, phase.config.stages[0])[0]
+            share = 1 - plan.visible / plan.total
+            hidden = f"{share:.0%} hidden, {plan.kind} {plan.unit}" if share else "nothing hidden"
             points = f"evaluated at {', '.join(map(str, phase.points))}" if phase.points else "not evaluated"
             lines.append(
                 f"  {stage.steps:,} steps of {stage.batch_size} images, {phase.flops * stage.steps:.3g} FLOPs, "

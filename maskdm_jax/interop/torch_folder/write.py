@@ -5,7 +5,7 @@ import json
 import pathlib
 
 import maskdm_jax
-from maskdm_jax.build import time_scale
+from maskdm_jax.build import mask_plans, time_scale
 from maskdm_jax.config import UNKNOWN, Config
 from maskdm_jax.errors import CheckpointError
 from maskdm_jax.storage import write_atomically
@@ -129,9 +129,8 @@ def _stages(config: Config, step: int | None) -> str:
         if not done:
             break
         step = None if step is None else step - done
-        mask = stage.mask
-        hidden = {"none": "none", "crop": f"all but a window of {mask.crop} x {mask.crop}"}
-        hidden |= {"strided": f"all but one of {mask.block} x {mask.block}"}
-        hidden = hidden.get(mask.kind, f"{mask.rate:.0%}, {mask.kind}")
+        plans = mask_plans(config, name)
+        share = 1 - sum(plan.visible for plan in plans) / sum(plan.total for plan in plans)
+        hidden = f"{share:.0%}, {stage.mask.kind}" if share else "none"
         rows.append(f"| {name} | {done:,} | {stage.batch_size} | {hidden} | {stage.learning_rate:g} |")
     return "\n".join(rows)
