@@ -7,7 +7,7 @@ Expected cost, computed, not measured: 50k x 256 images x 0.0355 TFLOP
  + 50k x 128 images x 0.0733 TFLOP
 = 0.923 EFLOP, about 0.648 hours of one H100 in bfloat16 at 40% of its peak (989 TFLOP/s).
 Class-conditional, with one folder per class: --config.data.labels=True --config.model.num_classes=N.
-On two CPU cores at 32 x 32, where shapes appear after an hour: --config.data.image_size=32 --config.model.width=128
+On two CPU cores at 32 x 32: --config.data.image_size=32 --config.model.width=128
 --config.model.depth=5 --config.model.heads=4 --config.pretrain.steps=2000 --config.pretrain.batch_size=64
 --config.pretrain.learning_rate=1e-3 --config.finetune.steps=4000 --config.finetune.batch_size=64
 --config.finetune.learning_rate=2e-3 --config.preview.every=500
