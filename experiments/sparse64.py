@@ -3,9 +3,10 @@
     python experiments/run_study.py --config=experiments/sparse64.py:search --config.sets.noto=NOTO.zip
     python experiments/run_study.py --config=experiments/sparse64.py:final --config.sets.noto=NOTO.zip
 
-`search` tries three shares of the budget for the sparse phase, at a fifth of the budget of `final`. `final` takes the
-best share of each method, and three seeds of dense training. Networks and process are those of `emoji64.py`. Neither
-has been run yet; a run of `final` takes about two hours of one core.
+`search` tries three shares of the budget for the sparse phase, at a fifth of the budget of `final`, and samples in half
+of the steps. `final` takes the best share of each method, and three seeds of dense training. Networks, process and the
+budget of `final` are those of `emoji64.py`. With evaluation, a run takes about 20 minutes (`search`) or 70 (`final`) of
+one core.
 """
 
 import functools
@@ -32,12 +33,11 @@ def phase(share, points, *settings):
     return dict(share=share, points=points, data="noto", settings=functools.reduce(operator.or_, settings))
 
 
-def sparse(network: dict, method: str, share: float, points: int = 1) -> tuple:
-    """The sparse phase of a method, then the dense one."""
+def sparse(common: dict, method: str, share: float, points: int) -> tuple:
+    """The sparse phase of a method, and the dense one, which goes on with its optimizer and EMA."""
     both, mask = METHODS[method]
     hidden = {f"train.mask.{key}": value for key, value in mask.items()}
-    process = PROCESSES["flow, x0"]
-    return phase(share, 0, network, process, both, hidden), phase(1 - share, points, network, process, both)
+    return phase(share, 0, common, both, hidden), phase(1 - share, points, common, both) | dict(continues=True)
 
 
 def get_config(name="search"):
@@ -46,17 +46,19 @@ def get_config(name="search"):
     if name not in ("search", "final"):
         raise ValueError(f"there is no study {name!r} here; choose search or final")
     c, runs = ConfigDict(), []
+    points = 4 if final else 1
     for network, settings in NETWORKS.items():
-        dense = phase(1.0, 4 if final else 1, settings, PROCESSES["flow, x0"])
-        runs.append(dict(name=f"{network}, dense", seeds=(0, 1, 2) if final else (0,), phases=(dense,)))
+        common = settings | PROCESSES["flow, x0"] | ({} if final else {"sampling.steps": 25})
+        seeds = (0, 1, 2) if final else (0,)
+        runs.append(dict(name=f"{network}, dense", seeds=seeds, phases=(phase(1.0, points, common),)))
         for method in METHODS:
             for share in (BEST[method],) if final else SHARES:
                 told = "" if final else f", {share:.0%} sparse"
-                phases = sparse(settings, method, share)
+                phases = sparse(common, method, share, points)
                 runs.append(dict(name=f"{network}, {method}{told}", seeds=(0,), phases=phases))
     c.base = base()
     c.sets = dict(noto="data/emoji64_noto.zip")
-    c.budget = dict(flops=1e15, seconds=7200.0) if final else dict(flops=2e14, seconds=1440.0)
+    c.budget = dict(flops=2e14, seconds=3600.0) if final else dict(flops=4e13, seconds=720.0)
     c.evaluation = dict(samples=1000, on="noto", held_out=400, levels=10)
     c.runs = tuple(runs)
     return c

@@ -2,8 +2,9 @@
 
 A study is a config (see `experiments/emoji32.py`) with `base`, a training config of one stage; `runs`, each a sequence
 of phases with a share of the budget and changes to the settings; `sets` of images by name; and `evaluation`. A phase
-starts from the weights of the previous phase with a new optimizer. Equal phases, in one study or in several, are
-trained once. Every evaluated point is a line in a file of results; a point with a line is not computed again.
+starts from the weights of the previous phase with a new optimizer, or, with `continues`, keeps its optimizer and EMA.
+Equal phases, in one study or in several, are trained once. Every evaluated point is a line in a file of results; a
+point with a line is not computed again.
 """
 
 import dataclasses
@@ -12,6 +13,7 @@ import fnmatch
 import hashlib
 import json
 import pathlib
+import shutil
 import statistics
 import subprocess
 import time
@@ -37,7 +39,7 @@ _SAVES = 4  # checkpoints between two points, which limit the loss by an interru
 
 @dataclasses.dataclass(frozen=True)
 class Phase:
-    """A part of a run: one stage of training."""
+    """A part of a run: the last stage of `config`. The stages before it are the phases that it continues."""
 
     config: Config
     points: tuple[int, ...]  # steps after which it is evaluated
@@ -47,8 +49,13 @@ class Phase:
 
     @property
     def stage(self) -> config_lib.Stage:
-        """Its only stage."""
-        return self.config.stage[self.config.stages[0]]
+        """The settings of its training."""
+        return self.config.stage[self.config.stages[-1]]
+
+    @property
+    def start(self) -> int:
+        """Steps of the phases that it continues; its checkpoints and logs count on from there."""
+        return sum(self.config.stage[name].steps for name in self.config.stages[:-1])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,6 +124,7 @@ def _plan_run(study, run: dict, seed: int, budget: float, unit: str, seconds_of,
         config = dataclasses.replace(
             _with_steps(config, steps), checkpoint=config_lib.Checkpoint(steps // parts, keep=2)
         )
+        config = _continue(config, planned[-1].config) if phase.get("continues") else config
         key = phase_key(config, phase["data"], key)
         points = tuple(steps * (i + 1) // phase["points"] for i in range(phase["points"]))
         planned.append(Phase(config, points, counted[step_key], (flops, images), key))
@@ -138,8 +146,17 @@ def _phase_config(study, phase: dict, seed: int) -> Config:
 
 
 def _with_steps(config: Config, steps: int) -> Config:
-    name = config.stages[0]
-    return dataclasses.replace(config, stage={name: dataclasses.replace(config.stage[name], steps=steps)})
+    name = config.stages[-1]
+    return dataclasses.replace(
+        config, stage=config.stage | {name: dataclasses.replace(config.stage[name], steps=steps)}
+    )
+
+
+def _continue(config: Config, before: Config) -> Config:
+    """`config`, of one stage, as the continuation of the last stage of `before`."""
+    name = f"{config.stages[0]}{len(before.stages) + 1}"
+    stage = dataclasses.replace(config.stage[config.stages[0]], continues=True)
+    return dataclasses.replace(config, stages=(*before.stages, name), stage=before.stage | {name: stage})
 
 
 # Settings that do not change the weights, by section.
@@ -288,7 +305,7 @@ def run_study(runs: list[Run], study, workdir, results: Results, evaluator_path:
     for i, run in enumerate(runs):
         todo = missing(run)
         say(f"run {i + 1} of {len(runs)}: {run.name}, seed {run.seed}{'' if todo else ': done before'}")
-        before = ""
+        before = None
         for number, phase in enumerate(run.phases[: max(todo, default=-1) + 1]):
             folder = workdir / "phases" / phase.key
             for step in phase.points:
@@ -303,7 +320,7 @@ def run_study(runs: list[Run], study, workdir, results: Results, evaluator_path:
                 say(f"{run.name}, seed {run.seed} at {row['flops']:.3g} FLOPs: {told}")
             if number < todo[-1]:
                 _train_to(phase, phase.stage.steps, folder, before)
-            before = str(folder)
+            before = folder
 
 
 def _row(run: Run, number: int, step: int) -> dict:
@@ -314,22 +331,30 @@ def _row(run: Run, number: int, step: int) -> dict:
     return row | dict(flops=flops + step * phase.flops, images=images + step * phase.stage.batch_size)
 
 
-def _train_to(phase: Phase, step: int, folder: pathlib.Path, before: str) -> pathlib.Path:
+def _train_to(phase: Phase, step: int, folder: pathlib.Path, before: pathlib.Path | None) -> pathlib.Path:
     """The phase's checkpoint at a step; train to that step if it does not exist.
+
+    before: the run folder of the phase before it.
 
     Raises:
       ConfigError: the phase was trained beyond that step, and its checkpoint was removed.
     """
-    found = folder / "checkpoints" / str(step)
+    found = folder / "checkpoints" / str(phase.start + step)
     if not found.exists():
         folder.mkdir(parents=True, exist_ok=True)
         trained = max((int(path.name) for path in found.parent.glob("[0-9]*") if path.name.isdecimal()), default=0)
-        if trained > step:
+        if trained > phase.start + step:
             raise ConfigError(
                 f"{folder} is at step {trained}, but step {step} has no result and its checkpoint is gone; remove "
                 "the folder to train this phase again"
             )
-        train(dataclasses.replace(_with_steps(phase.config, step), init_from=before), folder)
+        if phase.start and not trained:
+            first = before / "checkpoints" / str(phase.start)
+            copy = shutil.copytree(first, folder / "copy", dirs_exist_ok=True)
+            found.parent.mkdir(exist_ok=True)
+            copy.rename(found.parent / first.name)
+        init_from = "" if phase.start or before is None else str(before)
+        train(dataclasses.replace(_with_steps(phase.config, step), init_from=init_from), folder)
     return found
 
 
@@ -337,9 +362,13 @@ def _seconds(workdir: pathlib.Path, run: Run, number: int, step: int) -> float:
     """Seconds of training up to a step of a phase, from the logged rates: without startup, saving and evaluation."""
     total = 0.0
     for i, phase in enumerate(run.phases[: number + 1]):
-        done = 0
+        done = phase.start
         for line in logs.read_metrics(workdir / "phases" / phase.key / "metrics.jsonl"):
-            if "images_per_second" in line and line["step"] > done and (i < number or line["step"] <= step):
+            if (
+                "images_per_second" in line
+                and line["step"] > done
+                and (i < number or line["step"] <= phase.start + step)
+            ):
                 total += (line["step"] - done) * phase.stage.batch_size / line["images_per_second"]
                 done = line["step"]
     return total

@@ -20,7 +20,7 @@ def describe(runs: list[Run]) -> list[str]:
     for run in runs:
         lines.append(f"{run.name}, seed {run.seed}")
         for phase in run.phases:
-            stage, plan = phase.stage, mask_plans(phase.config, phase.config.stages[0])[0]
+            stage, plan = phase.stage, mask_plans(phase.config, phase.config.stages[-1])[0]
             share = 1 - plan.visible / plan.total
             hidden = f"{share:.0%} hidden, {plan.kind} {plan.unit}" if share else "nothing hidden"
             points = f"evaluated at {', '.join(map(str, phase.points))}" if phase.points else "not evaluated"
