@@ -21,6 +21,8 @@
 #   DELETE=                 any text: delete the slice when `run` ends with status 0, 75 or 78
 #   RESTARTS=100 PAUSE=10   starts after failures, and the seconds by which each pause is longer than the previous one
 #   POLL=30 ANSWER=120      seconds between two looks at the hosts, and until they count as not answering
+#   SILENT=20               looks without an answer after which the slice is replaced
+#   SSH_FLAGS               flags of `gcloud ... ssh` and `scp`, such as --tunnel-through-iap for hosts of --internal-ips
 # The hosts receive WANDB_API_KEY, HF_TOKEN, AWS_* and the file $GOOGLE_APPLICATION_CREDENTIALS, in files that only you
 # can read.
 set -euo pipefail
@@ -42,7 +44,7 @@ tpu() {
 
 # on_all SECONDS FUNCTION [ARGUMENT...]: one of the functions below on all hosts of all slices.
 on_all() {
-  tpu "$1" ssh "$name" --node=all --worker=all \
+  tpu "$1" ssh "$name" --node=all --worker=all "${ssh_flags[@]}" \
     --command="$(declare -f "$2"); $(printf '%q ' "${@:2}")"
 }
 
@@ -163,7 +165,7 @@ start() {
   say "installing commit $commit on all hosts, and starting $*"
   started=yes
   on_all "$ANSWER" host_folder &&
-    tpu 600 scp "$pack"/* "$name:maskdm/" --node=all --worker=all &&
+    tpu 600 scp "$pack"/* "$name:maskdm/" --node=all --worker=all "${ssh_flags[@]}" &&
     on_all 1800 host_install "$commit" "$UV" "$PYTHON" &&
     on_all "$ANSWER" host_start "$@" && return
   started=""
@@ -188,13 +190,22 @@ finish() { # STATUS MESSAGE
   exit "$1"
 }
 
+# Request another slice in place of the one that was lost.
+replace() {
+  slice=lost started="" silent=0
+  if delete && create; then slice=exists; else failure "no slice could be requested"; fi
+}
+
 # Start the program if it does not run, and act on how it ended.
 attend() {
   local answer states
   if ! answer=$(on_all "$ANSWER" host_state "$@" 2>&1); then
-    say "the hosts do not answer: $(tail -n 1 <<<"$answer")"
+    silent=$((silent + 1))
+    say "the hosts do not answer ($silent): $(tail -n 1 <<<"$answer")"
+    [ "$silent" -lt "${SILENT:-20}" ] || replace
     return
   fi
+  silent=0
   states=$(sed -n 's/^host [^ ]*: //p' <<<"$answer" | sort -u | tr '\n' ' ')
   if [[ " $states" == *" another "* ]]; then
     say "another program runs; end it first: launch/tpu_vm.sh stop $name"
@@ -228,7 +239,7 @@ attend() {
 
 run() {
   local state slice=""
-  started="" failures=0
+  started="" failures=0 silent=0
   make_pack
   trap 'say "no longer watching; the program goes on"; exit 130' INT
   while true; do
@@ -240,12 +251,11 @@ run() {
         ;;
       SUSPENDED | FAILED)
         say "the slice was preempted or could not be created ($state); requesting another one"
-        slice=lost started=""
         [ "$state" = SUSPENDED ] || {
           tpu "$ANSWER" describe "$name" --format="value(state.failedData.error.message)" >&2 || true
           failure "the request for a slice failed"
         }
-        if delete && create; then slice=exists; else failure "no slice could be requested"; fi
+        replace
         ;;
       NONE)
         [ "$slice" != exists ] || { say "the slice was deleted"; exit 1; }
@@ -271,6 +281,7 @@ usage() {
 command -v gcloud >/dev/null || { echo "gcloud is not installed: https://cloud.google.com/sdk/docs/install" >&2; exit 1; }
 : "${ZONE:?set it to the zone of the TPUs, such as us-west4-a}"
 verb=$1 name=$2 POLL=${POLL:-30} ANSWER=${ANSWER:-120}
+read -ra ssh_flags <<<"${SSH_FLAGS:-}"
 shift 2
 cd "$(dirname "$0")/.."
 case $verb in
@@ -287,7 +298,7 @@ case $verb in
     ;;
   logs)
     gcloud compute tpus queued-resources ssh "$name" --zone="$ZONE" --node="${2:-0}" --worker="${1:-0}" \
-      --command="tail -n 100 -F maskdm/log"
+      --command="tail -n 100 -F maskdm/log" "${ssh_flags[@]}"
     ;;
   stop) on_all 300 host_stop stopped ;;
   *) usage ;;

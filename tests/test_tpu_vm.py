@@ -11,7 +11,7 @@ import pytest
 from maskdm_jax.errors import ConfigError, Preempted
 
 # In $STUB: state (of the slice), host0, host1 (home folders), calls. A file `hang` or `refuse` contains a verb; the
-# next call of that verb hangs or is refused; `after` is then the state.
+# next call of that verb hangs or is refused; `after` is then the state. While `dead` exists, no host answers.
 GCLOUD = r"""#!/usr/bin/env bash
 cd "$STUB" || exit
 verb=$4 command= status=0
@@ -28,11 +28,13 @@ case $verb in
     for host in host?; do
       [ ! -e $host/maskdm/group ] || kill -KILL -- "-$(cat $host/maskdm/group)" 2>/dev/null
     done
-    rm -rf host? state; echo delete >>events ;;
+    rm -rf host? state dead; echo delete >>events ;;
   scp)
-    for host in host?; do cp "${@:5:$#-9}" $host/maskdm/ || status=1; done ;;
+    for file in "${@:5}"; do
+      for host in host?; do [ ! -f "$file" ] || cp "$file" $host/maskdm/ || status=1; done
+    done ;;
   ssh)
-    [ -e host0 ] || exit 255
+    [ -e host0 ] && [ ! -e dead ] || exit 255
     for host in host?; do HOME=$STUB/$host PATH=$STUB/bin:$PATH bash -c "cd; $command" || status=1; done ;;
 esac
 exit $status
@@ -214,6 +216,19 @@ def test_gcloud_hangs_or_fails(tpu, fault, verb):
     assert done.returncode == 0, done.err
     assert not (tpu.folder / fault).exists()
     assert tpu.starts() == (2, 2)
+
+
+def test_hosts_that_no_longer_answer_are_replaced(tpu):
+    tpu.program(f"[ $attempt -gt 1 ] && exit 0; {FOREVER}")
+    with tpu.start(*RUN, SILENT="3", RESTARTS="0", SSH_FLAGS="--tunnel-through-iap") as run:
+        wait_for(lambda: "running" in tpu.states())
+        (tpu.folder / "dead").touch()
+        _, errors = run.communicate()
+    assert run.returncode == 0, errors
+    assert "the hosts do not answer (3)" in errors
+    assert tpu.lines("events") == ["create", "delete", "create"]
+    for verb in ("scp", "ssh x"):
+        assert any(f" {verb}" in call and "--worker=all --tunnel-through-iap" in call for call in tpu.lines("calls"))
 
 
 def test_a_deletion_that_takes_its_time(tpu):
