@@ -221,7 +221,7 @@ def test_gcloud_hangs_or_fails(tpu, fault, verb):
 def test_hosts_that_no_longer_answer_are_replaced(tpu):
     tpu.program(f"[ $attempt -gt 1 ] && exit 0; {FOREVER}")
     with tpu.start(*RUN, SILENT="3", RESTARTS="0", SSH_FLAGS="--tunnel-through-iap") as run:
-        wait_for(lambda: "running" in tpu.states())
+        wait_for(lambda: tpu.states() == ["ACTIVE", "running", "running"])
         (tpu.folder / "dead").touch()
         _, errors = run.communicate()
     assert run.returncode == 0, errors
