@@ -153,7 +153,9 @@ def test_it_runs_on_torch_alone(made, child_env):
 
 
 @pytest.mark.parametrize("made", ["jit"], indirect=True)
-def test_card(made):
+def test_card(made, tmp_path):
+    convert(made[3].parent / "weights.safetensors", tmp_path / "of_file", for_torch=True)
+    assert "The weights are the average `ema`. " in (tmp_path / "of_file" / "README.md").read_text()
     card = (made[3] / "README.md").read_text()
     assert "![Samples](samples.png)" in card
     assert "trained on `digits` by MaskDM-JAX" in card

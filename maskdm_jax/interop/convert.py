@@ -42,6 +42,16 @@ class _Source:
     stage: str = ""  # of the config
     classes: list[str] = dataclasses.field(default_factory=list)
     goes_on: bool = False  # whether a config was given, to train further
+    only: str = "params"  # name of the weights, if there is one set of them
+
+    def chosen(self, weights: str) -> tuple[str, str]:
+        """The key of the weights to use in `official.weights`: those asked for, or the only ones; and their name."""
+        official = self.official
+        if weights == "ema" and not official.emas:
+            return "params", self.only
+        if weights not in official.weights:
+            raise ConfigError(f"the source has no weights {weights!r}; it has {', '.join(official.weights)}")
+        return weights, weights
 
 
 def convert(
@@ -104,7 +114,7 @@ def read_weights(path, *, weights: str = "ema", heads: int | None = None) -> tup
     with prefixed(TorchFileError, f"{path}: "):
         source = _read(path, dict(heads=heads, class_tokens_from=None))
         official = source.official
-        return source.config, source.classes, official.names.params(official.weights[_chosen(official, weights)])
+        return source.config, source.classes, official.names.params(official.weights[source.chosen(weights)[0]])
 
 
 def is_file(path) -> bool:
@@ -147,7 +157,8 @@ def _source_of(official: Official, meta: dict, where) -> _Source:
     config, stage = config_lib.parse(meta["config"]), meta["stage"]
     if stage not in config.stages:
         raise CheckpointError(f"{where} is damaged: its stage {stage!r} is not in its config")
-    return _Source(official, config, stage, [str(name) for name in meta["classes"]])
+    classes = [str(name) for name in meta["classes"]]
+    return _Source(official, config, stage, classes, only=meta.get("weights", "params"))
 
 
 def _from_folder(path: pathlib.Path) -> _Source:
@@ -409,30 +420,20 @@ def _to_pt(dst: pathlib.Path, source: _Source, weights: str) -> list[str]:
 
 def _to_safetensors(dst: pathlib.Path, source: _Source, weights: str, *, dtype: str) -> list[str]:
     official, config = source.official, source.config
-    weights = _chosen(official, weights)
-    noted = dict(config=config_lib.to_dict(config), stage=source.stage, classes=source.classes, weights=weights)
+    asked, (weights, name) = weights, source.chosen(weights)
+    if name != asked:
+        official.notes.append("note: the source has one set of weights, no EMA")
+    noted = dict(config=config_lib.to_dict(config), stage=source.stage, classes=source.classes, weights=name)
     fixed = {name: official.format.positions(config) for name in official.names.fixed}
     trained = {name: tensor.astype(dtype) for name, tensor in official.weights[weights].items()}
     tensors = fixed | official.fixed.get(weights, {}) | trained
     official_file.write_safetensors(dst, tensors, noted)
-    return [
-        f"{dst} holds the {'raw weights' if weights == 'params' else weights.replace('ema', 'EMA')} (--weights chooses)"
-    ]
-
-
-def _chosen(official: Official, weights: str) -> str:
-    """The name of the weights to use: those asked for, or the only ones."""
-    if weights == "ema" and not official.emas:
-        official.notes.append("note: the source has one set of weights, no EMA")
-        return "params"
-    if weights not in official.weights:
-        raise ConfigError(f"the source has no weights {weights!r}; it has {', '.join(official.weights)}")
-    return weights
+    return [f"{dst} holds the {'raw weights' if name == 'params' else name.replace('ema', 'EMA')} (--weights chooses)"]
 
 
 def _to_torch(src, dst: pathlib.Path, source: _Source, weights: str, *, dtype: str) -> list[str]:
-    weights = "params" if weights == "ema" and not source.official.emas else weights
     with _whole(dst) as folder:
         _to_safetensors(folder / "model.safetensors", source, weights, dtype=dtype)
-        torch_folder.write(folder, dst.name, source.config, source.classes, weights, src)
-    return [f"{dst} holds the weights ({weights}), sample.py for PyTorch, and README.md, a model card to complete"]
+        name = source.chosen(weights)[1]
+        torch_folder.write(folder, dst.name, source.config, source.classes, name, src)
+    return [f"{dst} holds the weights ({name}), sample.py for PyTorch, and README.md, a model card to complete"]
