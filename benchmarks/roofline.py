@@ -71,7 +71,7 @@ def training_step(config: Config, name: str, devices: list, batch_size: int) -> 
 def sampling(config: Config, devices: list, per_device: int) -> Roofline:
     """Roofline of whole trajectories of `per_device` images on each device; see `cost.sampling`."""
     found = cost.sampling(config, devices, per_device)
-    products = product_bytes(cost.trace_forward(config, per_device).jaxpr.jaxpr) * cost.evaluations(config)
+    products = product_bytes(cost.trace_forward(config, per_device, guided=True).jaxpr.jaxpr) * cost.evaluations(config)
     return _roofline(found, products, loops=cost.sampling_steps(config))
 
 

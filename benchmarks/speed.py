@@ -48,7 +48,7 @@ from maskdm_jax.tools import cost
 from maskdm_jax.training import checkpoint
 from maskdm_jax.training.loop import make_run_mesh
 from maskdm_jax.training.start import abstract_state, fresh_state
-from maskdm_jax.training.step import jit_step
+from maskdm_jax.training.step import jit_step, memory_bytes
 
 CONFIG = runtime.config_flag("Config file; its model, batch, optimizer and mask are used.")
 BATCH = flags.DEFINE_integer("batch", None, "Batch size of a step; default: the config's.", lower_bound=1)
@@ -187,7 +187,7 @@ def forward_subject(config: Config, stage: str, state: list) -> Subject:
     labels = t * 0 if config.model.num_classes else None
     begun = time.perf_counter()
     forward = jax.jit(network.apply).lower(state[0].params, x, t, labels).compile()
-    about = dict(images=n, compile_seconds=time.perf_counter() - begun, memory=sum(cost.memory_bytes(forward)))
+    about = dict(images=n, compile_seconds=time.perf_counter() - begun, memory=sum(memory_bytes(forward)))
     hbm_bytes = roofline.hbm_bytes(forward.as_text()) * mesh.size
     about |= dict(flops=cost.count_forward_flops(config, n), hbm_bytes=hbm_bytes)
     start = lambda: forward(state[0].params, x, t, labels)

@@ -2,7 +2,8 @@
 
 A study is a config (see `experiments/emoji32.py`) with `base`, a training config of one stage; `runs`, each a sequence
 of phases with a share of the budget and changes to the settings; `sets` of images by name; and `evaluation`. A phase
-starts from the weights of the previous phase with a new optimizer, or, with `continues`, keeps its optimizer and EMA.
+starts from the weights of the previous phase with a new optimizer and the seed's random stream from its beginning, or,
+with `continues`, goes on with the optimizer, the EMA and a stream of its own.
 Equal phases, in one study or in several, are trained once. Every evaluated point is a line in a file of results; a
 point with a line is not computed again.
 """
@@ -112,6 +113,7 @@ def _plan_run(study, run: dict, seed: int, budget: float, unit: str, seconds_of,
             step_key = phase_key(dataclasses.replace(config, seed=0), phase["data"], "")
             if step_key not in counted:
                 counted[step_key] = cost.count_flops(config, stage_name, batch_size)
+            config = _continue(config, planned) if phase.get("continues") else config
         except (KeyError, TypeError, ConfigError) as error:
             raise ConfigError(f"{where}: {str(error).splitlines()[0]}") from None
         price = counted[step_key] if unit == "flops" else seconds_of(config, step_key)
@@ -124,7 +126,6 @@ def _plan_run(study, run: dict, seed: int, budget: float, unit: str, seconds_of,
         config = dataclasses.replace(
             _with_steps(config, steps), checkpoint=config_lib.Checkpoint(steps // parts, keep=2)
         )
-        config = _continue(config, planned[-1].config) if phase.get("continues") else config
         key = phase_key(config, phase["data"], key)
         points = tuple(steps * (i + 1) // phase["points"] for i in range(phase["points"]))
         planned.append(Phase(config, points, counted[step_key], (flops, images), key))
@@ -135,6 +136,8 @@ def _plan_run(study, run: dict, seed: int, budget: float, unit: str, seconds_of,
 
 def _phase_config(study, phase: dict, seed: int) -> Config:
     raw = study.base.copy_and_resolve_references()
+    if unknown := phase.keys() - {"share", "points", "data", "settings", "continues"}:
+        raise ConfigError(f"a phase has no {', '.join(sorted(unknown))}")
     if phase["data"] not in study.sets:
         raise ConfigError(f"there is no set {phase['data']!r} in config.sets, only {sorted(study.sets)}")
     if len(raw.stages) != 1:
@@ -152,11 +155,18 @@ def _with_steps(config: Config, steps: int) -> Config:
     )
 
 
-def _continue(config: Config, before: Config) -> Config:
-    """`config`, of one stage, as the continuation of the last stage of `before`."""
+def _continue(config: Config, planned: list[Phase]) -> Config:
+    """`config`, of one stage, as the continuation of the last phase.
+
+    Raises:
+      ConfigError: there is none, or the optimizer or the EMA differ.
+    """
+    if not planned:
+        raise ConfigError("the first phase continues none")
+    before, stage = planned[-1].config, dataclasses.replace(config.stage[config.stages[0]], continues=True)
     name = f"{config.stages[0]}{len(before.stages) + 1}"
-    stage = dataclasses.replace(config.stage[config.stages[0]], continues=True)
-    return dataclasses.replace(config, stages=(*before.stages, name), stage=before.stage | {name: stage})
+    both = dataclasses.replace(config, stages=(*before.stages, name), stage=before.stage | {name: stage})
+    return config_lib.parse(config_lib.to_dict(both))
 
 
 # Settings that do not change the weights, by section.

@@ -88,12 +88,13 @@ def sample(path, out):
     from maskdm_jax import load
     from maskdm_jax.data.images import sample_grid, save_png
     from maskdm_jax.parallel import processes
-    from maskdm_jax.sampling import generate_to_folder, with_sampling
+    from maskdm_jax.sampling import generate_to_folder, label_cycle, with_sampling
 
     chosen = {"method": METHOD.value, "steps": STEPS.value, "eta": ETA.value, "order": ORDER.value}
     chosen |= {"spacing": SPACING.value, "guidance": GUIDANCE.value}
     sampling = {key: value for key, value in chosen.items() if value is not None}
     loaded = with_sampling(load(path, weights=WEIGHTS.value), sampling)
+    label_cycle(loaded, LABELS.value)  # an unknown label is an error before anything is printed
     first = processes.is_first()
     if first:
         print(f"{N.value} images from the {WEIGHTS.value} of {loaded.checkpoint}")

@@ -2,11 +2,13 @@
 
 import dataclasses
 import functools
+import os
 import runpy
 import typing
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from maskdm_jax.config import Config, Model, Sampling
@@ -74,7 +76,9 @@ def _network(model: Model, image_size: int, channels: int, remat: bool) -> Netwo
     if model.network not in NETWORKS:
         if remat:
             raise ConfigError("a stage's remat must be False for a network of one's own, which can use jax.checkpoint")
-        return _own_network(model, image_size, channels, dtype)
+        network = _own_network(model, image_size, channels, dtype)
+        _check_shapes(network, model, image_size, channels)
+        return network
     fields = dataclasses.asdict(model) | dict(image_size=image_size, channels=channels, remat=remat, dtype=dtype)
     fields |= dict(outer=model.outer_blocks, mask_token=model.returning == "token")
     return _from_nnx(NETWORKS[model.network](fields), dtype)
@@ -114,11 +118,17 @@ def _own_network(model: Model, image_size: int, channels: int, dtype) -> Network
     """The network of a user's file; see `make_network`.
 
     Raises:
-      ConfigError: the file cannot be run, or has no such name.
+      ConfigError: there is no such file, it cannot be run, or has no such name.
     """
     file, _, name = model.network.rpartition(":")
+    if not os.path.isfile(file):
+        raise ConfigError(f"config.model.network: there is no file {file!r} in {os.getcwd()}; its path is as given")
     try:
-        make = runpy.run_path(file)[name]
+        names = runpy.run_path(file)
+        if name not in names:
+            own = [key for key, value in names.items() if getattr(value, "__module__", "") == "<run_path>"]
+            raise ConfigError(f"it defines {', '.join(own) or 'nothing'}")
+        make = names[name]
         if isinstance(make, type) and issubclass(make, nnx.Module):
             return _from_nnx(functools.partial(make, model, image_size, channels), dtype)
         module = make(model, image_size, channels)
@@ -127,6 +137,25 @@ def _own_network(model: Model, image_size: int, channels: int, dtype) -> Network
     labels = jnp.zeros(1, "int32") if model.num_classes else None
     init = lambda key: module.init(key, jnp.zeros((1, image_size, image_size, channels)), jnp.zeros(1), labels)
     return Network(init, module.apply, dtype, jax.eval_shape(init, jax.random.key(0)))
+
+
+def _check_shapes(network: Network, model: Model, image_size: int, channels: int) -> None:
+    """Trace a user's network on images and on visible patches.
+
+    Raises:
+      ConfigError: the output does not have x's shape.
+    """
+    patches, labels = (image_size // model.patch_size) ** 2, jnp.zeros(2, "int32") if model.num_classes else None
+    visible = np.zeros((2, max(1, patches // 2)), "int32")
+    whole = (2, image_size, image_size, channels)
+    for shape, positions in ((whole, None), ((*visible.shape, model.patch_size**2 * channels), visible)):
+        x, t = jax.ShapeDtypeStruct(shape, "float32"), jnp.zeros(2)
+        out = jax.eval_shape(network.apply, network.abstract_params(), x, t, labels, positions)
+        if getattr(out, "shape", None) != shape:
+            shapes = jax.tree.map(lambda leaf: list(leaf.shape), out)
+            raise ConfigError(
+                f"config.model.network: {model.network} returns {shapes} for x of {list(shape)}; return x's shape"
+            )
 
 
 def noise_schedule(config: Config) -> Schedule:
@@ -212,7 +241,7 @@ def make_sampler(config: Config, network: Network):
 
 
 def _sparse(config: Config, labels, n: int):
-    """The same patches sleep in all images and steps, so that the guidance does not flicker."""
+    """The same patches sleep in all images and steps."""
     plans = [masking.make_plan("patch", grid, rate=config.sampling.weak_rate) for grid in grids(config)]
     awake = [masking.sample_positions(plan, jax.random.key(i)) for i, plan in enumerate(plans)]
     return labels, _by_band(config, [jnp.broadcast_to(positions, (n, len(positions))) for positions in awake])
@@ -228,7 +257,7 @@ def _by_band(config: Config, positions: list):
 
 WEAK = {  # by `config.sampling.weak`: (config, labels, images) -> labels and positions of the weak prediction
     "unlabelled": lambda config, labels, n: (None, None),  # classifier-free guidance (Ho & Salimans 2022)
-    "shallow": _shallow,  # without the inner blocks: path-drop guidance (SPRINT)
+    "shallow": _shallow,  # without the inner blocks; SPRINT's path-drop guidance also trains for it
     "sparse": _sparse,  # fewer patches awake: sparse guidance
 }
 

@@ -63,6 +63,13 @@ def test_config_is_complete_and_says_how_to_run_it(root, name):
     make_network(config).abstract_params()
 
 
+def test_own_images_for_a_cpu(root):
+    config = config_lib.parse(load(root, "own_images", "cpu"))
+    assert sum(leaf.size for leaf in jax.tree.leaves(make_network(config).abstract_params())) < 1.3e6
+    with pytest.raises(ValueError, match="there is no size 'gpu'; choose cpu"):
+        load(root, "own_images", "gpu")
+
+
 # Of the reference's recipe table: size, images, batch, rate, warm-up, clip, EMA, schedule, visible, flip.
 B, S, L = (768, 12, 12), (512, 13, 8), (1024, 16, 16)
 RECIPES = {

@@ -63,6 +63,16 @@ def test_sampling():
     assert not roof.collectives.keys() - {"all-gather"}
 
 
+def test_guidance_costs_what_its_weak_prediction_costs():
+    def flops(**changes):
+        config = tiny.config(model__outer_blocks=1, **{f"sampling__{key}": value for key, value in changes.items()})
+        return cost.trace_forward(config, 4, guided=True).lower().cost_analysis()["flops"]
+
+    alone, full = flops(), flops(guidance=1.0)
+    assert full == pytest.approx(2 * alone, rel=0.01)
+    assert 1.2 * alone < flops(guidance=1.0, weak="shallow") < 0.95 * full
+
+
 def test_the_largest_batch_is_found(monkeypatch):
     tried = []
 

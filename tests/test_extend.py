@@ -27,6 +27,9 @@ class Linear(nnx.Module):
         self.layer = nnx.Linear(model.patch_size**2 * channels, model.patch_size**2 * channels, rngs=rngs)
     def __call__(self, x, t, labels=None, positions=None):
         return self.layer(x) if x.ndim == 3 else x
+class Wide(Linear):
+    def __call__(self, x, *args):
+        return x if x.ndim == 4 else x[..., :1]
 broken = lambda model: None
 """
 
@@ -75,10 +78,13 @@ def test_a_network_in_nnx(tmp_path):
     )
     inputs = step.draw_inputs(config, "pretrain", jax.random.key(1), data)
     assert np.isfinite(step.make_loss(config, network)(params, inputs))
-    for name, message in (("missing", "has no network missing"), ("broken", "has no network broken")):
+    unknown = r"has no network missing \(it defines Linear, Wide, broken\)"
+    for name, message in (("missing", unknown), ("broken", "has no network broken")):
         with pytest.raises(ConfigError, match=message):
             make_network(tiny.config(model__network=f"{tmp_path}/own.py:{name}"))
-    with pytest.raises(ConfigError, match=r"nothing.py has no network X \(.*No such file"):
+    with pytest.raises(ConfigError, match=r"own.py:Wide returns \[2, 8, 1\] for x of \[2, 8, 4\]"):
+        make_network(tiny.config(model__network=f"{tmp_path}/own.py:Wide"))
+    with pytest.raises(ConfigError, match=r"there is no file 'nothing.py' in /"):
         make_network(tiny.config(model__network="nothing.py:X"))
     with pytest.raises(ConfigError, match="remat must be False"):
         make_network(config, remat=True)

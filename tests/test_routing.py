@@ -110,6 +110,23 @@ def test_gradients_of_sleeping_patches_pass_the_outer_blocks_alone(kind, returni
 
 
 @pytest.mark.parametrize("kind", NETWORKS)
+def test_the_order_of_awake_patches_does_not_matter(kind):
+    """Each keeps its own position and rotary angles in the inner blocks."""
+    _, network, params, inputs = built(kind, model__outer_blocks=1)
+    turned = jax.tree.map(lambda at: at[:, ::-1], inputs.positions)
+    one, other = (outputs(network, params, inputs, at) for at in (inputs.positions, turned))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), one, other)
+
+
+def test_class_tokens_join_although_all_patches_sleep():
+    _, network, params, inputs = built("jit", model__outer_blocks=1)
+    none_awake = inputs.positions[:, :0]
+    shallow = outputs(network, params, inputs, none_awake)
+    moved = params | dict(class_positions=params["class_positions"] + 1)
+    assert np.abs(outputs(network, moved, inputs, none_awake) - shallow).max() > 1e-3
+
+
+@pytest.mark.parametrize("kind", NETWORKS)
 def test_a_sleeping_patch_matters_and_is_learned(kind):
     config, network, params, inputs = built(kind, model__outer_blocks=1)
     loss = step.make_loss(config, network)
@@ -143,7 +160,11 @@ def test_guidance_from_sparsity(kind):
 def test_a_run(tmp_path):
     """Routed, then dense with the same optimizer, guidance from sparsity; a stop in between changes nothing."""
     changes = dict(model__outer_blocks=1, model__returning="token", pretrain__mask=config_lib.strided(2))
-    changes |= dict(finetune__continues=True, finetune__warmup_steps=5, pretrain__warmup_steps=5)
+    for stage in ("pretrain", "finetune"):
+        changes |= {
+            f"{stage}__{key}": value for key, value in dict(warmup_steps=5, ema_law="plain", ema_every=3).items()
+        }
+    changes |= dict(finetune__continues=True)
     config = tiny.config(**changes, sampling__guidance=0.5, sampling__weak="shallow")
     run.train(config, tmp_path / "whole")
     text = (tmp_path / "whole" / "log.txt").read_text()
@@ -159,6 +180,9 @@ def test_a_run(tmp_path):
     network, mesh = make_network(config), make_mesh(devices=jax.devices()[:1])
     state = checkpoint.load_state(whole.checkpoint, start.abstract_state(config, 1, network, mesh))
     assert int(state.step) == 2
+    before = sampling.load(tmp_path / "whole" / "checkpoints" / "4")
+    # The EMA is updated every third step of both stages together: at steps 1 and 4.
+    jax.tree.map(np.testing.assert_array_equal, before.params, whole.params)
     counts = [int(leaf) for leaf in jax.tree.leaves(state.opt_state) if leaf.dtype == jnp.int32]
     assert max(counts) == 6, "one optimizer for both stages"
     with pytest.raises(CheckpointError, match="a learned token for hidden patches"):
@@ -173,6 +197,7 @@ def test_a_run(tmp_path):
         (dict(sampling__guidance=1.0, sampling__weak="shallow"), "which needs config.model.outer_blocks above 0"),
         (dict(pretrain__continues=True), "pretrain is the first stage; there is none to continue"),
         (dict(finetune__continues=True, finetune__b1=0.5), "finetune.b1 is 0.5; it must be 0.9 as in pretrain"),
+        (dict(sampling__weak_rate=1.0), r"weak_rate is 1.0; it must be in \(0, 1\)"),
         (dict(sampling__weak="weaker"), "weak is 'weaker'; it must be one of unlabelled, shallow, sparse"),
     ],
 )

@@ -160,6 +160,10 @@ def test_what_cannot_be_planned_is_named():
     fails("phase 2: a share of 0.0001 pays for fewer than 4 steps", phase(0.9999), phase(0.0001))
     fails("config.budget.flops is -1", phase(1.0), **{"budget.flops": -1.0})
     fails("phase 1: .*mask rate 2.0", phase(1.0, **{"train.mask.kind": "patch", "train.mask.rate": 2.0}))
+    fails("phase 1: the first phase continues none", phase(1.0) | dict(continues=True))
+    other = phase(0.5, **{"train.learning_rate": 0.5}) | dict(continues=True)
+    fails("phase 2: .*train2.learning_rate is 0.5; it must be 0.001 as in train", phase(0.5), other)
+    fails("phase 1: a phase has no continued", phase(1.0) | dict(continued=True))
     fails(r"--only and --seeds leave no run; this study has mine; seeds \[0\]", phase(1.0), only="x*")
 
 

@@ -147,7 +147,7 @@ def test_it_runs_on_torch_alone(made, child_env):
     done = subprocess.run(command, cwd=folder, env=child_env, capture_output=True, text=True)
     assert done.stdout == "5 images in grid.png\n", done.stderr
     with Image.open(folder / "grid.png") as grid:
-        assert grid.size == (24, 16)
+        assert grid.size == (3 * 64, 2 * 64)
     done = subprocess.run([*command, "--labels=ten"], cwd=folder, env=child_env, capture_output=True, text=True)
     assert "unknown labels ['ten']; the classes are" in done.stderr
 

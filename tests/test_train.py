@@ -310,6 +310,9 @@ def test_a_history_without_its_checkpoints_is_not_overwritten(tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"step": 3}\n')
     with pytest.raises(ConfigError, match="goes to step 3, but there is no checkpoint beside it; give another"):
         start.check_history(config, tmp_path)
+    seldom = tiny.config(checkpoint__every=10, pretrain__steps=10)  # as it was until now
+    (tmp_path / "config.json").write_text(json.dumps(config_lib.to_dict(seldom)))
+    start.check_history(config, tmp_path)
     (tmp_path / "metrics.jsonl").unlink()
     (tmp_path / "config.json").write_text('{"lr": 1}')
     with pytest.raises(ConfigError, match=r"config.json is not of a run of this project \(config.lr is not a setting"):

@@ -125,6 +125,8 @@ def _blocks(grid, rate=0.0, block=1):
 
 def _one_of_each(grid, block=2):
     _blocks(grid, block=block)  # checks the side
+    if block == 1:
+        raise ValueError("mask block 1 hides nothing with the kind strided; 2 hides 3 of 4 patches")
     return grid[0] * grid[1] // block**2, block
 
 

@@ -175,14 +175,15 @@ def _from_folder(path: pathlib.Path) -> _Source:
     state = checkpoint.load_state(found, abstract_state(config, index, make_network(config), mesh))
     named = lambda tree: NETWORKS[network].state_dict(tree, config.model.patch_size, config.model.wavelet_scale)
     step = int(state.step)
+    done = step + config_lib.steps_before(config, source.stage)
     official = Official(
         network,
         named(state.params),
         [named(ema) for ema in state.emas],
-        ema_step=step,
-        ema_initted=step > 0,
+        ema_step=done,
+        ema_initted=done > 0,
         moments=_moments(state.opt_state, named),
-        group=_group(stage) | {"lr": float(learning_rate(stage)(step))},
+        group=_group(stage) | {"lr": float(learning_rate(stage)(done))},
         step=step,
     )
     official.moments = {name: official.moments[name] for name in official.model if name in official.moments}
@@ -368,22 +369,23 @@ def _optimizer_state(fresh, source: _Source):
     try:
         if official.optimizer_problem:
             raise ValueError(official.optimizer_problem)
-        return _filled(fresh, official, official.moments or {})
+        return _filled(fresh, source, official.moments or {})
     except ValueError as error:
         if source.goes_on:
             advice = "leave --config out to sample, or start from the weights alone with --config.init_from"
             raise ConfigError(f"the file's optimizer cannot be continued ({error}); {advice}") from error
         official.moments = None
         official.notes.append(f"left out: the optimizer ({error})")
-        return _filled(fresh, official, {})
+        return _filled(fresh, source, {})
 
 
-def _filled(fresh, official: Official, moments: dict[str, Moment]):
+def _filled(fresh, source: _Source, moments: dict[str, Moment]):
+    official, done = source.official, source.official.step + config_lib.steps_before(source.config, source.stage)
     names, name_of = official.names, lambda path: official.names.their_name(tuple(part.key for part in path))
 
     def fill(node):
         if isinstance(node, optax.ScaleByScheduleState):  # the rate follows the training step
-            return optax.ScaleByScheduleState(np.int32(official.step))
+            return optax.ScaleByScheduleState(np.int32(done))
         if not _is_adam(node):
             return node
         # The tensors have counts of their own: half-precision training skips steps, and a tensor may rest in one.

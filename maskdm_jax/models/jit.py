@@ -135,12 +135,12 @@ class JiT(nnx.Module):
                     h, angles = leave(h, awake, tokens), _beside(tokens, take(all_angles, awake))
             if self.inner and i == self.inner.stop:
                 h, angles = self._come_back(h, before, awake, tokens), _beside(tokens, all_angles)
-            if i in self.inner and awake is not None and not awake.shape[1]:
-                continue  # all patches sleep: the prediction without the inner blocks
             if i == self.class_tokens_from and self.class_positions is not None:
                 tokens = self.class_positions.shape[0]
                 h = jnp.concatenate([(label[:, None] + self.class_positions[None]).astype(h.dtype), h], axis=1)
                 angles = _beside(tokens, angles)
+            if i in self.inner and awake is not None and not awake.shape[1]:
+                continue  # all patches sleep: the prediction without the inner blocks
             keys = None if dropout is None else jax.vmap(jax.random.fold_in, (0, None))(dropout, i)
             run = jax.checkpoint(lambda *a, block=block: block(*a)) if self.remat else block
             h = run(h, c, angles, keys)

@@ -10,7 +10,7 @@ import time
 import jax
 from jax.experimental import topologies
 
-from maskdm_jax.build import compute_dtype, make_network
+from maskdm_jax.build import WEAK, compute_dtype, make_network
 from maskdm_jax.config import Config
 from maskdm_jax.diffusion.samplers import SAMPLERS
 from maskdm_jax.errors import CostError
@@ -19,7 +19,7 @@ from maskdm_jax.parallel import sharding
 from maskdm_jax.sampling import compile_sampling
 from maskdm_jax.training.loop import make_run_mesh
 from maskdm_jax.training.start import abstract_state
-from maskdm_jax.training.step import abstract_batch, jit_step
+from maskdm_jax.training.step import abstract_batch, jit_step, memory_bytes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,7 +128,12 @@ def sampling(config: Config, devices: list, per_device: int) -> Cost:
     index = jax.ShapeDtypeStruct((n,), "int32", sharding=sharding.batch_sharding(mesh))
     labels = index if config.model.num_classes else None
     lowered = compile_sampling(config, network, mesh).lower(params, key, index, labels)
-    return _compile(lowered, mesh, n, count_forward_flops(config, per_device) * evaluations(config))
+    return _compile(
+        lowered,
+        mesh,
+        n,
+        trace_forward(config, per_device, guided=True).lower().cost_analysis()["flops"] * evaluations(config),
+    )
 
 
 def sampling_steps(config: Config) -> int:
@@ -137,9 +142,8 @@ def sampling_steps(config: Config) -> int:
 
 
 def evaluations(config: Config) -> int:
-    """Forward passes of the network in a trajectory."""
-    calls = SAMPLERS[config.sampling.method].calls(config.sampling.steps, config.diffusion.timesteps)
-    return calls * (2 if config.sampling.guidance else 1)
+    """Predictions in a trajectory; with guidance, each is two forward passes."""
+    return SAMPLERS[config.sampling.method].calls(config.sampling.steps, config.diffusion.timesteps)
 
 
 def count_flops(config: Config, name: str, images: int) -> float:
@@ -158,12 +162,18 @@ def trace_step(config: Config, name: str, images: int) -> jax.stages.Traced:
     return _trace_step(alone, name, sharding.make_mesh(1, 1, jax.local_devices(backend="cpu")[:1]))
 
 
-def trace_forward(config: Config, images: int) -> jax.stages.Traced:
-    """A forward pass of the network in which XLA sees all arithmetic."""
+def trace_forward(config: Config, images: int, *, guided: bool = False) -> jax.stages.Traced:
+    """A forward pass of the network in which XLA sees all arithmetic; `guided`: and of the weak one of guidance."""
     network = make_network(_with_plain_attention(config))
+
+    def predict(params, x, t, labels):
+        told = [(labels, None)]
+        told += [WEAK[config.sampling.weak](config, labels, images)] * (guided and config.sampling.guidance > 0)
+        return [network.apply(params, x, t, *each) for each in told]
+
     x = jax.ShapeDtypeStruct((images, *make_representation(config).shape), "float32")
     t = jax.ShapeDtypeStruct((images,), "int32")
-    return jax.jit(network.apply).trace(network.abstract_params(), x, t, t if config.model.num_classes else None)
+    return jax.jit(predict).trace(network.abstract_params(), x, t, t if config.model.num_classes else None)
 
 
 def round_up_batch(config: Config, name: str, chips: int) -> int:
@@ -205,14 +215,6 @@ def largest_batch(config: Config, name: str, devices: list, progress=None) -> in
         middle = (good + bad) // 2
         good, bad = (middle, bad) if fits(middle) else (good, middle)
     return good * unit
-
-
-def memory_bytes(compiled: jax.stages.Compiled) -> tuple[int, int]:
-    """Bytes per device of a program's arguments and results, and its peak temporary bytes."""
-    memory = compiled.memory_analysis()
-    # Results overwrite donated arguments, which therefore count once.
-    state = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
-    return state, memory.temp_size_in_bytes
 
 
 def with_batch(config: Config, name: str, batch_size: int, **changes) -> Config:

@@ -8,6 +8,7 @@ import logging
 import math
 import os
 import pathlib
+import re
 import time
 import typing
 
@@ -23,7 +24,7 @@ from maskdm_jax.training import checkpoint, logs
 from maskdm_jax.training.checkpoint import Checkpoints
 from maskdm_jax.training.start import begin, check_history, next_stage
 from maskdm_jax.training.state import TrainState
-from maskdm_jax.training.step import compile_step
+from maskdm_jax.training.step import compile_step, memory_bytes
 
 log = logging.getLogger(__name__)
 
@@ -144,7 +145,7 @@ def run_stage(run: Run, index: int, state: TrainState, meta: dict, hooks) -> Tra
     log.info("compiling the step of %s", name)
     begun = time.perf_counter()
     step_fn = compile_step(run.config, name, run.mesh, state)
-    log.info("compiled in %s", logs.duration(time.perf_counter() - begun))
+    _say_compiled(run, name, step_fn, time.perf_counter() - begun)
     batches = run.data.batches(batch_size=stage.batch_size, seed=run.config.seed + index)
     if "data" in meta:
         batches.seek(meta["data"])
@@ -170,6 +171,28 @@ def run_stage(run: Run, index: int, state: TrainState, meta: dict, hooks) -> Tra
                 for hook in due:
                     hook(at)
     return state
+
+
+def _say_compiled(run: Run, name: str, step_fn, seconds: float) -> None:
+    """Log the memory of a step, with a warning if a CPU has less: the system would end the program without a word."""
+    state, temporary = memory_bytes(step_fn)
+    log.info("compiled in %s; a step takes %.2f GiB", logs.duration(seconds), (state + temporary) / 2**30)
+    left = _free_memory() if run.mesh.devices.flat[0].platform == "cpu" else math.inf
+    if temporary * jax.local_device_count() > left:
+        log.warning(
+            "only %.2f GiB of memory are free; if the system kills the program, raise config.%s.micro_batches, set "
+            "config.%s.remat=True, or train a smaller model",
+            *(left / 2**30, name, name),
+        )
+
+
+def _free_memory() -> float:
+    """Bytes of this machine's memory that a program can get; infinite where the system does not tell."""
+    try:
+        found = re.search(r"MemAvailable:\s*(\d+) kB", pathlib.Path("/proc/meminfo").read_text())
+    except OSError:
+        found = None
+    return 1024 * int(found[1]) if found else math.inf
 
 
 class Save:
@@ -271,10 +294,12 @@ class StageReport:
         self._progress.close()
 
 
-def _cost(config: Config, name: str) -> int:
-    """Number of patches that a stage computes, an estimate of its time."""
-    visible = sum(plan.visible for plan in mask_plans(config, name))
-    return config.stage[name].steps * config.stage[name].batch_size * visible
+def _cost(config: Config, name: str) -> float:
+    """Number of patches that the blocks of a stage process, an estimate of its time."""
+    plans, model = mask_plans(config, name), config.model
+    outer = 2 * model.outer_blocks / model.depth  # share of the blocks that process hidden patches, too
+    patches = sum(outer * plan.total + (1 - outer) * plan.visible for plan in plans)
+    return config.stage[name].steps * config.stage[name].batch_size * patches
 
 
 def _advice(run: Run, name: str, stage_step: int, step: int, values: dict) -> str:

@@ -71,7 +71,7 @@ def check_history(config: Config, workdir: pathlib.Path) -> None:
     stored, metrics = workdir / "config.json", workdir / "metrics.jsonl"
     if stored.exists():
         try:
-            config_lib.parse(json.loads(stored.read_bytes()))
+            config = config_lib.parse(json.loads(stored.read_bytes()))  # as of the run until now
         except (ConfigError, TypeError, ValueError) as error:
             what = f"{stored} is not of a run of this project ({first_line(error)})"
             raise ConfigError(f"{what}; give another --workdir") from None

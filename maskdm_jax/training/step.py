@@ -142,6 +142,14 @@ def compile_step(config: Config, name: str, mesh, state: TrainState):
     return processes.compile_together(lowered, mesh)
 
 
+def memory_bytes(compiled: jax.stages.Compiled) -> tuple[int, int]:
+    """Bytes per device of a program's arguments and results, and its peak temporary bytes."""
+    memory = compiled.memory_analysis()
+    # Results overwrite donated arguments, which therefore count once.
+    state = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
+    return state, memory.temp_size_in_bytes
+
+
 def abstract_batch(config: Config, name: str, mesh) -> dict:
     """Shapes, dtypes and placement of a batch of stage `name`; see `draw_inputs`."""
     n, size, place = config.stage[name].batch_size, config.data.image_size, sharding.batch_sharding(mesh)

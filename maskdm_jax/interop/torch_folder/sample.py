@@ -342,6 +342,8 @@ def main():
     except ValueError as error:
         parser.error(str(error))
     columns = math.ceil(math.sqrt(args.n))
+    scale = -(-64 // images.shape[1])  # small images are enlarged to at least 64 pixels
+    images = images.repeat(scale, axis=1).repeat(scale, axis=2)
     padded = np.pad(images, ((0, -args.n % columns), (0, 0), (0, 0), (0, 0)))
     grid = np.concatenate([np.concatenate(list(row), axis=1) for row in padded.reshape(-1, columns, *images.shape[1:])])
     Image.fromarray(grid[..., 0] if grid.shape[-1] == 1 else grid).save(args.out)

@@ -28,8 +28,13 @@ A {network} that generates {size} x {size} images{classes}, {trained} MaskDM-JAX
     pip install torch safetensors numpy pillow
     python sample.py --n=16 --out=grid.png
 
-In Python, `modeling.from_pretrained(FOLDER)` loads the network, and `sample.generate` turns noise into images. In
-MaskDM-JAX, `maskdm_jax.load(FOLDER)` loads it.
+In Python, inside this folder:
+
+    import modeling, sample
+    model = modeling.from_pretrained()  # on the CPU; .to("cuda") moves it to a GPU
+    images = sample.generate(model, 16, seed=1)  # uint8 [16, {size}, {size}, {channels}]
+
+In MaskDM-JAX, `maskdm_jax.load(FOLDER)` loads it.
 
 ## Training
 
@@ -106,6 +111,7 @@ def _card(title: str, config: Config, classes: list[str], weights: str, known: d
         title=title,
         network="JiT" if config.model.network == "jit" else f"U-ViT{wavelet}",
         size=config.data.image_size,
+        channels=config.data.channels,
         classes=f" of {len(classes)} classes" if classes else "",
         version=maskdm_jax.__version__,
         trained="converted by" if unknown else f"trained on `{pathlib.PurePath(config.data.path).name}` by",
