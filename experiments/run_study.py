@@ -10,7 +10,7 @@ import pathlib
 import shlex
 import sys
 
-from absl import app, flags, logging
+from absl import app, flags
 from ml_collections import config_flags
 
 from maskdm_jax.parallel import runtime
@@ -26,14 +26,11 @@ DRY_RUN = flags.DEFINE_bool("dry_run", False, "Print the plan, without training.
 REPORT = flags.DEFINE_string("report", None, "Write a report to this folder, without training.")
 
 
-def main(argv):
-    if len(argv) > 1:
-        raise app.UsageError(f"unexpected arguments {argv[1:]}; names with spaces need quotes")
+def main(_):
     if not all(seed.isdecimal() for seed in SEEDS.value):
         raise app.UsageError(f"--seeds={','.join(SEEDS.value)}: give numbers, such as 0,1,2")
     if CONFIG.value is None:
         raise app.UsageError("which study? give --config=experiments/emoji32.py:convergence")
-    logging.set_verbosity(logging.WARNING)
     import study
     import study_report
 

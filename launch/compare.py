@@ -6,7 +6,7 @@ One HTML page: curves by step, images and FLOPs, metrics, settings that differ, 
 import shlex
 import sys
 
-from absl import app, flags, logging
+from absl import app, flags
 
 from maskdm_jax.parallel import runtime
 
@@ -16,7 +16,6 @@ OUT = flags.DEFINE_string("out", "compare.html", "File for the page.")
 def main(argv):
     if len(argv) < 2:
         raise app.UsageError("which runs? give run folders, such as runs/a runs/b")
-    logging.set_verbosity(logging.WARNING)
     import jax
 
     jax.config.update("jax_platforms", "cpu")
@@ -29,4 +28,4 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    runtime.start(main)
+    runtime.start(main, positional=True)

@@ -25,9 +25,7 @@ FIND_BATCH = flags.DEFINE_bool("find_batch", False, "Find the largest batch of e
 JSON = flags.DEFINE_string("json", None, "Also append the numbers to this file, one JSON object per line.")
 
 
-def main(argv):
-    if len(argv) > 1:
-        raise app.UsageError(f"unexpected arguments {argv[1:]}; settings are given as --config.key=value")
+def main(_):
     if CONFIG.value is None:
         raise app.UsageError("which recipe? give --config=configs/NAME.py")
     logging.set_verbosity(logging.ERROR)

@@ -5,7 +5,7 @@ The paths determine the formats: a run folder or one of its checkpoints, an offi
 --for=torch writes a folder that runs on PyTorch alone: weights, model code, sampler, model card.
 """
 
-from absl import app, flags, logging
+from absl import flags
 
 from maskdm_jax.parallel import runtime
 
@@ -29,10 +29,7 @@ WEIGHTS = flags.DEFINE_string(
 DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Of the weights in a .safetensors to write.")
 
 
-def main(argv):
-    if len(argv) > 1:
-        raise app.UsageError(f"unexpected arguments {argv[1:]}")
-    logging.set_verbosity(logging.WARNING)
+def main(_):
     import jax
 
     jax.config.update("jax_platforms", "cpu")

@@ -9,7 +9,7 @@ import json
 import shlex
 import sys
 
-from absl import app, flags, logging
+from absl import app, flags
 
 from maskdm_jax.parallel import runtime
 
@@ -34,14 +34,11 @@ ALLOW_MISMATCH = flags.DEFINE_bool(
 REPORT = flags.DEFINE_string("report", None, "Write an HTML page with metrics, samples, nearest images and curves.")
 
 
-def main(argv):
-    if len(argv) > 1:
-        raise app.UsageError(f"unexpected arguments {argv[1:]}")
+def main(_):
     if not REFERENCE.value or not SAMPLES.value:
         raise app.UsageError("give --reference and --samples")
     if not SEEDS.value or not all(seed.isdecimal() and int(seed) < 2**32 for seed in SEEDS.value):
         raise app.UsageError(f"--seeds={','.join(SEEDS.value)}: give numbers, such as 0,1,2")
-    logging.set_verbosity(logging.WARNING)
     from maskdm_jax.evaluation import evaluate
     from maskdm_jax.parallel import processes
     from maskdm_jax.storage import is_remote, location

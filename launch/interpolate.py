@@ -4,7 +4,7 @@ Adds noise to both up to time step --start (0 to 999), mixes them, and denoises 
 resemble the two images less; a few hundred of 1000 keep the layout. The grid has --seeds rows with different noise.
 """
 
-from absl import app, flags, logging
+from absl import app, flags
 
 from maskdm_jax.parallel import runtime
 
@@ -20,12 +20,9 @@ LABEL = flags.DEFINE_string("label", None, "Class of a conditional model, by nam
 WEIGHTS = flags.DEFINE_string("weights", "ema", "Averaged (ema; ema2, ... if there are more) or raw weights (params).")
 
 
-def main(argv):
-    if len(argv) > 1:
-        raise app.UsageError(f"unexpected arguments {argv[1:]}")
+def main(_):
     if len(IMAGES.value) != 2:
         raise app.UsageError("give two files: --images=a.png,b.png")
-    logging.set_verbosity(logging.WARNING)
     import numpy as np
 
     from maskdm_jax import load, sampling

@@ -14,7 +14,7 @@ import os
 import pathlib
 import sys
 
-from absl import app, flags, logging
+from absl import app, flags
 
 from maskdm_jax.data import images, published, sources
 from maskdm_jax.errors import DataError, MaskDMError, prefixed
@@ -51,16 +51,13 @@ ANY_COUNT = flags.DEFINE_bool("any_count", False, "Accept a published set with a
 THREADS = flags.DEFINE_integer("threads", 0, "Decoding threads; 0 uses two per core.", lower_bound=0)
 
 
-def main(argv):
-    if len(argv) > 1:
-        raise app.UsageError(f"unexpected arguments {argv[1:]}")
+def main(_):
     if not SRC.value or not OUT.value:
         raise app.UsageError("give --src and --out")
     if "://" in OUT.value:
         raise app.UsageError(f"--out={OUT.value}: give a local folder and copy the set from there when it is done")
     if not 0 < FRACTION.value <= 1:
         raise app.UsageError(f"--fraction={FRACTION.value:g}: it must be in (0, 1]")
-    logging.set_verbosity(logging.WARNING)
     sys.stdout.reconfigure(errors="backslashreplace")  # file names need not be UTF-8
 
     # A decompressed archive stays beside the set until it is finished, under a name that depends on the archive's path.

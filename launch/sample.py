@@ -12,7 +12,7 @@ several checkpoints, each gets its own folder:
 import io
 import pathlib
 
-from absl import app, flags, logging
+from absl import app, flags
 
 from maskdm_jax.parallel import runtime
 
@@ -35,12 +35,9 @@ COLUMNS = flags.DEFINE_integer("columns", 10, "Columns of the grid.", lower_boun
 GRID = flags.DEFINE_integer("grid", 100, "Maximum number of images in the grid; 0 for no grid.", lower_bound=0)
 
 
-def main(argv):
-    if len(argv) > 1:
-        raise app.UsageError(f"unexpected arguments {argv[1:]}")
+def main(_):
     if not RUN.value:
         raise app.UsageError("which run? give --run=runs/NAME")
-    logging.set_verbosity(logging.WARNING)
 
     with runtime.program():
         for path, out in places(RUN.value, OUT.value).items():

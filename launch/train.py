@@ -6,7 +6,7 @@ After a stop, the same command resumes the run. --dry_run checks everything that
 
 import pathlib
 
-from absl import app, flags, logging
+from absl import app, flags
 from ml_collections import config_flags
 
 from maskdm_jax.parallel import runtime
@@ -18,12 +18,9 @@ PROFILE = flags.DEFINE_integer("profile", 0, "Number of steps to trace, shortly 
 WORKDIR = flags.DEFINE_string("workdir", None, "Run folder; default: runs/NAME, after the name of the config.")
 
 
-def main(argv):
-    if len(argv) > 1:
-        raise app.UsageError(f"unexpected arguments {argv[1:]}; settings are given as --config.key=value")
+def main(_):
     if CONFIG.value is None:
         raise app.UsageError("which run? give --config=configs/NAME.py, for example configs/demo.py")
-    logging.set_verbosity(logging.WARNING)  # Orbax reports every file at INFO
     from maskdm_jax import config, run
 
     name = pathlib.Path(config_flags.get_config_filename(flags.FLAGS["config"])).stem

@@ -214,7 +214,10 @@ def test_a_dry_run_that_finds_something(launch, tmp_path):
             ["--config=configs/demo.py", "--config.pretrain.steps=1e3"],
             "error: flag --config.pretrain.steps=1e3: '1e3' is not",
         ),
-        (["--config=configs/nowhere.py"], "error: [Errno 2] No such file or directory: 'configs/nowhere.py'"),
+        (
+            ["--config=configs/nowhere.py"],
+            "error: --config=configs/nowhere.py does not exist; give a FILE.py",
+        ),
         (["--config=tests/conftest.py"], "error: tests/conftest.py"),
         (["--config=configs/demo.py", "--config.data.path=nowhere"], "error: 'nowhere' does not exist"),
         (

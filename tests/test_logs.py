@@ -132,16 +132,10 @@ def test_progress_on_a_terminal_is_a_bar_and_without_one_lines(monkeypatch, tmp_
         with logs.logging_to(tmp_path):
             progress = logs.Progress("pretrain", step=1, steps=3)
             progress.numbers(2, "loss 0.5")
-            progress._bar.mininterval = 0
-            progress.advance()
+            progress.mininterval = 0
+            progress.update()
             progress.close()
         shown = stream.getvalue()
         assert ("| 2/3 loss 0.5" in shown) == bar, shown
         assert ("pretrain 2/3 loss 0.5" in shown) != bar, shown
     assert (tmp_path / "log.txt").read_text().count("pretrain 2/3 loss 0.5") == 2, "the file has the lines either way"
-
-
-def test_parameter_table():
-    table = logs.parameter_table({"in_blocks": {0: {"kernel": np.zeros((2, 3), np.float32)}}})
-    assert "in_blocks/0/kernel" in table
-    assert "Total: 6" in table

@@ -165,21 +165,10 @@ class Metric:
     minimum: int = 2  # number of images
 
 
-def _frechet(reference, samples):
-    return (frechet_distance(reference.moments, samples.moments),)
-
-
-def _kernel(reference, samples):
-    return kernel_distance(reference.features, samples.features)
-
-
-def _inception_score(_, samples):
-    return inception_score(samples.logits)
-
-
-def _precision_recall(reference, samples):
-    return precision_recall(reference.features, samples.features)
-
+_frechet = lambda reference, samples: (frechet_distance(reference.moments, samples.moments),)
+_kernel = lambda reference, samples: kernel_distance(reference.features, samples.features)
+_inception_score = lambda _, samples: inception_score(samples.logits)
+_precision_recall = lambda reference, samples: precision_recall(reference.features, samples.features)
 
 _FID = ("FID", "Fréchet distance of Inception features; lower is better")
 _KID = ("KID × 1000", "kernel distance of Inception features, times 1,000; lower is better")

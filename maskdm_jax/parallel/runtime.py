@@ -12,7 +12,7 @@ import threading
 import traceback
 
 import jax
-from absl import app, flags
+from absl import app, flags, logging
 from ml_collections import config_flags
 
 from maskdm_jax.errors import ConfigError, Interrupted, MaskDMError, Preempted, first_line
@@ -24,11 +24,17 @@ _TRIM_THRESHOLD, _MMAP_MAX, _ARENA_MAX = -1, -4, -8  # of glibc's malloc.h
 _DEVICE_FILES = ("/dev/nvidia[0-9]*", "/dev/kfd", "/dev/accel[0-9]*", "/dev/vfio/[0-9]*")
 
 
-def start(main) -> None:
-    """Run `main(argv)` with the flags of the command line; wrong flags and config files end it in one line."""
+def start(main, *, positional: bool = False) -> None:
+    """Run `main(argv)` with the flags of the command line; wrong flags and config files end it in one line.
+
+    positional: whether it takes arguments besides flags.
+    """
 
     def run(argv):
+        logging.set_verbosity(logging.WARNING)  # Orbax reports every file at INFO
         try:
+            if len(argv) > 1 and not positional:
+                raise app.UsageError(f"unexpected arguments {argv[1:]}; settings are given as --config.key=value")
             return main(argv)
         except app.UsageError as error:
             error.exitcode = ConfigError.status

@@ -3,14 +3,12 @@
 import contextlib
 import json
 import logging
-import pathlib
 import sys
 import time
 import uuid
 
 import jax
 import numpy as np
-from clu import parameter_overview
 from PIL import Image
 from tqdm import tqdm
 
@@ -64,11 +62,6 @@ def logging_to(workdir):
             handler.close()
 
 
-def parameter_table(params) -> str:
-    """Name, shape and size of every parameter, and the total."""
-    return parameter_overview.get_parameter_overview(params, include_stats=False)
-
-
 class Metrics:
     """Metrics by step, written to WORKDIR/metrics.jsonl and, as configured, TensorBoard and W&B.
 
@@ -82,7 +75,8 @@ class Metrics:
             return
         workdir, settings = location(workdir), config.log
         path = workdir / "metrics.jsonl"
-        _keep_until(path, step)
+        kept = [line for line in read_metrics(path) if line["step"] <= step] if path.exists() else []
+        write_atomically(path, "".join(json.dumps(line) + "\n" for line in kept).encode())
         self._file = path.open("a")
         if settings.tensorboard:
             import tensorboardX  # imported here: takes a second if PyTorch is installed
@@ -142,12 +136,6 @@ def read_metrics(path) -> list[dict]:
     return lines
 
 
-def _keep_until(path: pathlib.Path, step: int) -> None:
-    if path.exists():
-        kept = [json.dumps(line) + "\n" for line in read_metrics(path) if line["step"] <= step]
-        write_atomically(path, "".join(kept).encode())
-
-
 class Window:
     """Sums of metrics since the last log line. Checkpoints save them, so that means survive a restart."""
 
@@ -174,35 +162,21 @@ class Window:
 _BAR = "{desc} {percentage:3.0f}%|{bar:20}| {n_fmt}/{total_fmt}"
 
 
-class Progress:
+class Progress(tqdm):
     """Progress bar of a stage; without a terminal, a log line for each call of `numbers`."""
 
     def __init__(self, name: str, *, step: int, steps: int):
-        self._bar = tqdm(
-            total=steps,
-            initial=step,
-            desc=name,
-            file=sys.stderr,
-            disable=not (sys.stderr.isatty() and processes.is_first()),
-            bar_format=_BAR,
-            mininterval=0.2,
-        )
-        self._name, self._steps = name, steps
-
-    def advance(self) -> None:
-        """Count a started step."""
-        self._bar.update()
+        hidden = not (sys.stderr.isatty() and processes.is_first())
+        options = dict(file=sys.stderr, disable=hidden, bar_format=_BAR, mininterval=0.2)
+        super().__init__(total=steps, initial=step, desc=name, **options)
+        self._name = name
 
     def numbers(self, step: int, text: str) -> None:
         """Show the metrics of step `step` of the stage."""
-        self._bar.bar_format = f"{_BAR} {text}"
+        self.bar_format = f"{_BAR} {text}"
         # With a bar on the terminal, the line goes to the file only.
-        level = logging.INFO if self._bar.disable else logging.DEBUG
-        log.log(level, "%s %d/%d %s", self._name, step, self._steps, text)
-
-    def close(self) -> None:
-        """Leave the bar on the terminal."""
-        self._bar.close()
+        level = logging.INFO if self.disable else logging.DEBUG
+        log.log(level, "%s %d/%d %s", self._name, step, self.total, text)
 
 
 class Rate:

@@ -13,6 +13,7 @@ import time
 import typing
 
 import jax
+from clu import parameter_overview
 
 from maskdm_jax import config as config_lib
 from maskdm_jax.build import Network, make_network, mask_plans
@@ -103,7 +104,8 @@ def train(config: Config, data, workdir, *, make_hooks=lambda run: (), devices=N
         if done == ends[-1]:
             log.info("nothing left to do: %s finished all %d steps", folder, done)
             return checkpoints.folder / str(done)
-        log.debug("parameters\n%s", logs.parameter_table(start.state.params))  # into log.txt alone
+        table = parameter_overview.get_parameter_overview(start.state.params, include_stats=False)
+        log.debug("parameters\n%s", table)  # into log.txt alone
         log.info("%s parameters", f"{sum(leaf.size for leaf in jax.tree.leaves(start.state.params)):,}")
         kind = mesh.devices.flat[0].device_kind
         log.info("%s; %d x %s; run folder %s", data, mesh.size, kind, folder)
@@ -189,7 +191,8 @@ def _say_compiled(run: Run, name: str, step_fn, seconds: float) -> None:
 def _free_memory() -> float:
     """Bytes of this machine's memory that a program can get; infinite where the system does not tell."""
     try:
-        found = re.search(r"MemAvailable:\s*(\d+) kB", pathlib.Path("/proc/meminfo").read_text())
+        with open("/proc/meminfo") as file:
+            found = re.search(r"MemAvailable:\s*(\d+) kB", file.read())
     except OSError:
         found = None
     return 1024 * int(found[1]) if found else math.inf
@@ -252,7 +255,7 @@ class StageReport:
         """Record a dispatched step and read the previous one, so that the device never waits for Python."""
         self.read()
         self._pending = (step, values)
-        self._progress.advance()
+        self._progress.update()
 
     def read(self) -> None:
         """Read the values of the pending step.
