@@ -4,7 +4,9 @@ import concurrent.futures
 import glob
 import importlib.util
 import itertools
+import math
 import os
+import re
 import signal
 import socket
 import sys
@@ -177,3 +179,13 @@ def exit_all(message: str, status: int = 1) -> typing.NoReturn:
     elif is_first():
         time.sleep(2)
     os._exit(status)
+
+
+def free_memory() -> float:
+    """Bytes of this machine's memory that a program can get; infinite where the system does not tell."""
+    try:
+        with open("/proc/meminfo") as file:
+            found = re.search(r"MemAvailable:\s*(\d+) kB", file.read())
+    except OSError:
+        found = None
+    return 1024 * int(found[1]) if found else math.inf

@@ -8,7 +8,6 @@ import logging
 import math
 import os
 import pathlib
-import re
 import time
 import typing
 
@@ -179,23 +178,13 @@ def _say_compiled(run: Run, name: str, step_fn, seconds: float) -> None:
     """Log the memory of a step, with a warning if a CPU has less: the system would end the program without a word."""
     state, temporary = memory_bytes(step_fn)
     log.info("compiled in %s; a step takes %.2f GiB", logs.duration(seconds), (state + temporary) / 2**30)
-    left = _free_memory() if run.mesh.devices.flat[0].platform == "cpu" else math.inf
+    left = processes.free_memory() if run.mesh.devices.flat[0].platform == "cpu" else math.inf
     if temporary * jax.local_device_count() > left:
         log.warning(
             "only %.2f GiB of memory are free; if the system kills the program, raise config.%s.micro_batches, set "
             "config.%s.remat=True, or train a smaller model",
             *(left / 2**30, name, name),
         )
-
-
-def _free_memory() -> float:
-    """Bytes of this machine's memory that a program can get; infinite where the system does not tell."""
-    try:
-        with open("/proc/meminfo") as file:
-            found = re.search(r"MemAvailable:\s*(\d+) kB", file.read())
-    except OSError:
-        found = None
-    return 1024 * int(found[1]) if found else math.inf
 
 
 class Save:
