@@ -83,7 +83,7 @@ def add(name: str, topology: str, samples: int) -> None:
         try:
             row |= numbers(compile_it())
             over = row["hbm_bytes"] / row["least_hbm_bytes"]
-            told = f"{over:.1f} times the least HBM bytes, in which matrix products and state access memory once"
+            told = f"{over:.2f} times the bytes of matrix products and state that access HBM once"
         except CostError as error:
             row |= dict(fits=False)
             told = f"does not fit ({error})"
@@ -102,17 +102,17 @@ def numbers(found) -> dict:
 
 def table(found: list[dict]) -> str:
     """Markdown table with a row per program, ordered by recipe."""
-    columns = ("recipe", "program", "topology", "images", "memory, GiB", "TFLOP", "HBM, GB", "interconnect, MB")
-    columns += ("ms at best", "images/s")
-    lines = ["| " + " | ".join(columns) + " |", "|---|---|---|" + "--:|" * 7]
+    columns = ("recipe", "program", "topology", "images", "memory, GiB", "TFLOP", "HBM, GB", "of minimum")
+    columns += ("interconnect, MB", "ms at best", "images/s")
+    lines = ["| " + " | ".join(columns) + " |", "|---|---|---|" + "--:|" * 8]
     for row in sorted(found, key=lambda row: (row["config"], TOPOLOGIES.value.index(row["topology"]))):
         cells = [row["config"], row["stage"], row["topology"], f"{row['batch']:,}"]
         if row["fits"] is False:
-            cells += ["does not fit", "", "", "", "", ""]
+            cells += ["does not fit", *[""] * 6]
         else:
             sent = sum(size for _, size in row["collectives"].values())
             cells += [f"{row['memory'] / 2**30:.2f}", f"{row['flops'] / 1e12:,.2f}", f"{row['hbm_bytes'] / 1e9:,.1f}"]
-            cells += [f"{sent / 1e6:,.0f}", *at_best(row)]
+            cells += [f"{row['hbm_bytes'] / row['least_hbm_bytes']:.2f}", f"{sent / 1e6:,.0f}", *at_best(row)]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 

@@ -101,11 +101,16 @@ def test_the_table_of_costs_has_all_recipes(root):
 def test_recipe_costs(root, child_env, tmp_path):
     """Programs in the file are not compiled again."""
     row = dict(config="demo", topology="v5e:4x4", stage="pretrain", batch=64, fits=True, memory=2**30, flops=5e12)
-    row |= dict(hbm_bytes=3e9, collectives={"all-reduce": [2, 7_000_000]}, bounds=dict(hbm=0.004, arithmetic=0.001))
+    row |= dict(
+        hbm_bytes=3e9,
+        least_hbm_bytes=2e9,
+        collectives={"all-reduce": [2, 7_000_000]},
+        bounds=dict(hbm=0.004, arithmetic=0.001),
+    )
     rows = [row, row | dict(stage="finetune", fits=False)]
     (tmp_path / "costs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     args = [sys.executable, str(root / "benchmarks" / "recipe_costs.py"), f"--json={tmp_path / 'costs.jsonl'}"]
     args += ["--configs=demo", "--topologies=v5e:4x4", "--samples=0"]
     done = subprocess.run(args, env=child_env, capture_output=True, text=True, timeout=100, check=True)
-    assert "| demo | pretrain | v5e:4x4 | 64 | 1.00 | 5.00 | 3.0 | 7 | 4.0 (HBM) | 16,000 |" in done.stdout
+    assert "| demo | pretrain | v5e:4x4 | 64 | 1.00 | 5.00 | 3.0 | 1.50 | 7 | 4.0 (HBM) | 16,000 |" in done.stdout
     assert "| demo | finetune | v5e:4x4 | 64 | does not fit |" in done.stdout

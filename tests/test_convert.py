@@ -22,7 +22,6 @@ from maskdm_jax import config as config_lib
 from maskdm_jax import sampling
 from maskdm_jax.build import make_network, mask_plans, noise_schedule
 from maskdm_jax.data.pipeline import TrainingData
-from maskdm_jax.diffusion import masking
 from maskdm_jax.diffusion.gaussian import make_schedule
 from maskdm_jax.errors import CheckpointError, ConfigError, TorchFileError
 from maskdm_jax.interop import official as official_file
@@ -30,6 +29,7 @@ from maskdm_jax.interop import torch_file, uvit_file
 from maskdm_jax.interop.convert import convert
 from maskdm_jax.interop.names import UVIT
 from maskdm_jax.models.representation import make_representation
+from maskdm_jax.models.routing import take
 from maskdm_jax.parallel.sharding import make_mesh
 from maskdm_jax.training import checkpoint, loop, start
 from maskdm_jax.training.start import abstract_state
@@ -200,7 +200,7 @@ def ten_steps(request, tmp_path_factory):
         ]  # per band, True where hidden
         positions = tuple(golden.positions(mask) for mask in hidden)
         positions = positions if "data_chans" in c else positions[0]
-        visible = lambda x, p=positions: jax.tree.map(masking.gather, space.cut(jnp.asarray(golden.nhwc(x))), p)
+        visible = lambda x, p=positions: jax.tree.map(take, space.cut(jnp.asarray(golden.nhwc(x))), p)
         ours = None
         if c["num_classes"] > 0:
             ours = np.int32(-np.ones(4) if labels is None else labels)

@@ -10,11 +10,13 @@ import pytest
 from golden import nhwc
 
 from maskdm_jax.build import make_network, mask_plans
-from maskdm_jax.diffusion import gaussian, masking, samplers
+from maskdm_jax.diffusion import gaussian, samplers
+from maskdm_jax.diffusion.process import ddpm, noisy
 from maskdm_jax.interop.names import UVIT
 from maskdm_jax.interop.uvit_file import BUFFERS, schedule_buffers
 from maskdm_jax.models.layers import patchify
 from maskdm_jax.models.representation import haar, inverse_haar, make_representation
+from maskdm_jax.models.routing import take
 from maskdm_jax.parallel.sharding import make_mesh
 from maskdm_jax.training.state import new_state
 from maskdm_jax.training.step import Inputs, make_loss, train_step
@@ -52,7 +54,7 @@ def test_uvit_visible_patches_and_gradients(uvit):
     positions = golden.positions(arrays["mask"])
 
     def visible(images):
-        return masking.gather(patchify(jnp.asarray(nhwc(images)), config.model.patch_size), positions)
+        return take(patchify(jnp.asarray(nhwc(images)), config.model.patch_size), positions)
 
     @jax.jit
     def run(params):
@@ -110,12 +112,10 @@ def test_wavelet_losses_and_gradients(wavelet):
     assert [p.shape[1] for p in positions] == [plan.visible for plan in plans]
     x0 = jnp.asarray(nhwc(arrays["coeffs"]))
     x0 = x0.at[..., : config.data.channels].set(2 * x0[..., : config.data.channels] - 1)
-    visible = lambda x: jax.tree.map(masking.gather, space.cut(jnp.asarray(x)), positions)
+    visible = lambda x: jax.tree.map(take, space.cut(jnp.asarray(x)), positions)
     t = jnp.array(arrays["t"])
     schedule = gaussian.make_schedule("cosine")
-    np.testing.assert_allclose(
-        gaussian.q_sample(schedule, x0, t, nhwc(arrays["noise"])), nhwc(arrays["x_t"]), atol=1e-5
-    )
+    np.testing.assert_allclose(noisy(ddpm(schedule), x0, t, nhwc(arrays["noise"])), nhwc(arrays["x_t"]), atol=1e-5)
     inputs = Inputs(visible(x0), t, visible(nhwc(arrays["noise"])), positions, None)
     out = jax.jit(network.apply)(params, visible(nhwc(arrays["x_t"])), t, None, positions)
     for ours, name, eps in zip(out, ("approx", "detail"), inputs.eps, strict=True):
@@ -160,7 +160,7 @@ def test_pieces_of_the_diffusion(schedules_case):
     t = jnp.array(piece["t"])
     mean, log_variance = gaussian.q_posterior(s, x0, x, t)
     for name, ours in {
-        "x_t": gaussian.q_sample(s, x0, t, eps),
+        "x_t": noisy(ddpm(s), x0, t, eps),
         "v": gaussian.velocity(s, x0, t, eps),
         "x0_from_noise": gaussian.x0_from_eps(s, x, t, eps),
         "x0_from_v": gaussian.x0_from_v(s, x, t, piece["v"]),
@@ -257,7 +257,7 @@ def test_training_run(train_case):
     state = new_state(golden.params(shapes), stage, jax.random.key(0))
 
     def draw(key, batch):  # the recipe draws everything that a run draws
-        cut = lambda x: masking.gather(patchify(x, config.model.patch_size), batch["positions"])
+        cut = lambda x: take(patchify(x, config.model.patch_size), batch["positions"])
         return Inputs(cut(2 * batch["image"] - 1), batch["t"], cut(batch["noise"]), batch["positions"], None)
 
     step = jax.jit(functools.partial(train_step, draw=draw, loss=make_loss(config, network), stage=stage, mesh=mesh))

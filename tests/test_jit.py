@@ -11,12 +11,12 @@ import tiny
 
 from maskdm_jax import sampling
 from maskdm_jax.build import make_network, make_process
-from maskdm_jax.diffusion.masking import gather
 from maskdm_jax.diffusion.process import noisy
 from maskdm_jax.errors import SamplingError
 from maskdm_jax.interop.names import JIT
 from maskdm_jax.models.jit import sine_cosine
 from maskdm_jax.models.layers import patchify, unpatchify
+from maskdm_jax.models.routing import take
 from maskdm_jax.parallel import sharding
 from maskdm_jax.run import train
 from maskdm_jax.training.state import new_state
@@ -38,7 +38,7 @@ def labels_of(arrays, config):
 def inputs_of(arrays, config, masked: bool) -> Inputs:
     cut = lambda name: patchify(jnp.asarray(golden.nhwc(arrays[name])), config.model.patch_size)
     positions = golden.positions(arrays["mask"]) if masked else None
-    pick = lambda x: x if positions is None else gather(x, positions)
+    pick = lambda x: x if positions is None else take(x, positions)
     scale = config.diffusion.flow.noise_scale
     return Inputs(pick(cut("x0")), jnp.array(arrays["t"]), pick(cut("e")) / scale, positions, labels_of(arrays, config))
 
@@ -56,7 +56,7 @@ def test_outputs_whole_and_visible(jit):
     assert np.abs(run(params, z, t, labels) - expected).max() < 2e-5 * expected.std()
     positions = golden.positions(arrays["mask"])
     patches = patchify(z, config.model.patch_size)
-    visible = run(params, gather(patches, positions), t, labels, positions)
+    visible = run(params, take(patches, positions), t, labels, positions)
     assert np.abs(visible - arrays["out_visible"]).max() < 2e-5 * arrays["out_visible"].std()
     everything = jnp.broadcast_to(jnp.arange(patches.shape[1]), patches.shape[:2])
     out = patchify(jnp.asarray(expected), config.model.patch_size)

@@ -88,15 +88,6 @@ def test_positions_are_what_the_plan_says(plan):
     assert len(np.unique(drawn, axis=0)) > 4, "a fresh mask per image"
 
 
-def test_hidden_mask_and_gather_agree():
-    plan = PLANS[0]
-    positions = jax.vmap(lambda key: masking.sample_positions(plan, key))(jax.random.split(jax.random.key(2), 5))
-    patches = jax.random.normal(jax.random.key(3), (5, plan.total, 3))
-    hidden = np.asarray(masking.hidden_mask(plan, positions))
-    assert hidden.sum(1).tolist() == [plan.total - plan.visible] * 5
-    np.testing.assert_array_equal(masking.gather(patches, positions), patches[~hidden].reshape(5, plan.visible, 3))
-
-
 @pytest.mark.parametrize("options", [dict(kind="none"), dict(kind="patch", rate=0.0), dict(kind="crop", crop=4)])
 def test_a_plan_that_hides_nothing_says_so(options):
     plan = masking.make_plan(grid=(4, 4), **options)

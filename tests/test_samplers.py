@@ -7,7 +7,7 @@ import pytest
 
 from maskdm_jax.diffusion import gaussian as diffusion
 from maskdm_jax.diffusion import samplers
-from maskdm_jax.diffusion.process import ddpm
+from maskdm_jax.diffusion.process import ddpm, noisy
 
 MEAN, STD = 0.3, 0.2  # of the data that the analytic predictor knows
 
@@ -166,7 +166,7 @@ def test_a_sampler_can_start_in_the_middle(schedule, sampler, options, power):
     """From data noised to step 100 they come back to the data's law, as near to where it was as Bayes says."""
     keys = jax.random.split(jax.random.key(5), 2)
     x0 = MEAN + STD * jax.random.normal(keys[0], (1, 20_000))
-    x_t = diffusion.q_sample(schedule, x0, jnp.array([100]), jax.random.normal(keys[1], x0.shape))
+    x_t = noisy(ddpm(schedule), x0, jnp.array([100]), jax.random.normal(keys[1], x0.shape))
     noise = samplers.image_noise(jax.random.key(6), jnp.arange(1), x0.shape[1:])[1]
     predict = functools.partial(gaussian, schedule)
     run = jax.jit(lambda x: sampler(predict, x, noise, schedule, clip=None, start=100, **options))

@@ -8,9 +8,9 @@ from flax import nnx
 from maskdm_jax import config as config_lib
 from maskdm_jax import sampling
 from maskdm_jax.build import make_network, mask_plans
-from maskdm_jax.diffusion import masking
 from maskdm_jax.errors import ConfigError
 from maskdm_jax.models.representation import make_representation
+from maskdm_jax.models.routing import take
 from maskdm_jax.models.wavelet_uvit import WaveletUViT
 from maskdm_jax.run import train
 from maskdm_jax.training.loop import make_run_mesh
@@ -59,7 +59,7 @@ def test_hidden_patches_of_either_band_have_no_influence(net):
     positions = (jnp.tile(jnp.arange(5), (3, 1)), jnp.tile(jnp.arange(3, 6), (3, 1)))
 
     def total(x):
-        out = network.apply(params, jax.tree.map(masking.gather, cut(x), positions), t, labels, positions)
+        out = network.apply(params, jax.tree.map(take, cut(x), positions), t, labels, positions)
         return sum(jnp.sum(band**2) for band in out)
 
     for gradient, at in zip(cut(jax.jit(jax.grad(total))(x)), positions, strict=True):
@@ -103,7 +103,7 @@ def test_each_band_is_masked_by_its_own_settings_and_draw():
     space = make_representation(config)
     whole = space.cut(space.encode(batch()["image"]))
     for band, all_patches, at in zip(inputs.x0, whole, inputs.positions, strict=True):
-        np.testing.assert_allclose(band, masking.gather(all_patches, at), atol=1e-6)
+        np.testing.assert_allclose(band, take(all_patches, at), atol=1e-6)
     positions_of = lambda config, stage: draw(config, stage, batch(), lambda inputs: inputs.positions)
     both = wavelet(pretrain__mask=mask, model__wavelet_scale=1)  # `mask` holds for the details too
     positions = positions_of(both, "pretrain")

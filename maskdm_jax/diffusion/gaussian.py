@@ -100,11 +100,6 @@ def at(column, t, ndim: int):
     return jnp.asarray(column)[t].reshape(t.shape + (1,) * (ndim - 1))
 
 
-def q_sample(schedule: Schedule, x0, t, eps):
-    """Sample x_t ~ q(x_t | x0), with given noise (Ho et al. 2020, eq. 4): x0 and eps [B, ...], t [B]."""
-    return at(schedule.sqrt_alpha_bar, t, x0.ndim) * x0 + at(schedule.sqrt_one_minus_alpha_bar, t, x0.ndim) * eps
-
-
 def velocity(schedule: Schedule, x0, t, eps):
     """The objective v = sqrt(alpha_bar) eps - sqrt(1 - alpha_bar) x0 (Salimans & Ho 2022)."""
     return at(schedule.sqrt_alpha_bar, t, x0.ndim) * eps - at(schedule.sqrt_one_minus_alpha_bar, t, x0.ndim) * x0

@@ -94,17 +94,6 @@ def sample_positions(plan: MaskPlan, key) -> jax.Array:
     return KINDS[plan.kind].draw(plan, key)
 
 
-def gather(patches, positions):
-    """Pick the visible patches: [B, N, d] and positions [B, V] give [B, V, d]."""
-    return jnp.take_along_axis(patches, positions[..., None], axis=1)
-
-
-def hidden_mask(plan: MaskPlan, positions):
-    """Boolean [B, N], True where a patch is hidden, from positions [B, V]."""
-    mask = jnp.ones((positions.shape[0], plan.total), bool)
-    return jax.vmap(lambda m, p: m.at[p].set(False))(mask, positions)
-
-
 def _all_patches(grid):
     return grid[0] * grid[1], 1
 
