@@ -174,7 +174,7 @@ class Stage:
     warmup_steps: Natural = 0  # steps of linear warm-up from 0
     b1: Decay = 0.99  # AdamW
     b2: Decay = 0.99
-    weight_decay: NonNegative = 0.03  # of every tensor
+    weight_decay: NonNegative = 0.03  # of every tensor but the learned token of `model.returning`
     clip_norm: NonNegative = 1.0  # global gradient norm; 0: off
     ema_decay: Decay = 0.999
     ema_every: Count = 1  # steps between updates of the EMA

@@ -17,6 +17,7 @@ from maskdm_jax.models import routing
 from maskdm_jax.models.layers import patchify
 from maskdm_jax.parallel.sharding import make_mesh
 from maskdm_jax.training import checkpoint, logs, start, step
+from maskdm_jax.training.state import make_optimizer
 
 NETWORKS = {
     "uvit": dict(),
@@ -116,6 +117,18 @@ def test_the_order_of_awake_patches_does_not_matter(kind):
     turned = jax.tree.map(lambda at: at[:, ::-1], inputs.positions)
     one, other = (outputs(network, params, inputs, at) for at in (inputs.positions, turned))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), one, other)
+
+
+def test_the_token_of_sleeping_patches_does_not_decay():
+    config, _, params, _ = built(
+        "uvit", model__outer_blocks=1, model__returning="token", finetune__weight_decay=0.1, finetune__warmup_steps=0
+    )
+    optimizer = make_optimizer(config.stage["finetune"])
+    unused = jax.tree.map(jnp.zeros_like, params)
+    updates, _ = optimizer.update(unused, optimizer.init(params), params)
+    assert not np.any(updates["backbone"].pop("mask_token"))
+    used = {path[0].key for path, leaf in jax.tree_util.tree_leaves_with_path(updates) if np.all(leaf != 0)}
+    assert {"backbone", "head", "pos_embed"} <= used
 
 
 def test_class_tokens_join_although_all_patches_sleep():

@@ -38,7 +38,8 @@ def ema_names(count: int) -> list[str]:
 
 
 def make_optimizer(stage) -> optax.GradientTransformation:
-    """AdamW of a `config.Stage`: decay on every tensor, clipping by global norm when `clip_norm` is positive.
+    """AdamW of a `config.Stage`: decay on every tensor but `mask_token`, which stages without a mask do not use (SPRINT);
+    clipping by global norm when `clip_norm` is positive.
 
     The learning rate is learning_rate * min(step / warmup_steps, 1) with the step counted from 0, so the first update
     of a stage with warm-up has rate 0, as in the reference. If a batch gives one of the two tensors of the label token
@@ -46,8 +47,10 @@ def make_optimizer(stage) -> optax.GradientTransformation:
     """
     # The state is the same with and without clipping, so that a resumed run can change the setting.
     clip = _clip_by_global_norm(stage.clip_norm) if stage.clip_norm else optax.identity()
+    decayed = lambda params: jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key != "mask_token", params)
     adamw = optax.chain(
-        optax.scale_by_adam(b1=stage.b1, b2=stage.b2, eps=1e-8), optax.add_decayed_weights(stage.weight_decay)
+        optax.scale_by_adam(b1=stage.b1, b2=stage.b2, eps=1e-8),
+        optax.add_decayed_weights(stage.weight_decay, mask=decayed),
     )
     groups = {"all": adamw} | {name: _resting_at_zero(adamw) for name in LABEL_TENSORS}
     return optax.chain(clip, optax.partition(groups, _groups_of), optax.scale_by_learning_rate(learning_rate(stage)))
