@@ -38,8 +38,9 @@ def ema_names(count: int) -> list[str]:
 
 
 def make_optimizer(stage) -> optax.GradientTransformation:
-    """AdamW of a `config.Stage`: decay on every tensor but `mask_token`, which stages without a mask do not use (SPRINT);
-    clipping by global norm when `clip_norm` is positive.
+    """AdamW of a `config.Stage`, with clipping by global norm when `clip_norm` is positive.
+
+    Weight decay acts on every tensor but `mask_token`, which stages without a mask do not use.
 
     The learning rate is learning_rate * min(step / warmup_steps, 1) with the step counted from 0, so the first update
     of a stage with warm-up has rate 0, as in the reference. If a batch gives one of the two tensors of the label token
