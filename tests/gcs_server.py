@@ -1,4 +1,4 @@
-"""A Google Cloud Storage server for tests: python tests/gcs_server.py PORT
+"""A Google Cloud Storage server for tests: python tests/gcs_server.py prints the port that it listens on.
 
 The emulator of gcp-storage-emulator, with what TensorStore needs and it lacks: generations in the answers, and writes
 under a condition. It has one bucket, `bucket`. A request to /faults?status=503&count=3 makes the next three requests
