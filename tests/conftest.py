@@ -9,6 +9,7 @@ import jaxlib
 import pytest
 
 import maskdm_jax
+from maskdm_jax.config import steps_before
 from maskdm_jax.parallel import sharding
 from maskdm_jax.training import loop, step
 
@@ -80,6 +81,7 @@ def shared_steps():
             data,
             config.diffusion,
             config.stage[name],
+            steps_before(config, name),
             mesh,
             sharding.MIN_SHARDED_SIZE,
             step.ema_step_size,

@@ -372,6 +372,7 @@ def test_a_non_finite_loss_stops_the_run(tmp_path, monkeypatch, bad_step, checkp
             bad = jnp.float32(jnp.nan) if count >= bad_step else metrics["loss"]
             return state, metrics | {"loss": bad}
 
+        poisoned_step.memory_analysis = compiled.memory_analysis
         return poisoned_step
 
     monkeypatch.setattr(loop, "compile_step", compile_poisoned)
