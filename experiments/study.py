@@ -3,9 +3,8 @@
 A study is a config (see `experiments/emoji32.py`) with `base`, a training config of one stage; `runs`, each a sequence
 of phases with a share of the budget and changes to the settings; `sets` of images by name; and `evaluation`. A phase
 starts from the weights of the previous phase with a new optimizer and the seed's random stream from its beginning, or,
-with `continues`, goes on with the optimizer, the EMA and a stream of its own.
-Equal phases, in one study or in several, are trained once. Every evaluated point is a line in a file of results; a
-point with a line is not computed again.
+with `continues`, goes on with the optimizer, the EMA and a stream of its own. Equal phases, in one study or in several,
+are trained once. Every evaluated point is a line in a file of results; a point with a line is not computed again.
 """
 
 import dataclasses

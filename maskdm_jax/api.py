@@ -10,7 +10,7 @@ from maskdm_jax import run, sampling
 from maskdm_jax.config import Config, parse
 from maskdm_jax.errors import ConfigError, prefixed
 from maskdm_jax.interop.convert import is_file, read_weights
-from maskdm_jax.main import model_path, recipe_path, shipped
+from maskdm_jax.main import model_path, recipe_path, recipes
 from maskdm_jax.parallel import runtime
 from maskdm_jax.storage import location
 
@@ -32,8 +32,7 @@ def recipe(name: str, changes: dict | None = None) -> ConfigDict:
     """
     file, _, argument = recipe_path(name).partition(":")
     if not pathlib.Path(file).is_file():
-        known = ", ".join(sorted(path.stem for path in shipped("configs").glob("*.py")))
-        raise ConfigError(f"there is no recipe {name!r}; give the path of a FILE.py or one of {known}")
+        raise ConfigError(f"there is no recipe {name!r}; give the path of a FILE.py or one of {recipes()}")
     with prefixed(ConfigError, f"{name}: "):  # such as an argument that the recipe does not know
         raw = runpy.run_path(file)["get_config"](*[argument] * bool(argument)).to_dict()
     for key, value in (changes or {}).items():

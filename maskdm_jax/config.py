@@ -195,9 +195,7 @@ class Sampling:
     spacing: typing.Annotated[str, _key_of("diffusion.samplers", "DPM_SPACINGS")] = "log_snr"  # of dpm_solver's steps
     guidance: NonNegative = 0.0  # weight w of guidance, (1 + w) prediction - w weak prediction; 0: off
     weak: typing.Annotated[str, _key_of("build", "WEAK")] = "unlabelled"  # the prediction that guidance leads away from
-    weak_rate: typing.Annotated[float, Rule(lambda value: 0 < value < 1, "in (0, 1)")] = (
-        0.5  # share of the patches that sleep in the weak prediction `sparse`
-    )
+    weak_rate: typing.Annotated[float, Rule(lambda value: 0 < value < 1, "in (0, 1)")] = 0.5  # of `sparse`
     guidance_from: Probability = 0.0  # part of the way from noise (0) to image (1) in which guidance acts
     guidance_to: Probability = 1.0
     churn: NonNegative = 0.0  # of heun and euler with edm: noise added per step, S_churn; 0: none

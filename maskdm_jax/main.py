@@ -19,6 +19,11 @@ def shipped(name: str) -> pathlib.Path:
     return HERE / name if (HERE / name).is_dir() else HERE.parent / name
 
 
+def recipes() -> str:
+    """Names of the recipes, for messages."""
+    return ", ".join(sorted(path.stem for path in shipped("configs").glob("*.py")))
+
+
 def recipe_path(name: str) -> str:
     """The file of a recipe given by name, such as celeba64_pretrain:crop_50; a path stays what it is."""
     name, colon, argument = name.partition(":")

@@ -5,6 +5,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 import tiny
 
@@ -125,7 +126,9 @@ def test_the_token_of_sleeping_patches_does_not_decay():
     )
     optimizer = make_optimizer(config.stage["finetune"])
     unused = jax.tree.map(jnp.zeros_like, params)
-    updates, _ = optimizer.update(unused, optimizer.init(params), params)
+    begun = optimizer.init(params)
+    assert begun[1].inner_states["all"].inner_state[1] == optax.EmptyState(), "as in recorded checkpoints"
+    updates, _ = optimizer.update(unused, begun, params)
     assert not np.any(updates["backbone"].pop("mask_token"))
     used = {path[0].key for path, leaf in jax.tree_util.tree_leaves_with_path(updates) if np.all(leaf != 0)}
     assert {"backbone", "head", "pos_embed"} <= used

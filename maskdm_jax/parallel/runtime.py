@@ -16,7 +16,7 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 from maskdm_jax.errors import ConfigError, Interrupted, MaskDMError, Preempted, first_line
-from maskdm_jax.main import recipe_path, shipped
+from maskdm_jax.main import recipe_path, recipes
 from maskdm_jax.parallel import processes
 from maskdm_jax.storage import cache_dir
 
@@ -60,8 +60,9 @@ def _parse_flags(argv: list[str]) -> list[str]:
     try:
         for file in named:
             if not os.path.exists(file):
-                recipes = ", ".join(sorted(path.stem for path in shipped("configs").glob("*.py")))
-                raise ConfigError(f"--config={file} does not exist; give a FILE.py, or the name of a recipe: {recipes}")
+                raise ConfigError(
+                    f"--config={file} does not exist; give a FILE.py, or the name of a recipe: {recipes()}"
+                )
             open(file).close()  # ml_collections would say so in four lines
         arguments = flags.FLAGS(argv)
         if named and flags.FLAGS["config"].value is None:

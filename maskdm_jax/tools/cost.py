@@ -128,12 +128,8 @@ def sampling(config: Config, devices: list, per_device: int) -> Cost:
     index = jax.ShapeDtypeStruct((n,), "int32", sharding=sharding.batch_sharding(mesh))
     labels = index if config.model.num_classes else None
     lowered = compile_sampling(config, network, mesh).lower(params, key, index, labels)
-    return _compile(
-        lowered,
-        mesh,
-        n,
-        trace_forward(config, per_device, guided=True).lower().cost_analysis()["flops"] * evaluations(config),
-    )
+    flops = trace_forward(config, per_device, guided=True).lower().cost_analysis()["flops"]
+    return _compile(lowered, mesh, n, flops * evaluations(config))
 
 
 def sampling_steps(config: Config) -> int:

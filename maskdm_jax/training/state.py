@@ -48,13 +48,19 @@ def make_optimizer(stage) -> optax.GradientTransformation:
     """
     # The state is the same with and without clipping, so that a resumed run can change the setting.
     clip = _clip_by_global_norm(stage.clip_norm) if stage.clip_norm else optax.identity()
-    decayed = lambda params: jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key != "mask_token", params)
-    adamw = optax.chain(
-        optax.scale_by_adam(b1=stage.b1, b2=stage.b2, eps=1e-8),
-        optax.add_decayed_weights(stage.weight_decay, mask=decayed),
-    )
+    adamw = optax.chain(optax.scale_by_adam(b1=stage.b1, b2=stage.b2, eps=1e-8), _add_decay(stage.weight_decay))
     groups = {"all": adamw} | {name: _resting_at_zero(adamw) for name in LABEL_TENSORS}
     return optax.chain(clip, optax.partition(groups, _groups_of), optax.scale_by_learning_rate(learning_rate(stage)))
+
+
+def _add_decay(rate: float) -> optax.GradientTransformation:
+    """`optax.add_decayed_weights` for all but `mask_token`; its own `mask` would change the state in checkpoints."""
+
+    def update(updates, state, params):
+        add = lambda path, u, p: u if path[-1].key == "mask_token" else u + rate * p
+        return jax.tree_util.tree_map_with_path(add, updates, params), state
+
+    return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
 
 
 def _clip_by_global_norm(limit: float) -> optax.GradientTransformation:
