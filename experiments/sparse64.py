@@ -5,8 +5,8 @@
 
 `search` tries three shares of the budget for the sparse phase, at a fifth of the budget of `final`, and samples in half
 of the steps. `final` takes the best share of each method, and three seeds of dense training. Networks, process and the
-budget of `final` are those of `emoji64.py`. By its FLOPs, a run takes about 20 minutes (`search`) or 70 (`final`) of one
-core with its evaluation; no result is recorded yet.
+budget of `final` are those of `emoji64.py`. By its FLOPs, a run takes about 20 minutes (`search`) or 70 (`final`) of
+one core with its evaluation; no result is recorded yet.
 """
 
 import functools
