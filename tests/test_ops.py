@@ -71,6 +71,19 @@ def test_rms_norm_and_swiglu(shape, dtype, atol):
     assert_twins(dense.swiglu, dense.plain_swiglu, (jnp.concatenate([x, -x / 2], axis=-1),), atol=atol)
 
 
+@float32_and_bfloat16
+@pytest.mark.parametrize("rows", [1, 2])
+def test_rotate(rows, dtype, atol):
+    """As on TPU and as elsewhere; the gradient, which is a rotation back, is that of the plain version."""
+    x, angles = draw((2, 5, 3, 8), (rows, 5, 4))
+    x = x.astype(dtype)
+    for fn in (dense.rotate, dense.rotate_by_product):
+        assert_twins(lambda x, fn=fn: fn(x, angles), lambda x: dense.plain_rotate(x, angles), (x,), atol=atol)
+    on_tpu = jax.jit(dense.rotate).trace(x, angles).lower(lowering_platforms=("tpu",)).as_text()
+    assert "dot_general" in on_tpu
+    assert "dot_general" not in jax.jit(dense.rotate).lower(x, angles).as_text()
+
+
 def qkv(t, d=64, heads=2, batch=2, dtype="float32"):
     return draw(*[(batch, t, heads, d)] * 3, dtype=dtype)
 

@@ -7,7 +7,7 @@ from flax import nnx
 
 from maskdm_jax.models.layers import Linear, normal_002, ones, patchify, timestep_embedding, unpatchify, zeros
 from maskdm_jax.models.ops.attention import attention
-from maskdm_jax.models.ops.dense import rms_norm, swiglu
+from maskdm_jax.models.ops.dense import rms_norm, rotate, swiglu
 from maskdm_jax.models.routing import come_back, leave, take
 
 xavier = nnx.initializers.xavier_uniform()
@@ -213,19 +213,6 @@ def _beside(tokens: int, angles):
 def modulate(x, shift, scale):
     """Scale x by 1 + scale and add shift, both [B, 1, D]."""
     return x * (1 + scale) + shift
-
-
-@jax.custom_vjp
-def rotate(x, angles):
-    """Rotate neighbouring pairs of x [B, T, H, d] by angles [B or 1, T, d / 2] (RoPE, Su et al. 2021)."""
-    pairs = x.astype(jnp.float32).reshape(*x.shape[:-1], -1, 2)
-    cos, sin = jnp.cos(angles)[:, :, None], jnp.sin(angles)[:, :, None]
-    a, b = pairs[..., 0], pairs[..., 1]
-    return jnp.stack([a * cos - b * sin, b * cos + a * sin], axis=-1).reshape(x.shape).astype(x.dtype)
-
-
-# The gradient of a rotation is turned back. The angles have none.
-rotate.defvjp(lambda x, angles: (rotate(x, angles), angles), lambda angles, g: (rotate(g, -angles), None))
 
 
 def rotary_angles(head_dim: int, side: int) -> np.ndarray:

@@ -9,6 +9,7 @@ import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 # --- Matrix product -------------------------------------------------------------------------------
 
@@ -124,7 +125,8 @@ def rms_norm(x, scale, epsilon: float):
 
 def _rms_norm_backward(epsilon, saved, g):
     x, scale = saved
-    wide, g = x.astype(jnp.float32), g.astype(jnp.float32)
+    # The barrier prevents XLA from saving x as float32 in the forward pass.
+    wide, g = jax.lax.optimization_barrier(x).astype(jnp.float32), g.astype(jnp.float32)
     inverse = jax.lax.rsqrt(jnp.square(wide).mean(-1, keepdims=True) + epsilon)
     normed, d_normed = wide * inverse, g * jnp.broadcast_to(scale, x.shape)
     dx = inverse * (d_normed - normed * (d_normed * normed).mean(-1, keepdims=True))
@@ -132,6 +134,34 @@ def _rms_norm_backward(epsilon, saved, g):
 
 
 rms_norm.defvjp(lambda x, scale, epsilon: (rms_norm(x, scale, epsilon), (x, scale)), _rms_norm_backward)
+
+
+# --- Rotary position embedding --------------------------------------------------------------------
+
+
+def plain_rotate(x, angles):
+    """Rotate neighbouring pairs of x [B, T, H, d] by angles [B or 1, T, d / 2] (RoPE, Su et al. 2021), in float32."""
+    pairs = x.astype(jnp.float32).reshape(*x.shape[:-1], -1, 2)
+    cos, sin = jnp.cos(angles)[:, :, None], jnp.sin(angles)[:, :, None]
+    a, b = pairs[..., 0], pairs[..., 1]
+    return jnp.stack([a * cos - b * sin, b * cos + a * sin], axis=-1).reshape(x.shape).astype(x.dtype)
+
+
+@jax.custom_vjp
+def rotate(x, angles):
+    """`plain_rotate`, on TPU by `rotate_by_product`. The angles have no gradient."""
+    return jax.lax.platform_dependent(x, angles, tpu=rotate_by_product, default=plain_rotate)
+
+
+def rotate_by_product(x, angles):
+    """`plain_rotate` by a product with a matrix of 0, 1 and -1: TPUs handle arrays of pairs slowly."""
+    turn = np.kron(np.eye(x.shape[-1] // 2), [[0, 1], [-1, 0]])  # (a, b) -> (-b, a)
+    turned = jnp.matmul(x, turn.astype(x.dtype), precision="highest")  # exact, in float32, too
+    cos, sin = (jnp.repeat(f(angles), 2, axis=-1)[:, :, None] for f in (jnp.cos, jnp.sin))
+    return (x * cos + turned * sin).astype(x.dtype)
+
+
+rotate.defvjp(lambda x, angles: (rotate(x, angles), angles), lambda angles, g: (rotate(g, -angles), None))
 
 
 # --- SwiGLU ---------------------------------------------------------------------------------------
