@@ -1,3 +1,5 @@
+import json
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -5,6 +7,9 @@ import optax
 import pytest
 import tiny
 
+from maskdm_jax.build import make_network
+from maskdm_jax.parallel.sharding import make_mesh
+from maskdm_jax.training.start import abstract_state
 from maskdm_jax.training.state import ema_step_size, learning_rate, make_optimizer
 
 
@@ -70,3 +75,28 @@ def test_label_tensors_rest_in_steps_that_do_not_use_them():
 
 def is_adam(node):
     return isinstance(node, optax.ScaleByAdamState)
+
+
+STATES = {
+    "uvit": dict(),
+    "wavelet": dict(model__wavelet_scale=1, model__patch_size=1),
+    "routed jit": dict(
+        model__network="jit",
+        model__jit=dict(bottleneck=4, class_tokens=3, class_tokens_from=1),
+        model__outer_blocks=1,
+        model__returning="token",
+        pretrain__more_ema_decays=(0.5,),
+        pretrain__weight_decay=0.0,
+        pretrain__clip_norm=0.0,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", STATES)
+def test_stored_runs_can_be_resumed(root, name):
+    """Names, dtypes and shapes in a checkpoint are those of recorded ones: Orbax restores no other structure."""
+    config = tiny.config(**STATES[name])
+    state = abstract_state(config, 0, make_network(config), make_mesh(devices=jax.devices()[:1]))
+    leaves = jax.tree_util.tree_leaves_with_path(state)
+    found = {jax.tree_util.keystr(path): f"{leaf.dtype}{list(leaf.shape)}" for path, leaf in leaves}
+    assert found == json.loads((root / "tests" / "stored_states.json").read_text())[name]
