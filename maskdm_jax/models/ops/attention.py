@@ -116,15 +116,21 @@ def _heads_first_backward(saved, g):
 
 def splash_attention(q, k, v, *, interpret: bool = False):
     """`attention` by JAX's Pallas kernel for TPUs. `interpret` runs it on any platform, slowly, for tests."""
-    t, heads, d = q.shape[1:]
+    b, t, heads, d = q.shape
     padded, tile = padded_length(t)
     kernel = _splash_kernel(heads, padded, tile, interpret)
+
     # The kernel takes heads first, whole tiles and no scale. Padding has its own segment: it attends only to padding.
-    prepare = lambda x: jnp.pad(x.swapaxes(1, 2), ((0, 0), (0, 0), (0, padded - t), (0, 0)))
+    def prepare(x):
+        # With heads first, a head of 64 takes the memory of 128. The barrier makes XLA pad before.
+        x = jnp.pad(x.reshape(b, t, heads * d), ((0, 0), (0, padded - t), (0, 0)))
+        return jax.lax.optimization_barrier(x).reshape(b, padded, heads, d).swapaxes(1, 2)
+
     ids = (jnp.arange(padded) >= t).astype(jnp.int32)
     segments = splash.SegmentIds(ids, ids)
     out = jax.vmap(kernel, (0, 0, 0, None))(prepare(q * d**-0.5), prepare(k), prepare(v), segments)
-    return out[:, :, :t].swapaxes(1, 2)
+    out = jax.lax.optimization_barrier(out.swapaxes(1, 2).reshape(b, padded, heads * d))
+    return out[:, :t].reshape(q.shape)
 
 
 def padded_length(t: int) -> tuple[int, int]:
