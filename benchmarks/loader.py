@@ -1,4 +1,4 @@
-"""Throughput of the loader compared with decoding alone, and its memory over an epoch.
+"""Throughput of the loader compared with decoding alone, and its memory over two epochs.
 
     python benchmarks/loader.py --data=data/mine256 --size=256
 

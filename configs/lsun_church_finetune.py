@@ -6,7 +6,8 @@ Data: python launch/prepare_data.py --dataset=lsun_church --src=DOWNLOADS --out=
 Hardware: 8 accelerators of 80 GB; fewer or smaller ones with micro_batches, remat or mesh.fsdp.
 Expected cost, computed, not measured: 200k x 64 images x 4.45 TFLOP
 = 56.9 EFLOP, about 40 hours of one H100 in bfloat16 at 40% of its peak (989 TFLOP/s).
-This recipe has no pre-training stage: use configs/celebahq_pretrain.py with this data path.
+Before: python launch/train.py --config=configs/celebahq_pretrain.py --config.data.path=DIR_OR_ZIP
+ --config.diffusion.schedule=linear --workdir=runs/lsun_church_pretrain
 """
 
 from maskdm_jax import config

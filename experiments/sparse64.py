@@ -1,4 +1,4 @@
-"""Do sleeping patches pay? Dense training, MaskDM, TREAD and SPRINT at equal compute, on emoji at 64 x 64.
+"""Does token routing pay? Dense training, MaskDM, TREAD and SPRINT at equal compute, on emoji at 64 x 64.
 
     python experiments/run_study.py --config=experiments/sparse64.py --config.sets.noto=NOTO.zip
 

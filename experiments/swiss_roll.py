@@ -7,7 +7,7 @@ product of the roll's two marginals: the two coordinates of a point come from in
 The experiment trains a small diffusion model on the roll, from scratch and after pre-training on the primer. The plot
 shows the Chamfer distance between generated points and points of the roll against the number of training steps on the
 roll: its mean and range over seeds. A dotted line counts the steps on the primer, too. The last line of the output is
-JSON. Needs matplotlib; takes a minute on two CPU cores.
+JSON. Needs matplotlib; takes half a minute on two CPU cores.
 """
 
 import functools

@@ -2,8 +2,9 @@
 
 Compiles the training steps and the sampling program and prints, per chip, memory, FLOPs, and the time of the FLOPs at
 the chip's peak. It compiles for a TPU topology, on a machine without TPUs, or for the devices of this machine
-(--topology=local). --find_batch finds the largest batch that fits. --price=DOLLARS_PER_CHIP_HOUR prints the least price
-of the run. HBM or the interconnect can make a step slower; benchmarks/recipe_costs.py computes their bounds, too.
+(--topology=local). --find_batch finds the largest batch that fits, to within 1/8; not on CPU. --price, in dollars per
+chip-hour, prints a lower bound of the price. HBM or the interconnect can make a step slower;
+benchmarks/recipe_costs.py computes their bounds, too.
 """
 
 import json

@@ -23,10 +23,12 @@ CONFIG = runtime.config_flag("Config of the run; needed to train it further.")
 STAGE = flags.DEFINE_string("stage", None, "Stage of --config that the file belongs to; default: the first.")
 FOR = flags.DEFINE_enum("for", None, ["torch"], "Make --dst a folder that PyTorch runs without this project.")
 WEIGHTS = flags.DEFINE_string(
-    "weights", "ema", "Of a .safetensors to write: averaged (ema; ema2, ...) or raw (params)."
+    "weights", "ema", "Weights in a .safetensors or a folder --for=torch: averaged (ema; ema2, ...) or raw (params)."
 )
 
-DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Of the weights in a .safetensors to write.")
+DTYPE = flags.DEFINE_enum(
+    "dtype", "float32", ["float32", "bfloat16"], "Dtype of the weights in a .safetensors or a folder."
+)
 
 
 def main(_):

@@ -30,7 +30,7 @@ STEPS = flags.DEFINE_integer("steps", None, "Steps of the sampler; ddpm always t
 ETA = flags.DEFINE_float("eta", None, "Noise of ddim, from 0 (deterministic) to 1.")
 ORDER = flags.DEFINE_integer("order", None, "Order of dpm_solver, 1 to 3.")
 SPACING = flags.DEFINE_string("spacing", None, "Spacing of dpm_solver's steps.")
-GUIDANCE = flags.DEFINE_float("guidance", None, "Weight of classifier-free guidance.")
+GUIDANCE = flags.DEFINE_float("guidance", None, "Weight of guidance; see config.sampling.weak.")
 COLUMNS = flags.DEFINE_integer("columns", 10, "Columns of the grid.", lower_bound=1)
 GRID = flags.DEFINE_integer("grid", 100, "Maximum number of images in the grid; 0 for no grid.", lower_bound=0)
 

@@ -23,8 +23,8 @@
 #   POLL=30 ANSWER=120      seconds between two looks at the hosts, and until they count as not answering
 #   SILENT=20               looks without an answer after which the slice is replaced
 #   SSH_FLAGS               flags of `gcloud ... ssh` and `scp`, such as --tunnel-through-iap for hosts of --internal-ips
-# The hosts receive WANDB_API_KEY, HF_TOKEN, AWS_* and the file $GOOGLE_APPLICATION_CREDENTIALS, in files that only you
-# can read.
+# The hosts receive the variables of CREDENTIALS below and the file $GOOGLE_APPLICATION_CREDENTIALS, in files that only
+# you can read.
 set -euo pipefail
 
 UV="uv==0.13.9 --hash=sha256:d7f459fe4fd247d830351c75686d3996ace3c6f3f728eb0e85a30b7ada0cef19" # x86-64

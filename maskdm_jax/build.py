@@ -175,7 +175,7 @@ def make_process(config: Config) -> Process:
 
 
 def time_scale(model: Model) -> float:
-    """What a network is told is this times the time: a JiT takes it as it is, a U-ViT takes times of up to 1,000."""
+    """Factor between the time of a process and the time input of a network: 1 for a JiT, 1,000 for the others."""
     return 1.0 if model.network == "jit" else 1000.0
 
 
@@ -241,10 +241,10 @@ def make_sampler(config: Config, network: Network):
 
 
 def _sparse(config: Config, labels, n: int):
-    """The same patches sleep in all images and steps."""
+    """The same patches are hidden in all images and steps."""
     plans = [masking.make_plan("patch", grid, rate=config.sampling.weak_rate) for grid in grids(config)]
-    awake = [masking.sample_positions(plan, jax.random.key(i)) for i, plan in enumerate(plans)]
-    return labels, _by_band(config, [jnp.broadcast_to(positions, (n, len(positions))) for positions in awake])
+    visible = [masking.sample_positions(plan, jax.random.key(i)) for i, plan in enumerate(plans)]
+    return labels, _by_band(config, [jnp.broadcast_to(positions, (n, len(positions))) for positions in visible])
 
 
 def _shallow(config: Config, labels, n: int):
@@ -258,7 +258,7 @@ def _by_band(config: Config, positions: list):
 WEAK = {  # by `config.sampling.weak`: (config, labels, images) -> labels and positions of the weak prediction
     "unlabelled": lambda config, labels, n: (None, None),  # classifier-free guidance (Ho & Salimans 2022)
     "shallow": _shallow,  # without the inner blocks; SPRINT's path-drop guidance also trains for it
-    "sparse": _sparse,  # fewer patches awake: sparse guidance
+    "sparse": _sparse,  # fewer visible patches: sparse guidance
 }
 
 

@@ -107,8 +107,8 @@ class Model:
     time_mlp: bool = False  # pass the time embedding through an MLP
     jit: Jit = Jit()
     dtype: Dtype = "auto"  # of the computation; auto: bfloat16 on TPUs and GPUs, float32 on CPU
-    outer_blocks: Natural = 0  # k: hidden patches sleep through all but k blocks at either end; 0: they are left out
-    returning: typing.Annotated[str, _one_of("itself", "token")] = "itself"  # what comes back after the sleep
+    outer_blocks: Natural = 0  # k: hidden patches skip all but the first and last k blocks; 0: they are dropped
+    returning: typing.Annotated[str, _one_of("itself", "token")] = "itself"  # how they re-enter
     attention: typing.Annotated[str, _key_of("models.ops.attention", "KERNELS")] = "auto"  # auto: by platform
 
 
@@ -147,7 +147,7 @@ class Diffusion:
     objective: typing.Annotated[str, _key_of("diffusion.gaussian", "OBJECTIVES")] = "noise"  # what the network predicts
     loss: typing.Annotated[str, _key_of("diffusion.process", "LOSSES")] = "l2"
     loss_weight: typing.Annotated[str, _key_of("diffusion.gaussian", "LOSS_WEIGHTS")] = "p2"  # weight by time step
-    loss_weight_gamma: float = 0.0  # its exponent; 0: equal weights
+    loss_weight_gamma: float = 0.0  # gamma of the weight base^-gamma; 0: equal weights
 
 
 @dataclasses.dataclass(frozen=True)
@@ -456,7 +456,7 @@ def _check_model(config: Config) -> None:
     if model.outer_blocks and _names_a_file(model.network):
         raise ConfigError("config.model.outer_blocks must be 0 for a network of one's own")
     if model.returning == "token" and not model.outer_blocks:
-        raise ConfigError("config.model.returning is 'token', but no patch sleeps: config.model.outer_blocks is 0")
+        raise ConfigError("config.model.returning is 'token', but config.model.outer_blocks is 0")
     _need(int(model.mlp_ratio * model.width) >= 1, "model.mlp_ratio", model.mlp_ratio, "larger")
 
 

@@ -1,4 +1,4 @@
-"""Patches that sleep through the inner blocks: what they are when they come back, and what they cost."""
+"""Patches that skip the inner blocks: their features when they re-enter, and their cost."""
 
 import dataclasses
 
@@ -34,7 +34,7 @@ NETWORKS = {
 
 
 def built(kind, **changes):
-    """(config, network, parameters none of which is zero, a batch of whole noisy images as patches, what sleeps)"""
+    """(config, network, parameters none of which is zero, whole noisy images as patches, which are visible)"""
     config = tiny.config(**NETWORKS[kind] | changes)
     network = make_network(config)
     spread = lambda leaf: leaf + 0.2 * jax.random.normal(jax.random.key(leaf.size), leaf.shape)
@@ -50,7 +50,7 @@ def outputs(network, params, inputs, positions):
 
 @pytest.mark.parametrize("kind", NETWORKS)
 @pytest.mark.parametrize("returning", ["itself", "token"])
-def test_nobody_sleeps_if_nothing_is_hidden_or_all_blocks_are_outer(kind, returning):
+def test_all_blocks_process_all_patches_if_nothing_is_hidden_or_all_blocks_are_outer(kind, returning):
     config, _, params, inputs = built(kind, model__outer_blocks=1, model__returning=returning)
     with_outer = lambda k: make_network(
         dataclasses.replace(config, model=dataclasses.replace(config.model, outer_blocks=k))
@@ -67,39 +67,39 @@ def test_nobody_sleeps_if_nothing_is_hidden_or_all_blocks_are_outer(kind, return
 
 @pytest.mark.parametrize("token", [None, jnp.arange(4.0)])
 def test_leaving_and_coming_back(token):
-    """Against loops in NumPy: two extras, then seven patches, of which three are awake."""
+    """Against loops in NumPy: two extras, then seven patches, of which three are visible."""
     draw = np.random.default_rng(0)
-    tokens, awake = draw.standard_normal((2, 9, 4)).astype(np.float32), np.array([[0, 3, 6], [1, 2, 5]])
-    left = np.asarray(routing.leave(jnp.asarray(tokens), jnp.asarray(awake), 2))
+    tokens, visible = draw.standard_normal((2, 9, 4)).astype(np.float32), np.array([[0, 3, 6], [1, 2, 5]])
+    left = np.asarray(routing.drop_hidden(jnp.asarray(tokens), jnp.asarray(visible), 2))
     worked = left + 1
-    back = routing.come_back(jnp.asarray(worked), jnp.asarray(tokens[:, 2:]), jnp.asarray(awake), 2, token)
+    back = routing.restore_hidden(jnp.asarray(worked), jnp.asarray(tokens[:, 2:]), jnp.asarray(visible), 2, token)
     for b in range(2):
         expected = [*(tokens[b, :2] + 1)]
         for n in range(7):
-            asleep = tokens[b, 2 + n] if token is None else np.asarray(token)
-            expected.append(tokens[b, 2 + n] + 1 if n in awake[b] else asleep)
-        np.testing.assert_array_equal(left[b], np.concatenate([tokens[b, :2], tokens[b, 2 + awake[b]]]))
+            hidden = tokens[b, 2 + n] if token is None else np.asarray(token)
+            expected.append(tokens[b, 2 + n] + 1 if n in visible[b] else hidden)
+        np.testing.assert_array_equal(left[b], np.concatenate([tokens[b, :2], tokens[b, 2 + visible[b]]]))
         np.testing.assert_array_equal(back[b], expected)
 
 
 @pytest.mark.parametrize("kind", NETWORKS)
 @pytest.mark.parametrize("returning", ["itself", "token"])
-def test_gradients_of_sleeping_patches_pass_the_outer_blocks_alone(kind, returning):
-    """If attention in the outer blocks mixes nothing, sleeping patches know no parameter of the inner blocks."""
+def test_gradients_of_hidden_patches_pass_the_outer_blocks_alone(kind, returning):
+    """If attention in the outer blocks mixes nothing, hidden patches depend on no parameter of the inner blocks."""
     _, network, params, inputs = built(kind, model__outer_blocks=1, model__returning=returning)
     unmixed = jax.tree_util.tree_map_with_path(
         lambda path, leaf: leaf * 0 if "proj" in jax.tree_util.keystr(path) else leaf, params
     )
-    awake = jax.tree.leaves(inputs.positions)
+    visible = jax.tree.leaves(inputs.positions)
 
-    def of_sleepers(params):
+    def of_hidden(params):
         total = 0
-        for band, at in zip(jax.tree.leaves(outputs(network, params, inputs, inputs.positions)), awake, strict=True):
-            asleep = jnp.ones(band.shape[:2]).at[jnp.arange(3)[:, None], at].set(0)
-            total += (band * asleep[..., None]).sum()
+        for band, at in zip(jax.tree.leaves(outputs(network, params, inputs, inputs.positions)), visible, strict=True):
+            hidden = jnp.ones(band.shape[:2]).at[jnp.arange(3)[:, None], at].set(0)
+            total += (band * hidden[..., None]).sum()
         return total
 
-    grads = jax.jit(jax.grad(of_sleepers))(unmixed)
+    grads = jax.jit(jax.grad(of_hidden))(unmixed)
     size = lambda tree: max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(tree))
     if kind == "jit":
         inner, outer = grads["blocks"][1], [grads["blocks"][i]["w3"] for i in (0, 2)]
@@ -112,7 +112,7 @@ def test_gradients_of_sleeping_patches_pass_the_outer_blocks_alone(kind, returni
 
 
 @pytest.mark.parametrize("kind", NETWORKS)
-def test_the_order_of_awake_patches_does_not_matter(kind):
+def test_the_order_of_visible_patches_does_not_matter(kind):
     """Each keeps its own position and rotary angles in the inner blocks."""
     _, network, params, inputs = built(kind, model__outer_blocks=1)
     turned = jax.tree.map(lambda at: at[:, ::-1], inputs.positions)
@@ -120,7 +120,7 @@ def test_the_order_of_awake_patches_does_not_matter(kind):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), one, other)
 
 
-def test_the_token_of_sleeping_patches_does_not_decay():
+def test_the_mask_token_does_not_decay():
     config, _, params, _ = built(
         "uvit", model__outer_blocks=1, model__returning="token", finetune__weight_decay=0.1, finetune__warmup_steps=0
     )
@@ -134,16 +134,16 @@ def test_the_token_of_sleeping_patches_does_not_decay():
     assert {"backbone", "head", "pos_embed"} <= used
 
 
-def test_class_tokens_join_although_all_patches_sleep():
+def test_class_tokens_join_although_all_patches_are_hidden():
     _, network, params, inputs = built("jit", model__outer_blocks=1)
-    none_awake = inputs.positions[:, :0]
-    shallow = outputs(network, params, inputs, none_awake)
+    none_visible = inputs.positions[:, :0]
+    shallow = outputs(network, params, inputs, none_visible)
     moved = params | dict(class_positions=params["class_positions"] + 1)
-    assert np.abs(outputs(network, moved, inputs, none_awake) - shallow).max() > 1e-3
+    assert np.abs(outputs(network, moved, inputs, none_visible) - shallow).max() > 1e-3
 
 
 @pytest.mark.parametrize("kind", NETWORKS)
-def test_a_sleeping_patch_matters_and_is_learned(kind):
+def test_a_hidden_patch_matters_and_is_learned(kind):
     config, network, params, inputs = built(kind, model__outer_blocks=1)
     loss = step.make_loss(config, network)
     grads = jax.jit(jax.grad(lambda x0: loss(params, inputs._replace(x0=x0))))(inputs.x0)
@@ -153,7 +153,7 @@ def test_a_sleeping_patch_matters_and_is_learned(kind):
 
 @pytest.mark.parametrize("kind", NETWORKS)
 def test_guidance_from_sparsity(kind):
-    """A weak prediction is that of the network without its inner blocks, or with fewer patches awake."""
+    """A weak prediction is that of the network without its inner blocks, or with fewer patches visible."""
     config, network, params, _ = built(kind, model__outer_blocks=1, sampling__steps=2)
     shape = (2, 4, 4, 4) if kind == "wavelet" else (2, 8, 8, 1)
     x, labels = jax.random.normal(jax.random.key(4), shape), jnp.array([1, 2])
@@ -166,11 +166,11 @@ def test_guidance_from_sparsity(kind):
         )
 
     plain, shallow = images(), images(guidance=0.5, weak="shallow")
-    sparse, all_awake = (images(guidance=0.5, weak="sparse", weak_rate=rate) for rate in (0.5, 1e-6))
+    sparse, all_visible = (images(guidance=0.5, weak="sparse", weak_rate=rate) for rate in (0.5, 1e-6))
     assert np.abs(shallow - plain).max() > 1e-3
     assert np.abs(sparse - plain).max() > 1e-3
     assert np.abs(sparse - shallow).max() > 1e-3
-    np.testing.assert_allclose(all_awake, plain, atol=1e-5)  # (1 + w) p - w p
+    np.testing.assert_allclose(all_visible, plain, atol=1e-5)  # (1 + w) p - w p
 
 
 def test_a_run(tmp_path):
@@ -208,7 +208,7 @@ def test_a_run(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        (dict(model__returning="token"), "returning is 'token', but no patch sleeps"),
+        (dict(model__returning="token"), "returning is 'token', but config.model.outer_blocks is 0"),
         (dict(model__outer_blocks=1, model__network="own.py:X"), "outer_blocks must be 0 for a network of one's own"),
         (dict(sampling__guidance=1.0, sampling__weak="shallow"), "which needs config.model.outer_blocks above 0"),
         (dict(pretrain__continues=True), "pretrain is the first stage; there is none to continue"),

@@ -435,7 +435,7 @@ def test_the_study_of_processes_is_planned(root, monkeypatch):
         make_sampler(run.phases[0].config, make_network(run.phases[0].config))
 
 
-def test_the_study_of_sleeping_patches_is_fair(root, monkeypatch):
+def test_the_study_of_routing_is_fair(root, monkeypatch):
     """Every run has the same budget, network and process; phases differ in the mask alone. A method's sparse phase is
     trained once for its three shares of the budget.
     """

@@ -70,7 +70,7 @@ class TarImages(Files):
             return super().find_labels(path, names, others)
         if bare:
             raise DataError(
-                f"{path}: {bare[0]!r} has no label in a .cls or .json (key 'label') beside it ({len(bare)} of "
+                f"{path}: {bare[0]!r} has no label in a .cls or .json beside it ({len(bare)} of "
                 f"{len(names)} images); add it, or {WITHOUT_LABELS}"
             )
         lost = len(self._labels.keys() - {stem for name in names for stem in (_stem(name), _key(name))})

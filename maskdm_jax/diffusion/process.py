@@ -27,10 +27,10 @@ class Process:
 
     draw: typing.Callable  # key -> time of one image in training, a scalar
     alpha_sigma: typing.Callable  # t [B] -> alpha [B], sigma [B]
-    told: (
+    told: typing.Callable  # (x, t) -> inputs of the network: one of x's shape, and its time [B] float32 or int32
+    error: (
         typing.Callable
-    )  # (x, t) -> what the network is given: an input of x's shape, and its time [B] float32 or int32
-    error: typing.Callable  # (output, x0, eps, x, t) -> elementwise error, of which the loss is a mean square
+    )  # (output, x0, eps, x, t) -> elementwise residual; the loss is the mean of its square (l2) or absolute value (l1)
     x0: typing.Callable  # (output, x, t) -> prediction of x0
     progress: typing.Callable  # t -> 0 (pure noise) to 1 (data), for the interval of guidance
     weight: typing.Callable | None = None  # t [B] -> weight of an image's loss [B]; None: 1

@@ -1,11 +1,11 @@
-"""The transformer that both networks share: label and time tokens, blocks with long skips, final norm."""
+"""The transformer of the U-ViT and the wavelet U-ViT: label and time tokens, blocks with long skips, final norm."""
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from maskdm_jax.models.layers import Block, LayerNorm, Mlp, normal_002, timestep_embedding
-from maskdm_jax.models.routing import come_back, leave
+from maskdm_jax.models.routing import drop_hidden, restore_hidden
 
 
 class Backbone(nnx.Module):
@@ -22,7 +22,7 @@ class Backbone(nnx.Module):
       num_classes: 0 for an unconditional model.
       unconditional_token: give a conditional model a learned token for "no label".
       time_mlp: pass the time embedding through a two-layer MLP before it becomes a token.
-      outer: blocks at either end that see all patches, while some sleep through the others; see `models.routing`.
+      outer: blocks at either end that process all patches; hidden ones skip those between; see `models.routing`.
       mask_token: give the patches that come back a learned token for what they were.
       dtype: dtype of the computation; parameters are float32.
       attention: name of the kernel, see `ops.attention.attention`.
@@ -71,13 +71,13 @@ class Backbone(nnx.Module):
         self.out_blocks = nnx.List([block(skip=True) for _ in range(depth // 2)])
         self.norm = LayerNorm(width, rngs=rngs)
 
-    def __call__(self, patch_tokens, pos_extras, t, labels=None, awake=None):
+    def __call__(self, patch_tokens, pos_extras, t, labels=None, visible=None):
         """Transform patch tokens [B, V, D], position embeddings included; returns [B, V, D] of the compute dtype.
 
         Args:
-          awake: [B, W] numbers of the patches that take part in the inner blocks, None for all.
+          visible: [B, W] numbers of the patches that take part in the inner blocks, None for all.
           pos_extras: [extras, D], position embeddings of the label (if any) and time tokens.
-          t: [B], 0..999, integer or fractional.
+          t: [B], the network's time, integer or fractional, about 0..1000; with EDM it can be negative.
           labels: [B] int32 in 0..num_classes-1, -1 for "no label"; None is no label for all.
 
         Raises:
@@ -90,13 +90,13 @@ class Backbone(nnx.Module):
             return jax.checkpoint(lambda *a: block(*a))(*args) if self.remat else block(*args)
 
         n, k, skips = len(self.in_blocks), self.outer, []
-        inner = range(k, 2 * n + 1 - k) if awake is not None else range(0)
+        inner = range(k, 2 * n + 1 - k) if visible is not None else range(0)
         for number, block in enumerate([*self.in_blocks, self.mid_block, *self.out_blocks]):
             if inner and number == inner.start:
-                before, h = h[:, self.extras :], leave(h, awake, self.extras)
+                before, h = h[:, self.extras :], drop_hidden(h, visible, self.extras)
             if inner and number == inner.stop:
-                h = come_back(h, before, awake, self.extras, self.mask_token)
-            if number in inner and not awake.shape[1]:  # all patches sleep: the prediction without the inner blocks
+                h = restore_hidden(h, before, visible, self.extras, self.mask_token)
+            if number in inner and not visible.shape[1]:  # all patches are hidden: without the inner blocks
                 continue
             h = run(block, h, skips.pop()) if number > n else run(block, h)
             if number < n:

@@ -8,7 +8,7 @@ from flax import nnx
 from maskdm_jax.models.layers import Linear, normal_002, ones, patchify, timestep_embedding, unpatchify, zeros
 from maskdm_jax.models.ops.attention import attention
 from maskdm_jax.models.ops.dense import rms_norm, rotate, swiglu
-from maskdm_jax.models.routing import come_back, leave, take
+from maskdm_jax.models.routing import drop_hidden, restore_hidden, take
 
 xavier = nnx.initializers.xavier_uniform()
 TIME_WIDTH = 256  # of the sinusoidal embedding of the time
@@ -33,9 +33,9 @@ class JiT(nnx.Module):
       class_tokens: number of class tokens.
       class_tokens_from: the block before which they join the patches.
       dropout: rate after the attention and inside the MLP, in the middle half of the blocks.
-      outer: blocks at either end that see all patches, while some sleep through the others; see `models.routing`.
-      mask_token: give the patches that come back a learned token for what they were. A linear layer then joins all
-        patches with what they were before the inner blocks (SPRINT).
+      outer: blocks at either end that process all patches; hidden ones skip those between; see `models.routing`.
+      mask_token: hidden patches re-enter as a learned token. A linear layer then joins all patches with their features
+        from before the inner blocks (SPRINT).
       dtype: dtype of the computation; parameters are float32.
       attention: name of the kernel, see `ops.attention.attention`.
       remat: recompute each block in the backward pass instead of saving its activations.
@@ -112,7 +112,7 @@ class JiT(nnx.Module):
           ValueError: as `UViT.__call__`.
         """
         whole = x.ndim == 4
-        positions, awake = (None, positions) if self.routed else (positions, None)
+        positions, visible = (None, positions) if self.routed else (positions, None)
         if whole and positions is not None:
             raise ValueError("positions go with patches [B, V, p*p*C]; a whole image [B, H, W, C] takes none")
         if labels is not None and not self.num_classes:
@@ -131,16 +131,16 @@ class JiT(nnx.Module):
         for i, block in enumerate(self.blocks):
             if self.inner and i == self.inner.start:
                 before = h[:, tokens:]
-                if awake is not None:
-                    h, angles = leave(h, awake, tokens), _beside(tokens, take(all_angles, awake))
+                if visible is not None:
+                    h, angles = drop_hidden(h, visible, tokens), _beside(tokens, take(all_angles, visible))
             if self.inner and i == self.inner.stop:
-                h, angles = self._come_back(h, before, awake, tokens), _beside(tokens, all_angles)
+                h, angles = self._restore(h, before, visible, tokens), _beside(tokens, all_angles)
             if i == self.class_tokens_from and self.class_positions is not None:
                 tokens = self.class_positions.shape[0]
                 h = jnp.concatenate([(label[:, None] + self.class_positions[None]).astype(h.dtype), h], axis=1)
                 angles = _beside(tokens, angles)
-            if i in self.inner and awake is not None and not awake.shape[1]:
-                continue  # all patches sleep: the prediction without the inner blocks
+            if i in self.inner and visible is not None and not visible.shape[1]:
+                continue  # all patches are hidden: the prediction without the inner blocks
             keys = None if dropout is None else jax.vmap(jax.random.fold_in, (0, None))(dropout, i)
             run = jax.checkpoint(lambda *a, block=block: block(*a)) if self.remat else block
             h = run(h, c, angles, keys)
@@ -148,10 +148,10 @@ class JiT(nnx.Module):
         out = self.head(modulate(self.norm(h[:, tokens:]), shift, scale)).astype(jnp.float32)
         return unpatchify(out, self.patch_size, self.grid) if whole else out
 
-    def _come_back(self, h, before, awake, tokens: int):
-        """Bring sleeping patches back, and join all patches with what they were `before` the inner blocks."""
-        if awake is not None:
-            h = come_back(h, before, awake, tokens, self.mask_token)
+    def _restore(self, h, before, visible, tokens: int):
+        """Insert hidden patches, and join all patches with their features from `before` the inner blocks."""
+        if visible is not None:
+            h = restore_hidden(h, before, visible, tokens, self.mask_token)
         if self.join is None:
             return h
         return jnp.concatenate([h[:, :tokens], self.join(jnp.concatenate([h[:, tokens:], before], axis=-1))], axis=1)

@@ -45,7 +45,7 @@ def unpatchify(patches, patch_size: int, grid: tuple[int, int]):
 
 
 def timestep_embedding(t, dim: int):
-    """Sinusoidal embedding of time steps t [B] (0..999, may be fractional): [B, dim] float32, cosines first.
+    """Sinusoidal embedding of times t [B], on the scale of 0..999: [B, dim] float32, cosines first.
 
     The frequencies are those of Vaswani et al. 2017, 10000^(-i / (dim / 2)).
     """

@@ -50,11 +50,12 @@ class UViT(nnx.Module):
 
         Args:
           x: noisy image [B, H, W, C], or noisy visible patches [B, V, p*p*C].
-          t: time step of each image, [B], 0..999, integer or fractional.
+          t: time input, [B], integer or fractional: 0..T-1 for DDPM, 0..1000 for flow matching, 250 log(sigma) for
+            EDM.
           labels: [B] int32 in 0..num_classes-1, -1 for "no label"; None is no label for all.
           positions: [B, V] int32, row-major index of each visible patch in the grid; only with patches. None with
             patches means that they are the whole grid in order. With `outer` blocks, x is of all patches or the whole
-            image, and these are the patches that are awake in the inner blocks.
+            image, and these are the patches that are visible in the inner blocks.
 
         Returns:
           The prediction, float32 of x's shape.
@@ -68,12 +69,12 @@ class UViT(nnx.Module):
             raise ValueError("positions go with patches [B, V, p*p*C]; a whole image [B, H, W, C] takes none")
         patches = patchify(x, self.patch_size) if whole else x
         pos_extras, pos_grid = self.pos_embed[: self.extras], self.pos_embed[self.extras :]
-        positions, awake = (None, positions) if routed else (positions, None)
+        positions, visible = (None, positions) if routed else (positions, None)
         if positions is None and patches.shape[1] != pos_grid.shape[0]:
             raise ValueError(
                 f"got {patches.shape[1]} patches without positions, but the model's grid is "
                 f"{self.grid[0]} x {self.grid[1]} = {pos_grid.shape[0]}"
             )
         tokens = self.patch_embed(patches, pos_grid, positions)  # [B, V, D]
-        out = self.head(self.backbone(tokens, pos_extras, t, labels, awake)).astype(jnp.float32)
+        out = self.head(self.backbone(tokens, pos_extras, t, labels, visible)).astype(jnp.float32)
         return unpatchify(out, self.patch_size, self.grid) if whole else out

@@ -23,7 +23,7 @@ class WaveletUViT(nnx.Module):
 
     Tokens are `[label?, time, approximation patches, detail patches]`, each with a learned position embedding. Each
     band has its own patch embedding and head. As in the reference, a conditional model has no token for "no label", so
-    it can be neither trained with label dropout nor guided.
+    it supports neither label dropout nor classifier-free guidance.
 
     Args:
       image_size: side of the square images, in pixels; the coefficients' side is half of it.
@@ -73,7 +73,8 @@ class WaveletUViT(nnx.Module):
         Args:
           x: noisy coefficients [B, h, w, 4C] in the order of `representation.haar`, or the visible patches of both
             bands, (approximation [B, V, p*p*C], details [B, W, ps*ps*3C]).
-          t: time step of each image, [B], 0..999, integer or fractional.
+          t: time input, [B], integer or fractional: 0..T-1 for DDPM, 0..1000 for flow matching, 250 log(sigma) for
+            EDM.
           labels: [B] int32 in 0..num_classes-1, required by a conditional model.
           positions: ([B, V], [B, W]) int32, row-major index of each visible patch in its band's grid; only with
             patches. None with patches means that they are both whole grids in order. With `outer` blocks as in `UViT`.
@@ -89,9 +90,9 @@ class WaveletUViT(nnx.Module):
         if whole and positions is not None and not routed:
             raise ValueError("positions go with patches of both bands; coefficients [B, h, w, 4C] take none")
         approx, detail = cut_bands(x, self.channels, self.patch_size, self.scale) if whole else x
-        sizes, awake = [rows * cols for rows, cols in self.grids], None
+        sizes, visible = [rows * cols for rows, cols in self.grids], None
         if routed and positions is not None:
-            positions, awake = None, jnp.concatenate([positions[0], positions[1] + sizes[0]], axis=1)
+            positions, visible = None, jnp.concatenate([positions[0], positions[1] + sizes[0]], axis=1)
         at_approx, at_detail = (None, None) if positions is None else positions
         if positions is None and [approx.shape[1], detail.shape[1]] != sizes:
             raise ValueError(
@@ -101,10 +102,10 @@ class WaveletUViT(nnx.Module):
         pos_extras, pos_approx, pos_detail = jnp.split(self.pos_embed[...], [self.extras, self.extras + sizes[0]])
         approx_tokens = self.approx_patch_embed(approx, pos_approx, at_approx)
         detail_tokens = self.detail_patch_embed(detail, pos_detail, at_detail)
-        h = self.backbone(jnp.concatenate([approx_tokens, detail_tokens], axis=1), pos_extras, t, labels, awake)
-        visible = approx.shape[1]
-        approx = self.approx_head(h[:, :visible]).astype(jnp.float32)
-        detail = self.detail_head(h[:, visible:]).astype(jnp.float32)
+        h = self.backbone(jnp.concatenate([approx_tokens, detail_tokens], axis=1), pos_extras, t, labels, visible)
+        count = approx.shape[1]
+        approx = self.approx_head(h[:, :count]).astype(jnp.float32)
+        detail = self.detail_head(h[:, count:]).astype(jnp.float32)
         if not whole:
             return approx, detail
         approx = unpatchify(approx, self.patch_size, self.grids[0])

@@ -1,1 +1,1 @@
-"""Preflight checks, and the cost of compiled programs."""
+"""Preflight checks, the cost of compiled programs, and the comparison of runs."""

@@ -1,4 +1,4 @@
-"""Checks before a run starts: config, devices, clocks, data, evaluation, run folder, memory."""
+"""Checks before a run starts: config, devices, clocks, data, evaluation, run folder, start, memory."""
 
 import functools
 import os

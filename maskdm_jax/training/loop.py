@@ -59,7 +59,7 @@ class Moment(typing.NamedTuple):
 
 
 class Hook(typing.Protocol):
-    """Called after every `every` steps of a stage (0: never) and at its end. Training waits for it."""
+    """Called every `every` steps and at the end of each stage; with 0, only at the end. Training waits for it."""
 
     every: int
 
@@ -310,11 +310,11 @@ def describe_masks(run: Run, name: str) -> str:
     """One line about the masks of a stage."""
     plans = mask_plans(run.config, name)
     outer = run.config.model.outer_blocks
-    sleep = f"; hidden patches take part in the first and last {outer} blocks" if outer else ""
+    skipped = f"; hidden patches take part in the first and last {outer} blocks" if outer else ""
     if len(plans) == 1:
-        return f"{plans[0]}{sleep}"
+        return f"{plans[0]}{skipped}"
     bands = zip(("approximation", "details"), plans, strict=True)
-    return "; ".join(f"{band}: {plan}" for band, plan in bands) + sleep
+    return "; ".join(f"{band}: {plan}" for band, plan in bands) + skipped
 
 
 def stage_ends(config: Config) -> list[int]:

@@ -19,7 +19,7 @@ class TrainState:
     params: typing.Any
     emas: tuple  # one or more
     opt_state: typing.Any
-    key: typing.Any  # typed PRNG key of the run; never advanced, folded with the step and the example's index
+    key: typing.Any  # typed PRNG key of the stage; never advanced, folded with the step and the example's index
 
     @property
     def ema(self):

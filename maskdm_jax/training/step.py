@@ -17,7 +17,7 @@ from maskdm_jax.training.state import TrainState, ema_decays, ema_step_size, lea
 
 
 class Inputs(typing.NamedTuple):
-    """Inputs of the loss: V visible patches of size d per image, or all N if hidden ones only sleep (`outer_blocks`).
+    """Inputs of the loss: V visible patches of size d per image, or all N if hidden ones only skip the inner blocks.
 
     For a wavelet model, tuples with an entry per band.
     """
@@ -45,7 +45,7 @@ def draw_inputs(config: Config, stage: str, key, batch) -> Inputs:
         patches, positions, eps = [], [], []
         for i, (band, plan) in enumerate(zip(bands, plans, strict=True)):
             positions.append(masking.sample_positions(plan, jax.random.fold_in(mask_key, i)))
-            # Hidden patches are dropped here, unless they only sleep in the inner blocks.
+            # Hidden patches are dropped here, unless they only skip the inner blocks.
             all_seen = plan.hides_nothing or config.model.outer_blocks
             patches.append(band[0] if all_seen else band[0][positions[-1]])
             eps.append(jax.random.normal(jax.random.fold_in(eps_key, i), patches[-1].shape))
