@@ -50,8 +50,7 @@ def main():
     args = parser.parse_args()
     loaded = sampling.load(args.run)
     labels = np.arange(args.n) % 10
-    batches = sampling.generate_batches(loaded, range(args.n), labels, seed=args.seed, batch_size=min(args.n, 500))
-    images = np.concatenate([images for _, images in batches])
+    images = loaded.sample(args.n, seed=args.seed, batch_size=500)
     model, (pixels, truth) = classifier()
     real, samples = score(model, pixels, truth), score(model, pixels_of(images), labels)
     ratio = samples["top_probability"] / real["top_probability"]

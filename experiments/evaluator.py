@@ -13,7 +13,7 @@ from maskdm_jax.data.sources import open_source, select
 from maskdm_jax.errors import ConfigError
 from maskdm_jax.evaluation.evaluate import Evaluator, compare
 from maskdm_jax.evaluation.features import Images, transform
-from maskdm_jax.sampling import generate_batches, load
+from maskdm_jax.sampling import load
 
 SHOWN = 24  # samples shown per run
 BATCH = 64  # images per call when sampling and extracting features
@@ -51,9 +51,8 @@ class StudyEvaluator:
 
     def __call__(self, checkpoint: pathlib.Path, picture: pathlib.Path | None) -> dict:
         """Evaluate the EMA of a checkpoint; if `picture` is given, save the first samples there."""
-        loaded, index = load(checkpoint), np.arange(self._settings.samples)
-        batches = generate_batches(loaded, index, None, seed=0, batch_size=min(BATCH, len(index)))
-        samples = np.concatenate([images for _, images in batches])
+        loaded = load(checkpoint)
+        samples = loaded.sample(self._settings.samples, seed=0, batch_size=BATCH)
         if picture:
             save_png(picture, _strip(samples[:SHOWN]))
         found = {name: float(value) for name, value in self._compare(samples).items()}

@@ -16,23 +16,19 @@ import pathlib
 import shutil
 import statistics
 import subprocess
-import time
 
 import jax
-import jax.numpy as jnp
 from evaluator import StudyEvaluator
 
 from maskdm_jax import config as config_lib
-from maskdm_jax.build import make_network
 from maskdm_jax.config import Config
 from maskdm_jax.errors import ConfigError
 from maskdm_jax.run import train
 from maskdm_jax.storage import write_atomically
 from maskdm_jax.tools import cost
+from maskdm_jax.tools.preflight import step_seconds
 from maskdm_jax.training import logs
-from maskdm_jax.training.loop import make_run_mesh, run_folder
-from maskdm_jax.training.start import abstract_state, fresh_state
-from maskdm_jax.training.step import abstract_batch, jit_step
+from maskdm_jax.training.loop import run_folder
 
 _SAVES = 4  # checkpoints between two points, which limit the loss by an interruption
 
@@ -219,23 +215,11 @@ class StepSeconds:
     def __call__(self, config: Config, key: str) -> float:
         """Median of 20 steps after 3 warm-up steps. Run nothing else on the machine during it."""
         if key not in self._known:
-            self._known[key] = _measure_step(config)
+            name = config.stages[0]
+            program = cost.training_step(config, name, jax.devices(), config.stage[name].batch_size).program
+            self._known[key] = statistics.median(step_seconds(config, name, program, times=23)[3:])
             write_atomically(self._path, json.dumps(self._known).encode())
         return self._known[key]
-
-
-def _measure_step(config: Config) -> float:
-    name, network, mesh = config.stages[0], make_network(config), make_run_mesh(config)
-    abstract = abstract_state(config, 0, network, mesh)
-    zeros = lambda leaf: jnp.zeros(leaf.shape, leaf.dtype, device=leaf.sharding)
-    batch = jax.tree.map(zeros, abstract_batch(config, name, mesh))
-    state, step, seconds = fresh_state(config, network, abstract), jit_step(config, name, mesh, abstract), []
-    for _ in range(23):
-        begun = time.perf_counter()
-        state, values = step(state, batch)
-        jax.block_until_ready(values)
-        seconds.append(time.perf_counter() - begun)
-    return statistics.median(seconds[3:])
 
 
 # --- Results --------------------------------------------------------------------------------------

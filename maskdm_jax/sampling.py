@@ -18,6 +18,7 @@ from maskdm_jax.build import Network, make_network, make_process, make_sampler
 from maskdm_jax.config import Config, Data, differences, parse, to_dict
 from maskdm_jax.data.images import save_png, to_pil
 from maskdm_jax.diffusion import samplers
+from maskdm_jax.diffusion.process import noisy
 from maskdm_jax.errors import SamplingError
 from maskdm_jax.models.representation import make_representation
 from maskdm_jax.parallel import processes, sharding
@@ -75,13 +76,15 @@ def _generator(config: Config, mesh, batch_size: int):
 def interpolate(
     loaded: "TrainedModel", image_a, image_b, *, n: int, start: int, seed: int = 0, label=None
 ) -> np.ndarray:
-    """Interpolate from `image_a` (weight 0) to `image_b` (weight 1) in n images, uint8 [n, S, S, C].
+    """Interpolate from `image_a` to `image_b` in n images, uint8 [n, S, S, C]: add noise to both, mix, and denoise.
+
+    Source: Ho et al. 2020, section 4.3. The noise is the same for all, so that mixing does not change its variance.
 
     Args:
       image_a, image_b: uint8 [S, S, C] of the model's size, from `data.images.decode`.
       start: time step to which both are noised, 0..T-1; for flow matching and EDM, the part (start + 1) / T of the way
-        to noise. See `samplers.interpolate`.
-      seed: of the noise, which all n share.
+        to noise. With more noise, the results resemble the two images less.
+      seed: of the noise.
       label: class of a conditional model, by name or number; None is its "no label".
 
     Raises:
@@ -102,11 +105,11 @@ def interpolate(
         time = np.float32(process.times(1, start)[0])
 
     def run(params, key, a, b):
-        x, noise = samplers.image_noise(key, jnp.zeros(n, "int32"), space.shape)  # the same noise for all n images
-        denoise = lambda x_t: sample(params, x_t, noise, labels, start)
-        a, b = space.encode(jnp.stack([a, b]))
-        weights = np.linspace(0, 1, n, dtype=np.float32)
-        return space.decode(samplers.interpolate(denoise, process, a, b, weights, x[0], time))
+        eps, noise = samplers.image_noise(key, jnp.zeros(n, "int32"), space.shape)
+        a, b = jnp.split(space.encode(jnp.stack([a, b])), 2)
+        w = jnp.linspace(0, 1, n)[:, None, None, None]
+        x_t = noisy(process, (1 - w) * a + w * b, jnp.full(n, time), eps)  # mixed before, which is equal
+        return space.decode(sample(params, x_t, noise, labels, start))
 
     return np.asarray(jax.jit(run)(loaded.params, jax.random.key(seed), image_a, image_b))
 
@@ -214,12 +217,10 @@ def from_weights(path, weights: str, config: Config, classes: list[str], params:
 
 def in_memory(run, params) -> TrainedModel:
     """Make a `TrainedModel` from weights of a `training.loop.Run`, such as its EMA, on every local device."""
-    mesh = _local_mesh()
     if jax.process_count() > 1:
         params = multihost_utils.process_allgather(params, tiled=True)
-    params = jax.device_put(params, sharding.replicated(mesh))
-    data = run.data
-    return TrainedModel(run.folder, "ema", run.config, run.network, params, list(data.classes), data.card, mesh)
+    model = from_weights(run.folder, "ema", run.config, list(run.data.classes), params)
+    return dataclasses.replace(model, card=run.data.card)
 
 
 def _local_mesh():
@@ -273,12 +274,8 @@ def generate_to_folder(
     Raises:
       SamplingError: the folder contains samples with other settings, or labels do not fit the model.
     """
-    if file_format not in ("png", "npz"):
-        raise SamplingError(f"format {file_format!r} is unknown; choose png or npz")
     if file_format == "png" and loaded.config.data.channels not in (1, 3):
         raise SamplingError(f"images of {loaded.config.data.channels} channels cannot be PNG files; use --format=npz")
-    if n < 1 or batch_size < 1:
-        raise SamplingError(f"n and batch_size must be at least 1, not {n} and {batch_size}")
     cycle = label_cycle(loaded, labels)
     of_image = None if cycle is None else np.resize(np.asarray(cycle, np.int32), n)
     folder = location(folder)

@@ -32,7 +32,7 @@ def examined(config, workdir):
 
 
 def test_a_healthy_run(tmp_path, monkeypatch):
-    monkeypatch.setattr(preflight, "_step_seconds", lambda *_: 30.0)
+    monkeypatch.setattr(preflight, "step_seconds", lambda *_, times: [30.0])
     config = tiny.config(pretrain__batch_size=8, checkpoint__keep=2, model__depth=1)
     fine, lines = examined(config, tmp_path / "run")
     assert fine, lines

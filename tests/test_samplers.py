@@ -176,22 +176,3 @@ def test_a_sampler_can_start_in_the_middle(schedule, sampler, options, power):
     a = schedule.alpha_bar[100]
     known = a * STD**2 / (a * STD**2 + 1 - a)
     assert np.corrcoef(x, x0)[0, 1] == pytest.approx(known**power, abs=0.02)
-
-
-def test_interpolation_meets_its_ends_and_its_middle(schedule):
-    """With a linear predictor the way from x_t to x0 is affine: the middle of the ends, mixed noise and all."""
-    predict = functools.partial(gaussian, schedule)
-
-    def between(weights, start):
-        sample = lambda x: samplers.ddim(
-            predict, x, lambda i: 0.0, schedule, clip=None, steps=min(50, start + 1), eta=0.0, start=start
-        )
-        return samplers.interpolate(sample, ddpm(schedule), a, b, weights, eps, start)
-
-    a, b, eps = jax.random.normal(jax.random.key(0), (3, 5, 4))
-    x = between([0.0, 0.25, 0.5, 1.0], 300)
-    np.testing.assert_allclose(x[2], (x[0] + x[3]) / 2, atol=1e-5)
-    np.testing.assert_allclose(x[1], 0.75 * x[0] + 0.25 * x[3], atol=1e-5)
-    assert float(jnp.abs(x[0] - x[3]).max()) > 0.05
-    # Nothing but the mixing is left when hardly any noise is added. The predictor trusts its prior a little.
-    np.testing.assert_allclose(between([0.0, 1.0], 0), jnp.stack([a, b]), atol=0.05)

@@ -106,7 +106,7 @@ def test_one_host_asks_the_store_at_a_start(runs, monkeypatch):
     def requests(first):
         asked.clear()
         monkeypatch.setattr(processes, "is_first", lambda: first)
-        monkeypatch.setattr(processes, "broadcast", lambda value: value if first else 6)
+        monkeypatch.setattr(processes, "gather", lambda value: [value if first else 6])
         with storage.mirrored(stored, restore=logs.CONTINUED, active=first):
             assert checkpoint.Checkpoints(stored, keep=1).latest_valid() == 6
         return len(asked)

@@ -31,9 +31,11 @@ from maskdm_jax.data.images import save_png
 from maskdm_jax.data.sources import Digits, select
 from maskdm_jax.diffusion.gaussian import at, make_schedule
 from maskdm_jax.errors import ConfigError, DataError
+from maskdm_jax.parallel.sharding import make_mesh
 from maskdm_jax.run import train
 from maskdm_jax.sampling import TrainedModel
 from maskdm_jax.training import checkpoint
+from maskdm_jax.training.start import abstract_state
 
 BUDGET = 3e8
 EVALUATOR = """
@@ -119,7 +121,7 @@ def test_the_budget_may_be_seconds(tmp_path, monkeypatch):
     config = runs[0].phases[0].config
     found = study.StepSeconds(tmp_path / "seconds.json")(config, "here")
     assert 0 < found < 10
-    monkeypatch.setattr(study, "_measure_step", None)  # nothing is measured again
+    monkeypatch.setattr(study, "step_seconds", None)  # nothing is measured again
     assert study.StepSeconds(tmp_path / "seconds.json")(config, "here") == found
 
 
@@ -270,8 +272,8 @@ def test_a_phase_that_continues_equals_a_run_of_two_stages(planned, one_device, 
     study.train(last.config, tmp_path / "run")
     end = f"checkpoints/{first.stage.steps + last.stage.steps}"
     assert (folder / "phases" / last.key / end).exists()
-    config, mesh = last.config, study.make_run_mesh(last.config, jax.devices()[:1])
-    abstract = study.abstract_state(config, 1, make_network(config), mesh)
+    config, mesh = last.config, make_mesh(devices=jax.devices()[:1])
+    abstract = abstract_state(config, 1, make_network(config), mesh)
     ours, theirs = (
         checkpoint.load_state(root / end, abstract) for root in (folder / "phases" / last.key, tmp_path / "run")
     )

@@ -32,7 +32,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from maskdm_jax.diffusion.gaussian import Schedule, predictions, q_posterior
-from maskdm_jax.diffusion.process import Process, noisy
+from maskdm_jax.diffusion.process import Process
 
 
 def image_noise(key, index, shape: tuple[int, ...]):
@@ -341,25 +341,6 @@ SAMPLERS = {  # by `config.sampling.method`
     "heun": Sampler(_run_ode, continuous=True, calls=lambda steps, timesteps: 2 * steps - 1),
     "euler": Sampler(_run_ode, continuous=True),
 }
-
-
-def interpolate(sample, process: Process, x0_a, x0_b, weights, eps, start):
-    """Interpolate between two images: noise both to time `start`, mix, and denoise (Ho et al. 2020, section 4.3).
-
-    Args:
-      sample: x_t [n, ...] at time `start` -> x0 [n, ...], a sampler with its other arguments bound.
-      x0_a, x0_b: the clean images [...].
-      weights: [n] float32; 0 is `x0_a`, 1 is `x0_b`.
-      eps: noise [...], the same for both images and all weights, so that mixing does not change its variance.
-      start: time of the process; with more noise, results resemble the two images less.
-
-    Returns:
-      x0 [n, ...].
-    """
-    n, shape = len(weights), (-1,) + (1,) * x0_a.ndim
-    w = jnp.asarray(weights, jnp.float32).reshape(shape)
-    x0 = (1 - w) * x0_a[None] + w * x0_b[None]  # equals mixing after noising, which is linear
-    return sample(noisy(process, x0, jnp.full((n,), start), jnp.broadcast_to(eps[None], x0.shape)))
 
 
 def guided(predict, predict_weak, weight):

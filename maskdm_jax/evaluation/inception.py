@@ -60,8 +60,6 @@ def load_weights(path) -> dict:
       TorchFileError: the file is damaged or holds another network.
     """
     content = torch_file.read(path)
-    if not isinstance(content, dict):
-        raise TorchFileError(f"{path} holds a {type(content).__name__}, not the weights of FID's Inception network")
     causes = (KeyError, ValueError, TypeError, AttributeError)
     with prefixed(TorchFileError, f"{path} does not hold the weights of FID's Inception network (", causes, ")"):
         return prepare(content)

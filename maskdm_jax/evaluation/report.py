@@ -7,7 +7,7 @@ import pathlib
 
 import numpy as np
 from matplotlib.figure import Figure
-from PIL import Image
+from PIL import Image, ImageOps
 
 from maskdm_jax.data.images import sample_grid, to_pil
 from maskdm_jax.evaluation.features import ImageSet
@@ -203,10 +203,4 @@ def _tile(image: np.ndarray) -> str:
 
 
 def _square(image: np.ndarray, side: int) -> Image.Image:
-    picture = to_pil(image).convert("RGB")
-    if picture.size == (side, side):
-        return picture
-    picture = picture.resize([max(1, round(length * side / max(picture.size))) for length in picture.size])
-    page = Image.new("RGB", (side, side), "white")
-    page.paste(picture, ((side - picture.width) // 2, (side - picture.height) // 2))
-    return page
+    return ImageOps.pad(to_pil(image).convert("RGB"), (side, side), color="white")

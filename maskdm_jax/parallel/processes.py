@@ -92,14 +92,6 @@ def is_first() -> bool:
     return jax.process_index() == 0
 
 
-def broadcast(number: int) -> int:
-    """Return the first process's number in all processes, for instance if they may see a shared disk differently."""
-    if jax.process_count() == 1:
-        return number
-    barrier("broadcast")
-    return int(multihost_utils.broadcast_one_to_all(np.int32(number)))
-
-
 def gather(array) -> np.ndarray:
     """Stack arrays of equal shape and dtype from all processes: [processes, *shape], bit for bit."""
     array = np.asarray(array)

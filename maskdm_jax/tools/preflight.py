@@ -183,13 +183,13 @@ def _memory(config: Config, name: str) -> str:
     text = f"{found.memory / 2**30:.2f} of {limit / 2**30:.1f} GiB per device"
     if found.memory > limit:
         raise PreflightError(f"{text}; raise config.{name}.micro_batches or mesh.fsdp, or set config.{name}.remat=True")
-    seconds = _step_seconds(config, name, found.program)
+    seconds = min(step_seconds(config, name, found.program, times=3))
     whole = duration(config.stage[name].steps * seconds)
     return f"{text}, compiled in {found.compile_seconds:.0f} s; {seconds:.3g} s per step: {whole} if data keeps up"
 
 
-def _step_seconds(config: Config, name: str, program) -> float:
-    """Seconds of a compiled step on fresh weights and black images, the least of three."""
+def step_seconds(config: Config, name: str, program, times: int) -> list[float]:
+    """Seconds of each of some executions of a compiled step, on fresh weights and black images."""
     alone = cost.with_batch(config, name, config.stage[name].batch_size)
     mesh, network, size = make_run_mesh(alone), make_network(alone), alone.data.image_size
     state = fresh_state(alone, network, abstract_state(alone, 0, network, mesh))
@@ -198,10 +198,10 @@ def _step_seconds(config: Config, name: str, program) -> float:
     rows |= dict(label=np.zeros(n, np.int32), index=np.arange(n, dtype=np.uint32))
     batch = sharding.to_global(mesh, rows)
     taken = []
-    for _ in range(3):
+    for _ in range(times):
         processes.barrier("step")
         begun = time.perf_counter()
         state, values = program(state, batch)
         jax.block_until_ready(values)
         taken.append(time.perf_counter() - begun)
-    return min(taken)
+    return taken

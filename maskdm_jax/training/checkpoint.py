@@ -83,7 +83,7 @@ class Checkpoints:
                 except CheckpointError as error:
                     aside, step = self._move_aside(step), self.latest()
                     log.warning("%s; renamed to %s, resuming from %s", error, aside, step or "the start")
-        step = processes.broadcast(-1 if step is None else step)
+        step = int(processes.gather(-1 if step is None else step)[0])  # they may see a shared disk differently
         self._last = None if step < 0 else step
         return self._last
 

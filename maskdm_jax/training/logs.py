@@ -37,15 +37,13 @@ def logging_to(workdir):
     workdir.mkdir(parents=True, exist_ok=True)
     console = _Console()
     handlers = [console]
+    where = "" if processes.is_first() else f"process {jax.process_index()}: "
+    console.setFormatter(logging.Formatter(f"%(asctime)s {where}%(message)s", "%H:%M:%S"))
+    console.setLevel(logging.INFO if processes.is_first() else logging.WARNING)
     if processes.is_first():
-        console.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
-        console.setLevel(logging.INFO)
         file = logging.FileHandler(workdir / "log.txt", encoding="utf-8", errors="backslashreplace")
         file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
         handlers.append(file)
-    else:
-        console.setFormatter(logging.Formatter(f"%(asctime)s process {jax.process_index()}: %(message)s", "%H:%M:%S"))
-        console.setLevel(logging.WARNING)
     log.setLevel(logging.DEBUG)
     log.propagate = False  # absl's root handler would print every line again
     for handler in handlers:
@@ -136,29 +134,6 @@ def read_metrics(path) -> list[dict]:
     return lines
 
 
-class Window:
-    """Sums of metrics since the last log line. Checkpoints save them, so that means survive a restart."""
-
-    def __init__(self, count: int = 0, **sums: float):
-        self._count, self._sums = count, sums
-
-    def add(self, values: dict) -> None:
-        """Add the metrics of a step; the learning rate is not averaged."""
-        for key, value in values.items():
-            self._sums[key] = value if key == "learning_rate" else self._sums.get(key, 0.0) + value
-        self._count += 1
-
-    def take(self) -> dict:
-        """Return the means and reset."""
-        means = {k: v if k == "learning_rate" else v / self._count for k, v in self._sums.items()}
-        self._count, self._sums = 0, {}
-        return means
-
-    def sums(self) -> dict:
-        """Arguments that recreate this window."""
-        return {"count": self._count, **self._sums}
-
-
 _BAR = "{desc} {percentage:3.0f}%|{bar:20}| {n_fmt}/{total_fmt}"
 
 
@@ -183,20 +158,14 @@ class Rate:
     """Steps per second since the last reading, without pauses, and the share of time spent waiting for data."""
 
     def __init__(self):
-        self._since = time.perf_counter()
-        self._steps = 0
-        self._waited = 0.0
+        self._since, self._waited = time.perf_counter(), 0.0
 
-    def tick(self) -> None:
-        """Count a completed step."""
-        self._steps += 1
-
-    def read(self) -> tuple[float, float]:
-        """Steps per second since the last call, and the share of that time spent in `waiting`."""
+    def read(self, steps: int) -> tuple[float, float]:
+        """Steps per second, for `steps` since the last call, and the share of that time spent in `waiting`."""
         now = time.perf_counter()
         seconds = max(now - self._since, 1e-9)
-        rate, waited = self._steps / seconds, min(self._waited / seconds, 1.0)
-        self._since, self._steps, self._waited = now, 0, 0.0
+        rate, waited = steps / seconds, min(self._waited / seconds, 1.0)
+        self._since, self._waited = now, 0.0
         return rate, waited
 
     @contextlib.contextmanager

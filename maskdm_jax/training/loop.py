@@ -58,15 +58,6 @@ class Moment(typing.NamedTuple):
     resume: dict  # position in the data and sums of metrics, for JSON
 
 
-class Hook(typing.Protocol):
-    """Called every `every` steps and at the end of each stage; with 0, only at the end. Training waits for it."""
-
-    every: int
-
-    def __call__(self, at: Moment) -> None:
-        """Act at this point."""
-
-
 def train(config: Config, data, workdir, *, make_hooks=lambda run: (), devices=None, profile: int = 0) -> pathlib.Path:
     """Run all remaining stages of a config, and return the folder of the newest checkpoint.
 
@@ -74,7 +65,8 @@ def train(config: Config, data, workdir, *, make_hooks=lambda run: (), devices=N
 
     Args:
       data: `data.pipeline.TrainingData`.
-      make_hooks: run -> hooks; called when the start of the run is known.
+      make_hooks: run -> hooks; called when the start of the run is known. A hook is a function of a `Moment` that is
+        called every `hook.every` steps and at the end of each stage; with 0, only at the end. Training waits for it.
       devices: devices to run on; None for all.
       profile: number of steps, a few after the start, to trace into the run folder's `profile`.
 
@@ -151,7 +143,7 @@ def run_stage(run: Run, index: int, state: TrainState, meta: dict, hooks) -> Tra
     if "data" in meta:
         batches.seek(meta["data"])
     report = StageReport(run, index, first, meta.get("window", {}))
-    with contextlib.closing(batches), contextlib.closing(report):
+    with contextlib.closing(batches), contextlib.closing(report.progress):
         for step in range(first + 1, stage.steps + 1):
             with report.waiting_for_data():
                 batch = sharding.to_global(run.mesh, next(batches))
@@ -164,9 +156,9 @@ def run_stage(run: Run, index: int, state: TrainState, meta: dict, hooks) -> Tra
             if not due and not stop:
                 continue
             report.read()  # a checkpoint must not hold the result of a non-finite step
-            resume = dict(data=batches.state(), window=report.window.sums())
+            resume = dict(data=batches.state(), window=dict(report.window))
             at = Moment(offset + step, name, step, last, state, resume)
-            with report.paused():
+            with report.rate.paused():
                 if stop:  # skip the hooks: the grace period is for saving
                     stop_run(run, at)
                 for hook in due:
@@ -232,19 +224,20 @@ class StageReport:
         self._visible, self._total = (sum(getattr(plan, what) for plan in plans) for what in ("visible", "total"))
         self._later = sum(_cost(run.config, name) for name in run.config.stages[index + 1 :])
         self._later /= _cost(run.config, self._name) / self._stage.steps  # in steps of this stage
-        self.window, self._rate = logs.Window(**window), logs.Rate()
-        self._progress = logs.Progress(self._name, step=first, steps=self._stage.steps)
+        self.window = dict(window)  # sums of metrics, and their count; saved, so that means survive a restart
+        self.rate, self._logged = logs.Rate(), first
+        self.progress = logs.Progress(self._name, step=first, steps=self._stage.steps)
 
     def waiting_for_data(self):
         """Context for waiting for a batch; its time counts if the device becomes idle."""
         before = self._pending
-        return self._rate.waiting(lambda: before is not None and before[1]["loss"].is_ready())
+        return self.rate.waiting(lambda: before is not None and before[1]["loss"].is_ready())
 
     def started(self, step: int, values) -> None:
         """Record a dispatched step and read the previous one, so that the device never waits for Python."""
         self.read()
         self._pending = (step, values)
-        self._progress.update()
+        self.progress.update()
 
     def read(self) -> None:
         """Read the values of the pending step.
@@ -258,14 +251,16 @@ class StageReport:
         values = {key: float(value) for key, value in jax.device_get(values).items()}
         if not all(map(math.isfinite, values.values())):
             raise NonFiniteLoss(_advice(self._run, self._name, step, self._offset + step, values))
-        self.window.add(values)
-        self._rate.tick()
+        for key, value in (values | dict(count=1)).items():
+            self.window[key] = value if key == "learning_rate" else self.window.get(key, 0) + value
         if step % self._run.config.log.every == 0 or step == self._stage.steps:
             self._log(step)
 
     def _log(self, step: int) -> None:
-        per_second, waited = self._rate.read()
-        means = self.window.take()
+        per_second, waited = self.rate.read(step - self._logged)
+        count = self.window.pop("count")
+        means = {key: value if key == "learning_rate" else value / count for key, value in self.window.items()}
+        self.window, self._logged = {}, step
         images = per_second * self._stage.batch_size
         left = (self._stage.steps - step + self._later) / max(per_second, 1e-9)
         text = f"loss {means['loss']:.4f} | rate {means['learning_rate']:.1e} | {images:,.0f} images/s | "
@@ -273,17 +268,9 @@ class StageReport:
         text = (f"(run step {self._offset + step}) " if self._offset else "") + text
         text += f"{logs.duration(left)} left"
         text += f" | {waited:.0%} of the time waiting for data" if waited > 0.03 else ""
-        self._progress.numbers(step, text)
+        self.progress.numbers(step, text)
         extra = dict(images_per_second=images, waiting_for_data=waited, visible_tokens=self._visible, stage=self._name)
         self._run.metrics.write(self._offset + step, means | extra)
-
-    def paused(self):
-        """Context whose time does not count in the rate."""
-        return self._rate.paused()
-
-    def close(self) -> None:
-        """Finish the progress bar."""
-        self._progress.close()
 
 
 def _cost(config: Config, name: str) -> float:
