@@ -248,7 +248,7 @@ def _sparse(config: Config, labels, n: int):
 
 
 def _shallow(config: Config, labels, n: int):
-    return labels, _by_band(config, [jnp.zeros((n, 0), "int32") for _ in grids(config)])
+    return None, _by_band(config, [jnp.zeros((n, 0), "int32") for _ in grids(config)])
 
 
 def _by_band(config: Config, positions: list):
@@ -257,7 +257,7 @@ def _by_band(config: Config, positions: list):
 
 WEAK = {  # by `config.sampling.weak`: (config, labels, images) -> labels and positions of the weak prediction
     "unlabelled": lambda config, labels, n: (None, None),  # classifier-free guidance (Ho & Salimans 2022)
-    "shallow": _shallow,  # without the inner blocks; SPRINT's path-drop guidance also trains for it
+    "shallow": _shallow,  # without the inner blocks and the label: path-drop guidance (SPRINT)
     "sparse": _sparse,  # fewer visible patches: sparse guidance
 }
 

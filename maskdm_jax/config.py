@@ -182,6 +182,7 @@ class Stage:
     more_ema_decays: tuple[float, ...] = ()  # decays of further EMAs, named ema2, ema3, ...
     mask: Mask = Mask()
     detail_mask: Mask | None = None  # for the details of a wavelet model; None: the settings of mask
+    shallow: Probability = 0.0  # share of the images that skip the middle blocks, without a label; for weak=shallow
 
 
 @dataclasses.dataclass(frozen=True)
@@ -462,11 +463,15 @@ def _check_model(config: Config) -> None:
 
 def _check_labels(config: Config) -> None:
     data, model, guidance = config.data, config.model, config.sampling.guidance
-    if model.wavelet_scale and (data.label_dropout or (guidance and config.sampling.weak == "unlabelled")):
+    trained_shallow = [name for name, stage in config.stage.items() if stage.shallow]
+    unlabelled = data.label_dropout or (guidance and config.sampling.weak != "sparse") or trained_shallow
+    if model.wavelet_scale and model.num_classes and unlabelled:
         raise ConfigError(
             "a wavelet model (config.model.wavelet_scale) has no token for 'no label', as in the reference; set "
-            "config.data.label_dropout and config.sampling.guidance to 0"
+            "config.data.label_dropout, the stages' shallow, and config.sampling.guidance to 0"
         )
+    if trained_shallow and not model.outer_blocks:
+        raise ConfigError(f"config.{trained_shallow[0]}.shallow needs config.model.outer_blocks above 0")
     if model.num_classes and not data.labels:
         raise ConfigError(
             "config.model.num_classes is set but config.data.labels is False; set both for a conditional model, "

@@ -11,7 +11,8 @@ import tiny
 
 from maskdm_jax import config as config_lib
 from maskdm_jax import run, sampling
-from maskdm_jax.build import make_network, make_sampler
+from maskdm_jax.build import grids, make_network, make_process, make_sampler
+from maskdm_jax.diffusion import masking, samplers
 from maskdm_jax.errors import CheckpointError, ConfigError
 from maskdm_jax.interop.convert import convert
 from maskdm_jax.models import routing
@@ -72,7 +73,7 @@ def test_leaving_and_coming_back(token):
     tokens, visible = draw.standard_normal((2, 9, 4)).astype(np.float32), np.array([[0, 3, 6], [1, 2, 5]])
     left = np.asarray(routing.drop_hidden(jnp.asarray(tokens), jnp.asarray(visible), 2))
     worked = left + 1
-    back = routing.restore_hidden(jnp.asarray(worked), jnp.asarray(tokens[:, 2:]), jnp.asarray(visible), 2, token)
+    back = routing.restore_hidden(jnp.asarray(worked), jnp.asarray(tokens), jnp.asarray(visible), 2, token)
     for b in range(2):
         expected = [*(tokens[b, :2] + 1)]
         for n in range(7):
@@ -152,30 +153,62 @@ def test_a_hidden_patch_matters_and_is_learned(kind):
 
 
 @pytest.mark.parametrize("kind", NETWORKS)
-def test_guidance_from_sparsity(kind):
-    """A weak prediction is that of the network without its inner blocks, or with fewer patches visible."""
-    config, network, params, _ = built(kind, model__outer_blocks=1, sampling__steps=2)
-    shape = (2, 4, 4, 4) if kind == "wavelet" else (2, 8, 8, 1)
-    x, labels = jax.random.normal(jax.random.key(4), shape), jnp.array([1, 2])
-    noise = lambda i: jnp.zeros_like(x)
+@pytest.mark.parametrize("masked", [True, False])
+def test_shallow_images_skip_the_inner_blocks(kind, masked):
+    """They equal the prediction with all patches hidden, the others are as they were; also without a mask."""
+    _, network, params, inputs = built(kind, model__outer_blocks=1, model__returning="token")
+    positions = inputs.positions if masked else None
+    apply = jax.jit(network.apply)
+    args = params, inputs.x0, inputs.t, inputs.labels
+    mixed = apply(*args, positions, shallow=jnp.array([False, True, False]))
+    deep, shallow = apply(*args, positions), apply(*args, jax.tree.map(lambda at: at[:, :0], inputs.positions))
+    for ours, far, near in zip(*map(jax.tree.leaves, (mixed, deep, shallow)), strict=True):
+        np.testing.assert_allclose(ours[::2], far[::2], atol=1e-5)
+        np.testing.assert_allclose(ours[1], near[1], atol=1e-5)
+        assert np.abs(far[1] - near[1]).max() > 1e-3
 
-    def images(**changes):
-        settings = dataclasses.replace(config.sampling, **changes)
-        return np.asarray(
-            make_sampler(dataclasses.replace(config, sampling=settings), network)(params, x, noise, labels)
-        )
 
-    plain, shallow = images(), images(guidance=0.5, weak="shallow")
-    sparse, all_visible = (images(guidance=0.5, weak="sparse", weak_rate=rate) for rate in (0.5, 1e-6))
-    assert np.abs(shallow - plain).max() > 1e-3
-    assert np.abs(sparse - plain).max() > 1e-3
-    assert np.abs(sparse - shallow).max() > 1e-3
-    np.testing.assert_allclose(all_visible, plain, atol=1e-5)  # (1 + w) p - w p
+def test_shallow_images_are_drawn_without_labels():
+    config = tiny.config(model__outer_blocks=1, pretrain__shallow=0.4)
+    data = dict(image=np.zeros((500, 8, 8, 1), np.uint8), label=np.ones(500, np.int32), index=np.arange(500))
+    inputs = step.draw_inputs(config, "pretrain", jax.random.key(1), data)
+    assert float(inputs.shallow.mean()) == pytest.approx(0.4, abs=0.06)
+    np.testing.assert_array_equal(inputs.labels, np.where(inputs.shallow, -1, 1))
+    assert step.draw_inputs(config, "finetune", jax.random.key(1), data).shallow is None
+
+
+@pytest.mark.parametrize("kind", NETWORKS)
+def test_guidance_from_sparsity(kind, monkeypatch):
+    """(1 + w) p - w weak, where the weak prediction skips the inner blocks and the label, or has hidden patches."""
+    unconditional = dict(model__num_classes=0, data__labels=False) if kind == "wavelet" else {}
+    config, network, params, _ = built(kind, model__outer_blocks=1, **unconditional)
+    x = jax.random.normal(jax.random.key(4), (2, 4, 4, 4) if kind == "wavelet" else (2, 8, 8, 1))
+    labels, t = None if unconditional else jnp.array([1, 2]), jnp.full(2, 0.5 if kind == "jit" else 500)
+    call = lambda settings, predict, x, *args, **options: predict(x, t)
+    entry = dataclasses.replace(samplers.SAMPLERS[config.sampling.method], run=call)
+    monkeypatch.setitem(samplers.SAMPLERS, config.sampling.method, entry)
+
+    def guided(**changes):
+        settings = dataclasses.replace(config, sampling=dataclasses.replace(config.sampling, guidance=0.5, **changes))
+        return jax.jit(make_sampler(settings, network))(params, x, None, labels)
+
+    plans = [masking.make_plan("patch", grid, rate=0.25) for grid in grids(config)]
+    some = [jnp.stack([masking.sample_positions(plan, jax.random.key(i))] * 2) for i, plan in enumerate(plans)]
+    pick = lambda positions: tuple(positions) if kind == "wavelet" else positions[0]
+    predict = lambda *args: network.apply(params, *make_process(config).told(x, t), *args)
+    strong = predict(labels)
+    for ours, weak in (
+        (guided(weak="shallow"), predict(None, pick([at[:, :0] for at in some]))),
+        (guided(weak="sparse", weak_rate=0.25), predict(labels, pick(some))),
+    ):
+        assert np.abs(strong - weak).max() > 1e-3
+        np.testing.assert_allclose(ours, 1.5 * strong - 0.5 * weak, atol=1e-5)
 
 
 def test_a_run(tmp_path):
     """Routed, then dense with the same optimizer, guidance from sparsity; a stop in between changes nothing."""
     changes = dict(model__outer_blocks=1, model__returning="token", pretrain__mask=config_lib.strided(2))
+    changes |= dict(pretrain__shallow=0.3, finetune__shallow=0.3)
     for stage in ("pretrain", "finetune"):
         changes |= {
             f"{stage}__{key}": value for key, value in dict(warmup_steps=5, ema_law="plain", ema_every=3).items()
@@ -210,6 +243,8 @@ def test_a_run(tmp_path):
     [
         (dict(model__returning="token"), "returning is 'token', but config.model.outer_blocks is 0"),
         (dict(model__outer_blocks=1, model__network="own.py:X"), "outer_blocks must be 0 for a network of one's own"),
+        (dict(pretrain__shallow=0.1), "pretrain.shallow needs config.model.outer_blocks above 0"),
+        (NETWORKS["wavelet"] | dict(model__outer_blocks=1, pretrain__shallow=0.1), "the stages' shallow"),
         (dict(sampling__guidance=1.0, sampling__weak="shallow"), "which needs config.model.outer_blocks above 0"),
         (dict(pretrain__continues=True), "pretrain is the first stage; there is none to continue"),
         (dict(finetune__continues=True, finetune__b1=0.5), "finetune.b1 is 0.5; it must be 0.9 as in pretrain"),

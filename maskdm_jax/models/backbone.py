@@ -71,11 +71,12 @@ class Backbone(nnx.Module):
         self.out_blocks = nnx.List([block(skip=True) for _ in range(depth // 2)])
         self.norm = LayerNorm(width, rngs=rngs)
 
-    def __call__(self, patch_tokens, pos_extras, t, labels=None, visible=None):
+    def __call__(self, patch_tokens, pos_extras, t, labels=None, visible=None, shallow=None):
         """Transform patch tokens [B, V, D], position embeddings included; returns [B, V, D] of the compute dtype.
 
         Args:
           visible: [B, W] numbers of the patches that take part in the inner blocks, None for all.
+          shallow: [B] bool, the images of which all tokens skip the inner blocks; None for none.
           pos_extras: [extras, D], position embeddings of the label (if any) and time tokens.
           t: [B], the network's time, integer or fractional, about 0..1000; with EDM it can be negative.
           labels: [B] int32 in 0..num_classes-1, -1 for "no label"; None is no label for all.
@@ -90,13 +91,15 @@ class Backbone(nnx.Module):
             return jax.checkpoint(lambda *a: block(*a))(*args) if self.remat else block(*args)
 
         n, k, skips = len(self.in_blocks), self.outer, []
-        inner = range(k, 2 * n + 1 - k) if visible is not None else range(0)
+        inner = range(0) if visible is None and shallow is None else range(k, 2 * n + 1 - k)
         for number, block in enumerate([*self.in_blocks, self.mid_block, *self.out_blocks]):
             if inner and number == inner.start:
-                before, h = h[:, self.extras :], drop_hidden(h, visible, self.extras)
+                before, h = h, h if visible is None else drop_hidden(h, visible, self.extras)
             if inner and number == inner.stop:
-                h = restore_hidden(h, before, visible, self.extras, self.mask_token)
-            if number in inner and not visible.shape[1]:  # all patches are hidden: without the inner blocks
+                h = restore_hidden(h, before, visible, self.extras, self.mask_token, shallow)
+            if (
+                number in inner and visible is not None and not visible.shape[1]
+            ):  # all patches are hidden: without the inner blocks
                 continue
             h = run(block, h, skips.pop()) if number > n else run(block, h)
             if number < n:

@@ -94,7 +94,7 @@ class JiT(nnx.Module):
         self.modulation = Linear(width, 2 * width, kernel_init=zeros, **dense)
         self.head = Linear(width, patch_dim, kernel_init=zeros, **dense)
 
-    def __call__(self, x, t, labels=None, positions=None, dropout=None):
+    def __call__(self, x, t, labels=None, positions=None, dropout=None, shallow=None):
         """Predict for a whole image or for its visible patches.
 
         Args:
@@ -104,6 +104,7 @@ class JiT(nnx.Module):
           positions: [B, V] int32, row-major index of each visible patch in the grid; only with patches. None with
             patches means that they are the whole grid in order. With `outer` blocks as in `UViT`.
           dropout: [B] keys for dropout; None is none.
+          shallow: as in `UViT`.
 
         Returns:
           The prediction, float32 of x's shape.
@@ -130,14 +131,17 @@ class JiT(nnx.Module):
         tokens, all_angles = 0, angles
         for i, block in enumerate(self.blocks):
             if self.inner and i == self.inner.start:
-                before = h[:, tokens:]
+                before = h
                 if visible is not None:
                     h, angles = drop_hidden(h, visible, tokens), _beside(tokens, take(all_angles, visible))
             if self.inner and i == self.inner.stop:
-                h, angles = self._restore(h, before, visible, tokens), _beside(tokens, all_angles)
+                h, angles = self._restore(h, before, visible, tokens, shallow), _beside(tokens, all_angles)
             if i == self.class_tokens_from and self.class_positions is not None:
                 tokens = self.class_positions.shape[0]
-                h = jnp.concatenate([(label[:, None] + self.class_positions[None]).astype(h.dtype), h], axis=1)
+                classes = (label[:, None] + self.class_positions[None]).astype(h.dtype)
+                h = jnp.concatenate([classes, h], axis=1)
+                if i in self.inner:
+                    before = jnp.concatenate([classes, before], axis=1)
                 angles = _beside(tokens, angles)
             if i in self.inner and visible is not None and not visible.shape[1]:
                 continue  # all patches are hidden: the prediction without the inner blocks
@@ -148,13 +152,13 @@ class JiT(nnx.Module):
         out = self.head(modulate(self.norm(h[:, tokens:]), shift, scale)).astype(jnp.float32)
         return unpatchify(out, self.patch_size, self.grid) if whole else out
 
-    def _restore(self, h, before, visible, tokens: int):
+    def _restore(self, h, before, visible, tokens: int, shallow):
         """Insert hidden patches, and join all patches with their features from `before` the inner blocks."""
-        if visible is not None:
-            h = restore_hidden(h, before, visible, tokens, self.mask_token)
+        h = restore_hidden(h, before, visible, tokens, self.mask_token, shallow)
         if self.join is None:
             return h
-        return jnp.concatenate([h[:, :tokens], self.join(jnp.concatenate([h[:, tokens:], before], axis=-1))], axis=1)
+        joined = self.join(jnp.concatenate([h[:, tokens:], before[:, tokens:]], axis=-1))
+        return jnp.concatenate([h[:, :tokens], joined], axis=1)
 
     def _time(self, t):
         embedded = timestep_embedding(t, TIME_WIDTH)

@@ -12,14 +12,18 @@ def drop_hidden(tokens, visible, extras: int):
     return jnp.concatenate([tokens[:, :extras], take(tokens[:, extras:], visible)], axis=1)
 
 
-def restore_hidden(tokens, before, visible, extras: int, token=None):
-    """Insert the patches `visible` of `tokens` [B, extras + V, D] into all patches, `before` [B, N, D].
+def restore_hidden(tokens, before, visible, extras: int, token=None, shallow=None):
+    """Insert the patches `visible` of `tokens` [B, extras + V, D] into all tokens, `before` [B, extras + N, D].
 
-    Hidden patches keep their features from before, or get the learned `token` [D]. Returns [B, extras + N, D].
+    Hidden patches keep their features from before, or get the learned `token` [D]. With `visible` None, nothing is
+    hidden. Of the images `shallow` [B] bool, the result is as if all tokens had skipped the inner blocks.
     """
-    others = before if token is None else jnp.broadcast_to(token.astype(before.dtype), before.shape)
-    put = jax.vmap(lambda all_patches, at, values: all_patches.at[at].set(values))
-    return jnp.concatenate([tokens[:, :extras], put(others, visible, tokens[:, extras:])], axis=1)
+    hidden = before if token is None else before.at[:, extras:].set(token.astype(before.dtype))
+    if visible is not None:
+        put = jax.vmap(lambda patches, at, values: patches.at[at].set(values))
+        patches = put(hidden[:, extras:], visible, tokens[:, extras:])
+        tokens = jnp.concatenate([tokens[:, :extras], patches], axis=1)
+    return tokens if shallow is None else jnp.where(shallow[:, None, None], hidden, tokens)
 
 
 def take(patches, visible):

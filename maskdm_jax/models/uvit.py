@@ -45,7 +45,7 @@ class UViT(nnx.Module):
         self.backbone = Backbone(width=width, num_classes=num_classes, dtype=dtype, rngs=rngs, **options)
         self.head = Linear(width, patch_dim, dtype=dtype, rngs=rngs)
 
-    def __call__(self, x, t, labels=None, positions=None):
+    def __call__(self, x, t, labels=None, positions=None, shallow=None):
         """Predict the objective (noise, x0 or v) for a whole image or for its visible patches.
 
         Args:
@@ -56,6 +56,7 @@ class UViT(nnx.Module):
           positions: [B, V] int32, row-major index of each visible patch in the grid; only with patches. None with
             patches means that they are the whole grid in order. With `outer` blocks, x is of all patches or the whole
             image, and these are the patches that are visible in the inner blocks.
+          shallow: [B] bool, with `outer` blocks: the images of which all tokens skip the inner blocks; None for none.
 
         Returns:
           The prediction, float32 of x's shape.
@@ -76,5 +77,5 @@ class UViT(nnx.Module):
                 f"{self.grid[0]} x {self.grid[1]} = {pos_grid.shape[0]}"
             )
         tokens = self.patch_embed(patches, pos_grid, positions)  # [B, V, D]
-        out = self.head(self.backbone(tokens, pos_extras, t, labels, visible)).astype(jnp.float32)
+        out = self.head(self.backbone(tokens, pos_extras, t, labels, visible, shallow)).astype(jnp.float32)
         return unpatchify(out, self.patch_size, self.grid) if whole else out

@@ -67,7 +67,7 @@ class WaveletUViT(nnx.Module):
         self.approx_head = Linear(width, approx_dim, dtype=dtype, rngs=rngs)
         self.detail_head = Linear(width, detail_dim, dtype=dtype, rngs=rngs)
 
-    def __call__(self, x, t, labels=None, positions=None):
+    def __call__(self, x, t, labels=None, positions=None, shallow=None):
         """Predict the objective for all coefficients of an image or for the visible patches of both bands.
 
         Args:
@@ -78,6 +78,7 @@ class WaveletUViT(nnx.Module):
           labels: [B] int32 in 0..num_classes-1, required by a conditional model.
           positions: ([B, V], [B, W]) int32, row-major index of each visible patch in its band's grid; only with
             patches. None with patches means that they are both whole grids in order. With `outer` blocks as in `UViT`.
+          shallow: as in `UViT`.
 
         Returns:
           The prediction, float32 of x's shape or shapes.
@@ -102,7 +103,8 @@ class WaveletUViT(nnx.Module):
         pos_extras, pos_approx, pos_detail = jnp.split(self.pos_embed[...], [self.extras, self.extras + sizes[0]])
         approx_tokens = self.approx_patch_embed(approx, pos_approx, at_approx)
         detail_tokens = self.detail_patch_embed(detail, pos_detail, at_detail)
-        h = self.backbone(jnp.concatenate([approx_tokens, detail_tokens], axis=1), pos_extras, t, labels, visible)
+        tokens = jnp.concatenate([approx_tokens, detail_tokens], axis=1)
+        h = self.backbone(tokens, pos_extras, t, labels, visible, shallow)
         count = approx.shape[1]
         approx = self.approx_head(h[:, :count]).astype(jnp.float32)
         detail = self.detail_head(h[:, count:]).astype(jnp.float32)

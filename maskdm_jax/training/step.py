@@ -28,6 +28,7 @@ class Inputs(typing.NamedTuple):
     positions: jax.Array | None  # [B, V] int32, of the visible patches; None when nothing is hidden
     labels: jax.Array | None  # [B] int32, -1 where the label is hidden; None for an unconditional model
     dropout: jax.Array | None = None  # [B] keys for dropout in the network; None without dropout
+    shallow: jax.Array | None = None  # [B] bool, images that skip the inner blocks; None if there are none
 
 
 def draw_inputs(config: Config, stage: str, key, batch) -> Inputs:
@@ -36,6 +37,7 @@ def draw_inputs(config: Config, stage: str, key, batch) -> Inputs:
     batch: image uint8 [B, S, S, C], label int32 [B], index uint32 [B].
     """
     space, plans, process = make_representation(config), mask_plans(config, stage), make_process(config)
+    skipping = config.stage[stage].shallow
 
     def one(image, label, index):
         flip_key, mask_key, t_key, eps_key, label_key = jax.random.split(jax.random.fold_in(key, index), 5)
@@ -49,7 +51,8 @@ def draw_inputs(config: Config, stage: str, key, batch) -> Inputs:
             all_seen = plan.hides_nothing or config.model.outer_blocks
             patches.append(band[0] if all_seen else band[0][positions[-1]])
             eps.append(jax.random.normal(jax.random.fold_in(eps_key, i), patches[-1].shape))
-        label = jnp.where(jax.random.bernoulli(label_key, config.data.label_dropout), -1, label)
+        shallow = jax.random.bernoulli(jax.random.fold_in(label_key, 1), skipping)
+        label = jnp.where(jax.random.bernoulli(label_key, config.data.label_dropout) | shallow, -1, label)
         restore = lambda parts: jax.tree.unflatten(structure, parts)
         return Inputs(
             x0=restore(patches),
@@ -58,6 +61,7 @@ def draw_inputs(config: Config, stage: str, key, batch) -> Inputs:
             positions=None if all(plan.hides_nothing for plan in plans) else restore(positions),
             labels=label if config.model.num_classes else None,
             dropout=jax.random.fold_in(eps_key, len(plans)) if drops_out(config) else None,
+            shallow=shallow if skipping else None,
         )
 
     return jax.vmap(one)(batch["image"], batch["label"], batch["index"])
@@ -77,10 +81,11 @@ def make_loss(config: Config, network: Network) -> typing.Callable:
     process = make_process(config)
 
     def loss(params, inputs: Inputs):
-        dropout = {} if inputs.dropout is None else dict(dropout=inputs.dropout)
+        options = dict(dropout=inputs.dropout, shallow=inputs.shallow)
+        options = {name: value for name, value in options.items() if value is not None}
 
         def predict(x, t):
-            return network.apply(params, x, t, inputs.labels, inputs.positions, **dropout)
+            return network.apply(params, x, t, inputs.labels, inputs.positions, **options)
 
         return denoising_loss(predict, process, inputs.x0, inputs.t, inputs.eps, loss=config.diffusion.loss).mean()
 
