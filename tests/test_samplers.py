@@ -97,16 +97,6 @@ def test_objectives_agree_in_dpm_solver():
         np.testing.assert_allclose(told(objective), told("noise"), atol=2e-3)
 
 
-def test_bad_settings_of_dpm_solver_are_refused(schedule):
-    x = jnp.zeros((1, 2))
-    for options, message in (
-        (dict(order=4), "orders 1, 2 and 3, not 4"),
-        (dict(steps=0), "at least 1 step, not 0"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            samplers.dpm_solver(lambda x, t: x, x, schedule, **options)
-
-
 def test_guidance_is_linear_and_off_at_0():
     labelled, unlabelled = (lambda x, t: x + 1), (lambda x, t: x - 1)
     x = jnp.arange(3.0)
@@ -150,9 +140,6 @@ def test_ddim_times():
     np.testing.assert_array_equal(samplers.ddim_times(1000, 10), np.arange(999, -2, -100))
     times = samplers.ddim_times(1000, 1000)
     np.testing.assert_array_equal(times, np.arange(999, -2, -1))
-    for steps in (0, 1001):
-        with pytest.raises(ValueError, match=f"1 to 1000 steps, not {steps}"):
-            samplers.ddim_times(1000, steps)
     # As PyTorch's float32 linspace has it; float64 would truncate to 38 at the second place from the end.
     assert samplers.ddim_times(1000, 26)[-2] == 37
     assert len(samplers.ddim_times(1000, 26)) == 27

@@ -49,13 +49,7 @@ def image_noise(key, index, shape: tuple[int, ...]):
 
 
 def ddim_times(timesteps: int, steps: int) -> np.ndarray:
-    """Time steps of DDIM, descending int32 [steps + 1]; the last one, -1, means x0.
-
-    Raises:
-      ValueError: there are fewer time steps than `steps`, or `steps` is below 1.
-    """
-    if not 1 <= steps <= timesteps:
-        raise ValueError(f"DDIM can take 1 to {timesteps} steps, not {steps}")
+    """Times of 1 to `timesteps` steps of DDIM, descending int32 [steps + 1]; the last one, -1, means x0."""
     # linspace(-1, T - 1, steps + 1), truncated, in float32 and from both ends as PyTorch computes it: float64 would
     # change one of the times by 1 for 139 of the 1,000 step counts.
     i = np.arange(steps + 1)
@@ -69,9 +63,6 @@ def ddim(predict, x, noise, schedule: Schedule, *, objective="noise", clip=(-1.0
     """DDIM (Song et al. 2021, eq. 12): eta 0 is deterministic; eta 1 over all time steps is DDPM in distribution.
 
     As in the reference, the predicted noise is not recomputed from the clipped x0 (noise objective).
-
-    Raises:
-      ValueError: see `ddim_times`.
     """
     times = ddim_times(schedule.timesteps if start is None else start + 1, steps)
     # float32 throughout, as in the reference: differences lose digits, so float64 would give other coefficients.
@@ -119,11 +110,7 @@ def dpm_solver_times(schedule: Schedule, steps: int, spacing: str) -> tuple[np.n
     Args:
       steps: calls of the network.
       spacing: one of `DPM_SPACINGS`.
-
-    Raises:
-      ValueError: `steps` is below 1.
     """
-    _positive(steps)
     known_log_alpha = 0.5 * np.log(schedule.alpha_bar.astype(np.float64))
     known_log_alpha = known_log_alpha[_half_log_snr(known_log_alpha) > MIN_HALF_LOG_SNR]
     n = len(known_log_alpha)
@@ -156,11 +143,7 @@ def _half_log_snr(log_alpha):
 def dpm_solver(
     predict, x, schedule: Schedule, *, objective="noise", clip=None, steps=20, order=2, spacing="time_uniform"
 ):
-    """`multistep` for DDPM. `predict` is called `steps` times, at fractional time steps.
-
-    Raises:
-      ValueError: `order` is not 1, 2 or 3; see also `dpm_solver_times`.
-    """
+    """`multistep` for DDPM. `predict` is called `steps` times, at fractional time steps."""
     t, log_alpha = dpm_solver_times(schedule, steps, spacing)
     alpha, sigma = np.exp(log_alpha), np.sqrt(-np.expm1(2 * log_alpha))
 
@@ -177,11 +160,8 @@ def continuous_dpm_solver(predict, x, process: Process, *, clip=None, steps=20, 
     """`multistep` for flow matching and EDM, at equal steps of log(alpha / sigma).
 
     It begins and ends at `Process.half_log_snr`; the noise that is left at the end is far below a grey level.
-
-    Raises:
-      ValueError: `order` is not 1, 2 or 3, or `steps` is below 1.
     """
-    half_log_snr = np.linspace(*process.half_log_snr, _positive(steps) + 1)
+    half_log_snr = np.linspace(*process.half_log_snr, steps + 1)
     t = process.time_of(half_log_snr)
     alpha, sigma = (np.asarray(values, np.float64) for values in process.alpha_sigma(t))
 
@@ -201,13 +181,9 @@ def multistep(denoise, x, t, alpha, sigma, half_log_snr, order: int, clip):
       denoise: (x, {"t", "alpha", "sigma"}: scalars) -> prediction of x0.
       x: [B, ...] at time t[0].
       t, alpha, sigma, half_log_snr: float64 [steps + 1], the last log(alpha / sigma), ascending.
+      order: 1, 2 or 3.
       clip: bounds of the predicted x0, or None.
-
-    Raises:
-      ValueError: `order` is not 1, 2 or 3.
     """
-    if order not in (1, 2, 3):
-        raise ValueError(f"DPM-Solver++ has orders 1, 2 and 3, not {order}")
     steps = len(t) - 1
     # Each step is x' = scale * x + c0 * m0 + c1 * m1 + c2 * m2, where m0, m1, m2 are predictions of x0, newest first.
     table = np.zeros((steps, 4))
@@ -262,11 +238,8 @@ def ode(predict, x, noise, process: Process, *, steps=50, heun=True, churn: Chur
       x: standard normal noise [B, ...], or x_t if `start` is given.
       churn: for EDM.
       start: `Process.progress` of x.
-
-    Raises:
-      ValueError: `steps` is below 1.
     """
-    times = process.times(_positive(steps), 0.0 if start is None else start)
+    times = process.times(steps, 0.0 if start is None else start)
     t, after, within = times[:-1], times[1:], (churn.low <= times[:-1]) & (times[:-1] <= churn.high)
     raised = t * (1 + within * min(churn.amount / steps, math.sqrt(2) - 1))
     extra = churn.scale * np.sqrt(raised**2 - t**2)
@@ -291,12 +264,6 @@ def ode(predict, x, noise, process: Process, *, steps=50, heun=True, churn: Chur
     x = x * process.start if start is None else x
     x, _ = jax.lax.scan(step, x, jax.tree.map(lambda column: column[:-1], columns))
     return euler_step(x, jax.tree.map(lambda column: column[-1], columns))[-1]
-
-
-def _positive(steps: int) -> int:
-    if steps < 1:
-        raise ValueError(f"a sampler needs at least 1 step, not {steps}")
-    return steps
 
 
 def _run_ddim(settings, predict, x, noise, process, *, start, clip):

@@ -15,7 +15,7 @@ class Backbone(nnx.Module):
     counterpart in the first half. Depths 2k and 2k + 1 give the same network.
 
     Args:
-      width: D, of a token; even.
+      width: D, of a token; even, because the time embedding is half cosines, half sines.
       depth, heads: blocks, and attention heads of each; `heads` divides `width`.
       mlp_ratio: hidden width of an MLP, divided by `width`.
       qv_bias: give queries and values a bias.
@@ -28,9 +28,6 @@ class Backbone(nnx.Module):
       attention: name of the kernel, see `ops.attention.attention`.
       remat: recompute each block in the backward pass instead of saving its activations.
       rngs: for the initial parameters.
-
-    Raises:
-      ValueError: `width` is odd or `heads` does not divide it.
     """
 
     def __init__(
@@ -51,8 +48,6 @@ class Backbone(nnx.Module):
         remat: bool = False,
         rngs: nnx.Rngs,
     ):
-        if width % 2:
-            raise ValueError(f"width {width} is odd; the time embedding is half cosines, half sines")
         self.width, self.num_classes, self.dtype, self.remat = width, num_classes, dtype, remat
         self.outer = outer
         self.mask_token = nnx.Param(normal_002(rngs.params(), (width,))) if mask_token else None

@@ -40,9 +40,6 @@ class JiT(nnx.Module):
       attention: name of the kernel, see `ops.attention.attention`.
       remat: recompute each block in the backward pass instead of saving its activations.
       rngs: for the initial parameters.
-
-    Raises:
-      ValueError: the sizes do not fit each other.
     """
 
     def __init__(
@@ -67,10 +64,6 @@ class JiT(nnx.Module):
         remat: bool = False,
         rngs: nnx.Rngs,
     ):
-        if image_size % patch_size:
-            raise ValueError(f"patch_size {patch_size} does not divide image_size {image_size}")
-        if width % heads or width // heads % 4:
-            raise ValueError(f"width {width} must be {heads} heads times a multiple of 4")
         self.patch_size, self.num_classes, self.class_tokens_from = patch_size, num_classes, class_tokens_from
         side, patch_dim = image_size // patch_size, patch_size**2 * channels
         self.grid, self.width, self.head_dim, self.dtype, self.remat = (side, side), width, width // heads, dtype, remat

@@ -31,15 +31,9 @@ def patchify(images, patch_size: int):
 
 
 def unpatchify(patches, patch_size: int, grid: tuple[int, int]):
-    """Invert `patchify`: patches [B, rows*cols, p*p*C] of a grid (rows, cols) to images [B, rows*p, cols*p, C].
-
-    Raises:
-      ValueError: the patches do not form such a grid.
-    """
-    b, n, d = patches.shape
+    """Invert `patchify`: patches [B, rows*cols, p*p*C] of a grid (rows, cols) to images [B, rows*p, cols*p, C]."""
+    b, _, d = patches.shape
     p, (rows, cols) = patch_size, grid
-    if n != rows * cols or d % (p * p):
-        raise ValueError(f"patches {patches.shape} do not form a {rows} x {cols} grid of {p} x {p} patches")
     x = patches.reshape(b, rows, cols, p, p, d // (p * p))
     return x.transpose(0, 1, 3, 2, 4, 5).reshape(b, rows * p, cols * p, d // (p * p))
 
@@ -109,8 +103,6 @@ class Attention(nnx.Module):
     """
 
     def __init__(self, dim: int, heads: int, *, qv_bias: bool, kernel: str, dtype, rngs: nnx.Rngs):
-        if dim % heads:
-            raise ValueError(f"width {dim} does not divide into {heads} heads")
         self.heads, self.kernel = heads, kernel
         self.qkv = Linear(dim, 3 * dim, use_bias=False, dtype=dtype, rngs=rngs)
         self.q_bias = nnx.Param(jnp.zeros((dim,), jnp.float32)) if qv_bias else None

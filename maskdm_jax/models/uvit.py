@@ -17,9 +17,6 @@ class UViT(nnx.Module):
       patch_size: side p of a patch; must divide `image_size`.
       channels: C, channels of the images.
       width, num_classes, dtype, rngs, **options: see `Backbone`.
-
-    Raises:
-      ValueError: `patch_size` does not divide `image_size`; see also `Backbone`.
     """
 
     def __init__(
@@ -34,8 +31,6 @@ class UViT(nnx.Module):
         rngs: nnx.Rngs,
         **options,
     ):
-        if image_size % patch_size:
-            raise ValueError(f"patch_size {patch_size} does not divide image_size {image_size}")
         self.patch_size = patch_size
         self.grid = (image_size // patch_size, image_size // patch_size)
         self.extras = extra_tokens(num_classes)

@@ -31,9 +31,6 @@ class WaveletUViT(nnx.Module):
       channels: C, channels of the images.
       scale: s, detail patches have side p * s; p * s must divide image_size / 2.
       width, num_classes, dtype, rngs, **options: see `Backbone`.
-
-    Raises:
-      ValueError: the patches do not fit the coefficients; see also `Backbone`.
     """
 
     def __init__(
@@ -49,10 +46,6 @@ class WaveletUViT(nnx.Module):
         rngs: nnx.Rngs,
         **options,
     ):
-        if image_size % (2 * patch_size * scale):
-            raise ValueError(
-                f"2 * patch_size * scale = {2 * patch_size * scale} does not divide image_size {image_size}"
-            )
         self.patch_size, self.channels, self.scale = patch_size, channels, scale
         side = image_size // 2 // patch_size
         self.grids = ((side, side), (side // scale, side // scale))
