@@ -472,15 +472,10 @@ def _check_labels(config: Config) -> None:
         )
     if trained_shallow and not model.outer_blocks:
         raise ConfigError(f"config.{trained_shallow[0]}.shallow needs config.model.outer_blocks above 0")
-    if model.num_classes and not data.labels:
+    if data.labels != (model.num_classes > 0):
         raise ConfigError(
-            "config.model.num_classes is set but config.data.labels is False; set both for a conditional model, "
-            "or --config.model.num_classes=0 for an unconditional one"
-        )
-    if data.labels and not model.num_classes:
-        raise ConfigError(
-            "config.data.labels is True but config.model.num_classes is 0; give the number of classes, or "
-            "--config.data.labels=False for an unconditional model"
+            f"config.data.labels is {data.labels} but config.model.num_classes is {model.num_classes}; set both for a "
+            "conditional model, or --config.data.labels=False and --config.model.num_classes=0 for an unconditional one"
         )
     weak = config.sampling.weak
     if guidance and weak == "unlabelled" and not model.num_classes:

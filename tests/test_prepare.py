@@ -173,7 +173,7 @@ def test_labels_that_change_in_between(tmp_path):
         return prepare.prepare(source, tmp_path / "set", Framing(12), name="pets")
 
     first = make(0, 1)
-    with pytest.raises(DataError, match="which differs .labels.; give another folder"):
+    with pytest.raises(DataError, match="which differs .labels_hash: .* -> .*.; give another folder"):
         make(1, 0)
     assert make(0, 1) == first
 
@@ -347,7 +347,7 @@ def test_other_folders_are_not_touched(folder, prepared, tmp_path):
         prepare.prepare(open_source(str(folder)), tmp_path / "new", Framing(8, 4), name="x")
     with pytest.raises(RuntimeError, match="stop"):
         make(folder, tmp_path / "half", progress=lambda done: (_ for _ in ()).throw(RuntimeError("stop")))
-    with pytest.raises(DataError, match="unfinished set of other images or settings .size: 12 -> 16.; remove it"):
+    with pytest.raises(DataError, match="unfinished set of other images or settings .image.size: 12 -> 16.; remove it"):
         make(folder, tmp_path / "half", size=16)
 
 

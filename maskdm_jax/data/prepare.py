@@ -14,6 +14,7 @@ import pathlib
 import numpy as np
 from array_record.python.array_record_module import ArrayRecordWriter
 
+from maskdm_jax.config import differences
 from maskdm_jax.data.base import CARD, hash_texts
 from maskdm_jax.data.images import DECODER, Framing, decode, to_pil
 from maskdm_jax.data.pipeline import check_unreadable
@@ -87,8 +88,8 @@ class _Preparation:
         if (out / CARD).exists():
             card = read_card(out)
             keys = ("source", "names_hash", "split", "image", "classes", "labels_hash")
-            # Sets of before labels were hashed have no hash of them.
-            changed = _differences(plan | card, {key: plan[key] for key in keys})
+            before = plan | card  # sets of before labels were hashed have no hash of them
+            changed = _changes({key: before[key] for key in keys}, {key: plan[key] for key in keys})
             if not changed and card["source_stamp"] == hash_texts(["".join(map(self._stamps, range(self._shards)))]):
                 return card
             raise DataError(
@@ -99,7 +100,7 @@ class _Preparation:
             causes = (ValueError, TypeError, RecursionError)
             with prefixed(DataError, f"{out / _PLAN} is damaged (", causes, f"); remove {out} and start again"):
                 found = dict(json.loads((out / _PLAN).read_text()))
-            if changed := _differences(found, plan):
+            if changed := _changes(found, plan):
                 raise DataError(
                     f"{out} holds an unfinished set of other images or settings ({changed}); remove it or give "
                     "another folder"
@@ -218,16 +219,8 @@ class _Preparation:
         return card
 
 
-def _differences(old: dict, new: dict) -> str:
-    """Values that differ, old -> new; of hashes the key alone, and of dicts the entries that differ."""
-    parts = []
-    for key in new:
-        before, now = old.get(key), new[key]
-        if isinstance(before, dict) and isinstance(now, dict):
-            parts += [_differences(before, now)] if before != now else []
-        elif before != now:
-            parts.append(key.removesuffix("_hash") if key.endswith("_hash") else f"{key}: {before} -> {now}")
-    return "; ".join(parts)[:300]
+def _changes(old: dict, new: dict) -> str:
+    return "; ".join(differences(old, new))[:300]
 
 
 def _png(image: np.ndarray) -> bytes:
