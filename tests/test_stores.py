@@ -237,7 +237,7 @@ def test_addresses_that_cannot_work(address, message, monkeypatch):
 
 def test_orbax_has_no_s3(monkeypatch):
     monkeypatch.setattr(storage.importlib.util, "find_spec", lambda name: True)
-    with pytest.raises(ConfigError, match="Orbax writes checkpoints to disks and gs:// alone"):
+    with pytest.raises(ConfigError, match="Orbax writes checkpoints to gs:// and to disks alone"):
         checkpoint.check_path("s3://bucket/run")
 
 

@@ -172,7 +172,7 @@ def check_path(path) -> None:
       ConfigError: it is in a store other than Google's, or has characters of patterns.
     """
     if is_remote(path) and not str(location(path)).startswith("gs://"):
-        raise ConfigError(f"{path}: Orbax writes checkpoints to disks and gs:// alone; mount that bucket")
+        raise ConfigError(f"{path}: Orbax writes checkpoints to gs:// and to disks alone; use one that all hosts see")
     patterns = sorted(set(str(location(path))) & set("[]*?"))
     if patterns:
         raise ConfigError(f"{path}: no checkpoint can be kept below a folder with {' '.join(patterns)} in its name")
