@@ -321,9 +321,7 @@ def test_labels_beside_the_images_of_shards(tmp_path):
     assert (found.names, found.labels) == (["0.tar/s/0.png", "1.tar/s/1.png"], [1, 1])
     assert source(input_png=image, json=b'{"label": "cat"}').classes == ["cat"]
     assert not source(labels=False, png=image, json=b"{").classes
-    bare = (
-        r"'0.tar/s/0.png' has no label in a .cls or .json .key 'label'. beside it .2 of 2 images.; add it, or do with"
-    )
+    bare = r"'0.tar/s/0.png' has no label in a .cls or .json beside it .2 of 2 images.; add it, or do with"
     for files in (dict(), dict(cls=b"-1"), dict(cls=b""), dict(json=b"{"), dict(json=b'{"id": 1}'), dict(cls=b"\xff")):
         with pytest.raises(DataError, match=bare):
             source(png=image, **files)
