@@ -425,7 +425,7 @@ def _check(config: Config) -> None:
 def _check_continues(config: Config, before: str, name: str) -> None:
     if not before:
         raise ConfigError(f"config.{name}.continues is True, but {name} is the first stage; there is none to continue")
-    free = ("steps", "continues", "batch_size", "micro_batches", "remat", "mask", "detail_mask")
+    free = ("steps", "continues", "batch_size", "micro_batches", "remat", "mask", "detail_mask", "shallow")
     for field in _fields(Stage).keys() - set(free):
         old, new = (getattr(config.stage[stage], field) for stage in (before, name))
         _need(old == new, f"{name}.{field}", new, f"{old!r} as in {before}, which it continues")
@@ -468,7 +468,8 @@ def _check_labels(config: Config) -> None:
     if model.wavelet_scale and model.num_classes and unlabelled:
         raise ConfigError(
             "a wavelet model (config.model.wavelet_scale) has no token for 'no label', as in the reference; set "
-            "config.data.label_dropout, the stages' shallow, and config.sampling.guidance to 0"
+            "config.data.label_dropout and the stages' shallow to 0, and config.sampling.guidance to 0 or its weak to "
+            "'sparse'"
         )
     if trained_shallow and not model.outer_blocks:
         raise ConfigError(f"config.{trained_shallow[0]}.shallow needs config.model.outer_blocks above 0")

@@ -10,6 +10,7 @@ import json
 import logging
 import os
 import pathlib
+import textwrap
 
 import numpy as np
 from array_record.python.array_record_module import ArrayRecordWriter
@@ -220,7 +221,7 @@ class _Preparation:
 
 
 def _changes(old: dict, new: dict) -> str:
-    return "; ".join(differences(old, new))[:300]
+    return "; ".join(textwrap.shorten(line, 80) for line in differences(old, new))
 
 
 def _png(image: np.ndarray) -> bytes:
