@@ -147,6 +147,19 @@ def test_sampling_into_a_bucket(runs, bucket, tmp_path):
     assert not (packed / "parts").exists()
 
 
+def test_evaluation_in_a_bucket(root, runs, bucket, store_env, child_env):
+    """Real images, a run, saved statistics and the report are all in the store."""
+    disk, stored = runs
+    real = sampling.generate_to_folder(sampling.load(disk), f"{bucket}/real", 8, batch_size=8)
+    command = [sys.executable, root / "launch" / "evaluate.py", f"--reference={real}", f"--samples={stored}", "--n=8"]
+    command += ["--metrics=kid_lite0", f"--report={bucket}/report.html", f"--save_statistics={bucket}/statistics.npz"]
+    done = subprocess.run(command, env=child_env | store_env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "kid_lite0" in json.loads(done.stdout.splitlines()[-1])
+    assert b"</html>" in location(f"{bucket}/report.html").read_bytes()
+    assert location(f"{bucket}/statistics.npz").exists()
+
+
 def test_conversion_from_and_to_a_bucket(runs, bucket, tmp_path):
     disk, stored = runs
     for source, target in ((disk, tmp_path / "a.pt"), (stored, f"{bucket}/a.pt")):
