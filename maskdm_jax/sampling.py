@@ -274,8 +274,12 @@ def generate_to_folder(
     Raises:
       SamplingError: the folder contains samples with other settings, or labels do not fit the model.
     """
+    if file_format not in ("png", "npz"):
+        raise SamplingError(f"format {file_format!r} is unknown; choose png or npz")
     if file_format == "png" and loaded.config.data.channels not in (1, 3):
         raise SamplingError(f"images of {loaded.config.data.channels} channels cannot be PNG files; use --format=npz")
+    if n < 1 or batch_size < 1:
+        raise SamplingError(f"n and batch_size must be at least 1, not {n} and {batch_size}")
     cycle = label_cycle(loaded, labels)
     of_image = None if cycle is None else np.resize(np.asarray(cycle, np.int32), n)
     folder = location(folder)

@@ -23,14 +23,8 @@ from maskdm_jax.training.state import make_optimizer
 
 NETWORKS = {
     "uvit": dict(),
-    "wavelet": dict(model__wavelet_scale=1, model__patch_size=1),
-    "jit": dict(
-        model__network="jit",
-        model__jit=dict(bottleneck=4, class_tokens=3, class_tokens_from=1),
-        diffusion__process="flow",
-        diffusion__objective="x0",
-        sampling__method="heun",
-    ),
+    "wavelet": tiny.WAVELET,
+    "jit": tiny.JIT | dict(diffusion__process="flow", diffusion__objective="x0", sampling__method="heun"),
 }
 
 

@@ -185,6 +185,8 @@ def test_folders_are_not_mixed(ten, loaded, run, tmp_path):
     (tmp_path / "mine.txt").write_text("mine")
     with pytest.raises(SamplingError, match="is not empty and holds no samples.json"):
         sampling.generate_to_folder(loaded, tmp_path, 10)
+    with pytest.raises(SamplingError, match="format 'jpg' is unknown"):
+        sampling.generate_to_folder(loaded, tmp_path / "a", 1, file_format="jpg")
     with pytest.raises(SamplingError, match="has no weights 'best'; it has params, ema"):
         sampling.load(run, weights="best")
     with pytest.raises(ConfigError, match="sampling.steps is 2000"):

@@ -79,10 +79,9 @@ def is_adam(node):
 
 STATES = {
     "uvit": dict(),
-    "wavelet": dict(model__wavelet_scale=1, model__patch_size=1),
-    "routed jit": dict(
-        model__network="jit",
-        model__jit=dict(bottleneck=4, class_tokens=3, class_tokens_from=1),
+    "wavelet": tiny.WAVELET,
+    "routed jit": tiny.JIT
+    | dict(
         model__outer_blocks=1,
         model__returning="token",
         pretrain__more_ema_decays=(0.5,),

@@ -3,6 +3,8 @@
 from maskdm_jax import config as config_lib
 
 STAGE = dict(steps=4, batch_size=8, learning_rate=1e-3, warmup_steps=2, b1=0.9, ema_decay=0.9)
+WAVELET = dict(model__wavelet_scale=1, model__patch_size=1)  # changes for `raw`
+JIT = dict(model__network="jit", model__jit=dict(bottleneck=4, class_tokens=3, class_tokens_from=1))
 MODEL = dict(patch_size=2, width=16, depth=3, heads=2, mlp_ratio=2.0, qv_bias=True, num_classes=10, time_mlp=True)
 
 

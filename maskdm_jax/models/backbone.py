@@ -92,10 +92,8 @@ class Backbone(nnx.Module):
                 before, h = h, h if visible is None else drop_hidden(h, visible, self.extras)
             if inner and number == inner.stop:
                 h = restore_hidden(h, before, visible, self.extras, self.mask_token, shallow)
-            if (
-                number in inner and visible is not None and not visible.shape[1]
-            ):  # all patches are hidden: without the inner blocks
-                continue
+            if number in inner and visible is not None and not visible.shape[1]:
+                continue  # all patches are hidden: the prediction without the inner blocks
             h = run(block, h, skips.pop()) if number > n else run(block, h)
             if number < n:
                 skips.append(h)
