@@ -1,12 +1,14 @@
 """Does token routing pay? Dense training, MaskDM, TREAD and SPRINT at equal compute, on emoji at 64 x 64.
 
-    python experiments/run_study.py --config=experiments/sparse64.py --config.sets.noto=NOTO.zip
+    python experiments/run_study.py --config=experiments/sparse64.py:gpu --config.sets.both=EMOJI64.zip --seeds=0
+    python experiments/run_study.py --config=experiments/sparse64.py:cpu --config.sets.noto=NOTO.zip --seeds=0
 
 A sparse phase takes 50, 80 or 95% of the budget, and a dense phase the rest, with the same optimizer and EMA. The three
-runs of a method have one sparse phase, of which they branch off, so that it is trained once. Networks and process are
-those of `emoji64.py`, and its dense runs have twice the budget.
+runs of a method have one sparse phase, of which they branch off, so that it is trained once. Each seed repeats all
+runs; `--only=PATTERN --seeds=1,2` repeats the most interesting ones.
 
-`sparse64.py:seeds` repeats dense training and the runs in `BEST` with two more seeds.
+`cpu` has the networks, the process and the images of `emoji64.py`, whose dense runs have twice the budget. `gpu` has
+larger networks and budgets, and the images of both makers.
 """
 
 import itertools
@@ -17,7 +19,6 @@ from ml_collections import ConfigDict
 SHARES = (0.5, 0.8, 0.95)  # of the budget, for the sparse phase
 OUTER = {"model.outer_blocks": 1}
 TOKEN = OUTER | {"model.returning": "token"}
-NETWORKS = {"JiT": JIT, "U-ViT": UVIT}
 METHODS = {  # settings of both phases, and the mask of the sparse one
     "MaskDM 50%": ({}, dict(kind="patch", rate=0.5)),
     "MaskDM 75%": ({}, dict(kind="patch", rate=0.75)),
@@ -25,41 +26,48 @@ METHODS = {  # settings of both phases, and the mask of the sparse one
     "SPRINT 75%": (TOKEN, dict(kind="patch", rate=0.75)),
     "SPRINT 75%, strided": (TOKEN, dict(kind="strided", block=2)),
 }
-BEST = ()  # (network, method, share) of the two best runs of each network
+LARGER = {  # 6 and 22 million parameters
+    "U-ViT": UVIT | {"model.width": 256, "model.depth": 7},
+    "JiT": JIT | {"model.width": 384, "model.depth": 8},
+}
 
 
-def phases(common: dict, both: dict, mask: dict, share: float) -> tuple:
+def phases(common: dict, both: dict, mask: dict, share: float, data: str) -> tuple:
     """The phases of a run. The sparse one is cut where runs with a lower share branch off."""
     hidden = {f"train.mask.{key}": value for key, value in mask.items()}
     cuts = [0.0] + [cut for cut in SHARES if cut <= share]
     sparse = [
-        dict(share=end - begin, points=0, data="noto", settings=common | both | hidden, continues=begin > 0)
+        dict(share=end - begin, points=0, data=data, settings=common | both | hidden, continues=begin > 0)
         for begin, end in itertools.pairwise(cuts)
     ]
-    return (*sparse, dict(share=1 - share, points=1, data="noto", settings=common | both, continues=True))
+    return (*sparse, dict(share=1 - share, points=1, data=data, settings=common | both, continues=True))
 
 
-def run(network: str, method: str, share: float, seeds: tuple) -> dict:
-    """A run of the study; "dense" is a method with the share 0."""
-    common = NETWORKS[network] | PROCESSES["flow, x0"] | {"sampling.steps": 12}
-    if method == "dense":
-        one = dict(share=1.0, points=4, data="noto", settings=common)
-        return dict(name=f"{network}, dense", seeds=seeds, phases=(one,))
-    name = f"{network}, {method}, {share:.0%} sparse"
-    return dict(name=name, seeds=seeds, phases=phases(common, *METHODS[method], share))
+def runs_of(name: str, network: dict, data: str) -> list[dict]:
+    """The runs of a network: dense, then each method with each share."""
+    common = network | PROCESSES["flow, x0"] | {"sampling.steps": 12}
+    dense = dict(name=f"{name}, dense", phases=(dict(share=1.0, points=4, data=data, settings=common),))
+    sparse = [
+        dict(name=f"{name}, {method}, {share:.0%} sparse", phases=phases(common, *METHODS[method], share, data))
+        for method, share in itertools.product(METHODS, SHARES)
+    ]
+    return [run | dict(seeds=(0, 1, 2)) for run in (dense, *sparse)]
 
 
-def get_config(name=""):
-    """The study, or its repetition with more `seeds`."""
-    if name not in ("", "seeds"):
-        raise ValueError(f"there is no study {name!r} here; choose seeds, or none")
-    c = ConfigDict()
+def get_config(size="cpu"):
+    """The study, for a machine of this size."""
+    if size not in ("cpu", "gpu"):
+        raise ValueError(f"there is no size {size!r}; choose cpu or gpu")
+    c, data, networks = ConfigDict(), "noto", {"JiT": JIT, "U-ViT": UVIT}
     c.base = base()
-    c.sets = dict(noto="data/emoji64_noto.zip")
     c.budget = dict(flops=1e14, seconds=1800.0)
-    c.evaluation = dict(samples=1000, on="noto", held_out=400, levels=10)
-    dense = [(network, "dense", 0.0) for network in NETWORKS]
-    every = [(network, *rest) for network in NETWORKS for rest in itertools.product(METHODS, SHARES)]
-    wanted, seeds = (dense + list(BEST), (1, 2)) if name else (dense + every, (0,))
-    c.runs = tuple(run(*which, seeds) for which in wanted)
+    if size == "gpu":
+        data, networks = "both", LARGER
+        c.base.model.dtype = "bfloat16"
+        c.base.data.flip = 0.5
+        c.base.train.update(batch_size=128, learning_rate=5e-4, ema_decay=0.995)
+        c.budget = dict(flops=3e15, seconds=60.0)
+    c.sets = {data: "data/emoji64.zip"}
+    c.evaluation = dict(samples=1000, on=data, held_out=400, levels=10)
+    c.runs = tuple(run for name, network in networks.items() for run in runs_of(name, network, data))
     return c
