@@ -116,6 +116,28 @@ def test_long_sequences_are_fused_on_tpu_alone(monkeypatch):
     np.testing.assert_allclose(attention.attention(*x), attention.plain_attention(*x), atol=2e-6)
 
 
+@pytest.mark.parametrize("t", [8, 9])
+def test_the_gpu_kernel(monkeypatch, t):
+    """JAX accepts its backward pass, as far as can be told without a GPU; and by XLA it equals plain attention."""
+    from jax._src.cudnn import fused_attention_stablehlo as cudnn
+
+    monkeypatch.setattr(cudnn, "check_cudnn_version", lambda: 91000)
+    monkeypatch.setattr(cudnn, "check_compute_capability", lambda capability: True)
+    monkeypatch.setattr(cudnn, "is_cuda_compute_capability_equal", lambda capability: False)
+    x = tuple(part.astype(jnp.bfloat16) for part in qkv(t))
+    program = jax.make_jaxpr(jax.grad(lambda *x: attention.cudnn_attention(*x).sum(dtype=jnp.float32)))(*x)
+    assert "dot_product_attention_bwd" in str(program)
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            attention.jax.nn, "dot_product_attention", functools.partial(_by_xla, jax.nn.dot_product_attention)
+        )
+        assert_twins(attention.cudnn_attention, attention.plain_attention, qkv(t), atol=2e-6)
+
+
+def _by_xla(original, *args, implementation=None, **more):
+    return original(*args, **more)
+
+
 @pytest.mark.parametrize("kernel", ["plain", "parallel_heads"])
 def test_a_kernel_can_be_chosen(kernel):
     x = qkv(9)

@@ -47,7 +47,14 @@ def plain_attention(q, k, v):
 
 def cudnn_attention(q, k, v):
     """`attention` by cuDNN: NVIDIA GPUs, bfloat16 or float16, d a multiple of 8."""
-    return jax.nn.dot_product_attention(q, k, v, implementation="cudnn")
+    fused = functools.partial(jax.nn.dot_product_attention, implementation="cudnn")
+    b, t = q.shape[:2]
+    if t % 2 == 0:
+        return fused(q, k, v)
+    # JAX has no backward pass for odd lengths, so a token is added that no other attends to.
+    q, k, v = (jnp.pad(x, ((0, 0), (0, 1), (0, 0), (0, 0))) for x in (q, k, v))
+    length = jnp.full(b, t, jnp.int32)
+    return fused(q, k, v, query_seq_lengths=length, key_value_seq_lengths=length)[:, :t]
 
 
 # --- CPU ------------------------------------------------------------------------------------------
