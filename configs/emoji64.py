@@ -11,16 +11,16 @@ from maskdm_jax import config
 
 def get_config():
     c = config.default()
-    c.data.update(path="data/emoji64.zip", image_size=64, labels=True, label_dropout=0.1, threads=4)
-    c.model.update(network="jit", patch_size=8, width=256, depth=8, heads=4, num_classes=20)  # 64 patches
+    c.data.update(path="data/emoji64.zip", image_size=64, labels=True, label_dropout=0.1, threads=2)
+    c.model.update(network="jit", patch_size=8, width=192, depth=6, heads=6, num_classes=20)  # 64 patches
     c.model.jit.update(bottleneck=64, class_tokens=0, class_tokens_from=0)
     c.stages = ("pretrain", "finetune")
-    common = dict(batch_size=256, learning_rate=7e-4, warmup_steps=200)
-    c.pretrain = config.stage(steps=5000, mask=config.patch(rate=0.5), **common)
-    c.finetune = config.stage(steps=5000, **common)
+    common = dict(batch_size=32, learning_rate=1e-3, warmup_steps=200)
+    c.pretrain = config.stage(steps=6000, mask=config.patch(rate=0.5), **common)
+    c.finetune = config.stage(steps=8000, **common)
     c.diffusion.update(process="flow", objective="x0")
     c.sampling.update(method="heun", steps=25, guidance=1.0, guidance_from=0.1)
-    c.preview.update(every=5000, rows=20, columns=4)
-    c.checkpoint.every = 1000
+    c.preview.update(every=4000, rows=20, columns=4)
+    c.checkpoint.every = 500
     c.log.every = 100
     return c

@@ -55,7 +55,7 @@ def train(config: ConfigDict | Config | str, workdir) -> pathlib.Path:
 
     Args:
       config: settings from `recipe`, or the name of a recipe.
-      workdir: run folder, on a disk or gs://.
+      workdir: run folder, on a disk, gs:// or s3://.
 
     Returns:
       the folder of the last checkpoint, for `load`.

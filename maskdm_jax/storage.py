@@ -150,6 +150,12 @@ def write_atomically(path, content: bytes) -> None:
         temporary.write_bytes(content)
 
 
+def upload(folder: pathlib.Path, target) -> None:
+    """Write the files of a folder to an object store, in alphabetical order; see `_upload`."""
+    for file in sorted(path for path in folder.rglob("*") if path.is_file()):
+        _upload(file, target / str(file.relative_to(folder)))
+
+
 def _upload(file: pathlib.Path, target) -> None:
     """Write a file to an object store, where it appears when it is complete.
 

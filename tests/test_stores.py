@@ -13,6 +13,7 @@ import jax
 import numpy as np
 import pytest
 import tiny
+from moto.server import ThreadedMotoServer
 
 from maskdm_jax import run, sampling, storage
 from maskdm_jax.errors import CheckpointError, ConfigError
@@ -248,9 +249,37 @@ def test_addresses_that_cannot_work(address, message, monkeypatch):
         location(address)
 
 
-def test_orbax_has_no_s3(monkeypatch):
-    monkeypatch.setattr(storage.importlib.util, "find_spec", lambda name: True)
-    with pytest.raises(ConfigError, match="Orbax writes checkpoints to gs:// and to disks alone"):
+@pytest.fixture
+def s3(monkeypatch):
+    """A bucket at s3://, of a server in this process."""
+    server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
+    server.start()
+    address = "http://{}:{}".format(*server.get_host_and_port())
+    keys = dict(AWS_ACCESS_KEY_ID="test", AWS_SECRET_ACCESS_KEY="test", AWS_DEFAULT_REGION="us-east-1")
+    for name, value in dict(AWS_ENDPOINT_URL=address, EPATH_USE_TF="0", **keys).items():
+        monkeypatch.setenv(name, value)
+    fsspec.filesystem("s3").mkdir("bucket")
+    yield location("s3://bucket")
+    server.stop()
+
+
+def test_a_run_at_s3(s3, runs, monkeypatch):
+    """Begun, resumed and sampled there, it is the run on a disk; what does not count any more is deleted."""
+    disk, _ = runs
+    run.train(tiny.config(stages=("pretrain",)), s3 / "run")
+    unfinished = s3 / "run" / "checkpoints" / "5"
+    for name in ("_CHECKPOINT_METADATA", "params/_METADATA", "meta/metadata"):
+        (unfinished / name).write_bytes(b"{}")
+    run.train(tiny.config(), s3 / "run")
+    assert metrics(s3 / "run") == metrics(disk)
+    assert not unfinished.exists()
+    here, there = (sampling.load(folder) for folder in (disk, s3 / "run"))
+    for a, b in zip(*(jax.tree.leaves(one.params) for one in (here, there)), strict=True):
+        np.testing.assert_array_equal(a, b)
+    names = lambda folder: sorted(path.name for path in (folder / "checkpoints").iterdir())
+    assert names(s3 / "run") == names(disk)
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    with pytest.raises(ConfigError, match="s3://bucket/run: several processes write checkpoints to gs:// or to a disk"):
         checkpoint.check_path("s3://bucket/run")
 
 

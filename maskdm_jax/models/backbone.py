@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.experimental.layout import Layout, with_layout_constraint
 
 from maskdm_jax.models.layers import Block, LayerNorm, Mlp, normal_002, timestep_embedding
 from maskdm_jax.models.routing import drop_hidden, restore_hidden
@@ -81,6 +82,8 @@ class Backbone(nnx.Module):
         """
         extras = jnp.stack(self._extra_tokens(t, labels), axis=1) + pos_extras[None]
         h = jnp.concatenate([extras.astype(self.dtype), patch_tokens], axis=1)  # [B, extras + V, D]
+        # Without this, XLA on GPU gives all tokens a layout whose fastest axis is the batch, and transposes them often.
+        h = with_layout_constraint(h, Layout((0, 1, 2)))
 
         def run(block, *args):
             return jax.checkpoint(lambda *a: block(*a))(*args) if self.remat else block(*args)

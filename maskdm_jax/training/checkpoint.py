@@ -13,10 +13,12 @@ import itertools
 import json
 import logging
 import math
+import os
 import pathlib
 import re
 import shlex
 import shutil
+import tempfile
 
 import jax
 import orbax.checkpoint as ocp
@@ -26,7 +28,7 @@ from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, CustomSt
 from maskdm_jax import config as config_lib
 from maskdm_jax.errors import CheckpointError, ConfigError, first_line, prefixed
 from maskdm_jax.parallel import processes
-from maskdm_jax.storage import is_remote, location, move, remove_tree
+from maskdm_jax.storage import is_remote, local_copy, location, move, remove_tree, upload, write_atomically
 from maskdm_jax.training.state import TrainState
 
 log = logging.getLogger(__name__)
@@ -51,17 +53,29 @@ class _Manager(ocp.CheckpointManager):
 
 
 class Checkpoints:
-    """The checkpoints of a run folder. Keeps the `keep` newest and those of the steps in `keep_steps`."""
+    """The checkpoints of a run folder. Keeps the `keep` newest and those of the steps in `keep_steps`.
+
+    For s3://, where Orbax does not write, it writes to a temporary folder, from which each checkpoint is uploaded.
+    """
 
     def __init__(self, workdir, *, keep: int, keep_steps=()):
         check_path(workdir)
         self.folder, self._verified, self._last = location(workdir) / FOLDER, False, None
-        self._preserved = AnyPreservationPolicy([LatestN(keep), CustomSteps(list(keep_steps))])
+        self._keep, self._keep_steps, self._closing = keep, list(keep_steps), contextlib.ExitStack()
+
+    @functools.cached_property
+    def _written(self):
+        """The folder that Orbax writes to."""
+        if not _on_s3(self.folder):
+            return self.folder
+        return location(self._closing.enter_context(tempfile.TemporaryDirectory(prefix="maskdm-")))
 
     @functools.cached_property
     def _manager(self) -> _Manager:
         """Orbax's manager, made at the first save. To look at a checkpoint takes it twenty requests to a store."""
-        return _Manager(self.folder, options=ocp.CheckpointManagerOptions(preservation_policy=self._preserved))
+        preserved = AnyPreservationPolicy([LatestN(self._keep), CustomSteps(self._keep_steps)])
+        policy = LatestN(1) if _on_s3(self.folder) else preserved
+        return _Manager(self._written, options=ocp.CheckpointManagerOptions(preservation_policy=policy))
 
     def latest(self) -> int | None:
         """Step of the newest finished checkpoint, or None. A partial one, interrupted by a kill, does not count."""
@@ -106,7 +120,7 @@ class Checkpoints:
         return aside
 
     def save(self, step: int, state: TrainState, meta: dict) -> None:
-        """Start writing, and return when the state is copied and can be donated.
+        """Start writing, and return when the state is copied and can be donated; for s3://, when it is uploaded.
 
         Raises:
           CheckpointError: the disk is too full, or the previous checkpoint could not be written.
@@ -117,7 +131,7 @@ class Checkpoints:
         with self._writing():
             manager = self._manager  # it creates the folder
             # Check the folder first: without it, or on a full disk, Orbax logs hundreds of lines.
-            free = math.inf if is_remote(self.folder) else shutil.disk_usage(self.folder).free
+            free = math.inf if is_remote(self._written) else shutil.disk_usage(self._written).free
             if processes.is_first() and free < needed:
                 raise OSError(f"step {step} takes {needed / 1e9:.2f} GB and the disk has {free / 1e9:.2f} GB free")
             manager.save(
@@ -128,12 +142,24 @@ class Checkpoints:
                 ),
                 force=True,  # beside a stray folder of a higher number, Orbax would save nothing and say nothing
             )
+            if _on_s3(self.folder):
+                manager.wait_until_finished()
+                self._publish(step)
         self._last = step
         if not self._verified:  # a disk that does not keep what is written to it shows now, not at the next start
             self.wait()
             if processes.is_first():
                 check(self.folder / str(step))
             self._verified = True
+
+    def _publish(self, step: int) -> None:
+        """Upload a checkpoint, and last the file that marks it as finished; then delete those that are not kept."""
+        upload(self._written / str(step), self.folder / str(step))
+        write_atomically(self.folder / str(step) / _FINISHED, b"")
+        for old in list(_finished(self.folder))[self._keep :]:
+            if old not in self._keep_steps:
+                (self.folder / str(old) / _FINISHED).unlink()  # first, so that no part is taken for a checkpoint
+                remove_tree(self.folder / str(old))
 
     def wait(self) -> None:
         """Wait until the checkpoints are on disk.
@@ -148,7 +174,7 @@ class Checkpoints:
     def close(self) -> None:
         """Wait and release."""
         if "_manager" in vars(self):
-            with self._writing():
+            with self._closing, self._writing():
                 self._manager.close()
 
     @contextlib.contextmanager
@@ -169,10 +195,12 @@ def check_path(path) -> None:
     """Refuse a path where Orbax cannot write, or that it would take for a pattern.
 
     Raises:
-      ConfigError: it is in a store other than Google's, or has characters of patterns.
+      ConfigError: it is at s3:// and there are several processes, or has characters of patterns.
     """
-    if is_remote(path) and not str(location(path)).startswith("gs://"):
-        raise ConfigError(f"{path}: Orbax writes checkpoints to gs:// and to disks alone; use one that all hosts see")
+    if _on_s3(location(path)) and jax.process_count() > 1:
+        raise ConfigError(
+            f"{path}: several processes write checkpoints to gs:// or to a disk that all hosts see, but not to s3://"
+        )
     patterns = sorted(set(str(location(path))) & set("[]*?"))
     if patterns:
         raise ConfigError(f"{path}: no checkpoint can be kept below a folder with {' '.join(patterns)} in its name")
@@ -239,8 +267,7 @@ def check(checkpoint: pathlib.Path) -> None:
     """
     load_meta(checkpoint)
     for item in (*weights_in(checkpoint), "optimizer"):
-        folder = checkpoint / item
-        with _reading(checkpoint):
+        with _reading(checkpoint), _readable(checkpoint / item) as folder:
             described = json.loads((folder / "_METADATA").read_bytes())["tree_metadata"]
             for path in (*_children(folder / "array_metadatas"), folder / "_sharding"):
                 with contextlib.suppress(FileNotFoundError):
@@ -262,10 +289,9 @@ def load_item(checkpoint: pathlib.Path, item: str, abstract):
     Raises:
       CheckpointError: names, shapes or dtypes differ.
     """
-    # Compare every name, shape and dtype first: Orbax casts dtypes silently.
-    _check_item(checkpoint, item, abstract)
-    with ocp.StandardCheckpointer() as reader, _reading(checkpoint):
-        return reader.restore(checkpoint / item, abstract)
+    with _reading(checkpoint), _readable(checkpoint / item) as folder, ocp.StandardCheckpointer() as reader:
+        _check_item(checkpoint, folder, abstract)  # every name, shape and dtype: Orbax casts dtypes silently
+        return reader.restore(folder, abstract)
 
 
 def check_fit(checkpoint: pathlib.Path, abstract: TrainState) -> None:
@@ -276,7 +302,8 @@ def check_fit(checkpoint: pathlib.Path, abstract: TrainState) -> None:
     """
     _check_names(checkpoint, abstract)
     for item, part in _items(abstract).items():
-        _check_item(checkpoint, item, part)
+        with _reading(checkpoint), _readable(checkpoint / item) as folder:
+            _check_item(checkpoint, folder, part)
 
 
 def _check_names(checkpoint: pathlib.Path, abstract: TrainState) -> None:
@@ -288,10 +315,9 @@ def _check_names(checkpoint: pathlib.Path, abstract: TrainState) -> None:
         )
 
 
-def _check_item(checkpoint: pathlib.Path, item: str, abstract) -> None:
-    with _reading(checkpoint):
-        stored = ocp.StandardCheckpointHandler().metadata(checkpoint / item).tree
-    compare(f"the {item} of {checkpoint} do not fit config.model", stored, abstract)
+def _check_item(checkpoint: pathlib.Path, folder: pathlib.Path, abstract) -> None:
+    stored = ocp.StandardCheckpointHandler().metadata(folder).tree
+    compare(f"the {folder.name} of {checkpoint} do not fit config.model", stored, abstract)
 
 
 def _items(state: TrainState) -> dict:
@@ -313,14 +339,28 @@ def _children(folder) -> list:
 
 def _newest(folder) -> int | None:
     """Step of the newest checkpoint in a folder."""
+    return next(_finished(folder), None)
+
+
+def _finished(folder):
+    """Steps of the checkpoints in a folder, the newest first."""
     steps = sorted((int(path.name) for path in _children(folder) if path.name.isdecimal()), reverse=True)
-    return next((step for step in steps if _is_checkpoint(folder / str(step))), None)
+    return (step for step in steps if _is_checkpoint(folder / str(step)))
 
 
 def _is_checkpoint(path: pathlib.Path) -> bool:
     # On a disk, Orbax renames a finished checkpoint; in an object store, it adds a file.
     finished = not is_remote(path) or (path / _FINISHED).exists()
     return finished and (path / "meta").is_dir() and (path / "params").is_dir()
+
+
+def _on_s3(path) -> bool:
+    return os.fspath(path).startswith("s3://")
+
+
+def _readable(path):
+    """Context for a path that Orbax and TensorStore can read: itself, or a copy of what is at s3://."""
+    return local_copy(path) if _on_s3(path) else contextlib.nullcontext(path)
 
 
 def _reading(checkpoint: pathlib.Path):
