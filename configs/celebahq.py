@@ -7,7 +7,7 @@ Hardware: 8 accelerators of 80 GB; fewer or smaller ones with micro_batches, rem
 Expected cost, computed, not measured: 200k x 256 images x 0.269 TFLOP
  + 200k x 64 images x 1.72 TFLOP
  + 200k x 32 images x 4.45 TFLOP
-= 64.3 EFLOP, about 45.1 hours of one H100 in bfloat16 at 40% of its peak (989 TFLOP/s).
+= 64.3 EFLOP, about 59.5 hours of one H100 at 300 TFLOP/s (docs/speed.md).
 """
 
 from maskdm_jax import config

@@ -5,7 +5,7 @@
 Data: python launch/prepare_data.py --dataset=celebahq --src=DOWNLOADS --out=data/celebahq256
 Hardware: 8 accelerators of 80 GB; fewer or smaller ones with micro_batches, remat or mesh.fsdp.
 Expected cost, computed, not measured: 200k x 256 images x 0.27 TFLOP
-= 13.8 EFLOP, about 9.72 hours of one H100 in bfloat16 at 40% of its peak (989 TFLOP/s).
+= 13.8 EFLOP, about 12.8 hours of one H100 at 300 TFLOP/s (docs/speed.md).
 The paper announces score-based models, without a recipe: these are the settings of configs/celebahq_pretrain.py.
 Next: configs/celebahq_edm_finetune.py.
 """

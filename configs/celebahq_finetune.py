@@ -5,7 +5,7 @@
 Data: python launch/prepare_data.py --dataset=celebahq --src=DOWNLOADS --out=data/celebahq256
 Hardware: 8 accelerators of 80 GB; fewer or smaller ones with micro_batches, remat or mesh.fsdp.
 Expected cost, computed, not measured: 200k x 32 images x 4.45 TFLOP
-= 28.5 EFLOP, about 20 hours of one H100 in bfloat16 at 40% of its peak (989 TFLOP/s).
+= 28.5 EFLOP, about 26.4 hours of one H100 at 300 TFLOP/s (docs/speed.md).
 """
 
 from maskdm_jax import config

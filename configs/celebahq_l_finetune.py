@@ -5,7 +5,7 @@
 Data: python launch/prepare_data.py --dataset=celebahq --src=DOWNLOADS --out=data/celebahq256
 Hardware: 8 accelerators of 80 GB; fewer or smaller ones with micro_batches, remat or mesh.fsdp.
 Expected cost, computed, not measured: 550k x 16 images x 3.71 TFLOP
-= 32.7 EFLOP, about 23 hours of one H100 in bfloat16 at 40% of its peak (989 TFLOP/s).
+= 32.7 EFLOP, about 30.3 hours of one H100 at 300 TFLOP/s (docs/speed.md).
 Before: configs/celebahq_l_pretrain.py.
 """
 

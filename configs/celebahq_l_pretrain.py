@@ -5,7 +5,7 @@
 Data: python launch/prepare_data.py --dataset=celebahq --src=DOWNLOADS --out=data/celebahq256
 Hardware: 8 accelerators of 80 GB; fewer or smaller ones with micro_batches, remat or mesh.fsdp.
 Expected cost, computed, not measured: 200k x 128 images x 0.973 TFLOP
-= 24.9 EFLOP, about 17.5 hours of one H100 in bfloat16 at 40% of its peak (989 TFLOP/s).
+= 24.9 EFLOP, about 23.1 hours of one H100 at 300 TFLOP/s (docs/speed.md).
 Next: configs/celebahq_l_finetune.py.
 """
 

@@ -5,7 +5,7 @@
 Data: python launch/prepare_data.py --dataset=cifar10 --src=DOWNLOADS --out=data/cifar10
 Hardware: one accelerator of 80 GB or 8 of 16 GB; less with micro_batches or remat.
 Expected cost, computed, not measured: 200k x 128 images x 0.0741 TFLOP
-= 1.9 EFLOP, about 1.33 hours of one H100 in bfloat16 at 40% of its peak (989 TFLOP/s).
+= 1.9 EFLOP, about 1.76 hours of one H100 at 300 TFLOP/s (docs/speed.md).
 """
 
 from maskdm_jax import config

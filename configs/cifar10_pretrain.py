@@ -5,7 +5,7 @@
 Data: python launch/prepare_data.py --dataset=cifar10 --src=DOWNLOADS --out=data/cifar10
 Hardware: one accelerator of 80 GB or 8 of 16 GB; less with micro_batches or remat.
 Expected cost, computed, not measured: 200k x 256 images x 0.0361 TFLOP
-= 1.85 EFLOP, about 1.3 hours of one H100 in bfloat16 at 40% of its peak (989 TFLOP/s).
+= 1.85 EFLOP, about 1.71 hours of one H100 at 300 TFLOP/s (docs/speed.md).
 The paper has no such recipe: its masks and rates for 64 x 64 images, which have as many patches, serve here.
 Next: configs/cifar10_finetune.py.
 """

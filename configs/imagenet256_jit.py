@@ -5,7 +5,7 @@
 Data: python launch/prepare_data.py --src=IMAGENET --size=256 --crop=adm --labels --out=data/imagenet256
 Hardware: 8 accelerators of 80 GB, or a v5e-16 and larger; fewer or smaller ones with micro_batches or mesh.fsdp.
 Expected cost, computed, not measured: 250.2k x 1024 images x 0.153 TFLOP
-= 39.1 EFLOP, about 27.5 hours of one H100 in bfloat16 at 40% of its peak (989 TFLOP/s).
+= 39.1 EFLOP, about 36.2 hours of one H100 at 300 TFLOP/s (docs/speed.md).
 """
 
 from maskdm_jax import config

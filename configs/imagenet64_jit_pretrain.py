@@ -5,7 +5,7 @@
 Data: python launch/prepare_data.py --dataset=imagenet64 --src=DOWNLOADS --out=data/imagenet64
 Hardware: 8 accelerators of 80 GB, or a v5e-16 and larger; fewer or smaller ones with micro_batches or mesh.fsdp.
 Expected cost, computed, not measured: 250.2k x 1024 images x 0.0456 TFLOP
-= 11.7 EFLOP, about 8.21 hours of one H100 in bfloat16 at 40% of its peak (989 TFLOP/s).
+= 11.7 EFLOP, about 10.8 hours of one H100 at 300 TFLOP/s (docs/speed.md).
 The number of steps is ours: together, the two stages cost as much as 200 epochs without a mask.
 Next: configs/imagenet64_jit_finetune.py.
 """

@@ -5,7 +5,7 @@
 Data: python launch/prepare_data.py --dataset=lsun_church --src=DOWNLOADS --out=data/lsun_church256
 Hardware: 8 accelerators of 80 GB; fewer or smaller ones with micro_batches, remat or mesh.fsdp.
 Expected cost, computed, not measured: 200k x 64 images x 4.45 TFLOP
-= 56.9 EFLOP, about 40 hours of one H100 in bfloat16 at 40% of its peak (989 TFLOP/s).
+= 56.9 EFLOP, about 52.7 hours of one H100 at 300 TFLOP/s (docs/speed.md).
 Before: python launch/train.py --config=configs/celebahq_pretrain.py --config.data.path=DIR_OR_ZIP
  --config.diffusion.schedule=linear --workdir=runs/lsun_church_pretrain
 """

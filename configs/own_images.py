@@ -5,7 +5,7 @@
 Hardware: one accelerator of 80 GB or 8 of 16 GB; less with micro_batches or remat.
 Expected cost, computed, not measured: 50k x 256 images x 0.0355 TFLOP
  + 50k x 128 images x 0.0733 TFLOP
-= 0.923 EFLOP, about 0.648 hours of one H100 in bfloat16 at 40% of its peak (989 TFLOP/s).
+= 0.923 EFLOP, about 0.855 hours of one H100 at 300 TFLOP/s (docs/speed.md).
 Class-conditional, with one folder per class: --config.data.labels=True --config.model.num_classes=N.
 `own_images.py:cpu` trains 1.1 million parameters at 32 x 32, for two CPU cores.
 """

@@ -9,6 +9,8 @@ import jax
 import pytest
 import tiny
 
+import maskdm_jax
+from maskdm_jax import config as config_lib
 from maskdm_jax.data.pipeline import TrainingData
 from maskdm_jax.training import loop
 
@@ -96,6 +98,18 @@ def test_the_table_of_costs_has_all_recipes(root):
     table = (root / "docs" / "costs.md").read_text()
     assert all(f"| {row['config']} | {row['stage']} | {row['topology']} |" in table for row in rows)
     assert all(row["fits"] for row in rows)
+
+
+@pytest.mark.parametrize("name", ["celebahq", "own_images", "emoji64"])
+def test_the_time_left_counts_the_flops_of_later_stages(root, name):
+    """As XLA counted them in the compiled programs."""
+    rows = [json.loads(line) for line in (root / "docs" / "costs.jsonl").read_text().splitlines()]
+    flops = {row["stage"]: row["flops"] for row in rows if row["config"] == name}
+    config = config_lib.parse(maskdm_jax.recipe(name))
+    first, *others = config.stages
+    for other in others:
+        ratio = config.stage[other].steps * flops[other] / (config.stage[first].steps * flops[first])
+        assert loop._cost(config, other) / loop._cost(config, first) == pytest.approx(ratio, rel=0.1)
 
 
 def test_recipe_costs(root, child_env, tmp_path):

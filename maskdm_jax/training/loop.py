@@ -274,11 +274,13 @@ class StageReport:
 
 
 def _cost(config: Config, name: str) -> float:
-    """Number of patches that the blocks of a stage process, an estimate of its time."""
+    """FLOPs of the blocks in a stage, up to a factor, an estimate of its time."""
     plans, model = mask_plans(config, name), config.model
     outer = 2 * model.outer_blocks / model.depth  # share of the blocks that process hidden patches, too
-    patches = sum(outer * plan.total + (1 - outer) * plan.visible for plan in plans)
-    return config.stage[name].steps * config.stage[name].batch_size * patches
+    flops = lambda tokens: tokens * (6 * model.width + tokens)  # products with weights, and attention
+    total, visible = (sum(getattr(plan, what) for plan in plans) for what in ("total", "visible"))
+    images = config.stage[name].steps * config.stage[name].batch_size
+    return images * (outer * flops(total) + (1 - outer) * flops(visible))
 
 
 def _advice(run: Run, name: str, stage_step: int, step: int, values: dict) -> str:
