@@ -96,6 +96,15 @@ def local_copy(path):
         yield pathlib.Path(target)
 
 
+def read(path) -> bytes:
+    """The content of a file, which another process may replace meanwhile."""
+    if not is_remote(path):
+        return location(path).read_bytes()
+    import fsspec
+
+    return fsspec.url_to_fs(os.fspath(path))[0].cat_file(os.fspath(path))  # in one request
+
+
 def remove_tree(folder) -> None:
     """Delete a folder with all that it holds, if it exists."""
     with contextlib.suppress(FileNotFoundError):
@@ -300,7 +309,7 @@ def _lease(folder):
 
 def _read(path) -> dict | None:
     with contextlib.suppress(FileNotFoundError, ValueError):
-        return json.loads(path.read_bytes())
+        return json.loads(read(path))
     return None
 
 

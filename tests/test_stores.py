@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 import urllib.request
 
@@ -249,17 +250,18 @@ def test_addresses_that_cannot_work(address, message, monkeypatch):
         location(address)
 
 
-@pytest.fixture
-def s3(monkeypatch):
+@pytest.fixture(scope="module")
+def s3():
     """A bucket at s3://, of a server in this process."""
     server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
     server.start()
     address = "http://{}:{}".format(*server.get_host_and_port())
     keys = dict(AWS_ACCESS_KEY_ID="test", AWS_SECRET_ACCESS_KEY="test", AWS_DEFAULT_REGION="us-east-1")
-    for name, value in dict(AWS_ENDPOINT_URL=address, EPATH_USE_TF="0", **keys).items():
-        monkeypatch.setenv(name, value)
-    fsspec.filesystem("s3").mkdir("bucket")
-    yield location("s3://bucket")
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in dict(AWS_ENDPOINT_URL=address, EPATH_USE_TF="0", **keys).items():
+            patch.setenv(name, value)
+        fsspec.filesystem("s3").mkdir("bucket")
+        yield location("s3://bucket")
     server.stop()
 
 
@@ -281,6 +283,16 @@ def test_a_run_at_s3(s3, runs, monkeypatch):
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     with pytest.raises(ConfigError, match="s3://bucket/run: several processes write checkpoints to gs:// or to a disk"):
         checkpoint.check_path("s3://bucket/run")
+
+
+def test_a_file_at_s3_can_be_read_while_it_is_replaced(s3):
+    write = lambda count: storage.write_atomically(s3 / "metrics.jsonl", b'{"step": 1}\n' * count)
+    write(1)
+    writer = threading.Thread(target=lambda: [write(count) for count in range(1, 31)])
+    writer.start()
+    while writer.is_alive():
+        assert logs.read_metrics(s3 / "metrics.jsonl")
+    assert len(logs.read_metrics(s3 / "metrics.jsonl")) == 30
 
 
 def test_killed_in_a_bucket(bucket, store_env, child_env, root, tmp_path):

@@ -16,7 +16,7 @@ from maskdm_jax import config as config_lib
 from maskdm_jax.config import Config
 from maskdm_jax.errors import MaskDMError
 from maskdm_jax.parallel import processes
-from maskdm_jax.storage import location, write_atomically
+from maskdm_jax.storage import location, read, write_atomically
 
 log = logging.getLogger("maskdm_jax")
 
@@ -126,7 +126,7 @@ class Metrics:
 def read_metrics(path) -> list[dict]:
     """The lines of a metrics.jsonl. Damaged lines, such as one truncated by a kill, are skipped."""
     lines = []
-    for text in location(path).read_bytes().decode(errors="replace").splitlines():
+    for text in read(path).decode(errors="replace").splitlines():
         with contextlib.suppress(ValueError, RecursionError):
             line = json.loads(text)
             if isinstance(line, dict) and isinstance(line.get("step"), int):
