@@ -23,7 +23,7 @@ import time
 
 from absl import app, flags, logging
 
-from maskdm_jax.storage import location
+from maskdm_jax.storage import local_copy, location
 
 KILLS = flags.DEFINE_integer("kills", 30, "Number of kills.", lower_bound=0)
 PROCESSES = flags.DEFINE_list("processes", ["2"], "Processes of the run; several numbers take turns.")
@@ -141,11 +141,12 @@ def tree(workdir, item: str) -> dict:
     """Bytes of every array of the last checkpoint."""
     import tensorstore
 
-    store = {"driver": "ocdbt", "base": (workdir / "checkpoints" / str(STEPS.value) / item).as_uri() + "/"}
-    keys = [key.decode() for key in tensorstore.KvStore.open(store).result().list().result()]
-    names = [key.removesuffix(".zarray") for key in keys if key.endswith(".zarray")]
-    read = lambda name: tensorstore.open({"driver": "zarr", "kvstore": store | {"path": name}}).result().read().result()
-    return {name: read(name).tobytes() for name in names}
+    with local_copy(workdir / "checkpoints" / str(STEPS.value) / item) as folder:
+        store = {"driver": "ocdbt", "base": folder.as_uri() + "/"}
+        keys = [key.decode() for key in tensorstore.KvStore.open(store).result().list().result()]
+        array = lambda name: tensorstore.open({"driver": "zarr", "kvstore": store | {"path": name}}).result()
+        names = [key.removesuffix(".zarray") for key in keys if key.endswith(".zarray")]
+        return {name: array(name).read().result().tobytes() for name in names}
 
 
 if __name__ == "__main__":
