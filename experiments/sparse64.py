@@ -8,7 +8,16 @@ runs of a method have one sparse phase, of which they branch off, so that it is 
 runs; `--only=PATTERN --seeds=1,2` repeats the most interesting ones.
 
 `cpu` has the networks, the process and the images of `emoji64.py`, whose dense runs have twice the budget. `gpu` has
-larger networks and budgets, and the images of both makers.
+larger networks and budgets, and the images of both makers. Several processes use a GPU better than one, because each
+also compiles, saves and evaluates; after an interruption, the same command goes on:
+
+    export XLA_PYTHON_CLIENT_MEM_FRACTION=0.07 JAX_COMPILATION_CACHE_DIR=~/.cache/jax
+    for network in U-ViT JiT; do
+      for method in dense "MaskDM 50%*" "MaskDM 75%*" "TREAD*" "SPRINT 75%, strided*" "SPRINT 75%, [!s]*"; do
+        timeout 540 python experiments/run_study.py --config=experiments/sparse64.py:gpu \\
+          --config.sets.both=EMOJI64.zip --seeds=0 --only="$network, $method" &
+      done
+    done; wait
 """
 
 import itertools
@@ -64,9 +73,9 @@ def get_config(size="cpu"):
     if size == "gpu":
         data, networks = "both", LARGER
         c.base.model.dtype = "bfloat16"
-        c.base.data.flip = 0.5
+        c.base.data.update(flip=0.5, workers=2)  # in a process that trains, reading would delay short steps
         c.base.train.update(batch_size=128, learning_rate=5e-4, ema_decay=0.995)
-        c.budget = dict(flops=3e15, seconds=60.0)
+        c.budget = dict(flops=2e15, seconds=60.0)
     c.sets = {data: "data/emoji64.zip"}
     c.evaluation = dict(samples=1000, on=data, held_out=400, levels=10)
     c.runs = tuple(run for name, network in networks.items() for run in runs_of(name, network, data))

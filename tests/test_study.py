@@ -437,17 +437,19 @@ def test_the_study_of_processes_is_planned(root, monkeypatch):
         make_sampler(run.phases[0].config, make_network(run.phases[0].config))
 
 
-def test_the_study_of_routing_is_fair(root, monkeypatch):
+@pytest.mark.parametrize("size", ["cpu", "gpu"])
+def test_the_study_of_routing_is_fair(root, monkeypatch, size):
     """Every run has the same budget, network and process; phases differ in the mask alone. A method's sparse phase is
     trained once for its three shares of the budget.
     """
     monkeypatch.setattr(study.cost, "count_flops", lambda config, stage, images: 1e11)
-    runs = study.plan(runpy.run_path(str(root / "experiments" / "sparse64.py"))["get_config"](), seeds={0})
+    config = runpy.run_path(str(root / "experiments" / "sparse64.py"))["get_config"](size)
+    runs, steps = study.plan(config, seeds={0}), config.budget.flops / 1e11
     assert len(runs) == 2 * (1 + 5 * 3)
     trained = {phase.key: phase.stage.steps for run in runs for phase in run.phases}
-    assert sum(trained.values()) == pytest.approx(1000 * 2 * (1 + 5 * (0.95 + 0.5 + 0.2 + 0.05)), rel=0.01)
+    assert sum(trained.values()) == pytest.approx(steps * 2 * (1 + 5 * (0.95 + 0.5 + 0.2 + 0.05)), rel=0.01)
     for run in runs:
-        assert sum(phase.stage.steps for phase in run.phases) == pytest.approx(1000, rel=0.01)
+        assert sum(phase.stage.steps for phase in run.phases) == pytest.approx(steps, rel=0.01)
         models = {phase.config.model for phase in run.phases}
         assert len(models) == 1
         assert len({phase.config.diffusion for phase in run.phases}) == 1
