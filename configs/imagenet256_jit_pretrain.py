@@ -3,7 +3,7 @@
     python launch/train.py --config=configs/imagenet256_jit_pretrain.py --config.data.path=DIR_OR_ZIP
 
 Data: python launch/prepare_data.py --src=IMAGENET --size=256 --crop=adm --labels --out=data/imagenet256
-Hardware: 8 accelerators of 80 GB, or a v5e-16 and larger; fewer or smaller ones with micro_batches or mesh.fsdp.
+Hardware: at least one accelerator of 80 GB or 4 of 16 GB; less with micro_batches or remat.
 Expected cost, computed, not measured: 250.2k x 1024 images x 0.0459 TFLOP
 = 11.7 EFLOP, about 10.8 hours of one H100 at 300 TFLOP/s (docs/speed.md).
 The number of steps is ours: together, the two stages cost as much as configs/imagenet256_jit.py.

@@ -3,7 +3,7 @@
     python launch/train.py --config=configs/lsun_church_finetune.py --config.data.path=DIR_OR_ZIP --config.init_from=RUN
 
 Data: python launch/prepare_data.py --dataset=lsun_church --src=DOWNLOADS --out=data/lsun_church256
-Hardware: 8 accelerators of 80 GB; fewer or smaller ones with micro_batches, remat or mesh.fsdp.
+Hardware: at least 2 accelerators of 80 GB or 8 of 16 GB; less with micro_batches or remat.
 Expected cost, computed, not measured: 200k x 64 images x 4.45 TFLOP
 = 56.9 EFLOP, about 52.7 hours of one H100 at 300 TFLOP/s (docs/speed.md).
 Before: python launch/train.py --config=configs/celebahq_pretrain.py --config.data.path=DIR_OR_ZIP

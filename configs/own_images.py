@@ -2,7 +2,7 @@
 
     python launch/train.py --config=configs/own_images.py --config.data.path=DIR_OR_ZIP
 
-Hardware: one accelerator of 80 GB or 8 of 16 GB; less with micro_batches or remat.
+Hardware: at least one accelerator of 16 GB; less with micro_batches or remat.
 Expected cost, computed, not measured: 50k x 256 images x 0.0355 TFLOP
  + 50k x 128 images x 0.0733 TFLOP
 = 0.923 EFLOP, about 0.855 hours of one H100 at 300 TFLOP/s (docs/speed.md).

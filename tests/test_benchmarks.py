@@ -100,6 +100,17 @@ def test_the_table_of_costs_has_all_recipes(root):
     assert all(row["fits"] for row in rows)
 
 
+def test_recipes_fit_on_the_hardware_that_they_name(root):
+    """With the memory that XLA planned for 16 chips: the state is on each, activations are divided."""
+    numbers = dict(one=1) | {str(number): number for number in (2, 4, 8, 16)}
+    for row in map(json.loads, (root / "docs" / "costs.jsonl").read_text().splitlines()):
+        text = (root / "configs" / f"{row['config']}.py").read_text()
+        named = re.findall(r"(one|\d+)(?: accelerators?)? of (\d+) GB", text) if row["stage"] != "sampling" else []
+        for number, size in named:
+            needed = row["state"] + row["temporary"] * row["chips"] / numbers[number]
+            assert needed < 0.95 * int(size) * 1e9, f"{row['config']}, {row['stage']}: {number} of {size} GB"
+
+
 @pytest.mark.parametrize("name", ["celebahq", "own_images", "emoji64"])
 def test_the_time_left_counts_the_flops_of_later_stages(root, name):
     """As XLA counted them in the compiled programs."""
