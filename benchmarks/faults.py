@@ -2,6 +2,7 @@
 
     python benchmarks/faults.py --kills=30 --processes=2
     python benchmarks/faults.py --kills=10 --processes=2,1,4 --workdir=gs://BUCKET/faults
+    python benchmarks/faults.py --kills=10 --processes=1 --workdir=s3://BUCKET/faults
 
 Trains a tiny network on the digits in several processes. Repeatedly, a random process receives SIGKILL or SIGTERM at a
 random moment, and all processes are restarted, in turn as many as --processes says, with equally many devices
@@ -23,6 +24,7 @@ import time
 
 from absl import app, flags, logging
 
+from maskdm_jax.errors import ConfigError
 from maskdm_jax.storage import local_copy, location
 
 KILLS = flags.DEFINE_integer("kills", 30, "Number of kills.", lower_bound=0)
@@ -72,6 +74,8 @@ def compare(folder) -> bool:
         sys.stdout.flush()
         if status == 0:
             break
+        if status == ConfigError.status:
+            sys.exit((folder / f"{killed.name}.log").read_text()[-3000:])
     same = {name: tree(calm, name) == tree(killed, name) for name in ("params", "ema", "optimizer")}
     same["history"] = history(calm) == history(killed)
     result = dict(kills=len(kills), kinds={kind: kills.count(kind) for kind in set(kills)}, steps_done_twice=lost)

@@ -3,11 +3,11 @@
     python launch/train.py --config=configs/celebahq.py --config.data.path=DIR_OR_ZIP
 
 Data: python launch/prepare_data.py --dataset=celebahq --src=DOWNLOADS --out=data/celebahq256
-Hardware: at least one accelerator of 80 GB or 4 of 16 GB; less with micro_batches or remat.
+Hardware: one accelerator of 80 GB or 4 of 16 GB; fewer or smaller ones with micro_batches or remat.
 Expected cost, computed, not measured: 200k x 256 images x 0.269 TFLOP
  + 200k x 64 images x 1.72 TFLOP
  + 200k x 32 images x 4.45 TFLOP
-= 64.3 EFLOP, about 59.5 hours of one H100 at 300 TFLOP/s (docs/speed.md).
+= 64.3 EFLOP, about 59.5 hours of one H100 at 300 TFLOP/s; docs/speed.md measures 228 and 312.
 """
 
 from maskdm_jax import config

@@ -3,9 +3,9 @@
     python launch/train.py --config=configs/celebahq_l_finetune.py --config.data.path=DIR_OR_ZIP
 
 Data: python launch/prepare_data.py --dataset=celebahq --src=DOWNLOADS --out=data/celebahq256
-Hardware: at least one accelerator of 40 GB or 4 of 16 GB; less with micro_batches or remat.
+Hardware: one accelerator of 40 GB or 4 of 16 GB; fewer or smaller ones with micro_batches or remat.
 Expected cost, computed, not measured: 550k x 16 images x 3.71 TFLOP
-= 32.7 EFLOP, about 30.3 hours of one H100 at 300 TFLOP/s (docs/speed.md).
+= 32.7 EFLOP, about 30.3 hours of one H100 at 300 TFLOP/s; docs/speed.md measures 228 and 312.
 Before: configs/celebahq_l_pretrain.py.
 """
 

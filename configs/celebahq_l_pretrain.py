@@ -3,9 +3,9 @@
     python launch/train.py --config=configs/celebahq_l_pretrain.py --config.data.path=DIR_OR_ZIP
 
 Data: python launch/prepare_data.py --dataset=celebahq --src=DOWNLOADS --out=data/celebahq256
-Hardware: at least one accelerator of 80 GB or 8 of 16 GB; less with micro_batches or remat.
+Hardware: one accelerator of 80 GB or 8 of 16 GB; fewer or smaller ones with micro_batches or remat.
 Expected cost, computed, not measured: 200k x 128 images x 0.973 TFLOP
-= 24.9 EFLOP, about 23.1 hours of one H100 at 300 TFLOP/s (docs/speed.md).
+= 24.9 EFLOP, about 23.1 hours of one H100 at 300 TFLOP/s; docs/speed.md measures 228 and 312.
 Next: configs/celebahq_l_finetune.py.
 """
 

@@ -3,9 +3,9 @@
     python launch/train.py --config=configs/celebahq_s_finetune.py --config.data.path=DIR_OR_ZIP --config.init_from=RUN
 
 Data: python launch/prepare_data.py --dataset=celebahq --src=DOWNLOADS --out=data/celebahq256
-Hardware: at least one accelerator of 80 GB or 8 of 16 GB; less with micro_batches or remat.
+Hardware: one accelerator of 80 GB or 8 of 16 GB; fewer or smaller ones with micro_batches or remat.
 Expected cost, computed, not measured: 200k x 64 images x 2.42 TFLOP
-= 31 EFLOP, about 28.7 hours of one H100 at 300 TFLOP/s (docs/speed.md).
+= 31 EFLOP, about 28.7 hours of one H100 at 300 TFLOP/s; docs/speed.md measures 228 and 312.
 The images are drawn by data.fraction_seed; the 1% are a subset of the 10%.
 From scratch for comparison: --config.init_from="".
 """

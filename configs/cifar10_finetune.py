@@ -3,9 +3,9 @@
     python launch/train.py --config=configs/cifar10_finetune.py --config.data.path=DIR_OR_ZIP
 
 Data: python launch/prepare_data.py --dataset=cifar10 --src=DOWNLOADS --out=data/cifar10
-Hardware: at least one accelerator of 16 GB; less with micro_batches or remat.
+Hardware: one accelerator of 16 GB; fewer or smaller ones with micro_batches or remat.
 Expected cost, computed, not measured: 200k x 128 images x 0.0741 TFLOP
-= 1.9 EFLOP, about 1.76 hours of one H100 at 300 TFLOP/s (docs/speed.md).
+= 1.9 EFLOP, about 1.76 hours of one H100 at 300 TFLOP/s; docs/speed.md measures 228 and 312.
 """
 
 from maskdm_jax import config

@@ -3,9 +3,9 @@
     python launch/train.py --config=configs/imagenet256_jit_finetune.py --config.data.path=DIR_OR_ZIP
 
 Data: python launch/prepare_data.py --src=IMAGENET --size=256 --crop=adm --labels --out=data/imagenet256
-Hardware: at least 4 accelerators of 80 GB or 16 of 16 GB; less with micro_batches or remat.
+Hardware: 4 accelerators of 80 GB or 16 of 16 GB; fewer or smaller ones with micro_batches or remat.
 Expected cost, computed, not measured: 175.1k x 1024 images x 0.153 TFLOP
-= 27.4 EFLOP, about 25.4 hours of one H100 at 300 TFLOP/s (docs/speed.md).
+= 27.4 EFLOP, about 25.4 hours of one H100 at 300 TFLOP/s; docs/speed.md measures 228 and 312.
 """
 
 from maskdm_jax import config

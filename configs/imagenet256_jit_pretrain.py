@@ -3,9 +3,9 @@
     python launch/train.py --config=configs/imagenet256_jit_pretrain.py --config.data.path=DIR_OR_ZIP
 
 Data: python launch/prepare_data.py --src=IMAGENET --size=256 --crop=adm --labels --out=data/imagenet256
-Hardware: at least one accelerator of 80 GB or 4 of 16 GB; less with micro_batches or remat.
+Hardware: one accelerator of 80 GB or 4 of 16 GB; fewer or smaller ones with micro_batches or remat.
 Expected cost, computed, not measured: 250.2k x 1024 images x 0.0459 TFLOP
-= 11.7 EFLOP, about 10.8 hours of one H100 at 300 TFLOP/s (docs/speed.md).
+= 11.7 EFLOP, about 10.8 hours of one H100 at 300 TFLOP/s; docs/speed.md measures 228 and 312.
 The number of steps is ours: together, the two stages cost as much as configs/imagenet256_jit.py.
 Next: configs/imagenet256_jit_finetune.py.
 """

@@ -3,9 +3,9 @@
     python launch/train.py --config=configs/imagenet64_jit_finetune.py --config.data.path=DIR_OR_ZIP
 
 Data: python launch/prepare_data.py --dataset=imagenet64 --src=DOWNLOADS --out=data/imagenet64
-Hardware: at least 4 accelerators of 80 GB or 16 of 16 GB; less with micro_batches or remat.
+Hardware: 4 accelerators of 80 GB or 16 of 16 GB; fewer or smaller ones with micro_batches or remat.
 Expected cost, computed, not measured: 175.1k x 1024 images x 0.152 TFLOP
-= 27.2 EFLOP, about 25.2 hours of one H100 at 300 TFLOP/s (docs/speed.md).
+= 27.2 EFLOP, about 25.2 hours of one H100 at 300 TFLOP/s; docs/speed.md measures 228 and 312.
 """
 
 from maskdm_jax import config

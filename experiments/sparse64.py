@@ -76,7 +76,7 @@ def get_config(size="cpu"):
         c.base.data.update(flip=0.5, workers=2)  # in a process that trains, reading would delay short steps
         c.base.train.update(batch_size=128, learning_rate=5e-4, ema_decay=0.995)
         c.budget = dict(flops=2e15, seconds=60.0)
-    c.sets = {data: "data/emoji64.zip"}
+    c.sets = {data: "data/emoji64.zip" if data == "both" else "data/emoji64_noto.zip"}
     c.evaluation = dict(samples=1000, on=data, held_out=400, levels=10)
     c.runs = tuple(run for name, network in networks.items() for run in runs_of(name, network, data))
     return c

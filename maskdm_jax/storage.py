@@ -77,6 +77,7 @@ def location(path):
         options.setdefault("use_listings_cache", False)  # with it, what another process writes is not seen
         if name != "s3":  # s3fs has limits of its own
             options.setdefault("requests_timeout", REQUEST_LIMIT)
+    os.environ.setdefault("EPATH_USE_TF", "0")  # where TensorFlow is installed, it does not know s3://
     os.environ.setdefault("TENSORSTORE_CURL_LOW_SPEED_TIME_SECONDS", STALLED)
     os.environ.setdefault("TENSORSTORE_CURL_LOW_SPEED_LIMIT_BYTES", "1")
     return epath.Path(f"{scheme}://{rest.rstrip('/')}")
@@ -84,7 +85,11 @@ def location(path):
 
 @contextlib.contextmanager
 def local_copy(path):
-    """Yield a path on this machine with the content of `path`, a file or folder: itself, if it is on a disk."""
+    """Yield a path on this machine with the content of `path`, a file or folder: itself, if it is on a disk.
+
+    Raises:
+      ConfigError: the copy does not fit on the disk of temporary files.
+    """
     if not is_remote(path):
         yield path
         return
@@ -92,7 +97,12 @@ def local_copy(path):
 
     with tempfile.TemporaryDirectory(prefix="maskdm-") as scratch:
         target = os.path.join(scratch, path.name)
-        fsspec.url_to_fs(os.fspath(path))[0].get(os.fspath(path), target, recursive=path.is_dir())
+        try:
+            fsspec.url_to_fs(os.fspath(path))[0].get(os.fspath(path), target, recursive=path.is_dir())
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            raise ConfigError(f"{path} does not fit on the disk of {scratch}; set TMPDIR to a larger one") from error
         yield pathlib.Path(target)
 
 
@@ -102,7 +112,7 @@ def read(path) -> bytes:
         return location(path).read_bytes()
     import fsspec
 
-    return fsspec.url_to_fs(os.fspath(path))[0].cat_file(os.fspath(path))  # in one request
+    return fsspec.url_to_fs(os.fspath(path))[0].cat_file(os.fspath(path))  # a file opened at s3:// cannot be read then
 
 
 def remove_tree(folder) -> None:

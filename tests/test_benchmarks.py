@@ -105,7 +105,10 @@ def test_recipes_fit_on_the_hardware_that_they_name(root):
     numbers = dict(one=1) | {str(number): number for number in (2, 4, 8, 16)}
     for row in map(json.loads, (root / "docs" / "costs.jsonl").read_text().splitlines()):
         text = (root / "configs" / f"{row['config']}.py").read_text()
-        named = re.findall(r"(one|\d+)(?: accelerators?)? of (\d+) GB", text) if row["stage"] != "sampling" else []
+        if row["stage"] == "sampling" or row["config"] in ("demo", "emoji64"):  # for CPUs
+            continue
+        named = re.findall(r"(one|\d+)(?: accelerators?)? of (\d+) GB", text)
+        assert named, row["config"]
         for number, size in named:
             needed = row["state"] + row["temporary"] * row["chips"] / numbers[number]
             assert needed < 0.95 * int(size) * 1e9, f"{row['config']}, {row['stage']}: {number} of {size} GB"

@@ -1,5 +1,6 @@
 """Run folders in an object store: the same files, bits and guarantees as on a disk."""
 
+import errno
 import json
 import os
 import signal
@@ -8,6 +9,7 @@ import sys
 import threading
 import time
 import urllib.request
+from unittest import mock
 
 import fsspec
 import jax
@@ -266,23 +268,48 @@ def s3():
 
 
 def test_a_run_at_s3(s3, runs, monkeypatch):
-    """Begun, resumed and sampled there, it is the run on a disk; what does not count any more is deleted."""
+    """Interrupted and resumed there, it is the run on a disk; what does not count any more is deleted."""
     disk, _ = runs
-    run.train(tiny.config(stages=("pretrain",)), s3 / "run")
-    unfinished = s3 / "run" / "checkpoints" / "5"
-    for name in ("_CHECKPOINT_METADATA", "params/_METADATA", "meta/metadata"):
-        (unfinished / name).write_bytes(b"{}")
+    put = storage._upload
+
+    def refuse(file, target):
+        if "checkpoints/4/params" in str(target):
+            raise OSError("the credentials have expired")
+        put(file, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(storage, "_upload", refuse)
+        message = r"to s3://bucket/run/checkpoints \(the credentials have expired\).* resumes from step 2$"
+        with pytest.raises(CheckpointError, match=message):
+            run.train(tiny.config(), s3 / "run")
     run.train(tiny.config(), s3 / "run")
     assert metrics(s3 / "run") == metrics(disk)
-    assert not unfinished.exists()
     here, there = (sampling.load(folder) for folder in (disk, s3 / "run"))
     for a, b in zip(*(jax.tree.leaves(one.params) for one in (here, there)), strict=True):
         np.testing.assert_array_equal(a, b)
     names = lambda folder: sorted(path.name for path in (folder / "checkpoints").iterdir())
     assert names(s3 / "run") == names(disk)
+    convert.convert(s3 / "run", s3 / "exported.pt")
+    convert.convert(s3 / "exported.pt", s3 / "imported", heads=2)
+    checkpoint.check(checkpoint.find(s3 / "imported"))
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     with pytest.raises(ConfigError, match="s3://bucket/run: several processes write checkpoints to gs:// or to a disk"):
         checkpoint.check_path("s3://bucket/run")
+
+
+def test_a_run_that_was_copied_to_s3(s3, runs, monkeypatch):
+    """It counts, also if there is no room for its copy."""
+    disk, _ = runs
+    storage.upload(disk, s3 / "copied")
+    checkpoints = checkpoint.Checkpoints(s3 / "copied", keep=1)
+    assert checkpoints.latest_valid() == 6
+    full = OSError(errno.ENOSPC, "No space left on device")
+    monkeypatch.setattr(fsspec.filesystem("s3"), "get", mock.Mock(side_effect=full))
+    with pytest.raises(
+        ConfigError, match=r"s3://bucket/copied/checkpoints/6/params does not fit on the disk of .* TMPDIR"
+    ):
+        checkpoints.latest_valid()
+    assert checkpoints.latest() == 6
 
 
 def test_a_file_at_s3_can_be_read_while_it_is_replaced(s3):

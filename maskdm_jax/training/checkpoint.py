@@ -55,27 +55,19 @@ class _Manager(ocp.CheckpointManager):
 class Checkpoints:
     """The checkpoints of a run folder. Keeps the `keep` newest and those of the steps in `keep_steps`.
 
-    For s3://, where Orbax does not write, it writes to a temporary folder, from which each checkpoint is uploaded.
+    Orbax does not write to s3://. There, each checkpoint is written to a temporary folder and uploaded.
     """
 
     def __init__(self, workdir, *, keep: int, keep_steps=()):
         check_path(workdir)
         self.folder, self._verified, self._last = location(workdir) / FOLDER, False, None
-        self._keep, self._keep_steps, self._closing = keep, list(keep_steps), contextlib.ExitStack()
-
-    @functools.cached_property
-    def _written(self):
-        """The folder that Orbax writes to."""
-        if not _on_s3(self.folder):
-            return self.folder
-        return location(self._closing.enter_context(tempfile.TemporaryDirectory(prefix="maskdm-")))
+        self._keep, self._keep_steps = keep, list(keep_steps)
 
     @functools.cached_property
     def _manager(self) -> _Manager:
         """Orbax's manager, made at the first save. To look at a checkpoint takes it twenty requests to a store."""
         preserved = AnyPreservationPolicy([LatestN(self._keep), CustomSteps(self._keep_steps)])
-        policy = LatestN(1) if _on_s3(self.folder) else preserved
-        return _Manager(self._written, options=ocp.CheckpointManagerOptions(preservation_policy=policy))
+        return _Manager(self.folder, options=ocp.CheckpointManagerOptions(preservation_policy=preserved))
 
     def latest(self) -> int | None:
         """Step of the newest finished checkpoint, or None. A partial one, interrupted by a kill, does not count."""
@@ -106,7 +98,9 @@ class Checkpoints:
         for path in _children(self.folder):
             if not path.name.isdecimal() or _is_checkpoint(path):
                 continue
-            if is_remote(path) and (path / _STARTED).exists():
+            if _on_s3(path) and _is_whole(path):  # a copy from a disk, where Orbax adds no file to what is finished
+                write_atomically(path / _FINISHED, b"")
+            elif is_remote(path) and (path / _STARTED).exists():
                 log.warning("%s was not finished; deleted", path)
                 remove_tree(path)
             else:
@@ -127,24 +121,14 @@ class Checkpoints:
         """
         if step == self._last:
             return
-        needed = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
         with self._writing():
-            manager = self._manager  # it creates the folder
-            # Check the folder first: without it, or on a full disk, Orbax logs hundreds of lines.
-            free = math.inf if is_remote(self._written) else shutil.disk_usage(self._written).free
-            if processes.is_first() and free < needed:
-                raise OSError(f"step {step} takes {needed / 1e9:.2f} GB and the disk has {free / 1e9:.2f} GB free")
-            manager.save(
-                step,
-                args=ocp.args.Composite(
-                    **{name: ocp.args.StandardSave(tree) for name, tree in _items(state).items()},
-                    meta=ocp.args.JsonSave(meta),
-                ),
-                force=True,  # beside a stray folder of a higher number, Orbax would save nothing and say nothing
-            )
             if _on_s3(self.folder):
-                manager.wait_until_finished()
-                self._publish(step)
+                with tempfile.TemporaryDirectory(prefix="maskdm-") as scratch, _Manager(scratch) as manager:
+                    _save(manager, step, state, meta)
+                    manager.wait_until_finished()
+                    self._publish(location(scratch) / str(step), step)
+            else:
+                _save(self._manager, step, state, meta)
         self._last = step
         if not self._verified:  # a disk that does not keep what is written to it shows now, not at the next start
             self.wait()
@@ -152,9 +136,9 @@ class Checkpoints:
                 check(self.folder / str(step))
             self._verified = True
 
-    def _publish(self, step: int) -> None:
+    def _publish(self, checkpoint: pathlib.Path, step: int) -> None:
         """Upload a checkpoint, and last the file that marks it as finished; then delete those that are not kept."""
-        upload(self._written / str(step), self.folder / str(step))
+        upload(checkpoint, self.folder / str(step))
         write_atomically(self.folder / str(step) / _FINISHED, b"")
         for old in list(_finished(self.folder))[self._keep :]:
             if old not in self._keep_steps:
@@ -174,7 +158,7 @@ class Checkpoints:
     def close(self) -> None:
         """Wait and release."""
         if "_manager" in vars(self):
-            with self._closing, self._writing():
+            with self._writing():
                 self._manager.close()
 
     @contextlib.contextmanager
@@ -189,6 +173,26 @@ class Checkpoints:
                 f"no checkpoint can be written to {self.folder} ({first_line(error)}); it needs a folder that exists "
                 f"and room; {resume}"
             ) from error
+
+
+def _save(manager: _Manager, step: int, state: TrainState, meta: dict) -> None:
+    """Start writing to the folder of a manager.
+
+    Raises:
+      OSError: the disk is too full, for which Orbax would log hundreds of lines.
+    """
+    folder, needed = manager.directory, sum(leaf.nbytes for leaf in jax.tree.leaves(state))
+    free = math.inf if is_remote(folder) else shutil.disk_usage(folder).free
+    if processes.is_first() and free < needed:
+        raise OSError(f"step {step} takes {needed / 1e9:.2f} GB and the disk of {folder} has {free / 1e9:.2f} GB free")
+    manager.save(
+        step,
+        args=ocp.args.Composite(
+            **{name: ocp.args.StandardSave(tree) for name, tree in _items(state).items()},
+            meta=ocp.args.JsonSave(meta),
+        ),
+        force=True,  # beside a stray folder of a higher number, Orbax would save nothing and say nothing
+    )
 
 
 def check_path(path) -> None:
@@ -295,7 +299,7 @@ def load_item(checkpoint: pathlib.Path, item: str, abstract):
 
 
 def check_fit(checkpoint: pathlib.Path, abstract: TrainState) -> None:
-    """Compare names, shapes and dtypes of a checkpoint with those of a state, without reading it.
+    """Compare names, shapes and dtypes of a checkpoint with those of a state.
 
     Raises:
       CheckpointError: they differ.
@@ -352,6 +356,15 @@ def _is_checkpoint(path: pathlib.Path) -> bool:
     # On a disk, Orbax renames a finished checkpoint; in an object store, it adds a file.
     finished = not is_remote(path) or (path / _FINISHED).exists()
     return finished and (path / "meta").is_dir() and (path / "params").is_dir()
+
+
+def _is_whole(checkpoint: pathlib.Path) -> bool:
+    """Whether all of a checkpoint can be read."""
+    try:
+        check(checkpoint)
+    except CheckpointError:
+        return False
+    return True
 
 
 def _on_s3(path) -> bool:

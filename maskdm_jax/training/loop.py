@@ -220,8 +220,7 @@ class StageReport:
         self._run, self._name, self._pending = run, run.config.stages[index], None
         self._stage = run.config.stage[self._name]
         self._offset = stage_ends(run.config)[index] - self._stage.steps
-        plans = mask_plans(run.config, self._name)
-        self._visible, self._total = (sum(getattr(plan, what) for plan in plans) for what in ("visible", "total"))
+        self._visible, self._total = _patches(run.config, self._name)
         self._later = sum(_cost(run.config, name) for name in run.config.stages[index + 1 :])
         self._later /= _cost(run.config, self._name) / self._stage.steps  # in steps of this stage
         self.window = dict(window)  # sums of metrics, and their count; saved, so that means survive a restart
@@ -275,12 +274,17 @@ class StageReport:
 
 def _cost(config: Config, name: str) -> float:
     """FLOPs of the blocks in a stage, up to a factor, an estimate of its time."""
-    plans, model = mask_plans(config, name), config.model
+    model, (visible, total) = config.model, _patches(config, name)
     outer = 2 * model.outer_blocks / model.depth  # share of the blocks that process hidden patches, too
     flops = lambda tokens: tokens * (6 * model.width + tokens)  # products with weights, and attention
-    total, visible = (sum(getattr(plan, what) for plan in plans) for what in ("total", "visible"))
     images = config.stage[name].steps * config.stage[name].batch_size
     return images * (outer * flops(total) + (1 - outer) * flops(visible))
+
+
+def _patches(config: Config, name: str) -> tuple[int, int]:
+    """Numbers of visible and of all patches of an image in a stage."""
+    plans = mask_plans(config, name)
+    return sum(plan.visible for plan in plans), sum(plan.total for plan in plans)
 
 
 def _advice(run: Run, name: str, stage_step: int, step: int, values: dict) -> str:
