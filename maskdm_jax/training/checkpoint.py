@@ -184,7 +184,7 @@ def _save(manager: _Manager, step: int, state: TrainState, meta: dict) -> None:
     folder, needed = manager.directory, sum(leaf.nbytes for leaf in jax.tree.leaves(state))
     free = math.inf if is_remote(folder) else shutil.disk_usage(folder).free
     if processes.is_first() and free < needed:
-        raise OSError(f"step {step} takes {needed / 1e9:.2f} GB and the disk of {folder} has {free / 1e9:.2f} GB free")
+        raise OSError(f"step {step} takes {needed / 1e9:.2f} GB and {folder} has {free / 1e9:.2f} GB free")
     manager.save(
         step,
         args=ocp.args.Composite(
