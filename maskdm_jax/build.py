@@ -16,7 +16,7 @@ from maskdm_jax.diffusion import masking, samplers
 from maskdm_jax.diffusion.gaussian import Schedule, make_schedule
 from maskdm_jax.diffusion.process import PROCESSES, Process
 from maskdm_jax.diffusion.samplers import SAMPLERS
-from maskdm_jax.errors import ConfigError, SamplingError, first_line, prefixed
+from maskdm_jax.errors import ConfigError, SamplingError, prefixed
 from maskdm_jax.models.backbone import extra_tokens
 from maskdm_jax.models.jit import JiT
 from maskdm_jax.models.representation import make_representation
@@ -123,17 +123,16 @@ def _own_network(model: Model, image_size: int, channels: int, dtype) -> Network
     file, _, name = model.network.rpartition(":")
     if not os.path.isfile(file):
         raise ConfigError(f"config.model.network: there is no file {file!r} in {os.getcwd()}; its path is as given")
-    try:
+    with prefixed(ConfigError, f"config.model.network: {file} cannot be run (", Exception, ")"):
         names = runpy.run_path(file)
-        if name not in names:
-            own = [key for key, value in names.items() if getattr(value, "__module__", "") == "<run_path>"]
-            raise ConfigError(f"it defines {', '.join(own) or 'nothing'}")
-        make = names[name]
+    if name not in names:
+        own = [key for key, value in names.items() if getattr(value, "__module__", "") == "<run_path>"]
+        raise ConfigError(f"config.model.network: {file} defines no {name}, but {', '.join(own) or 'nothing'}")
+    make = names[name]
+    with prefixed(ConfigError, f"config.model.network: {model.network} cannot be built (", Exception, ")"):
         if isinstance(make, type) and issubclass(make, nnx.Module):
             return _from_nnx(functools.partial(make, model, image_size, channels), dtype)
         module = make(model, image_size, channels)
-    except Exception as error:  # of the user's file
-        raise ConfigError(f"config.model.network: {file} has no network {name} ({first_line(error)})") from error
     labels = jnp.zeros(1, "int32") if model.num_classes else None
     init = lambda key: module.init(key, jnp.zeros((1, image_size, image_size, channels)), jnp.zeros(1), labels)
     return Network(init, module.apply, dtype, jax.eval_shape(init, jax.random.key(0)))
@@ -143,14 +142,16 @@ def _check_shapes(network: Network, model: Model, image_size: int, channels: int
     """Trace a user's network on images and on visible patches.
 
     Raises:
-      ConfigError: the output does not have x's shape.
+      ConfigError: the network fails, or its output does not have x's shape.
     """
     patches, labels = (image_size // model.patch_size) ** 2, jnp.zeros(2, "int32") if model.num_classes else None
     visible = np.zeros((2, max(1, patches // 2)), "int32")
     whole = (2, image_size, image_size, channels)
     for shape, positions in ((whole, None), ((*visible.shape, model.patch_size**2 * channels), visible)):
         x, t = jax.ShapeDtypeStruct(shape, "float32"), jnp.zeros(2)
-        out = jax.eval_shape(network.apply, network.abstract_params(), x, t, labels, positions)
+        call = f"(x {list(shape)}, t, labels, positions {None if positions is None else list(positions.shape)})"
+        with prefixed(ConfigError, f"config.model.network: {model.network} fails when called with {call}: ", Exception):
+            out = jax.eval_shape(network.apply, network.abstract_params(), x, t, labels, positions)
         if getattr(out, "shape", None) != shape:
             shapes = jax.tree.map(lambda leaf: list(leaf.shape), out)
             raise ConfigError(

@@ -209,4 +209,6 @@ class Previews:
         if processes.is_first():
             save_png(path, sample_grid(images, settings.columns, names))
             run.metrics.image(at.step, "samples", path)
-        log.info("samples of the EMA at step %d: %s", at.step, run.folder / "samples" / path.name)
+        classes = run.config.model.num_classes
+        some = f" ({settings.rows} of {classes} classes)" if classes > settings.rows else ""
+        log.info("samples of the EMA at step %d%s: %s", at.step, some, run.folder / "samples" / path.name)

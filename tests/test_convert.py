@@ -652,7 +652,7 @@ def test_what_differs_from_the_usual_is_kept_or_named(official, tmp_path):
 def test_a_folder_that_will_not_fit_is_not_begun(official, tmp_path, monkeypatch):
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=100_000))
-    with pytest.raises(CheckpointError, match=r"run cannot be written: .* takes 0.00 GB and the disk has 0.00 GB free"):
+    with pytest.raises(CheckpointError, match=r"run cannot be written: .* takes 0.00 GB and .* has 0.00 GB free"):
         convert(official, tmp_path / "run", heads=4)
     assert not list(tmp_path.iterdir())
 

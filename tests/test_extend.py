@@ -30,6 +30,11 @@ class Linear(nnx.Module):
 class Wide(Linear):
     def __call__(self, x, *args):
         return x if x.ndim == 4 else x[..., :1]
+class Blind(Linear):
+    def __call__(self, x, t, labels, positions):
+        if positions is not None:
+            raise TypeError("no shape")
+        return x
 broken = lambda model: None
 """
 
@@ -78,8 +83,14 @@ def test_a_network_in_nnx(tmp_path):
     )
     inputs = step.draw_inputs(config, "pretrain", jax.random.key(1), data)
     assert np.isfinite(step.make_loss(config, network)(params, inputs))
-    unknown = r"has no network missing \(it defines Linear, Wide, broken\)"
-    for name, message in (("missing", unknown), ("broken", "has no network broken")):
+    messages = dict(missing=r"own.py defines no missing, but Linear, Wide, Blind, broken$")
+    messages |= dict(
+        broken=r"own.py:broken cannot be built \(<lambda>\(\) takes 1 positional argument but 3 were given"
+    )
+    messages |= dict(
+        Blind=r"own.py:Blind fails when called with \(x \[2, 8, 4\], t, labels, positions \[2, 8\]\): no shape"
+    )
+    for name, message in messages.items():
         with pytest.raises(ConfigError, match=message):
             make_network(tiny.config(model__network=f"{tmp_path}/own.py:{name}"))
     with pytest.raises(ConfigError, match=r"own.py:Wide returns \[2, 8, 1\] for x of \[2, 8, 4\]"):

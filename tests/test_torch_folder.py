@@ -128,6 +128,18 @@ def test_generate(made, code):
         sample.generate(model, 1, labels=[1])
 
 
+def test_a_sampler_that_the_folder_lacks(made, code, tmp_path):
+    config, *_ = made
+    _, sample = code
+    assert tuple(sample.SAMPLERS) == write.METHODS
+    config = dataclasses.replace(config, sampling=dataclasses.replace(config.sampling, method="mine"))
+    with pytest.raises(
+        ConfigError, match="method of runs/x is 'mine'; a folder for PyTorch has the samplers ddim, ddpm"
+    ):
+        write.write(tmp_path, "title", config, [], "ema", "runs/x")
+    assert not list(tmp_path.iterdir())
+
+
 def test_it_comes_back(made):
     config, _, params, folder = made
     loaded = maskdm_jax.load(folder)

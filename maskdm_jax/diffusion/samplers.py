@@ -20,7 +20,9 @@ makes an image independent of its batch and device; tests pass recorded noise.
 
 To add a sampler, write `run(settings, predict, x, noise, process, *, start, clip)` -> x0, where `settings` is
 `config.sampling`, and add `Sampler(run, discrete=True)` (for DDPM) or `Sampler(run, continuous=True)` (for flow
-matching and EDM) to `SAMPLERS`. Folders for PyTorch have a table of their own in `interop/torch_folder/sample.py`.
+matching and EDM) to `SAMPLERS`. `ddim` and `ode` show what `process` offers to each kind. `Sampler` has fields for a
+sampler that calls the network more than once per step, or starts anywhere. To export runs that use it to PyTorch, add
+it to `interop/torch_folder/sample.py`, too.
 """
 
 import dataclasses

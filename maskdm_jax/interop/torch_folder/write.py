@@ -7,11 +7,12 @@ import pathlib
 import maskdm_jax
 from maskdm_jax.build import mask_plans, time_scale
 from maskdm_jax.config import UNKNOWN, Config
-from maskdm_jax.errors import CheckpointError
+from maskdm_jax.errors import CheckpointError, ConfigError
 from maskdm_jax.storage import write_atomically
 from maskdm_jax.training import checkpoint, logs
 
 CODE = ("modeling.py", "sample.py")
+METHODS = ("ddim", "ddpm", "dpm_solver", "heun", "euler")  # the samplers in sample.py
 _MODEL = ("network", "patch_size", "wavelet_scale", "width", "depth", "heads", "mlp_ratio", "qv_bias", "num_classes")
 _MODEL += ("time_mlp", "jit")
 UNTOLD = "Not known: the weights come from a file that does not say."
@@ -60,7 +61,15 @@ def write(folder, title: str, config: Config, classes: list[str], weights: str, 
       config, classes: of the network.
       weights: ema, ema2, ... or params.
       src: the run, checkpoint or file that they are from; the card describes it.
+
+    Raises:
+      ConfigError: `sample.py` has no such sampler.
     """
+    if config.sampling.method not in METHODS:
+        raise ConfigError(
+            f"config.sampling.method of {src} is {config.sampling.method!r}; a folder for PyTorch has the samplers "
+            f"{', '.join(METHODS)} (interop/torch_folder/sample.py)"
+        )
     raw = dataclasses.asdict(config)
     settings = dict(
         data={name: raw["data"][name] for name in ("image_size", "channels")},
