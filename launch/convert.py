@@ -36,12 +36,13 @@ def main(_):
 
     jax.config.update("jax_platforms", "cpu")
     from maskdm_jax.interop.convert import convert
+    from maskdm_jax.main import model_path
 
     options = dict(heads=HEADS.value, class_tokens_from=CLASS_TOKENS_FROM.value)
     options |= dict(config=CONFIG.value, stage=STAGE.value, weights=WEIGHTS.value)
     options |= dict(dtype=DTYPE.value, for_torch=FOR.value == "torch")
     with runtime.program(distributed=False):
-        lines = convert(SRC.value, DST.value, **options)
+        lines = convert(model_path(SRC.value), DST.value, **options)
     print("\n".join(lines))
 
 

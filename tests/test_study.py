@@ -457,6 +457,15 @@ def test_the_study_of_routing_is_fair(root, monkeypatch, size):
         assert (run.phases[0].stage.mask.kind == "none") == ("dense" in run.name)
 
 
+def test_the_compute_of_dense_training_with_the_same_error(root):
+    """With errors that are a power of the FLOPs, and one that dense training did not reach."""
+    ratios = runpy.run_path(str(root / "experiments" / "same_error.py"))["ratios"]
+    dense = [dict(flops=flops, denoising=[flops**-0.5, flops**-0.2]) for flops in (1e13, 4e13, 1e14)]
+    found = ratios(dict(flops=1e13, denoising=[2e13**-0.5, 3e14**-0.2]), dense)
+    assert found[0] == pytest.approx(2)
+    assert np.isnan(found[1])
+
+
 def test_emoji_archive(root, child_env, tmp_path):
     """From a package with two emoji, one of which has a variation."""
     emoji = [dict(image="a.png", category="People & Body", skin_variations={"1": dict(image="b.png")})]
