@@ -112,7 +112,7 @@ def read(path) -> bytes:
         return location(path).read_bytes()
     import fsspec
 
-    return fsspec.url_to_fs(os.fspath(path))[0].cat_file(os.fspath(path))  # a file opened at s3:// cannot be read then
+    return fsspec.url_to_fs(os.fspath(path))[0].cat_file(os.fspath(path))  # open() at s3:// fails on a new version
 
 
 def remove_tree(folder) -> None:

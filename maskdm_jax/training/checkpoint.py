@@ -138,7 +138,7 @@ class Checkpoints:
 
     def _publish(self, checkpoint: pathlib.Path, step: int) -> None:
         """Upload a checkpoint, and last the file that marks it as finished; then delete those that are not kept."""
-        upload(checkpoint, self.folder / str(step))
+        upload(checkpoint, self.folder / str(step))  # `_STARTED` is the first in alphabetical order
         write_atomically(self.folder / str(step) / _FINISHED, b"")
         for old in list(_finished(self.folder))[self._keep :]:
             if old not in self._keep_steps:
