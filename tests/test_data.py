@@ -589,6 +589,24 @@ def test_threads_and_worker_processes_change_nothing():
             same(a, b)
 
 
+def test_a_set_that_fits_into_memory_is_decoded_once(monkeypatch):
+    read, epochs = [], {}
+
+    class Counted(sources.Digits):
+        def read(self, i):
+            read.append(i)
+            return super().read(i)
+
+    monkeypatch.setattr(pipeline, "open_source", lambda *_: Counted(labels=True))
+    for limit in (1797 * 64, 1797 * 64 - 1):
+        monkeypatch.setattr(pipeline, "KEPT_BYTES", limit)
+        data = TrainingData(dataclasses.replace(DATA, threads=1))  # which never read one image at the same time
+        epochs[limit] = take(data.batches(batch_size=599, seed=0), 6)
+        assert (len(read) == 1797) == (limit == 1797 * 64)
+    for kept, fresh in zip(*epochs.values(), strict=True):
+        same(kept, fresh)
+
+
 def numbered(n, broken=()):
     """n files whose pixels tell their number; those in `broken` are cut short."""
     files = {f"{i:04d}.png": png((i % 256, i // 256, 0), (8, 8)) for i in range(n)}

@@ -30,6 +30,7 @@ from maskdm_jax.data.sources import card_of, open_source, read_patiently, select
 from maskdm_jax.errors import DataError, first_line, prefixed
 
 UNREADABLE_LIMIT = 0.01  # fraction of the images; more means that the data set is broken
+KEPT_BYTES = 2**29  # a set with fewer bytes of pixels, over all worker processes, is decoded once and kept in memory
 _STREAM_LENGTH = 2**40  # examples, more than any run takes
 _MAX_NEIGHBOURS = 100  # tried in place of an unreadable image
 
@@ -48,6 +49,8 @@ class _ReadBatch:
     seed: int
     first: int  # element of the stream that batch 0 begins with
     size: int
+    keep: bool  # keep what was read in `kept`
+    kept: dict  # results of `_readable` by record
 
     def __call__(self, batch: int) -> dict:
         """Decode a batch; `unreadable` holds the records that a neighbour replaces, with the reasons."""
@@ -60,9 +63,12 @@ class _ReadBatch:
             unreadable={},
         )
         for i, record in enumerate(self._records(start)):
-            out["image"][i], out["label"][i], reason = self._readable(record)
+            image, label, reason = self.kept.get(record) or self._readable(record)
+            out["image"][i], out["label"][i] = image, label
             if reason:
                 out["unreadable"][record] = reason
+            elif self.keep and record not in self.kept:
+                self.kept[record] = np.array(image), label, ""
         return out
 
     def _records(self, start: int) -> list[int]:
@@ -142,6 +148,9 @@ class TrainingData:
         self.classes, self.card = self.source.classes, card_of(self.source, Framing.of(settings))
         if empty := self.source.empty_classes():
             self.source.note(settings.path, [f"no image has the class {', '.join(empty[:8])} ({len(empty)} classes)"])
+        pixels = settings.image_size**2 * settings.channels * max(1, settings.workers)
+        self.keep = len(self) * pixels <= KEPT_BYTES
+        self.kept = {}  # pixels and labels that were read, by record, if `keep`
         self.unreadable = {}  # records found unreadable so far, over all stages: their names and the reasons
 
     def __len__(self):
@@ -259,7 +268,8 @@ class Batches:
         # Batches are formed before hosts and workers share them, so their number does not change what is in a batch.
         # (grain's ElasticIterator shares first: with worker processes it cannot resume between two of their rounds.)
         settings, local = self._data.settings, self._batch_size // self._hosts
-        read = _ReadBatch(self._data.source, Framing.of(settings), self._seed, self._next, local)
+        data, framing = self._data, Framing.of(settings)
+        read = _ReadBatch(data.source, framing, self._seed, self._next, local, data.keep, data.kept)
         if settings.workers:
             check_shared_memory(settings, local)
             folder = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
