@@ -182,7 +182,7 @@ class Stage:
     more_ema_decays: tuple[float, ...] = ()  # decays of further EMAs, named ema2, ema3, ...
     mask: Mask = Mask()
     detail_mask: Mask | None = None  # for the details of a wavelet model; None: the settings of mask
-    shallow: Probability = 0.0  # share of the images that skip the middle blocks, without a label; for weak=shallow
+    shallow: Probability = 0.0  # share of the images that skip the inner blocks, without a label; for weak=shallow
 
 
 @dataclasses.dataclass(frozen=True)
