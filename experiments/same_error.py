@@ -1,10 +1,10 @@
-"""The compute with which dense training reaches the denoising error of other runs, relative to theirs:
+"""The compute with which dense training reaches the denoising error of other runs, divided by theirs:
 
     python experiments/same_error.py --dense="U-ViT, dense" --dense="U-ViT, flow, x0" --runs="U-ViT, SPRINT*" \\
         docs/studies/sparse64.jsonl docs/studies/processes.jsonl
 
-Between the points of the dense runs, the error at each noise level is interpolated as a power of the FLOPs. A level at
-which a run's error is outside their range is left out.
+Prints the median and the range over the noise levels. Between the points of the dense runs, the error at a noise level
+is interpolated as a power of the FLOPs. An error below that of all of them gives infinity, above that of all of them 0.
 """
 
 import fnmatch
@@ -22,19 +22,20 @@ RUNS = flags.DEFINE_string("runs", "*", "Pattern of the names of the others.")
 def main(argv):
     rows = [row for path in argv[1:] for row in read_metrics(path)]
     dense = sorted((row for row in rows if row["run"] in DENSE.value), key=lambda row: row["flops"])
-    print("| run | Fréchet distance | dense FLOPs / its FLOPs: median | range | levels |\n|---|--:|--:|--:|--:|")
+    print("| run | seed | Fréchet distance | compute gain | range |\n|---|--:|--:|--:|--:|")
     for row in rows:
         if fnmatch.fnmatchcase(row["run"], RUNS.value) and row["run"] not in DENSE.value:
-            found = [value for value in ratios(row, dense) if np.isfinite(value)]
-            middle, low, high = (f(found) for f in (statistics.median, min, max)) if found else [np.nan] * 3
-            print(f"| {row['run']} | {row['fd']:.1f} | {middle:.2f} | {low:.2f}-{high:.2f} | {len(found)} |")
+            gains = ratios(row, dense)
+            middle, low, high = (f(gains) for f in (statistics.median, min, max))
+            print(f"| {row['run']} | {row['seed']} | {row['fd']:.1f} | {middle:.2f} | {low:.2f}-{high:.2f} |")
 
 
 def ratios(row: dict, dense: list[dict]) -> list[float]:
-    """FLOPs of dense training with the error of a row, divided by its own, for each noise level; nan if unknown."""
+    """FLOPs of dense training with the error of a row, divided by its own, for each noise level."""
     flops = np.log([point["flops"] for point in dense])
     errors = np.log([point["denoising"] for point in dense]).T  # [level, point]
-    at = [np.interp(-np.log(e), -of, flops, np.nan, np.nan) for e, of in zip(row["denoising"], errors, strict=True)]
+    ends = dict(left=-np.inf, right=np.inf)
+    at = [np.interp(-np.log(e), -of, flops, **ends) for e, of in zip(row["denoising"], errors, strict=True)]
     return list(np.exp(at) / row["flops"])
 
 

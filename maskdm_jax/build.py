@@ -229,10 +229,10 @@ def make_sampler(config: Config, network: Network):
             raise SamplingError(f"{settings.method} starts from pure noise only; use {able}")
 
         def predict(x, t):
-            return network.apply(params, *process.told(x, t), labels)
+            return network.apply(params, *process.network_inputs(x, t), labels)
 
         def weak(x, t):
-            return network.apply(params, *process.told(x, t), *WEAK[settings.weak](config, labels, len(x)))
+            return network.apply(params, *process.network_inputs(x, t), *WEAK[settings.weak](config, labels, len(x)))
 
         if settings.guidance:
             predict = samplers.guided(predict, weak, _guidance(settings, process))

@@ -54,7 +54,7 @@ Natural = typing.Annotated[int, _between(0, INT32)]
 Side = typing.Annotated[int, _between(1, 65_536)]
 Positive = typing.Annotated[float, Rule(lambda value: value > 0, "above 0")]
 NonNegative = typing.Annotated[float, Rule(lambda value: value >= 0, "at least 0")]
-Probability = typing.Annotated[float, Rule(lambda value: 0 <= value <= 1, "a probability, 0 to 1")]
+Probability = typing.Annotated[float, Rule(lambda value: 0 <= value <= 1, "0 to 1")]
 Decay = typing.Annotated[float, Rule(lambda value: 0 <= value < 1, "in [0, 1)")]
 Fraction = typing.Annotated[float, Rule(lambda value: 0 < value <= 1, "in (0, 1]")]
 Dtype = typing.Annotated[str, _one_of("auto", "float32", "bfloat16")]
@@ -108,7 +108,7 @@ class Model:
     jit: Jit = Jit()
     dtype: Dtype = "auto"  # of the computation; auto: bfloat16 on TPUs and GPUs, float32 on CPU
     outer_blocks: Natural = 0  # k: hidden patches skip all but the first and last k blocks; 0: they are dropped
-    returning: typing.Annotated[str, _one_of("itself", "token")] = "itself"  # how they re-enter
+    returning: typing.Annotated[str, _one_of("itself", "token")] = "itself"  # with which features they re-enter
     attention: typing.Annotated[str, _key_of("models.ops.attention", "KERNELS")] = "auto"  # auto: by platform
 
 
@@ -129,9 +129,9 @@ class Edm:
     mean: float = -1.2  # of log(sigma) in training
     std: NonNegative = 1.2  # of log(sigma) in training
     sigma_data: Positive = 0.5  # standard deviation of the data
-    sigma_min: Positive = 0.002  # noise levels of sampling
-    sigma_max: Positive = 80.0
-    rho: Positive = 7.0  # curvature of their spacing
+    sigma_min: Positive = 0.002  # lowest noise level of sampling
+    sigma_max: Positive = 80.0  # highest noise level of sampling
+    rho: Positive = 7.0  # exponent of their spacing; 1: equal steps
 
 
 @dataclasses.dataclass(frozen=True)
@@ -172,13 +172,13 @@ class Stage:
     remat: bool = False  # recompute blocks in the backward pass: less memory, a third more FLOPs
     learning_rate: NonNegative = 2e-4
     warmup_steps: Natural = 0  # steps of linear warm-up from 0
-    b1: Decay = 0.99  # AdamW
-    b2: Decay = 0.99
+    b1: Decay = 0.99  # decay of AdamW's first moment
+    b2: Decay = 0.99  # decay of its second moment
     weight_decay: NonNegative = 0.03  # of every tensor but the learned token of `model.returning`
     clip_norm: NonNegative = 1.0  # global gradient norm; 0: off
     ema_decay: Decay = 0.999
     ema_every: Count = 1  # steps between updates of the EMA
-    ema_law: typing.Annotated[str, _one_of("reference", "plain")] = "reference"  # plain: no copying at the start
+    ema_law: typing.Annotated[str, _one_of("reference", "plain")] = "reference"  # plain: constant decay from step 0
     more_ema_decays: tuple[float, ...] = ()  # decays of further EMAs, named ema2, ema3, ...
     mask: Mask = Mask()
     detail_mask: Mask | None = None  # for the details of a wavelet model; None: the settings of mask
@@ -191,18 +191,20 @@ class Sampling:
 
     method: typing.Annotated[str, _key_of("diffusion.samplers", "SAMPLERS")] = "ddim"  # the sampler
     steps: Count = 250  # of all but ddpm, which takes all time steps; heun calls the network twice per step
-    eta: typing.Annotated[float, Rule(lambda value: 0 <= value <= 1, "0 (deterministic) to 1")] = 1.0  # of ddim
-    order: typing.Annotated[int, _one_of(1, 2, 3)] = 2  # of dpm_solver
-    spacing: typing.Annotated[str, _key_of("diffusion.samplers", "DPM_SPACINGS")] = "log_snr"  # of dpm_solver's steps
+    eta: Probability = 1.0  # noise of ddim: 0 is deterministic, 1 is like ddpm
+    order: typing.Annotated[int, _one_of(1, 2, 3)] = 2  # order of dpm_solver
+    spacing: typing.Annotated[str, _key_of("diffusion.samplers", "DPM_SPACINGS")] = "log_snr"  # dpm_solver's, for ddpm
     guidance: NonNegative = 0.0  # weight w of guidance, (1 + w) prediction - w weak prediction; 0: off
-    weak: typing.Annotated[str, _key_of("build", "WEAK")] = "unlabelled"  # the prediction that guidance leads away from
-    weak_rate: typing.Annotated[float, Rule(lambda value: 0 < value < 1, "in (0, 1)")] = 0.5  # of `sparse`
+    weak: typing.Annotated[str, _key_of("build", "WEAK")] = "unlabelled"  # weak prediction: no label, or less network
+    weak_rate: typing.Annotated[float, Rule(lambda value: 0 < value < 1, "in (0, 1)")] = (
+        0.5  # share that weak=sparse hides
+    )
     guidance_from: Probability = 0.0  # part of the way from noise (0) to image (1) in which guidance acts
     guidance_to: Probability = 1.0
     churn: NonNegative = 0.0  # of heun and euler with edm: noise added per step, S_churn; 0: none
-    churn_low: NonNegative = 0.0  # noise levels at which churn acts
-    churn_high: NonNegative = 1e6
-    churn_scale: NonNegative = 1.0  # S_noise
+    churn_low: NonNegative = 0.0  # lowest noise level at which churn acts
+    churn_high: NonNegative = 1e6  # highest noise level at which churn acts
+    churn_scale: NonNegative = 1.0  # standard deviation of churn's noise, S_noise
 
 
 @dataclasses.dataclass(frozen=True)
@@ -247,7 +249,7 @@ class MeshShape:
     """Devices along each axis of the mesh."""
 
     data: typing.Annotated[int, Rule(lambda value: value == -1 or value >= 1, "-1 or at least 1")] = -1  # -1: the rest
-    fsdp: Count = 1  # devices that share one copy of parameters, EMA and optimizer moments
+    fsdp: Count = 1  # devices over which parameters, EMA and optimizer state are sharded
 
 
 @dataclasses.dataclass(frozen=True)
@@ -400,7 +402,7 @@ def _need(ok: bool, path: str, value, text: str) -> None:
 
 def _check(config: Config) -> None:
     data, diffusion = config.data, config.diffusion
-    _need(bool(data.path), "data.path", data.path, "a folder or .zip of images, or 'digits'")
+    _need(bool(data.path), "data.path", data.path, "the path or address of images, or 'digits'")
     _need(len(set(data.classes)) == len(data.classes), "data.classes", data.classes, "without repetitions")
     _check_model(config)
     _check_labels(config)
@@ -458,7 +460,8 @@ def _check_model(config: Config) -> None:
         raise ConfigError("config.model.outer_blocks must be 0 for a network of one's own")
     if model.returning == "token" and not model.outer_blocks:
         raise ConfigError("config.model.returning is 'token', but config.model.outer_blocks is 0")
-    _need(int(model.mlp_ratio * model.width) >= 1, "model.mlp_ratio", model.mlp_ratio, "larger")
+    least = f"at least 1 / model.width = {1 / model.width:.2g}"
+    _need(int(model.mlp_ratio * model.width) >= 1, "model.mlp_ratio", model.mlp_ratio, least)
 
 
 def _check_labels(config: Config) -> None:

@@ -101,7 +101,9 @@ def check_processes(config: Config, workdir) -> None:
     for number, other in enumerate(others, 1):
         if other != first:
             changes = "; ".join(differences(first, other))
-            raise ConfigError(f"the processes differ; from process 0 to {number}: {changes}")
+            raise ConfigError(
+                f"process {number} differs from process 0 ({changes}); start all with the same command and code"
+            )
 
 
 def open_training_data(config: Config) -> TrainingData:
@@ -141,9 +143,8 @@ def _open_everywhere(config: Config) -> TrainingData:
     digests = processes.gather(np.frombuffer(hashlib.sha256(identity.encode()).digest(), np.uint8))
     if (digests != digests[0]).any():
         raise DataError(
-            f"the processes see different images or labels: {', '.join(f'{count:,}' for count in counts)} of them; "
-            f"here {data}; "
-            "give all hosts the same files"
+            f"the processes see different images or labels (images by process: "
+            f"{', '.join(f'{count:,}' for count in counts)}; here {data}); give all hosts the same files"
         )
     return data
 
@@ -160,7 +161,7 @@ def warnings_of(config: Config) -> list[str]:
     numbers = max(band.shape[-1] for band in bands)
     if config.model.width < numbers:
         lines.append(
-            f"a patch has {numbers} numbers but config.model.width is only {config.model.width}, too narrow to "
+            f"a patch has {numbers} values but config.model.width is only {config.model.width}, too narrow to "
             "represent the noise of a patch; use a smaller patch_size or a larger width"
         )
     for name in config.stages:
@@ -176,7 +177,7 @@ def warnings_of(config: Config) -> list[str]:
         share = stage.ema_decay ** (max(steps - copied, 0) / stage.ema_every)
         if steps > copied and share > 1 / math.e:  # the stage is shorter than the memory of the EMA
             lines.append(
-                f"{share:.0%} of the EMA at the end of {name} are the weights of step {copied}: lower "
+                f"{share:.0%} of the EMA at the end of {name} still come from the weights of step {copied}: lower "
                 f"{name}.ema_decay={stage.ema_decay} or {name}.ema_every={stage.ema_every}, or train longer"
             )
     return lines

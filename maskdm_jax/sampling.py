@@ -162,7 +162,7 @@ class TrainedModel:
         process, x = make_process(self.config), jnp.asarray(x, jnp.float32)
         t = jnp.broadcast_to(jnp.asarray(t, jnp.int32 if process.schedule else jnp.float32), len(x))
         labels = None if labels is None else jnp.asarray(np.resize(label_cycle(self, labels), len(x)), jnp.int32)
-        return process.x0(self.network.apply(self.params, *process.told(x, t), labels), x, t)
+        return process.x0(self.network.apply(self.params, *process.network_inputs(x, t), labels), x, t)
 
 
 def with_sampling(model: TrainedModel, changes: dict) -> TrainedModel:

@@ -114,7 +114,7 @@ def test_every_damaged_file_is_noticed_or_does_not_matter(two, state):
 def test_a_full_disk_is_named(two, state, monkeypatch):
     usage = shutil.disk_usage(two.folder)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=100_000))
-    said = r"\(step 5 takes 0.01 GB and .* has 0.00 GB free\); it needs a folder that exists and room; the same "
+    said = r"\(step 5 takes 0.01 GB and .* has 0.00 GB free\); check that it is writable and has room; the same "
     with pytest.raises(CheckpointError, match=said + "command resumes from step 4"):
         two.save(5, placed(state, mesh_of(1)), META)
     assert two.latest_valid() == 4
@@ -122,7 +122,7 @@ def test_a_full_disk_is_named(two, state, monkeypatch):
 
 def test_a_folder_that_disappeared_is_named(two, state):
     away = two.folder.rename(two.folder.with_name("moved"))
-    with pytest.raises(CheckpointError, match="No such file or directory.*; it needs a folder that exists and room"):
+    with pytest.raises(CheckpointError, match="No such file or directory.*; check that it is writable and has room"):
         two.save(5, placed(state, mesh_of(1)), META)
     away.rename(two.folder)
     assert two.latest_valid() == 4

@@ -68,7 +68,7 @@ def test_settings_left_out_take_their_defaults():
         (dict(pretrain__steps=2**31), r"steps is 2147483648; it must be at least 1 and at most 2,147,483,647"),
         (dict(data__image_size=2**30), r"image_size is 1073741824; it must be .* at most 65,536"),
         (dict(data__channels=0), r"config.data.channels is 0; it must be at least 1"),
-        (dict(data__flip=1.5), r"config.data.flip is 1.5; it must be a probability"),
+        (dict(data__flip=1.5), r"config.data.flip is 1.5; it must be 0 to 1"),
         (dict(pretrain__learning_rate=float("nan")), r"learning_rate is nan; it must be a finite number"),
         (dict(model__mlp_ratio=float("inf")), r"mlp_ratio is inf"),
         (dict(seed=-1), r"seed is -1; it must be in \[0, 2\^31\)"),

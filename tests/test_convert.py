@@ -541,7 +541,7 @@ def test_what_cannot_work_is_said_and_nothing_is_written(official, converted, tm
     )
     fails(ConfigError, "of the same kind", dst=tmp_path / "again.pt")
     fails(ConfigError, ".onnx is not known", dst=tmp_path / "model.onnx")
-    fails(CheckpointError, "none.pt is not a file", src=tmp_path / "none.pt")
+    fails(CheckpointError, "none.pt does not exist", src=tmp_path / "none.pt")
     fails(CheckpointError, "holds no checkpoint", src=tmp_path / "none", dst=tmp_path / "out.pt")
     fails(ConfigError, "--stage names a stage of a --config", heads=4, stage="pretrain")
     fails(ConfigError, "--num_heads is 2, but the source has 4", src=converted, dst=tmp_path / "out.pt", heads=2)

@@ -135,7 +135,7 @@ def test_a_tfds_folder_is_read_without_tensorflow(tfds_folder):
 def test_other_sources_have_no_splits(tmp_path):
     (tmp_path / "a.png").write_bytes(encoded(0))
     for path in (str(tmp_path), "digits"):
-        with pytest.raises(DataError, match="has no splits; leave split empty, it is 'train'"):
+        with pytest.raises(DataError, match="has no splits; leave out split='train'"):
             open_source(path, split="train")
 
 

@@ -360,7 +360,7 @@ def test_what_cannot_be_evaluated_is_named(folders, extractor, weights, tmp_path
             evaluate(*pair, weights, batch_size=8)
     with pytest.raises(EvaluationError, match="the metric is 'fdi'; it must be one of fid, kid, is, pr, fd_lite0"):
         evaluate(*folders, weights, wanted=("fdi",))
-    with pytest.raises(EvaluationError, match="fid, fd_lite0, which compare features of different networks"):
+    with pytest.raises(EvaluationError, match="fid, fd_lite0, whose features are of different networks"):
         evaluate(*folders, weights, wanted=("fid", "fd_lite0"))
     with pytest.raises(EvaluationError, match="latents: the metrics compare images of 1 or 3 channels, not 4"):
         features.transform("latents", open_source("digits"), Framing(8, 4))

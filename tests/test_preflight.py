@@ -67,7 +67,7 @@ def test_batches_of_worker_processes_fit_into_shared_memory(monkeypatch):
         (
             [1797, 5],
             False,
-            "the processes see different images or labels: 1,797, 5 of them; here 1797 images from digits",
+            "the processes see different images or labels .images by process: 1,797, 5; here 1797 images from digits",
         ),
         ([1797, 1797], False, "the processes see different images or labels"),
         ([1797, -1], True, "process 1 cannot open the images"),
@@ -97,7 +97,7 @@ def test_all_processes_must_have_the_same_settings(monkeypatch):
     monkeypatch.setattr(preflight.processes, "gather", lambda array: seen.append(array) or np.asarray(array)[None])
     check_processes(CONFIG, "runs/x")
     check({})
-    with pytest.raises(ConfigError, match="the processes differ; from process 0 to 1: JAX: .* -> 0.1; seed: 3 -> 4"):
+    with pytest.raises(ConfigError, match="process 1 differs from process 0 .JAX: .* -> 0.1; seed: 3 -> 4.; start all with"):
         check(dict(seed=4, JAX="0.1"))
 
 
@@ -117,7 +117,7 @@ def test_settings_that_nobody_wants_are_named():
         "checkpoint.every=5000 is beyond the end: a failure loses a whole stage",
         "pretrain.warmup_steps=1000 is more than a third of its 2000 steps",
         "pretrain.learning_rate=2 is unusual; recipes have 1e-5 to 2e-3",
-        "83% of the EMA at the end of pretrain are the weights of step 100: lower pretrain.ema_decay=0.9999 or "
+        "83% of the EMA at the end of pretrain still come from the weights of step 100: lower pretrain.ema_decay=0.9999 or "
         "pretrain.ema_every=1, or train longer",
         "finetune.warmup_steps=2 is more than a third of its 2 steps",
         "finetune.mask.rate=0.5 (kind is 'none') has no effect",

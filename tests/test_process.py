@@ -55,7 +55,7 @@ def test_edm_samplers(edm_case):
     arrays, meta = golden.load(edm_case)
 
     def network(labels, process, x, sigma):
-        x, c = process.told(x, sigma)
+        x, c = process.network_inputs(x, sigma)
         return 0.6 * jnp.sin(2 * x + wide(c)) + 0.3 * x * jnp.cos(wide(c)) + labelled(labels)
 
     for key, case in meta["cases"].items():
@@ -83,7 +83,7 @@ def test_edm_preconditioning_and_loss(edm_case):
     sigma, x0 = part("sigma"), part("x0")
     network = lambda x, c: 0.6 * jnp.sin(2 * x + wide(c)) + 0.3 * x * jnp.cos(wide(c))
     x = part("x")
-    found = process.x0(network(*process.told(x, sigma)), x, sigma)
+    found = process.x0(network(*process.network_inputs(x, sigma)), x, sigma)
     expected = arrays["precond/D"]
     np.testing.assert_allclose(found, expected, atol=2e-5 * expected.std())
     eps = x / jnp.sqrt(wide(sigma) ** 2 + 0.25)

@@ -189,7 +189,7 @@ def test_guidance_from_sparsity(kind, monkeypatch):
     plans = [masking.make_plan("patch", grid, rate=0.25) for grid in grids(config)]
     some = [jnp.stack([masking.sample_positions(plan, jax.random.key(i))] * 2) for i, plan in enumerate(plans)]
     pick = lambda positions: tuple(positions) if kind == "wavelet" else positions[0]
-    predict = lambda *args: network.apply(params, *make_process(config).told(x, t), *args)
+    predict = lambda *args: network.apply(params, *make_process(config).network_inputs(x, t), *args)
     strong = predict(labels)
     for ours, weak in (
         (guided(weak="shallow"), predict(None, pick([at[:, :0] for at in some]))),
@@ -228,7 +228,7 @@ def test_a_run(tmp_path):
     jax.tree.map(np.testing.assert_array_equal, before.params, whole.params)
     counts = [int(leaf) for leaf in jax.tree.leaves(state.opt_state) if leaf.dtype == jnp.int32]
     assert max(counts) == 6, "one optimizer for both stages"
-    with pytest.raises(CheckpointError, match="a learned token for hidden patches"):
+    with pytest.raises(CheckpointError, match="has config.model.returning='token', which no other format can hold"):
         convert(tmp_path / "whole", tmp_path / "file.pt")
 
 

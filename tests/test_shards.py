@@ -370,7 +370,7 @@ def test_splits_are_those_of_the_names(root, tmp_path):
         open_source(str(tmp_path))
     assert len(open_source(str(tmp_path), split="validation")) == 1
     write_tar(tmp_path / "x" / "a.tar", {"0.png": png(0)})
-    with pytest.raises(DataError, match="has no splits; leave split empty, it is 'train'"):
+    with pytest.raises(DataError, match="has no splits; leave out split='train'"):
         open_source(str(tmp_path / "x"), split="train")
 
 

@@ -210,9 +210,10 @@ def test_a_run_leaves_everything_behind(whole_run, caplog):
     assert [line["step"] for line in logs.read_metrics(whole_run / "metrics.jsonl")] == [1, 2, 3, 4, 5, 6]
     first = logs.read_metrics(whole_run / "metrics.jsonl")[0]
     assert first.keys() == {
-        "step", "loss", "grad_norm", "learning_rate", "images_per_second", "waiting_for_data", "visible_tokens", "stage"
+        "step", "loss", "grad_norm", "learning_rate", "images_per_second", "waiting_for_data", "visible_patches",
+        "stage",
     }  # fmt: skip
-    assert (first["stage"], first["visible_tokens"], first["learning_rate"]) == ("pretrain", 8, 0)
+    assert (first["stage"], first["visible_patches"], first["learning_rate"]) == ("pretrain", 8, 0)
     assert (whole_run / "samples" / "step_0000004.png").exists(), "at the end of each stage"
     assert (whole_run / "samples" / "step_0000006.png").exists()
     assert config_lib.parse(json.loads((whole_run / "config.json").read_text())) == tiny.config()
@@ -396,7 +397,7 @@ def test_classes_and_devices_must_fit(tmp_path):
         train(tiny.config(model__num_classes=7), tmp_path, devices=ONE)
     with pytest.raises(ConfigError, match="pretrain.batch_size 8 in 2 micro-batches does not divide over 8 devices"):
         train(tiny.config(pretrain__micro_batches=2), tmp_path)
-    with pytest.raises(ConfigError, match="mesh data=3, fsdp=1 does not fit 8 devices"):
+    with pytest.raises(ConfigError, match="mesh data=3 x fsdp=1 are not 8 devices"):
         train(tiny.config(mesh__data=3), tmp_path)
     assert not list(tmp_path.iterdir()), "nothing was begun"
 
@@ -404,7 +405,7 @@ def test_classes_and_devices_must_fit(tmp_path):
 def test_a_network_too_narrow_for_its_patches_is_told():
     told = lambda config: [line for line in run.warnings_of(config) if "too narrow" in line]
     (line,) = told(tiny.config(model__patch_size=8))
-    assert "a patch has 64 numbers but config.model.width is only 16" in line
+    assert "a patch has 64 values but config.model.width is only 16" in line
     assert not told(tiny.config())
 
 

@@ -21,7 +21,7 @@ class Source:
       classes: class names; empty without labels.
       files_hash: SHA-256 of the files' names and sizes, in hex. It is equal for equal files wherever they are, and is
         found without reading images; empty if nothing is known.
-      left_aside: numbers of the files that are no images, by suffix.
+      left_aside: suffix -> number of files that are no images.
       notes: lines about what a user may not expect, which were logged.
     """
 

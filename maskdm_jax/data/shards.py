@@ -112,7 +112,7 @@ def of_split(path: str, files: list[str], split: str) -> list[str]:
         raise DataError(
             f"{path} has the splits {named}, not {wanted!r}; set split (--config.data.split) to one of them"
             if named
-            else f"{path} has no splits; leave split empty, it is {split!r}"
+            else f"{path} has no splits; leave out split={split!r}"
         )
     return [file for file, found in zip(files, splits, strict=True) if found == wanted]
 

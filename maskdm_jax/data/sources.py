@@ -86,7 +86,7 @@ def open_source(path: str, labels: bool = False, split: str = "", scratch=None) 
         return source
     source = _open(path, place, labels, scratch)
     if split:
-        raise DataError(f"{path!r} has no splits; leave split empty, it is {split!r}")
+        raise DataError(f"{path!r} has no splits; leave out split={split!r}")
     return source
 
 

@@ -56,8 +56,8 @@ def make_plan(kind: str, grid: tuple[int, int], *, tile: int = 0, extras: int = 
         int(rate * N) // block**2 blocks of block x block patches; `crop` shows one crop x crop window; `strided` shows
         one patch of each group of block x block.
       grid: rows and columns of patches, N = rows * columns.
-      tile: tokens per tile of the hardware, such as 128, for `patch` and `block`. A partly filled tile costs as
-        much as a full one, so the plan makes more patches visible, up to the end of the last tile. 0 does not round.
+      tile: for `patch` and `block`, make more patches visible, up to a multiple of this many tokens. 128 is what fused
+        attention on TPUs pads to. 0 does not round.
       extras: tokens besides the patches; they take room in the tiles, too.
       settings: those of the kind; others are ignored. `rate`: hidden share in [0, 1). `block`: side of a block, which
         must divide both sides of the grid. `crop`: side of the window.

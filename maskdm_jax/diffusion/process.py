@@ -27,16 +27,15 @@ class Process:
 
     draw: typing.Callable  # key -> time of one image in training, a scalar
     alpha_sigma: typing.Callable  # t [B] -> alpha [B], sigma [B]
-    told: typing.Callable  # (x, t) -> inputs of the network: one of x's shape, and its time [B] float32 or int32
-    error: (
-        typing.Callable
-    )  # (output, x0, eps, x, t) -> elementwise residual; the loss is the mean of its square (l2) or absolute value (l1)
+    network_inputs: typing.Callable  # (x, t) -> input of x's shape, time input [B] float32 or int32
+    # (output, x0, eps, x, t) -> elementwise residual; the loss is the mean of its square (l2) or absolute value (l1)
+    error: typing.Callable
     x0: typing.Callable  # (output, x, t) -> prediction of x0
     progress: typing.Callable  # t -> 0 (pure noise) to 1 (data), for the interval of guidance
     weight: typing.Callable | None = None  # t [B] -> weight of an image's loss [B]; None: 1
     schedule: gaussian.Schedule | None = None  # of DDPM
     objective: str = ""  # of DDPM; the fields below are of the continuous processes
-    start: float = 1.0  # standard deviation of the noise that sampling starts from
+    initial_std: float = 1.0  # standard deviation of the noise that sampling starts from
     slope: typing.Callable | None = None  # (output, x, t) -> dx/dt of the probability flow ODE
     times: typing.Callable | None = None  # (steps, progress of the start) -> times of the ODE, float64 [steps + 1]
     half_log_snr: tuple[float, float] | None = None  # log(alpha / sigma) at the ends of DPM-Solver++
@@ -58,7 +57,7 @@ def ddpm(schedule: gaussian.Schedule, *, objective: str = "noise", weights: np.n
             jnp.asarray(schedule.sqrt_alpha_bar)[t],
             jnp.asarray(schedule.sqrt_one_minus_alpha_bar)[t],
         ),
-        told=lambda x, t: (x, t),
+        network_inputs=lambda x, t: (x, t),
         error=lambda output, x0, eps, x, t: output - gaussian.OBJECTIVES[objective](schedule, x0, t, eps),
         x0=lambda output, x, t: gaussian.predictions(schedule, objective, output, x, t, clip=None)[0],
         progress=lambda t: 1 - t / last,
@@ -84,7 +83,7 @@ def flow(
         2023; SiT). The velocity of predicted data is (x0 - x) / max(1 - t, 0.05).
       times: in training; `logit_normal`, sigmoid of a Gaussian with `mean` and `std`, or `uniform` in 0..1.
       noise_scale: standard deviation of the noise; JiT takes image side / 256.
-      time_scale: the network is told time_scale * t.
+      time_scale: the network's time input is time_scale * t.
 
     Raises:
       ValueError: an option is unknown.
@@ -111,9 +110,9 @@ def flow(
     return Process(
         draw=draws[times],
         alpha_sigma=lambda t: (t, (1 - t) * noise_scale),
-        told=lambda x, t: (x, time_scale * t),
+        network_inputs=lambda x, t: (x, time_scale * t),
         progress=lambda t: t,
-        start=noise_scale,
+        initial_std=noise_scale,
         times=lambda steps, start: np.linspace(start, 1, steps + 1),
         half_log_snr=(-5.0, 7.0),  # 0.7% of data at the start, 0.1% of noise at the end
         time_of=lambda half_log_snr: 1 / (1 + np.exp(-half_log_snr) / noise_scale),
@@ -133,8 +132,8 @@ def edm(
 ) -> Process:
     """EDM (Karras et al. 2022): x = x0 + sigma eps, a preconditioned network, t = sigma.
 
-    The prediction of x0 is c_skip x + c_out output. The network is told c_in x and time_scale * log(sigma) / 4. The
-    loss is the squared error of x0 divided by c_out^2, which is the paper's weight.
+    The prediction of x0 is c_skip x + c_out output; the network's inputs are c_in x and time_scale * log(sigma) / 4.
+    The loss is the squared error of x0 divided by c_out^2, which is the paper's weight.
 
     Args:
       mean, std: of the Gaussian log(sigma) in training.
@@ -156,11 +155,11 @@ def edm(
     return Process(
         draw=lambda key: jnp.exp(mean + std * jax.random.normal(key)),
         alpha_sigma=lambda s: (s**0, s),
-        told=lambda x, s: (x / _wide(total(s), x), time_scale * jnp.log(s) / 4),
+        network_inputs=lambda x, s: (x / _wide(total(s), x), time_scale * jnp.log(s) / 4),
         error=lambda output, clean, eps, x, s: (x0(output, x, s) - clean) / _wide(c_out(s), x),
         x0=x0,
         progress=lambda s: (ends[0] - s ** (1 / rho)) / (ends[0] - ends[1]),
-        start=sigma_max,
+        initial_std=sigma_max,
         slope=lambda output, x, s: (x - x0(output, x, s)) / _wide(s, x),
         times=times,
         half_log_snr=(-math.log(sigma_max), -math.log(sigma_min)),
@@ -183,7 +182,7 @@ def _edm(settings, time_scale):
     return edm(time_scale=time_scale, **dataclasses.asdict(settings.edm))
 
 
-# By `config.diffusion.process`: (`config.diffusion`, time_scale) -> `Process`. The network is told time_scale * t.
+# By `config.diffusion.process`: (`config.diffusion`, `build.time_scale`) -> `Process`.
 PROCESSES = {"ddpm": _ddpm, "flow": _flow, "edm": _edm}
 
 
@@ -197,7 +196,7 @@ def denoising_loss(predict, process: Process, x0, t, eps, *, loss: str = "l2") -
     """Loss of each image, [B] float32: weight(t) times the mean error over its (visible) elements.
 
     Args:
-      predict: (input, time), as `Process.told` makes them -> output, of the input's shape.
+      predict: (input, time), as `Process.network_inputs` makes them -> output, of the input's shape.
       x0, eps: clean data and noise, [B, ...] float32; in masked training the visible patches [B, V, d]. For a wavelet
         model tuples of such arrays, one per band; the mean errors of the bands are added.
       t: [B], from `Process.draw`.
@@ -206,8 +205,8 @@ def denoising_loss(predict, process: Process, x0, t, eps, *, loss: str = "l2") -
     bands, structure = jax.tree.flatten(x0)
     noise = jax.tree.leaves(eps)
     x = [noisy(process, band, t, e) for band, e in zip(bands, noise, strict=True)]
-    told = [process.told(band, t) for band in x]
-    outputs = jax.tree.leaves(predict(jax.tree.unflatten(structure, [band for band, _ in told]), told[0][1]))
+    inputs = [process.network_inputs(band, t) for band in x]
+    outputs = jax.tree.leaves(predict(jax.tree.unflatten(structure, [band for band, _ in inputs]), inputs[0][1]))
 
     def error(*args):
         e = LOSSES[loss](process.error(*args, t))

@@ -20,9 +20,9 @@ makes an image independent of its batch and device; tests pass recorded noise.
 
 To add a sampler, write `run(settings, predict, x, noise, process, *, start, clip)` -> x0, where `settings` is
 `config.sampling`, and add `Sampler(run, discrete=True)` (for DDPM) or `Sampler(run, continuous=True)` (for flow
-matching and EDM) to `SAMPLERS`. `ddim` and `ode` show what `process` offers to each kind. `Sampler` has fields for a
-sampler that calls the network more than once per step, or starts anywhere. To export runs that use it to PyTorch, add
-it to `interop/torch_folder/sample.py`, too.
+matching and EDM) to `SAMPLERS`. `ddim` and `ode` show what `process` offers to each kind. Set `calls` if it calls the
+network more than once per step, and `starts_anywhere=False` if it can only start from pure noise. To export runs that
+use it to PyTorch, add it to `interop/torch_folder/sample.py`, too.
 """
 
 import dataclasses
@@ -106,8 +106,8 @@ def dpm_solver_times(schedule: Schedule, steps: int, spacing: str) -> tuple[np.n
 
     The n time steps whose log-SNR is high enough have times (i + 1)/n; between them, log(alpha) is interpolated
     linearly. The returned times are smaller by 1/n, so that T times them are the network's time steps. This is exact
-    only if n = T. With the cosine schedule, n is 996 of 1,000, and the network's times are 0.4% too late, as in the
-    reference.
+    only if n = T. With the cosine schedule, n is 996 of 1,000, and the network's time steps are 0.4% too large, as in
+    the reference.
 
     Args:
       steps: calls of the network.
@@ -263,7 +263,7 @@ def ode(predict, x, noise, process: Process, *, steps=50, heun=True, churn: Chur
             there = x + c["width"] * (first + slope(there, c["after"])) / 2
         return there, None
 
-    x = x * process.start if start is None else x
+    x = x * process.initial_std if start is None else x
     x, _ = jax.lax.scan(step, x, jax.tree.map(lambda column: column[:-1], columns))
     return euler_step(x, jax.tree.map(lambda column: column[-1], columns))[-1]
 

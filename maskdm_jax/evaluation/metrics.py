@@ -201,7 +201,7 @@ def network_of(wanted: tuple[str, ...]) -> str:
     networks = {METRICS[name].network for name in wanted}
     if len(networks) > 1:
         raise ValueError(
-            f"{', '.join(wanted)}, which compare features of different networks; compute those that end in _lite0 in "
+            f"{', '.join(wanted)}, whose features are of different networks; compute those that end in _lite0 in "
             "another evaluation"
         )
     return networks.pop()

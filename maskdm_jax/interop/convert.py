@@ -138,7 +138,7 @@ def _read(path: pathlib.Path, flags: dict, given: Config | None = None, stage: s
     with prefixed(CheckpointError, f"{path} cannot be read: ", OSError):
         is_folder = _kind(path) == "folder"
         if not is_folder and not path.exists():
-            raise CheckpointError(f"{path} is not a file")
+            raise CheckpointError(f"{path} does not exist")
         source = _from_folder(path) if is_folder else _from_file(path)
     _settle_config(source, path, flags, given, stage)
     return source
@@ -168,7 +168,7 @@ def _from_folder(path: pathlib.Path) -> _Source:
     config, stage = source.config, source.config.stage[source.stage]
     network = config.model.network
     if config.model.returning == "token":
-        raise CheckpointError(f"{found} has a learned token for hidden patches, which PyTorch code has no place for")
+        raise CheckpointError(f"{found} has config.model.returning='token', which no other format can hold")
     if network not in NETWORKS:
         raise CheckpointError(f"{found} is of {network}, a network that PyTorch code has no counterpart of")
     index, mesh = config.stages.index(source.stage), make_mesh(devices=jax.devices()[:1])

@@ -95,6 +95,7 @@ def settings(official, shown: dict, heads: int | None, class_tokens_from: int | 
         official.notes.append(note)
     if official.buffers is None:
         official.notes.append("note: the file does not show its noise schedule; cosine is assumed (or give --config)")
+    official.notes.append("note: the file does not show its objective; noise is assumed (or give --config)")
     found = {"model.heads": heads or width // 64}
     if official.group:
         found["stage.weight_decay"] = official.group.get("weight_decay", Stage.weight_decay)

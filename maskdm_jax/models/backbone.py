@@ -24,7 +24,7 @@ class Backbone(nnx.Module):
       unconditional_token: give a conditional model a learned token for "no label".
       time_mlp: pass the time embedding through a two-layer MLP before it becomes a token.
       outer: blocks at either end that process all patches; hidden ones skip those between; see `models.routing`.
-      mask_token: give the patches that come back a learned token for what they were.
+      mask_token: hidden patches re-enter after the inner blocks as a learned token instead of their own features.
       dtype: dtype of the computation; parameters are float32.
       attention: name of the kernel, see `ops.attention.attention`.
       remat: recompute each block in the backward pass instead of saving its activations.

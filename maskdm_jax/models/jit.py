@@ -19,7 +19,7 @@ class JiT(nnx.Module):
     """Denoising network on pixels, conditioned by adaptive norms (adaLN-zero) and by class tokens among the patches.
 
     A patch has a fixed sine-cosine position embedding, and rotary angles in attention. Hidden patches are never
-    embedded; class tokens are never hidden.
+    embedded, unless they skip only the inner blocks (`outer`); class tokens are never hidden.
 
     Args:
       image_size: side of the square images, in pixels.
@@ -92,7 +92,7 @@ class JiT(nnx.Module):
 
         Args:
           x: noisy image [B, H, W, C], or noisy visible patches [B, V, p*p*C].
-          t: [B] float32, what the process tells, 0..1 in JiT's own training.
+          t: [B] float32, the time input of `Process.network_inputs`: 0..1 for flow matching, as in JiT.
           labels: [B] int32 in 0..num_classes-1, -1 for "no label"; None is no label for all.
           positions: [B, V] int32, row-major index of each visible patch in the grid; only with patches. None with
             patches means that they are the whole grid in order. With `outer` blocks as in `UViT`.

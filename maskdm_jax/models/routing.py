@@ -16,7 +16,7 @@ def restore_hidden(tokens, before, visible, extras: int, token=None, shallow=Non
     """Insert the patches `visible` of `tokens` [B, extras + V, D] into all tokens, `before` [B, extras + N, D].
 
     Hidden patches keep their features from before, or get the learned `token` [D]. With `visible` None, nothing is
-    hidden. Of the images `shallow` [B] bool, the result is as if all tokens had skipped the inner blocks.
+    hidden. In images for which `shallow` [B] is True, all tokens count as hidden.
     """
     hidden = before if token is None else before.at[:, extras:].set(token.astype(before.dtype))
     if visible is not None:

@@ -10,7 +10,8 @@ from maskdm_jax.models.layers import Linear, PatchEmbed, normal_002, patchify, u
 class UViT(nnx.Module):
     """Denoising network on pixels (MaskDM, section 3.2; reference `MaskedUViT`).
 
-    Tokens are `[label?, time, patches]`, each with a learned position embedding; hidden patches are never embedded.
+    Tokens are `[label?, time, patches]`, each with a learned position embedding. Hidden patches are not embedded,
+    unless `outer` blocks process them.
 
     Args:
       image_size: side of the square images, in pixels.

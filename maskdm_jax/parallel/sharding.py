@@ -17,14 +17,16 @@ def make_mesh(data: int = -1, fsdp: int = 1, devices=None) -> Mesh:
 
     Args:
       data: number of copies of the parameters; -1 computes it from the number of devices.
-      fsdp: devices that share one copy of parameters, EMA and optimizer moments.
+      fsdp: devices over which parameters, EMA and optimizer state are sharded.
 
     Raises:
       ValueError: the devices do not form such a mesh.
     """
     devices = jax.devices() if devices is None else devices
-    if fsdp < 1 or len(devices) % fsdp or (data != -1 and data * fsdp != len(devices)):
-        raise ValueError(f"mesh data={data}, fsdp={fsdp} does not fit {len(devices)} devices; their product must")
+    if fsdp < 1 or len(devices) % fsdp:
+        raise ValueError(f"mesh fsdp={fsdp} does not divide {len(devices)} devices")
+    if data not in (-1, len(devices) // fsdp):
+        raise ValueError(f"mesh data={data} x fsdp={fsdp} are not {len(devices)} devices; data=-1 takes the rest")
     # Auto axes, because explicit axes, the default of jax.make_mesh, reject the gather of visible patches.
     axes = dict(axis_names=("data", "fsdp"), axis_types=(AxisType.Auto,) * 2)
     slices = len({getattr(device, "slice_index", 0) for device in devices if device.platform == "tpu"} or {0})

@@ -170,8 +170,8 @@ class Checkpoints:
             latest = self.latest()
             resume = "there is none yet" if latest is None else f"the same command resumes from step {latest}"
             raise CheckpointError(
-                f"no checkpoint can be written to {self.folder} ({first_line(error)}); it needs a folder that exists "
-                f"and room; {resume}"
+                f"no checkpoint can be written to {self.folder} ({first_line(error)}); check that it is writable and "
+                f"has room; {resume}"
             ) from error
 
 
@@ -203,7 +203,7 @@ def check_path(path) -> None:
     """
     if _on_s3(location(path)) and jax.process_count() > 1:
         raise ConfigError(
-            f"{path}: several processes write checkpoints to gs:// or to a disk that all hosts see, but not to s3://"
+            f"{path}: several processes cannot write checkpoints to s3://; give a disk that all hosts see, or gs://"
         )
     patterns = sorted(set(str(location(path))) & set("[]*?"))
     if patterns:

@@ -169,7 +169,7 @@ def run_stage(run: Run, index: int, state: TrainState, meta: dict, hooks) -> Tra
 def _say_compiled(run: Run, name: str, step_fn, seconds: float) -> None:
     """Log the memory of a step, with a warning if a CPU has less: the system would end the program without a word."""
     state, temporary = memory_bytes(step_fn)
-    log.info("compiled in %s; a step takes %.2f GiB", logs.duration(seconds), (state + temporary) / 2**30)
+    log.info("compiled in %s; a step needs %.2f GiB per device", logs.duration(seconds), (state + temporary) / 2**30)
     left = processes.free_memory() if run.mesh.devices.flat[0].platform == "cpu" else math.inf
     if temporary * jax.local_device_count() > left:
         log.warning(
@@ -262,13 +262,13 @@ class StageReport:
         self.window, self._logged = {}, step
         images = per_second * self._stage.batch_size
         left = (self._stage.steps - step + self._later) / max(per_second, 1e-9)
-        text = f"loss {means['loss']:.4f} | rate {means['learning_rate']:.1e} | {images:,.0f} images/s | "
-        text += f"{self._visible} of {self._total} tokens | "
+        text = f"loss {means['loss']:.4f} | lr {means['learning_rate']:.1e} | {images:,.0f} images/s | "
+        text += f"{self._visible} of {self._total} patches | "
         text = (f"(run step {self._offset + step}) " if self._offset else "") + text
         text += f"{logs.duration(left)} left"
         text += f" | {waited:.0%} of the time waiting for data" if waited > 0.03 else ""
         self.progress.numbers(step, text)
-        extra = dict(images_per_second=images, waiting_for_data=waited, visible_tokens=self._visible, stage=self._name)
+        extra = dict(images_per_second=images, waiting_for_data=waited, visible_patches=self._visible, stage=self._name)
         self._run.metrics.write(self._offset + step, means | extra)
 
 

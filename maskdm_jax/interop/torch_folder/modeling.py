@@ -3,7 +3,7 @@
     model = from_pretrained("FOLDER")  # holds config.json and model.safetensors
     output = model(x, t, labels)
 
-`x` [B, C, H, W] is noisy, `t` [B] is the time that the network is told, and `labels` [B] are class numbers, -1 for "no
+`x` [B, C, H, W] is noisy, `t` [B] is the time input, and `labels` [B] are class numbers, -1 for "no
 label", or None. The output, of x's shape, is what the network was trained to predict; see `sample.py`. Names of tensors
 are those of the networks' original code. This file needs torch and safetensors alone.
 """

@@ -16,7 +16,7 @@ from PIL import Image
 
 HERE = pathlib.Path(__file__).parent
 
-# --- Processes: what the network is told, and what its output means. All images have the same time t ----
+# --- Processes: the inputs of the network and the meaning of its output. All images have the same time t ----
 
 
 class Ddpm:
@@ -36,7 +36,7 @@ class Ddpm:
         self.alpha_bar = np.cumprod(1 - self.betas)
         self.timesteps = n
 
-    def told(self, x, t):
+    def network_inputs(self, x, t):
         return x, t
 
     def progress(self, t):
@@ -62,7 +62,7 @@ class Flow:
     def __init__(self, c: dict):
         self.start, self.scale, self.predicts = c["flow"]["noise_scale"], c["time_scale"], c["objective"]
 
-    def told(self, x, t):
+    def network_inputs(self, x, t):
         return x, self.scale * t
 
     def progress(self, t):
@@ -93,7 +93,7 @@ class Edm:
         self.half_log_snr = -math.log(self.start), -math.log(self.end)
         self.ends = self.start ** (1 / self.rho), self.end ** (1 / self.rho)
 
-    def told(self, x, s):
+    def network_inputs(self, x, s):
         return x / math.sqrt(s**2 + self.data**2), self.scale * math.log(s) / 4
 
     def progress(self, s):
@@ -260,15 +260,15 @@ def from_noise(model, x, noise, labels=None, **settings) -> np.ndarray:
     clip = lambda x0: torch.minimum(x0.clamp(min=-1), high)
 
     def predict(x, t):
-        told, time = process.told(x, t)
+        scaled, time = process.network_inputs(x, t)
         time = torch.full((len(x),), time, device=x.device)
-        out, along = model(told, time, labels), np.float32(process.progress(t))
+        out, along = model(scaled, time, labels), np.float32(process.progress(t))
         acts = (along > np.float32(s["guidance_from"]) or not s["guidance_from"]) and along < np.float32(
             s["guidance_to"]
         )
         if not s["guidance"] or not (acts or (s["guidance_from"], s["guidance_to"]) == (0, 1)):
             return out
-        return (1 + s["guidance"]) * out - s["guidance"] * model(told, time, None)
+        return (1 + s["guidance"]) * out - s["guidance"] * model(scaled, time, None)
 
     with torch.no_grad():
         x0 = SAMPLERS[s["method"]](predict, x, noise, process, s, clip)
