@@ -108,10 +108,10 @@ def _plan_run(study, run: dict, seed: int, budget: float, unit: str, seconds_of,
             step_key = phase_key(dataclasses.replace(config, seed=0), phase["data"], "")
             if step_key not in counted:
                 counted[step_key] = cost.count_flops(config, stage_name, batch_size)
+            price = counted[step_key] if unit == "flops" else seconds_of(config, step_key)
             config = _continue(config, planned) if phase.get("continues") else config
         except (KeyError, TypeError, ConfigError) as error:
             raise ConfigError(f"{where}: {str(error).splitlines()[0]}") from None
-        price = counted[step_key] if unit == "flops" else seconds_of(config, step_key)
         parts = max(1, phase["points"]) * _SAVES
         steps = round(phase["share"] * budget / price / parts) * parts
         if not steps:

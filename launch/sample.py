@@ -24,13 +24,15 @@ BATCH = flags.DEFINE_integer("batch", 64, "Images per device and call.", lower_b
 FORMAT = flags.DEFINE_enum("format", "png", ["png", "npz"], "One file per image, or one array.")
 WEIGHTS = flags.DEFINE_string("weights", "ema", "Averaged (ema; ema2, ... if there are more) or raw weights (params).")
 LABELS = flags.DEFINE_list("labels", None, "Classes to cycle through, by name or number; default: all.")
-# The run's own settings (config.sampling) are the defaults of these six flags.
+# The run's own settings (config.sampling) are the defaults of these flags.
 METHOD = flags.DEFINE_string("method", None, "Sampler; launch/train.py --print_config lists them.")
 STEPS = flags.DEFINE_integer("steps", None, "Steps of the sampler; ddpm always takes all.")
 ETA = flags.DEFINE_float("eta", None, "Noise of ddim, from 0 (deterministic) to 1.")
 ORDER = flags.DEFINE_integer("order", None, "Order of dpm_solver, 1 to 3.")
 SPACING = flags.DEFINE_string("spacing", None, "Spacing of dpm_solver's steps.")
-GUIDANCE = flags.DEFINE_float("guidance", None, "Weight of guidance; see config.sampling.weak.")
+GUIDANCE = flags.DEFINE_float("guidance", None, "Weight of guidance.")
+WEAK = flags.DEFINE_string("weak", None, "Weak prediction of guidance: unlabelled, sparse or shallow.")
+WEAK_RATE = flags.DEFINE_float("weak_rate", None, "Share of the patches that --weak=sparse hides.")
 COLUMNS = flags.DEFINE_integer("columns", 10, "Columns of the grid.", lower_bound=1)
 GRID = flags.DEFINE_integer("grid", 100, "Maximum number of images in the grid; 0 for no grid.", lower_bound=0)
 
@@ -88,7 +90,7 @@ def sample(path, out):
     from maskdm_jax.sampling import generate_to_folder, label_cycle, with_sampling
 
     chosen = {"method": METHOD.value, "steps": STEPS.value, "eta": ETA.value, "order": ORDER.value}
-    chosen |= {"spacing": SPACING.value, "guidance": GUIDANCE.value}
+    chosen |= {"spacing": SPACING.value, "guidance": GUIDANCE.value, "weak": WEAK.value, "weak_rate": WEAK_RATE.value}
     sampling = {key: value for key, value in chosen.items() if value is not None}
     loaded = with_sampling(load(path, weights=WEIGHTS.value), sampling)
     label_cycle(loaded, LABELS.value)  # an unknown label is an error before anything is printed

@@ -211,7 +211,7 @@ def make_sampler(config: Config, network: Network):
     """Build `sample(params, x, noise, labels=None, start=None)` -> x0 by `config.sampling`; see `diffusion.samplers`.
 
     Raises:
-      ConfigError: the method is not for the process.
+      ConfigError: the method is not for the process, or guidance hides nothing.
       SamplingError: raised by `sample` if `start` is given and the sampler does not support it.
     """
     settings, clip, process = config.sampling, make_representation(config).clip, make_process(config)
@@ -222,6 +222,9 @@ def make_sampler(config: Config, network: Network):
         raise ConfigError(f"config.sampling.method is {settings.method!r}; it must be one of {of}")
     if settings.churn and config.diffusion.process != "edm":
         raise ConfigError(f"config.sampling.churn is {settings.churn:g}; only the process edm takes it, others take 0")
+
+    if settings.guidance and settings.weak == "sparse" and all(plan.hides_nothing for plan in _weak_plans(config)):
+        raise ConfigError(f"config.sampling.weak_rate is {settings.weak_rate:g}, which hides no patch; raise it")
 
     def sample(params, x, noise, labels=None, start=None):
         if start is not None and not sampler.starts_anywhere:
@@ -243,9 +246,12 @@ def make_sampler(config: Config, network: Network):
 
 def _sparse(config: Config, labels, n: int):
     """The same patches are hidden in all images and steps."""
-    plans = [masking.make_plan("patch", grid, rate=config.sampling.weak_rate) for grid in grids(config)]
-    visible = [masking.sample_positions(plan, jax.random.key(i)) for i, plan in enumerate(plans)]
+    visible = [masking.sample_positions(plan, jax.random.key(i)) for i, plan in enumerate(_weak_plans(config))]
     return labels, _by_band(config, [jnp.broadcast_to(positions, (n, len(positions))) for positions in visible])
+
+
+def _weak_plans(config: Config) -> list[masking.MaskPlan]:
+    return [masking.make_plan("patch", grid, rate=config.sampling.weak_rate) for grid in grids(config)]
 
 
 def _shallow(config: Config, labels, n: int):

@@ -182,7 +182,7 @@ class Stage:
     more_ema_decays: tuple[float, ...] = ()  # decays of further EMAs, named ema2, ema3, ...
     mask: Mask = Mask()
     detail_mask: Mask | None = None  # for the details of a wavelet model; None: the settings of mask
-    shallow: Probability = 0.0  # share of the images that skip the inner blocks, without a label; for weak=shallow
+    shallow: Decay = 0.0  # share of the images that skip the inner blocks, without a label; for weak=shallow
 
 
 @dataclasses.dataclass(frozen=True)
@@ -270,10 +270,19 @@ class Config:
     stages: tuple[str, ...] = ()  # names of the stages to run, in order
     stage: dict[str, Stage] = dataclasses.field(default_factory=dict, hash=False)  # by name, as `stages` lists them
 
-    @property
-    def guidable(self) -> bool:
-        """Whether the network may have learned to do without a label: here, or wherever its weights are from."""
-        return bool(self.data.label_dropout or self.init_from or self.data.path == UNKNOWN)
+    def untrained(self, weak: str) -> str:
+        """What training lacks for a weak prediction of guidance, one of `build.WEAK`.
+
+        Returns "" if it lacks nothing, or if the weights may have been trained for it elsewhere.
+        """
+        stages = [self.stage[name] for name in self.stages]
+        trained = {
+            "unlabelled": (self.data.label_dropout, "data.label_dropout above 0, such as 0.1"),
+            "shallow": (any(stage.shallow for stage in stages), "a stage with shallow above 0, such as 0.1"),
+            "sparse": (any(stage.mask.kind != "none" for stage in stages), "a stage with a mask"),
+        }
+        enough, wanted = trained[weak]
+        return "" if enough or self.init_from or self.data.path == UNKNOWN else wanted
 
 
 # --- Recipes --------------------------------------------------------------------------------------
@@ -483,7 +492,10 @@ def _check_labels(config: Config) -> None:
         )
     weak = config.sampling.weak
     if guidance and weak == "unlabelled" and not model.num_classes:
-        raise ConfigError("config.sampling.guidance needs a conditional model; config.model.num_classes is 0")
+        raise ConfigError(
+            "config.sampling.guidance needs a conditional model, and config.model.num_classes is 0; with "
+            "config.model.outer_blocks, set config.sampling.weak to 'sparse' or 'shallow'"
+        )
     if guidance and weak != "unlabelled" and not model.outer_blocks:
         raise ConfigError(f"config.sampling.weak is {weak!r}, which needs config.model.outer_blocks above 0")
 

@@ -63,11 +63,11 @@ def check(config: Config) -> None:
     for name, package in (("wandb", "wandb"), ("tensorboard", "tensorboardX")):
         if getattr(config.log, name) and importlib.util.find_spec(package) is None:
             raise ConfigError(f"config.log.{name} is True but {package} is not installed; pip install {package}")
-    unlabelled = config.sampling.guidance and config.sampling.weak == "unlabelled"
-    if unlabelled and not config.data.label_dropout and not config.init_from:
+    sampling = config.sampling
+    if sampling.guidance and (wanted := config.untrained(sampling.weak)):
         raise ConfigError(
-            f"config.sampling.guidance is {config.sampling.guidance:g}, but training never hides a label; set "
-            "config.data.label_dropout above 0, such as 0.1"
+            f"config.sampling.guidance is {sampling.guidance:g}, but its weak prediction, {sampling.weak!r}, is not "
+            f"trained; that needs {wanted}"
         )
     network = make_network(config)
     make_loss(config, network)
@@ -164,6 +164,11 @@ def warnings_of(config: Config) -> list[str]:
             f"a patch has {numbers} values but config.model.width is only {config.model.width}, too narrow to "
             "represent the noise of a patch; use a smaller patch_size or a larger width"
         )
+    stages = [config.stage[name] for name in config.stages]
+    if config.model.outer_blocks and not any(stage.mask.kind != "none" or stage.shallow for stage in stages):
+        lines.append(f"model.outer_blocks={config.model.outer_blocks} has no effect in training: nothing is hidden")
+    if config.sampling.weak != "unlabelled" and not config.sampling.guidance:
+        lines.append(f"sampling.weak={config.sampling.weak} has no effect: sampling.guidance is 0")
     for name in config.stages:
         stage = config.stage[name]
         if stage.warmup_steps > stage.steps / 3 and not stage.continues:

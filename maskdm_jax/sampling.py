@@ -126,7 +126,7 @@ class TrainedModel:
     classes: list[str]
     card: dict  # of the training data; see `data.sources.card_of`
     mesh: jax.sharding.Mesh  # of this process's devices
-    guidable: bool = True  # whether it may have been trained without labels, too
+    converted: bool = False  # from a file of other code, which may have trained it in ways that no config tells
 
     def sample(self, n: int, *, labels=None, seed: int = 0, batch_size: int = 64, **sampling) -> np.ndarray:
         """Generate images 0..n-1 of a seed, uint8 [n, S, S, C].
@@ -169,15 +169,16 @@ def with_sampling(model: TrainedModel, changes: dict) -> TrainedModel:
     """The model with other settings of `config.sampling`.
 
     Raises:
-      SamplingError: guidance, of a network that was always told the label.
+      SamplingError: guidance by a weak prediction that was not trained.
       ConfigError: a setting is invalid.
     """
     raw = to_dict(model.config)
     config = parse(raw | dict(sampling=raw["sampling"] | changes))
-    if config.sampling.guidance and config.sampling.weak == "unlabelled" and not model.guidable:
+    wanted = config.sampling.guidance and not model.converted and config.untrained(config.sampling.weak)
+    if wanted:
         raise SamplingError(
-            f"guidance={config.sampling.guidance:g} needs a network that was trained with hidden labels; "
-            f"{model.checkpoint} was trained with data.label_dropout=0"
+            f"{model.checkpoint} was not trained for the weak prediction of guidance={config.sampling.guidance:g}, "
+            f"{config.sampling.weak!r}; that needs {wanted}"
         )
     make_sampler(config, model.network)  # checks the settings
     return dataclasses.replace(model, config=config)
@@ -198,9 +199,9 @@ def load(path, *, weights: str = "ema", sampling: dict | None = None) -> Trained
         raise SamplingError(f"{found} has no weights {weights!r}; it has {there} (the raw ones are params)")
     meta = checkpoint.load_meta(found)
     config = parse(meta["config"] | dict(mesh={}))  # the mesh of the machine that trained; this one may have another
-    guidable = config.guidable or bool(meta.get("official"))
     network, mesh = make_network(config), _local_mesh()
-    model = TrainedModel(found, weights, config, network, {}, meta["classes"], meta["card"], mesh, guidable)
+    model = TrainedModel(found, weights, config, network, {}, meta["classes"], meta["card"], mesh)
+    model = dataclasses.replace(model, converted=bool(meta.get("official")))
     model, place = with_sampling(model, sampling or {}), sharding.replicated(mesh)  # before weights are read
     abstract = jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), network.abstract_params()
@@ -212,7 +213,7 @@ def from_weights(path, weights: str, config: Config, classes: list[str], params:
     """Make a `TrainedModel` from weights that were read from a file at `path`."""
     mesh = _local_mesh()
     params = jax.device_put(params, sharding.replicated(mesh))
-    return TrainedModel(path, weights, config, make_network(config), params, classes, {}, mesh, config.guidable)
+    return TrainedModel(path, weights, config, make_network(config), params, classes, {}, mesh)
 
 
 def in_memory(run, params) -> TrainedModel:

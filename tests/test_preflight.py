@@ -97,7 +97,9 @@ def test_all_processes_must_have_the_same_settings(monkeypatch):
     monkeypatch.setattr(preflight.processes, "gather", lambda array: seen.append(array) or np.asarray(array)[None])
     check_processes(CONFIG, "runs/x")
     check({})
-    with pytest.raises(ConfigError, match="process 1 differs from process 0 .JAX: .* -> 0.1; seed: 3 -> 4.; start all with"):
+    with pytest.raises(
+        ConfigError, match="process 1 differs from process 0 .JAX: .* -> 0.1; seed: 3 -> 4.; start all with"
+    ):
         check(dict(seed=4, JAX="0.1"))
 
 
@@ -112,13 +114,18 @@ def test_settings_that_nobody_wants_are_named():
         pretrain__learning_rate=2.0,
         finetune__mask__rate=0.5,
     )
+    routed = tiny.config(model__outer_blocks=1, sampling__weak="sparse", pretrain__mask__kind="none")
+    assert warnings_of(routed)[:2] == [
+        "model.outer_blocks=1 has no effect in training: nothing is hidden",
+        "sampling.weak=sparse has no effect: sampling.guidance is 0",
+    ]
     assert warnings_of(config) == [
         "preview.every=10000 is beyond the end: each stage has one preview, at its end",
         "checkpoint.every=5000 is beyond the end: a failure loses a whole stage",
         "pretrain.warmup_steps=1000 is more than a third of its 2000 steps",
         "pretrain.learning_rate=2 is unusual; recipes have 1e-5 to 2e-3",
-        "83% of the EMA at the end of pretrain still come from the weights of step 100: lower pretrain.ema_decay=0.9999 or "
-        "pretrain.ema_every=1, or train longer",
+        "83% of the EMA at the end of pretrain still come from the weights of step 100: lower "
+        "pretrain.ema_decay=0.9999 or pretrain.ema_every=1, or train longer",
         "finetune.warmup_steps=2 is more than a third of its 2 steps",
         "finetune.mask.rate=0.5 (kind is 'none') has no effect",
     ]

@@ -1,6 +1,8 @@
 """Patches that skip the inner blocks: their features when they re-enter, and their cost."""
 
 import dataclasses
+import json
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +11,7 @@ import optax
 import pytest
 import tiny
 
+import maskdm_jax
 from maskdm_jax import config as config_lib
 from maskdm_jax import run, sampling
 from maskdm_jax.build import grids, make_network, make_process, make_sampler
@@ -199,8 +202,9 @@ def test_guidance_from_sparsity(kind, monkeypatch):
         np.testing.assert_allclose(ours, 1.5 * strong - 0.5 * weak, atol=1e-5)
 
 
-def test_a_run(tmp_path):
-    """Routed, then dense with the same optimizer, guidance from sparsity; a stop in between changes nothing."""
+@pytest.fixture(scope="module")
+def token_run(tmp_path_factory):
+    """Routed, then dense with the same optimizer, guidance from sparsity."""
     changes = dict(model__outer_blocks=1, model__returning="token", pretrain__mask=config_lib.strided(2))
     changes |= dict(pretrain__shallow=0.3, finetune__shallow=0.2)
     for stage in ("pretrain", "finetune"):
@@ -209,27 +213,67 @@ def test_a_run(tmp_path):
         }
     changes |= dict(finetune__continues=True)
     config = tiny.config(**changes, sampling__guidance=0.5, sampling__weak="shallow")
-    run.train(config, tmp_path / "whole")
-    text = (tmp_path / "whole" / "log.txt").read_text()
+    run.train(config, folder := tmp_path_factory.mktemp("token") / "whole")
+    return folder, config
+
+
+def test_a_run(token_run, tmp_path):
+    """A stop in between changes nothing."""
+    folder, config = token_run
+    text = (folder / "log.txt").read_text()
     assert "4 of 16 patches visible" in text
     assert "hidden patches take part in the first and last 1 blocks" in text
-    rates = [line["learning_rate"] for line in logs.read_metrics(tmp_path / "whole" / "metrics.jsonl")]
+    rates = [line["learning_rate"] for line in logs.read_metrics(folder / "metrics.jsonl")]
     np.testing.assert_allclose(rates, 1e-3 * np.minimum(np.arange(6) / 5, 1), rtol=1e-6)
     first = dataclasses.replace(config, stages=("pretrain",), stage=dict(pretrain=config.stage["pretrain"]))
     run.train(first, tmp_path / "parts")
     run.train(config, tmp_path / "parts")
-    whole, parts = (sampling.load(tmp_path / name) for name in ("whole", "parts"))
+    whole, parts = (sampling.load(path) for path in (folder, tmp_path / "parts"))
     jax.tree.map(np.testing.assert_array_equal, whole.params, parts.params)
     network, mesh = make_network(config), make_mesh(devices=jax.devices()[:1])
     state = checkpoint.load_state(whole.checkpoint, start.abstract_state(config, 1, network, mesh))
     assert int(state.step) == 2
-    before = sampling.load(tmp_path / "whole" / "checkpoints" / "4")
+    before = sampling.load(folder / "checkpoints" / "4")
     # The EMA is updated every third step of both stages together: at steps 1 and 4.
     jax.tree.map(np.testing.assert_array_equal, before.params, whole.params)
     counts = [int(leaf) for leaf in jax.tree.leaves(state.opt_state) if leaf.dtype == jnp.int32]
     assert max(counts) == 6, "one optimizer for both stages"
-    with pytest.raises(CheckpointError, match="has config.model.returning='token', which no other format can hold"):
-        convert(tmp_path / "whole", tmp_path / "file.pt")
+    meta = checkpoint.load_meta(whole.checkpoint)
+    dropping = dataclasses.replace(config, model=dataclasses.replace(config.model, outer_blocks=0))
+    with pytest.raises(
+        ConfigError, match="outer_blocks=1, which cannot become 0 .*; pass --config.model.outer_blocks=1"
+    ):
+        start.resumed_stage(dropping, meta, "whole")
+    alone = config.stage | dict(finetune=dataclasses.replace(config.stage["finetune"], continues=False))
+    with pytest.raises(ConfigError, match="finetune.continues=True, which cannot become False"):
+        start.resumed_stage(dataclasses.replace(config, stage=alone), meta, "whole")
+
+
+def test_a_run_with_a_mask_token_is_exported_without_it(token_run, tmp_path):
+    """The prediction for whole images does not use it."""
+    whole, config = token_run
+    assert {
+        line.split(";")[0] for line in convert(whole, tmp_path / "file.pt") if line.startswith(("note", "left"))
+    } == {
+        "left out: the learned token of hidden patches",
+        "note: other code has no model.outer_blocks=1",
+        "note: other code has no guidance of sampling.weak='shallow'",
+    }
+    convert(whole, tmp_path / "file.safetensors")
+    ours, file = (
+        maskdm_jax.load(path).sample(2, seed=1, guidance=0.0) for path in (whole, tmp_path / "file.safetensors")
+    )
+    np.testing.assert_array_equal(ours, file)
+    itself = dataclasses.replace(config, model=dataclasses.replace(config.model, returning="itself"))
+    lines = convert(tmp_path / "file.pt", tmp_path / "back", config=config_lib.to_dict(itself), stage="finetune")
+    assert not [line for line in lines if "EMA says" in line], "it counts the steps of both stages"
+    shutil.copytree(whole, tmp_path / "jit")
+    path = tmp_path / "jit" / "checkpoints" / "6" / "meta" / "metadata"
+    meta = json.loads(path.read_text())
+    meta["config"]["model"] |= dict(network="jit", jit=dict(class_tokens_from=0))
+    path.write_text(json.dumps(meta))
+    with pytest.raises(CheckpointError, match="is a JiT with config.model.returning='token', which no other format"):
+        convert(tmp_path / "jit", tmp_path / "file.pth")
 
 
 @pytest.mark.parametrize(

@@ -209,14 +209,23 @@ def test_guidance_and_dpm_solver(loaded, run):
 
 
 def test_guidance_needs_a_network_that_knows_no_label(run, tmp_path):
-    with pytest.raises(ConfigError, match="guidance is 2, but training never hides a label; set config.data"):
-        check(tiny.config(sampling__guidance=2.0))
+    with pytest.raises(ConfigError, match="'unlabelled', is not trained; that needs data.label_dropout above 0"):
+        check(tiny.config(sampling__guidance=2.0, data__label_dropout=0.0))
+    routed = dict(model__outer_blocks=1, sampling__guidance=2.0)
+    with pytest.raises(ConfigError, match="'shallow', is not trained; that needs a stage with shallow above 0"):
+        check(tiny.config(**routed, sampling__weak="shallow"))
+    with pytest.raises(ConfigError, match="'sparse', is not trained; that needs a stage with a mask"):
+        check(tiny.config(**routed, sampling__weak="sparse", pretrain__mask__kind="none"))
+    with pytest.raises(ConfigError, match="weak_rate is 0.05, which hides no patch; raise it"):
+        check(tiny.config(**routed, sampling__weak="sparse", sampling__weak_rate=0.05))
     shutil.copytree(run, tmp_path / "run")
     path = tmp_path / "run" / "checkpoints" / "2" / "meta" / "metadata"
     meta = json.loads(path.read_text())
     meta["config"]["data"]["label_dropout"] = 0.0
     path.write_text(json.dumps(meta))
-    with pytest.raises(SamplingError, match="guidance=1.5 needs a network that was trained with hidden labels; .*run"):
+    with pytest.raises(
+        SamplingError, match="run.* was not trained for the weak prediction of guidance=1.5, 'unlabelled'"
+    ):
         sampling.load(tmp_path / "run", sampling={"guidance": 1.5})
 
 

@@ -119,6 +119,10 @@ def test_every_run_has_the_same_budget(planned):
 def test_the_budget_may_be_seconds(tmp_path, monkeypatch):
     runs = study.plan(make(), unit="seconds", seconds_of=lambda config, key: 1 / 640)
     assert {sum(phase.stage.steps for phase in run.phases) for run in runs} == {640}
+    masked = make(dict(name="a", seeds=(0,), phases=(hidden(0.5), phase(0.5) | dict(continues=True))))
+    price = lambda config, key: 1 / (640 if config.stage[config.stages[0]].mask.kind == "none" else 1280)
+    (run,) = study.plan(masked, unit="seconds", seconds_of=price)
+    assert [phase.stage.steps for phase in run.phases] == [640, 320], "each by its own mask"
     config = runs[0].phases[0].config
     found = study.StepSeconds(tmp_path / "seconds.json")(config, "here")
     assert 0 < found < 10

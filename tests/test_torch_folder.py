@@ -119,7 +119,7 @@ def test_generate(made, code):
     ):
         with pytest.raises(ValueError, match=message):
             sample.generate(model, 1, **changes)
-    with pytest.raises(ValueError, match="weak is 'shallow'; here, guidance leads away from the unlabelled"):
+    with pytest.raises(ValueError, match="weak is 'shallow'; with guidance, it must be 'unlabelled' here"):
         sample.generate(model, 1, guidance=1.0, weak="shallow")
     model.config |= dict(guidable=False, classes=[])
     with pytest.raises(ValueError, match="guidance needs a network"):

@@ -30,7 +30,7 @@ from maskdm_jax.data.sources import card_of, open_source, read_patiently, select
 from maskdm_jax.errors import DataError, first_line, prefixed
 
 UNREADABLE_LIMIT = 0.01  # fraction of the images; more means that the data set is broken
-KEPT_BYTES = 2**29  # a set with fewer bytes of pixels, over all worker processes, is decoded once and kept in memory
+KEPT_BYTES = 2**29  # a set that takes less, in all worker processes together, is decoded once and kept in memory
 _STREAM_LENGTH = 2**40  # examples, more than any run takes
 _MAX_NEIGHBOURS = 100  # tried in place of an unreadable image
 
@@ -148,8 +148,8 @@ class TrainingData:
         self.classes, self.card = self.source.classes, card_of(self.source, Framing.of(settings))
         if empty := self.source.empty_classes():
             self.source.note(settings.path, [f"no image has the class {', '.join(empty[:8])} ({len(empty)} classes)"])
-        pixels = settings.image_size**2 * settings.channels * max(1, settings.workers)
-        self.keep = len(self) * pixels <= KEPT_BYTES
+        each = settings.image_size**2 * settings.channels + 400  # bytes, of pixels and of Python's objects
+        self.keep = len(self) * each * max(1, settings.workers) <= KEPT_BYTES
         self.kept = {}  # pixels and labels that were read, by record, if `keep`
         self.unreadable = {}  # records found unreadable so far, over all stages: their names and the reasons
 

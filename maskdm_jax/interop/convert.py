@@ -6,6 +6,7 @@ import functools
 import json
 import os
 import pathlib
+import typing
 
 import jax
 import numpy as np
@@ -167,13 +168,18 @@ def _from_folder(path: pathlib.Path) -> _Source:
     source = _source_of(Official("", {}), meta, found)
     config, stage = source.config, source.config.stage[source.stage]
     network = config.model.network
-    if config.model.returning == "token":
-        raise CheckpointError(f"{found} has config.model.returning='token', which no other format can hold")
+    if config.model.returning == "token" and network == "jit":
+        raise CheckpointError(f"{found} is a JiT with config.model.returning='token', which no other format can hold")
     if network not in NETWORKS:
         raise CheckpointError(f"{found} is of {network}, a network that PyTorch code has no counterpart of")
     index, mesh = config.stages.index(source.stage), make_mesh(devices=jax.devices()[:1])
     state = checkpoint.load_state(found, abstract_state(config, index, make_network(config), mesh))
-    named = lambda tree: NETWORKS[network].state_dict(tree, config.model.patch_size, config.model.wavelet_scale)
+
+    def named(tree):
+        if config.model.returning == "token":  # which only hidden patches use
+            tree = tree | {"backbone": {key: part for key, part in tree["backbone"].items() if key != "mask_token"}}
+        return NETWORKS[network].state_dict(tree, config.model.patch_size, config.model.wavelet_scale)
+
     step = int(state.step)
     done = step + config_lib.steps_before(config, source.stage)
     official = Official(
@@ -187,6 +193,10 @@ def _from_folder(path: pathlib.Path) -> _Source:
         step=step,
     )
     official.moments = {name: official.moments[name] for name in official.model if name in official.moments}
+    if config.model.returning == "token":
+        official.notes.append("left out: the learned token of hidden patches; the config says returning='itself'")
+        model = dataclasses.replace(config.model, returning="itself")
+        source = dataclasses.replace(source, config=dataclasses.replace(config, model=model))
     return dataclasses.replace(source, official=_with_kept(official, meta.get("official"), config))
 
 
@@ -264,7 +274,7 @@ def _settle_config(source: _Source, path: pathlib.Path, flags: dict, given: Conf
         )
     source.classes = source.classes or [str(i) for i in range(shown["model.num_classes"])]
     if own is None:
-        official.notes += official.format.differences(official, source.config)
+        official.notes += official.format.differences(official, source.config, source.stage)
     params, wanted = official.names.params(official.model), make_network(source.config).abstract_params()
     checkpoint.compare(f"the weights in {path} are not those of a whole {official.names.network}", params, wanted)
 
@@ -417,7 +427,15 @@ def _to_pt(dst: pathlib.Path, source: _Source, weights: str) -> list[str]:
         )
     parts = ", ".join(["weights", *(_ema_words(official) or ["the same as EMA"])])
     parts += ", optimizer" if official.moments else ", new optimizer"
-    return [f"{dst} holds {parts}, step {official.step}", *official.format.described(config)]
+    return [f"{dst} holds {parts}, step {official.step}", *_only_here(config), *official.format.described(config)]
+
+
+def _only_here(config: Config) -> typing.Iterator[str]:
+    """Notes about settings that other code does not have."""
+    if config.model.outer_blocks:
+        yield f"note: other code has no model.outer_blocks={config.model.outer_blocks}; it drops hidden patches"
+    if config.sampling.guidance and config.sampling.weak != "unlabelled":
+        yield f"note: other code has no guidance of sampling.weak={config.sampling.weak!r}; it samples without guidance"
 
 
 def _to_safetensors(dst: pathlib.Path, source: _Source, weights: str, *, dtype: str) -> list[str]:
@@ -438,4 +456,5 @@ def _to_torch(src, dst: pathlib.Path, source: _Source, weights: str, *, dtype: s
         _to_safetensors(folder / "model.safetensors", source, weights, dtype=dtype)
         name = source.chosen(weights)[1]
         torch_folder.write(folder, dst.name, source.config, source.classes, name, src)
-    return [f"{dst} holds the weights ({name}), sample.py for PyTorch, and README.md, a model card to complete"]
+    text = f"{dst} holds the weights ({name}), sample.py for PyTorch, and README.md, a model card to complete"
+    return [text, *_only_here(source.config)]

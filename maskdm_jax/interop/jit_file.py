@@ -107,7 +107,7 @@ def _args(config: Config) -> dict:
         ema_decay2=decays[:2][-1],
         sampling_method=sampling.method if sampling.method in ("euler", "heun") else "heun",
         num_sampling_steps=sampling.steps,
-        cfg=1.0 + sampling.guidance,
+        cfg=1.0 + sampling.guidance * (sampling.weak == "unlabelled"),
         interval_min=sampling.guidance_from,
         interval_max=sampling.guidance_to,
         lr=stage.learning_rate,
@@ -179,7 +179,7 @@ def _is_number(value) -> bool:
     return type(value) in (int, float)
 
 
-def differences(official, config: Config) -> typing.Iterator[str]:
+def differences(official, config: Config, stage: str) -> typing.Iterator[str]:
     """Notes about the parts of a file that training here does not use as they are."""
     args = official.args or {}
     for name, value in (("t_eps", CLAMP), ("attn_dropout", 0.0)):

@@ -13,7 +13,7 @@ import ml_dtypes
 import numpy as np
 
 from maskdm_jax.build import noise_schedule
-from maskdm_jax.config import Config, Stage
+from maskdm_jax.config import Config, Stage, steps_before
 from maskdm_jax.diffusion.gaussian import Schedule, cosine_betas, linear_betas
 from maskdm_jax.errors import ConfigError
 from maskdm_jax.interop.names import shape_of
@@ -102,18 +102,19 @@ def settings(official, shown: dict, heads: int | None, class_tokens_from: int | 
     return found
 
 
-def differences(official, config: Config) -> typing.Iterator[str]:
+def differences(official, config: Config, stage: str) -> typing.Iterator[str]:
     """Notes about the parts of a file that training here does not use as they are."""
     ours, heads = schedule_buffers(noise_schedule(config)), config.model.heads
     if config.model.width != 64 * heads:
         yield f"note: {heads} attention heads are taken as given; official models have width / 64"
     if official.buffers is not None and not all(np.array_equal(ours[k], official.buffers.get(k)) for k in ours):
         yield "note: the file's schedule buffers are incomplete or differ by rounding; ours are used"
-    rests = official.ema_step != official.step or (official.step > EMA_COPY_STEPS and not official.ema_initted)
+    done = official.step + steps_before(config, stage)
+    rests = official.ema_step != done or (done > EMA_COPY_STEPS and not official.ema_initted)
     if official.emas and rests:
         yield (
             f"note: the file's EMA says step {official.ema_step}, initted {official.ema_initted} at training step "
-            f"{official.step}; this is kept for the way back, but training here goes by the training step"
+            f"{done}; this is kept for the way back, but training here goes by the training step"
         )
 
 

@@ -114,7 +114,10 @@ class JiT(nnx.Module):
         patches = patchify(x, self.patch_size) if whole else x
         n = self.grid[0] * self.grid[1]
         if positions is None and patches.shape[1] != n:
-            raise ValueError(f"got {patches.shape[1]} patches without positions, but the model's grid has {n}")
+            raise ValueError(
+                f"got {patches.shape[1]} patches, but the model's grid has {n}; give all, or, to a model without outer "
+                "blocks, the positions of those"
+            )
         at = lambda table: jnp.asarray(table)[None] if positions is None else jnp.asarray(table)[positions]
         h = (self.embed2(self.embed1(patches)) + at(sine_cosine(self.width, self.grid[0]))).astype(self.dtype)
         angles = at(rotary_angles(self.head_dim, self.grid[0]))  # [B or 1, V, head_dim / 2]

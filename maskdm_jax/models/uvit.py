@@ -69,8 +69,8 @@ class UViT(nnx.Module):
         positions, visible = (None, positions) if routed else (positions, None)
         if positions is None and patches.shape[1] != pos_grid.shape[0]:
             raise ValueError(
-                f"got {patches.shape[1]} patches without positions, but the model's grid is "
-                f"{self.grid[0]} x {self.grid[1]} = {pos_grid.shape[0]}"
+                f"got {patches.shape[1]} patches, but the model's grid is {self.grid[0]} x {self.grid[1]} = "
+                f"{pos_grid.shape[0]}; give all, or, to a model without outer blocks, the positions of those"
             )
         tokens = self.patch_embed(patches, pos_grid, positions)  # [B, V, D]
         out = self.head(self.backbone(tokens, pos_extras, t, labels, visible, shallow)).astype(jnp.float32)

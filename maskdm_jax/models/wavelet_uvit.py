@@ -90,8 +90,8 @@ class WaveletUViT(nnx.Module):
         at_approx, at_detail = (None, None) if positions is None else positions
         if positions is None and [approx.shape[1], detail.shape[1]] != sizes:
             raise ValueError(
-                f"got {approx.shape[1]} and {detail.shape[1]} patches without positions, but the model's grids have "
-                f"{sizes[0]} and {sizes[1]}"
+                f"got {approx.shape[1]} and {detail.shape[1]} patches, but the model's grids have {sizes[0]} and "
+                f"{sizes[1]}; give all, or, to a model without outer blocks, the positions of those"
             )
         pos_extras, pos_approx, pos_detail = jnp.split(self.pos_embed[...], [self.extras, self.extras + sizes[0]])
         approx_tokens = self.approx_patch_embed(approx, pos_approx, at_approx)

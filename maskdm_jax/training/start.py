@@ -262,7 +262,7 @@ def resumed_stage(config: Config, meta: dict, where: pathlib.Path) -> int:
     """Index of the stage that a checkpoint belongs to.
 
     Raises:
-      ConfigError: the config's stages disagree with the checkpoint's history.
+      ConfigError: the config's stages, or what a stage does with hidden patches, disagree with the checkpoint.
     """
     past = list(meta["past"].items())
     expected = [(name, config.stage[name].steps) for name in config.stages]
@@ -273,6 +273,16 @@ def resumed_stage(config: Config, meta: dict, where: pathlib.Path) -> int:
             "of that run, or another --workdir with --config.init_from to start from its weights"
         )
     name, steps = expected[index]
+    theirs = config_lib.parse(meta["config"])
+    for setting, of in {
+        "model.outer_blocks": lambda config: config.model.outer_blocks,
+        f"{name}.continues": lambda config: config.stage[name].continues,
+    }.items():
+        if of(theirs) != of(config):
+            raise ConfigError(
+                f"{where} is of a run with {setting}={of(theirs)}, which cannot become {of(config)} on the way; pass "
+                f"--config.{setting}={of(theirs)}"
+            )
     if meta["stage_step"] > steps:
         raise ConfigError(
             f"{where} is at step {meta['stage_step']} of stage {name!r}, but config.{name}.steps is {steps}"

@@ -289,7 +289,7 @@ def checked(config: dict, settings: dict) -> dict:
     if not 1 <= s["steps"] <= most:
         raise ValueError(f"steps is {s['steps']}; it must be 1 to {most}")
     if s["guidance"] and s["weak"] != "unlabelled":
-        raise ValueError(f"weak is {s['weak']!r}; here, guidance leads away from the unlabelled prediction alone")
+        raise ValueError(f"weak is {s['weak']!r}; with guidance, it must be 'unlabelled' here")
     if s["guidance"] and not config["guidable"]:
         raise ValueError("guidance needs a network that was also trained without labels")
     return s

@@ -75,9 +75,9 @@ def write(folder, title: str, config: Config, classes: list[str], weights: str, 
         data={name: raw["data"][name] for name in ("image_size", "channels")},
         model={name: raw["model"][name] for name in _MODEL},
         diffusion=raw["diffusion"] | dict(time_scale=time_scale(config.model)),
-        sampling=raw["sampling"],
+        sampling=raw["sampling"] | ({} if config.sampling.weak == "unlabelled" else dict(guidance=0.0)),
         classes=classes,
-        guidable=config.guidable,
+        guidable=not config.untrained("unlabelled"),
     )
     write_atomically(folder / "config.json", json.dumps(settings, indent=2).encode())
     for name in CODE:
@@ -147,5 +147,6 @@ def _stages(config: Config, step: int | None) -> str:
         plans = mask_plans(config, name)
         share = 1 - sum(plan.visible for plan in plans) / sum(plan.total for plan in plans)
         hidden = f"{share:.0%}, {stage.mask.kind}" if share else "none"
+        hidden += ", which skip the inner blocks" if share and config.model.outer_blocks else ""
         rows.append(f"| {name} | {done:,} | {stage.batch_size} | {hidden} | {stage.learning_rate:g} |")
     return "\n".join(rows)
