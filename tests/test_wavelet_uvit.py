@@ -74,7 +74,7 @@ def test_bad_calls_are_refused(net):
     for call, message in [
         ((x, t), "no token for 'no label'; give labels"),
         ((x, t, labels, at), "coefficients .* take none"),
-        (((approx[:, :5], detail), t, labels), "got 5 and 16 patches .* have 64 and 16"),
+        (((approx[:, :5], detail), t, labels), "got 5 and 16 patches, but .* have 64 and 16"),
     ]:
         with pytest.raises(ValueError, match=message):
             jax.eval_shape(network.apply, params, *call)
@@ -150,7 +150,7 @@ def test_it_trains_and_samples_colour_images(tmp_path):
     last = train(config, tmp_path / "run")
     text = (tmp_path / "run" / "log.txt").read_text()
     assert "approximation: mask patch: 32 of 64 patches visible (50.0%); details: mask patch: 8 of 16" in text
-    assert "40 of 80 tokens" in text
+    assert "40 of 80 patches" in text
     loaded = sampling.load(last)
     folder = sampling.generate_to_folder(loaded, tmp_path / "out", 3, batch_size=1)
     shapes = [np.asarray(Image.open(folder / f"{i:06d}.png")).shape for i in range(3)]
