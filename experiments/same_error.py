@@ -3,10 +3,12 @@
     python experiments/same_error.py --dense="U-ViT, dense" --dense="U-ViT, flow, x0" --runs="U-ViT, SPRINT*" \\
         docs/studies/sparse64.jsonl docs/studies/processes.jsonl
 
-Prints the median and the range over the noise levels. Between the points of the dense runs, the error at a noise level
-is interpolated as a power of the FLOPs. An error below that of all of them gives infinity, above that of all of them 0.
+Prints the median and the range over the noise levels. The errors of dense runs with the same FLOPs, of several seeds,
+are averaged (geometric mean). Between them, the error at a noise level is interpolated as a power of the FLOPs. An
+error below that of all of them gives infinity, above that of all of them 0.
 """
 
+import collections
 import fnmatch
 import statistics
 
@@ -21,13 +23,21 @@ RUNS = flags.DEFINE_string("runs", "*", "Pattern of the names of the others.")
 
 def main(argv):
     rows = [row for path in argv[1:] for row in read_metrics(path)]
-    dense = sorted((row for row in rows if row["run"] in DENSE.value), key=lambda row: row["flops"])
+    dense = averaged(row for row in rows if row["run"] in DENSE.value)
     print("| run | seed | Fréchet distance | compute gain | range |\n|---|--:|--:|--:|--:|")
     for row in rows:
         if fnmatch.fnmatchcase(row["run"], RUNS.value) and row["run"] not in DENSE.value:
             gains = ratios(row, dense)
             middle, low, high = (f(gains) for f in (statistics.median, min, max))
             print(f"| {row['run']} | {row['seed']} | {row['fd']:.1f} | {middle:.2f} | {low:.2f}-{high:.2f} |")
+
+
+def averaged(rows) -> list[dict]:
+    """Points with the average error of the rows with the same FLOPs, by FLOPs."""
+    errors = collections.defaultdict(list)
+    for row in rows:
+        errors[row["flops"]].append(np.log(row["denoising"]))
+    return [dict(flops=flops, denoising=np.exp(np.mean(errors[flops], 0))) for flops in sorted(errors)]
 
 
 def ratios(row: dict, dense: list[dict]) -> list[float]:

@@ -174,7 +174,8 @@ def _draw(found, path: pathlib.Path) -> None:
         axis.grid(alpha=0.25)
         axis.spines[["top", "right"]].set_visible(False)
     handles, labels = axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False)
+    columns = max(1, min(4, 150 // max(map(len, labels))))  # of characters, about 150 fit beside each other
+    figure.legend(handles, labels, loc="outside lower center", ncols=columns, frameon=False)
     figure.savefig(path, dpi=110)
     pyplot.close(figure)
 
