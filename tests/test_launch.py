@@ -71,7 +71,7 @@ def test_what_a_person_sees(demo):
         " left",
     ):
         assert said in output, said
-    assert "tokens" in output
+    assert "of 16 patches | " in output
     last = output.strip().splitlines()[-1]
     assert f": {workdir} holds samples, checkpoints/40, metrics.jsonl, log.txt" in last
     for place in ("samples/step_0000040.png", "checkpoints/40", "metrics.jsonl", "log.txt"):
