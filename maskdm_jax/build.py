@@ -222,7 +222,6 @@ def make_sampler(config: Config, network: Network):
         raise ConfigError(f"config.sampling.method is {settings.method!r}; it must be one of {of}")
     if settings.churn and config.diffusion.process != "edm":
         raise ConfigError(f"config.sampling.churn is {settings.churn:g}; only the process edm takes it, others take 0")
-
     if settings.guidance and settings.weak == "sparse" and all(plan.hides_nothing for plan in _weak_plans(config)):
         raise ConfigError(f"config.sampling.weak_rate is {settings.weak_rate:g}, which hides no patch; raise it")
 

@@ -196,9 +196,7 @@ class Sampling:
     spacing: typing.Annotated[str, _key_of("diffusion.samplers", "DPM_SPACINGS")] = "log_snr"  # dpm_solver's, for ddpm
     guidance: NonNegative = 0.0  # weight w of guidance, (1 + w) prediction - w weak prediction; 0: off
     weak: typing.Annotated[str, _key_of("build", "WEAK")] = "unlabelled"  # weak prediction: no label, or less network
-    weak_rate: typing.Annotated[float, Rule(lambda value: 0 < value < 1, "in (0, 1)")] = (
-        0.5  # share that weak=sparse hides
-    )
+    weak_rate: typing.Annotated[float, Rule(lambda value: 0 < value < 1, "in (0, 1)")] = 0.5  # what weak=sparse hides
     guidance_from: Probability = 0.0  # part of the way from noise (0) to image (1) in which guidance acts
     guidance_to: Probability = 1.0
     churn: NonNegative = 0.0  # of heun and euler with edm: noise added per step, S_churn; 0: none

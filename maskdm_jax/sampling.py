@@ -200,8 +200,8 @@ def load(path, *, weights: str = "ema", sampling: dict | None = None) -> Trained
     meta = checkpoint.load_meta(found)
     config = parse(meta["config"] | dict(mesh={}))  # the mesh of the machine that trained; this one may have another
     network, mesh = make_network(config), _local_mesh()
-    model = TrainedModel(found, weights, config, network, {}, meta["classes"], meta["card"], mesh)
-    model = dataclasses.replace(model, converted=bool(meta.get("official")))
+    about = meta["classes"], meta["card"], mesh, bool(meta.get("official"))
+    model = TrainedModel(found, weights, config, network, {}, *about)
     model, place = with_sampling(model, sampling or {}), sharding.replicated(mesh)  # before weights are read
     abstract = jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), network.abstract_params()

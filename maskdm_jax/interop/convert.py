@@ -73,8 +73,8 @@ def convert(
       src: a run folder or one of its checkpoints; an official `.pt` of a U-ViT or `.pth` of a JiT (or another file with
         such weights); or a `.safetensors`, the index of several, or their folder.
       dst: a run folder with one checkpoint, a `.pt` or a `.safetensors`; must not exist yet.
-      heads: attention heads, the one setting of a U-ViT that its tensors do not show. Where neither it nor a config
-        is known, width / 64 is assumed, as in the official models.
+      heads: attention heads of a U-ViT, which its tensors do not show. Where neither it nor a config is known,
+        width / 64 is assumed, as in the official models.
       class_tokens_from: the block before which the class tokens of a JiT join, which its tensors do not show. Where
         neither it nor a config nor the file's `args.model` tells, that of the authors' JiT of this size is assumed.
       config: ConfigDict or dict of the run that a file belongs to, to train it further; must agree with the file.

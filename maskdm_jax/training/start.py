@@ -274,14 +274,14 @@ def resumed_stage(config: Config, meta: dict, where: pathlib.Path) -> int:
         )
     name, steps = expected[index]
     theirs = config_lib.parse(meta["config"])
-    for setting, of in {
-        "model.outer_blocks": lambda config: config.model.outer_blocks,
-        f"{name}.continues": lambda config: config.stage[name].continues,
-    }.items():
-        if of(theirs) != of(config):
+    for setting, before, now in (
+        ("model.outer_blocks", theirs.model.outer_blocks, config.model.outer_blocks),
+        (f"{name}.continues", theirs.stage[name].continues, config.stage[name].continues),
+    ):
+        if now != before:
             raise ConfigError(
-                f"{where} is of a run with {setting}={of(theirs)}, which cannot become {of(config)} on the way; pass "
-                f"--config.{setting}={of(theirs)}"
+                f"{where} is of a run with {setting}={before}, which cannot become {now} on the way; pass "
+                f"--config.{setting}={before}"
             )
     if meta["stage_step"] > steps:
         raise ConfigError(

@@ -108,7 +108,7 @@ layer_norm.defvjp(
 
 
 def plain_rms_norm(x, scale, epsilon: float):
-    """Scaled x / sqrt(mean(x^2) + epsilon) * scale, over the last axis of x [..., D] (Zhang & Sennrich 2019).
+    """Compute x / sqrt(mean(x^2) + epsilon) * scale, over the last axis of x [..., D] (Zhang & Sennrich 2019).
 
     Computed in float32 and returned in x's dtype; scale is float32 [D].
     """
