@@ -99,7 +99,7 @@ def test_precision_and_recall_tell_quality_from_variety():
     assert recall < 0.2
     precision, recall = metrics.precision_recall(reference, np.concatenate([other[:300], other[:300] + 50]))
     assert precision == pytest.approx(0.45, abs=0.06)
-    chunked = metrics.precision_recall(reference, other, chunk=77)
-    assert chunked == metrics.precision_recall(reference, other)
+    in_blocks = metrics.precision_recall(reference, other, block=77 * len(other))
+    assert in_blocks == metrics.precision_recall(reference, other)
     with pytest.raises(ValueError, match="more than 3 images"):
         metrics.precision_recall(reference[:3], other)

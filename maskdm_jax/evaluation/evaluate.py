@@ -20,6 +20,7 @@ from maskdm_jax.evaluation.features import (
 )
 from maskdm_jax.evaluation.inception import file_hash
 from maskdm_jax.evaluation.metrics import METRICS, network_of
+from maskdm_jax.parallel import processes
 from maskdm_jax.storage import cache_dir, location
 
 log = logging.getLogger(__name__)
@@ -46,7 +47,7 @@ class Evaluator:
         self._wanted, self._digest, self.batch_size = wanted, file_hash(path), batch_size
         self._extractor = Extractor(NETWORKS[name].load_weights(path), NETWORKS[name], batch_size=batch_size)
 
-    def reference(self, images: Images | ImageSet, keep: bool = False) -> ImageSet:
+    def reference(self, images: Images, keep: bool = False) -> ImageSet:
         """Compute what the metrics need of a reference. Statistics of a prepared set are cached on disk.
 
         Statistics that a file holds beside images are used instead of those of the images.
@@ -56,27 +57,11 @@ class Evaluator:
         Raises:
           EvaluationError: statistics from a file are of another network's features.
         """
-        if isinstance(images, ImageSet):
-            self._extractor.check_statistics(images)
-            return images
-        keep = keep or "features" in needs(self._wanted)
-        path = self._cached(images)
-        if path is not None and path.exists() and not keep:
-            return ImageSet(images, open_images(path).moments)
-        found = self._extract(images, "reference", keep)
-        if path is not None and not path.exists():
-            try:
-                save_statistics(path, found.moments)
-            except OSError as error:
-                log.warning("statistics of %s are not cached: %s", images.name, error)
-        return found
+        return self._compute(images, "reference", keep or "features" in needs(self._wanted), self._cached(images))
 
-    def samples(self, images: Images | ImageSet, keep: bool = False) -> ImageSet:
+    def samples(self, images: Images, keep: bool = False) -> ImageSet:
         """Compute what the metrics need of samples; otherwise as `reference`, without a cache."""
-        if isinstance(images, ImageSet):
-            self._extractor.check_statistics(images)
-            return images
-        return self._extract(images, "samples", keep or needs(self._wanted) != {"moments"})
+        return self._compute(images, "samples", keep or needs(self._wanted) != {"moments"})
 
     def _cached(self, images: Images) -> pathlib.Path | None:
         """Path of a set's cached statistics, from the hashes of its content and of the weights; None without a card.
@@ -86,16 +71,23 @@ class Evaluator:
         content = "" if images.made_by else images.card.get("content_hash")
         return cache_dir("statistics") / f"{content}-{self._digest[:16]}.npz" if content else None
 
-    def _extract(self, images: Images, what: str, keep: bool) -> ImageSet:
+    def _compute(self, images: Images, what: str, keep: bool, cache: pathlib.Path | None = None) -> ImageSet:
+        moments = images.moments
+        if cache is not None and not keep and processes.gather(np.bool_(cache.exists())).all():
+            moments = open_images(cache).moments
         if images.moments is not None:
-            known = ImageSet(images, images.moments)
-            self._extractor.check_statistics(known)
-            if not keep:
-                return known
+            self._extractor.check_statistics(images)
+        if moments is not None and (images.statistics_alone or not keep):
+            return ImageSet(images, moments)
         log.info("computing the features of %d images, %s", images.n, images.name)
         with tqdm(total=images.n, desc=what, unit="image", file=sys.stderr, disable=not sys.stderr.isatty()) as bar:
             found = self._extractor(images, keep=keep, progress=lambda done: bar.update(done - bar.n))
-        return found if images.moments is None else dataclasses.replace(found, moments=images.moments)
+        if cache is not None and not cache.exists():
+            try:
+                save_statistics(cache, found.moments)
+            except OSError as error:
+                log.warning("statistics of %s are not cached: %s", images.name, error)
+        return found if moments is None else dataclasses.replace(found, moments=moments)
 
 
 def evaluate(
@@ -160,7 +152,7 @@ def evaluate(
     return result | means | dict(seeds=list(seeds), range=ranges), real, sampled
 
 
-def _warn_of_few(*sides: Images | ImageSet) -> None:
+def _warn_of_few(*sides: Images) -> None:
     for side in sides:
         n = side.n if side.moments is None else side.moments.n
         if 0 < n < MEANINGFUL:
@@ -182,13 +174,13 @@ def check_comparable(reference, samples, wanted, allow_mismatch: bool = False) -
     with prefixed(EvaluationError, "the metric is "):
         network_of(wanted)
     for side, lacking in ((reference, {"features"}), (samples, {"features", "logits"})):
-        if isinstance(side, ImageSet) and needs(wanted) & lacking:
+        if side.statistics_alone and needs(wanted) & lacking:
             raise EvaluationError(
                 f"{side.name} holds statistics alone, which are enough for a Frechet distance; kid and the others need "
                 "images"
             )
     for side in (reference, samples):
-        if isinstance(side, Images) and side.n < 2:
+        if side.n < 2 and not side.statistics_alone:
             raise EvaluationError(f"{side.name} has {side.n} images; at least 2 are needed")
     if allow_mismatch:
         return
@@ -201,16 +193,12 @@ def check_comparable(reference, samples, wanted, allow_mismatch: bool = False) -
         )
 
 
-def known(side: Images | ImageSet) -> dict:
-    """How images were made, as far as it is known: the `image` of their card, and their size."""
-    if isinstance(side, ImageSet):
-        return {}
+def known(side: Images) -> dict:
+    """How images were made, as far as it is known: the `image` of their card, else the size of the first image."""
     image = dict(side.card.get("image", {}))
-    if "size" not in image and side.size is not None:
-        sizes = sorted({side.size(i) for i in range(side.n)})
-        text = ", ".join(f"{width} x {height}" for width, height in sizes[:5])
-        text += f", ... ({len(sizes)} sizes)" if len(sizes) > 5 else ""
-        image["size"] = sizes[0][0] if len(sizes) == 1 and len(set(sizes[0])) == 1 else text
+    if "size" not in image and side.get is not None:
+        height, width = side.get(0).shape[:2]
+        image["size"] = height if height == width else f"{width} x {height}"
     return image
 
 

@@ -1,7 +1,6 @@
 """Sets of images, wherever they are, and their features."""
 
-import collections
-import concurrent.futures
+import contextlib
 import dataclasses
 import io
 import itertools
@@ -9,9 +8,9 @@ import json
 import pathlib
 import typing
 
+import grain
 import jax
 import numpy as np
-from PIL import Image
 
 from maskdm_jax.data.images import Framing, decode, open_image
 from maskdm_jax.data.sources import card_of, open_source, read_patiently
@@ -25,35 +24,40 @@ from maskdm_jax.training import checkpoint
 
 NETWORKS = {"inception": inception, "lite0": efficientnet}
 PICTURES = 64  # images of a set that are kept for the report
-_AHEAD = 256 << 20  # bytes of pixels that are decoded ahead
 
 
 @dataclasses.dataclass(frozen=True)
 class Images:
-    """A set of images in order, read or generated when needed: uint8 [H, W, 3 or 1]; sizes may differ.
+    """A set of images in order, read or generated when needed, or the statistics of one, or both.
+
+    Images are uint8 [H, W, 3 or 1]; sizes may differ.
 
     Raises:
       EvaluationError: the card says that they have another number of channels.
     """
 
     name: str
-    n: int
-    iterate: typing.Callable  # (start, stop) -> iterator over those images
+    n: int  # 0 for statistics of an unknown number of images
+    iterate: typing.Callable | None = None  # (start, stop) -> iterator over those images
     get: typing.Callable | None = None  # number -> image, where that is cheap
-    size: typing.Callable | None = None  # number -> (width, height), where that is cheaper
     card: dict = dataclasses.field(default_factory=dict)  # see `data.sources.card_of`; {} if nothing is known
     made_by: dict = dataclasses.field(default_factory=dict)  # checkpoint, weights, sampling and seed of samples
-    moments: Moments | None = None  # from a file that holds some images and the statistics of the set they are from
+    moments: Moments | None = None  # statistics from a file, which may also hold some of the images
 
     def __post_init__(self):
         channels = self.card.get("image", {}).get("channels", 3)
         if channels not in (1, 3):
             raise EvaluationError(f"{self.name}: the metrics compare images of 1 or 3 channels, not {channels}")
 
+    @property
+    def statistics_alone(self) -> bool:
+        """Whether these are statistics without images."""
+        return self.moments is not None and self.iterate is None
+
 
 @dataclasses.dataclass(frozen=True)
 class ImageSet:
-    """What the metrics need of a set of images. Statistics from a file have moments alone."""
+    """What the metrics need of a set of images."""
 
     images: Images
     moments: Moments
@@ -114,12 +118,12 @@ class Extractor:
         kept = [processes.gather(part).reshape(-1, part.shape[1])[: images.n] for part in kept]
         return ImageSet(images, moments, *(kept or (None, None)), tuple(pictures))
 
-    def check_statistics(self, statistics: ImageSet) -> None:
-        """Raise an EvaluationError if statistics are of other features than this network's."""
-        moments, width = statistics.moments, self._widths[0]
+    def check_statistics(self, images: Images) -> None:
+        """Raise an EvaluationError if the statistics of a set are of other features than this network's."""
+        moments, width = images.moments, self._widths[0]
         if moments.mu.shape != (width,):
             raise EvaluationError(
-                f"{statistics.name}: mu {moments.mu.shape} and sigma {moments.sigma.shape} are not of {width} features"
+                f"{images.name}: mu {moments.mu.shape} and sigma {moments.sigma.shape} are not of {width} features"
             )
 
     def _batches(self, images):
@@ -135,7 +139,7 @@ class Extractor:
         return full if on_host else self._resize(full)
 
 
-def open_images(path, *, n=None, seed: int = 0, weights: str = "ema", sampling=None, batch_size: int = 64):
+def open_images(path, *, n=None, seed: int = 0, weights: str = "ema", sampling=None, batch_size: int = 64) -> Images:
     """Open a set of images, or statistics of one. Cheap: images are read or generated when they are needed.
 
     Args:
@@ -147,13 +151,10 @@ def open_images(path, *, n=None, seed: int = 0, weights: str = "ema", sampling=N
       weights, sampling: of a checkpoint, see `sampling.load`.
       batch_size: images per device and call, for a checkpoint.
 
-    Returns:
-      `Images`, or an `ImageSet` without features.
-
     Raises:
       EvaluationError, DataError, CheckpointError: there is no such set, or it is damaged or too small.
     """
-    if str(path).partition("://")[0] not in ("tfds", "digits"):
+    if str(path) != "digits":
         path = location(path)
         if (path / "samples.npz").is_file():  # a folder written by launch/sample.py --format=npz
             path = path / "samples.npz"
@@ -207,21 +208,13 @@ def is_checkpoint(path) -> bool:
 
 
 def _moments(path, arrays: dict) -> Moments:
-    if not arrays.keys() >= {"mu", "sigma"}:
-        raise EvaluationError(f"{path} holds neither images nor statistics (mu and sigma)")
-    mu, sigma, n = arrays["mu"], arrays["sigma"], arrays.get("n", np.zeros((), int))
-    if not all(array.dtype.kind in "fiu" for array in (mu, sigma, n)):
-        raise EvaluationError(f"{path}: mu, sigma and n must be numbers, not {mu.dtype}, {sigma.dtype} and {n.dtype}")
-    mu, sigma = mu.astype(np.float64), sigma.astype(np.float64)
-    if mu.ndim != 1 or sigma.shape != (mu.size, mu.size):
-        raise EvaluationError(f"{path}: mu {mu.shape} and sigma {sigma.shape} must be a vector and a square matrix")
-    if not (np.isfinite(mu).all() and np.isfinite(sigma).all()):
-        raise EvaluationError(f"{path}: mu and sigma must be finite")
-    if n.shape != () or not 0 <= n < 2**53 or n != int(n):
-        raise EvaluationError(f"{path}: n, if it is there, must be the number of images")
-    if not np.allclose(sigma, sigma.T, rtol=0, atol=1e-3 * np.abs(sigma).max()):
-        raise EvaluationError(f"{path}: sigma is no covariance, for it is not symmetric")
-    return Moments(int(n), mu, sigma)
+    with prefixed(EvaluationError, f"{path}: ", (ValueError, TypeError, OverflowError)):
+        mu, sigma = (np.asarray(arrays[name], np.float64) for name in ("mu", "sigma"))
+        if mu.ndim != 1 or sigma.shape != (mu.size, mu.size):
+            raise ValueError(f"mu {mu.shape} and sigma {sigma.shape} must be a vector and a square matrix")
+        if not (np.isfinite(mu).all() and np.isfinite(sigma).all()):
+            raise ValueError("mu and sigma must be finite")
+        return Moments(int(arrays.get("n", 0)), mu, sigma)
 
 
 def save_statistics(path, moments: Moments) -> None:
@@ -244,18 +237,12 @@ def _samples_settings(path) -> tuple[dict, dict]:
       EvaluationError: the file is damaged.
     """
     file = location(path) / "samples.json"
-    advice = "restore it, or remove it and lose the check"
-    try:
-        text = file.read_bytes()
-    except OSError:
-        return {}, {}
-    with prefixed(EvaluationError, f"{file} is damaged (", (ValueError, RecursionError), f"); {advice}"):
-        noted = json.loads(text)
-    kinds = dict(checkpoint=str, weights=str, sampling=dict, card=dict)
-    wrong = [key for key, kind in kinds.items() if not isinstance(noted, dict) or type(noted.get(key)) is not kind]
-    if wrong or not isinstance(noted["card"].get("image", {}), dict):
-        raise EvaluationError(f"{file} lacks or garbles {', '.join(wrong) or 'image'}; {advice}")
-    return noted, noted.pop("card")
+    damaged = (ValueError, RecursionError, LookupError, TypeError)
+    advice = "); restore it, or remove it and lose the check"
+    with contextlib.suppress(OSError), prefixed(EvaluationError, f"{file} is damaged (", damaged, advice):
+        noted = json.loads(file.read_bytes())
+        return noted, noted.pop("card")
+    return {}, {}
 
 
 def _read_npz(path) -> dict:
@@ -267,25 +254,24 @@ def _read_npz(path) -> dict:
         there = ", ".join(file.files)
     if "arr_0" in arrays:  # np.savez's name for an array without one, such as the samples of guided-diffusion
         arrays["images"] = arrays.pop("arr_0")
-    if not arrays.keys() & {"images", "mu"}:
+    if not ("images" in arrays or arrays.keys() >= {"mu", "sigma"}):
         raise EvaluationError(f"{path} holds neither images (images, arr_0) nor statistics (mu, sigma), but {there}")
     return arrays
 
 
-def _from_npz(path: pathlib.Path, n: int | None) -> Images | ImageSet:
+def _from_npz(path: pathlib.Path, n: int | None) -> Images:
     arrays = _read_npz(path)
     if "images" not in arrays:
         moments = _moments(path, arrays)
-        return ImageSet(Images(str(path), moments.n, lambda start, stop: iter(())), moments)
+        return Images(str(path), moments.n, moments=moments)
     images = arrays["images"]
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] not in (1, 3):
         raise EvaluationError(f"{path}: images are {images.dtype} {images.shape}; uint8 [n, H, W, 3 or 1] is wanted")
     images = images[: _enough(path, len(images), n)]
     made_by, card = _samples_settings(path.parent) if path.name == "samples.npz" else ({}, {})
-    iterate = lambda start, stop: iter(images[start:stop])
-    access = iterate, lambda i: images[i], lambda i: images.shape[2:0:-1]
     moments = _moments(path, arrays) if "mu" in arrays and len(images) == len(arrays["images"]) else None
-    return Images(str(path), len(images), *access, card, made_by, moments)
+    iterate = lambda start, stop: iter(images[start:stop])
+    return Images(str(path), len(images), iterate, lambda i: images[i], card, made_by, moments)
 
 
 def _of_source(name: str, source, n: int, see, card: dict, made_by: dict) -> Images:
@@ -302,21 +288,7 @@ def _of_source(name: str, source, n: int, see, card: dict, made_by: dict) -> Ima
             raise DataError(f"{source.names[i]} cannot be read ({error}); repair or remove it") from error
 
     def iterate(start, stop):
-        with concurrent.futures.ThreadPoolExecutor() as pool:
-            ahead, limit = collections.deque(), 8
-            for i in range(start, stop):
-                ahead.extend(pool.submit(get, later) for later in range(i + len(ahead), min(stop, i + limit)))
-                image = ahead.popleft().result()
-                limit = max(8, min(256, _AHEAD // image.nbytes))
-                yield image
+        images = grain.MapDataset.range(start, stop).map(lambda i: get(int(i)))
+        return iter(images.to_iter_dataset(grain.ReadOptions(num_threads=8, prefetch_buffer_size=16)))
 
-    def size(i):
-        image = read_patiently(source, i)[0]
-        if isinstance(image, np.ndarray):
-            return image.shape[1::-1]
-        try:
-            return Image.open(io.BytesIO(image)).size  # of the header alone
-        except Exception as error:  # decoders raise any type on a damaged file
-            raise DataError(f"{source.names[i]} cannot be read ({error}); repair or remove it") from error
-
-    return Images(name, n, iterate, get, size, card, made_by)
+    return Images(name, n, iterate, get, card, made_by)

@@ -19,7 +19,7 @@ class Evaluation:
         self._evaluator = Evaluator(settings.metrics, settings.inception_weights, batch_size=min(64, settings.n))
         if settings.reference:
             reference = open_images(settings.reference)
-            samples = Images("the samples", settings.n, iterate=None, card=run.data.card)
+            samples = Images("the samples", settings.n, card=run.data.card)
             check_comparable(reference, samples, settings.metrics)
         else:
             reference = transform(run.config.data.path, run.data.source, Framing.of(run.config.data))

@@ -129,20 +129,22 @@ def inception_score(logits, *, splits: int = 10, seed: int = 0) -> tuple[float, 
     return float(np.mean(scores)), float(np.std(scores))
 
 
-def precision_recall(reference, samples, *, neighbours: int = 3, chunk: int = 2000) -> tuple[float, float]:
+def precision_recall(reference, samples, *, neighbours: int = 3, block: int = 2**25) -> tuple[float, float]:
     """Improved precision and recall (Kynkaanniemi et al. 2019): shares of samples within the reference, and vice versa.
 
     A set's manifold is the union of balls around its features, each as large as the distance to its k-th neighbour.
+
+    block: distances that are computed at a time.
     """
     reference, samples = np.asarray(reference, np.float64), np.asarray(samples, np.float64)
     if min(len(reference), len(samples)) <= neighbours:
         raise ValueError(f"precision and recall need more than {neighbours} images on either side")
 
     def distances(a, b):
-        """Squared distances, a chunk of a's rows at a time."""
-        norms = (b**2).sum(axis=1)
-        for start in range(0, len(a), chunk):
-            part = a[start : start + chunk]
+        """Squared distances, some rows of a at a time."""
+        norms, rows = (b**2).sum(axis=1), max(1, block // len(b))
+        for start in range(0, len(a), rows):
+            part = a[start : start + rows]
             yield np.maximum((part**2).sum(axis=1)[:, None] - 2 * part @ b.T + norms[None], 0)
 
     def radii(x):

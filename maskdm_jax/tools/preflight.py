@@ -16,7 +16,7 @@ from maskdm_jax.data.images import Framing
 from maskdm_jax.data.pipeline import TrainingData, check_shared_memory, check_unreadable, probe
 from maskdm_jax.errors import CheckpointError, PreflightError
 from maskdm_jax.evaluation.evaluate import Evaluator, check_comparable
-from maskdm_jax.evaluation.features import Images, ImageSet, open_images
+from maskdm_jax.evaluation.features import Images, open_images
 from maskdm_jax.parallel import processes, sharding
 from maskdm_jax.run import check as check_settings
 from maskdm_jax.run import check_processes, open_training_data
@@ -126,8 +126,8 @@ def _evaluation(config: Config, opened) -> str:
     if settings.reference:
         reference = open_images(settings.reference)
         card = opened().card
-        check_comparable(reference, Images("the samples", settings.n, iterate=None, card=card), settings.metrics)
-        if isinstance(reference, ImageSet):
+        check_comparable(reference, Images("the samples", settings.n, card=card), settings.metrics)
+        if reference.statistics_alone:
             evaluator.reference(reference)
     return f"every {settings.every:,} steps with {settings.n:,} samples; weights and reference fit"
 
