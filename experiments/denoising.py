@@ -1,11 +1,13 @@
 """Denoising error of a network on held-out images, by noise level."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from maskdm_jax.build import make_process
-from maskdm_jax.diffusion.process import denoising_loss
+from maskdm_jax.diffusion.process import Continuous, denoising_loss
 from maskdm_jax.models.representation import make_representation
 from maskdm_jax.sampling import TrainedModel
 
@@ -25,7 +27,8 @@ def denoising_by_level(
       batch_size: images per call, on one device.
     """
     config, network = loaded.config, loaded.network
-    space, process, key = make_representation(config), make_process(config), jax.random.key(seed)
+    space, key = make_representation(config), jax.random.key(seed)
+    process = dataclasses.replace(make_process(config), weight=None)
 
     @jax.jit
     def errors(params, images, index, level, time):
@@ -38,7 +41,7 @@ def denoising_by_level(
 
     def time_of(level):
         part = (level + 0.5) / levels
-        if process.schedule is None:
+        if isinstance(process, Continuous):
             return np.float32(process.times(1, 1 - part)[0])
         return int(part * config.diffusion.timesteps)
 

@@ -89,7 +89,7 @@ def sample(params, key):
     """Generate SAMPLES points by deterministic DDIM, for every seed."""
     x = jax.random.normal(key, (SAMPLES, 2))
     no_noise, bounds = lambda i: 0.0, (-2.2, 2.2)
-    return samplers.ddim(functools.partial(predict, params), x, no_noise, SCHEDULE, clip=bounds, steps=50, eta=0.0)
+    return samplers.ddim(functools.partial(predict, params), x, no_noise, PROCESS, clip=bounds, steps=50, eta=0.0)
 
 
 def nearest_distance(a, b):

@@ -79,27 +79,20 @@ def _network(model: Model, image_size: int, channels: int, remat: bool) -> Netwo
         network = _own_network(model, image_size, channels, dtype)
         _check_shapes(network, model, image_size, channels)
         return network
-    fields = dataclasses.asdict(model) | dict(image_size=image_size, channels=channels, remat=remat, dtype=dtype)
-    fields |= dict(outer=model.outer_blocks, mask_token=model.returning == "token")
-    return _from_nnx(NETWORKS[model.network](fields), dtype)
+    names = ("patch_size", "width", "depth", "heads", "mlp_ratio", "num_classes", "attention")
+    common = {name: getattr(model, name) for name in names}
+    common |= dict(image_size=image_size, channels=channels, dtype=dtype, remat=remat)
+    common |= dict(outer=model.outer_blocks, mask_token=model.returning == "token")
+    return _from_nnx(functools.partial(NETWORKS[model.network](model), **common), dtype)
 
 
-NOT_PASSED = {"network", "wavelet_scale", "jit", "outer_blocks", "returning"}  # to a network under these names
+def _uvit(model: Model):
+    of_bands = model.wavelet_scale and functools.partial(WaveletUViT, scale=model.wavelet_scale)
+    return functools.partial(of_bands or UViT, qv_bias=model.qv_bias, time_mlp=model.time_mlp)
 
 
-def _uvit(fields: dict):
-    kind, scale = (WaveletUViT, dict(scale=fields["wavelet_scale"])) if fields["wavelet_scale"] else (UViT, {})
-    names = fields.keys() - NOT_PASSED
-    return functools.partial(kind, **{name: fields[name] for name in names}, **scale)
-
-
-def _jit(fields: dict):
-    names = fields.keys() - NOT_PASSED - {"qv_bias", "time_mlp"}
-    return functools.partial(JiT, **{name: fields[name] for name in names}, **fields["jit"])
-
-
-# By `config.model.network`: fields of `config.model` and of the images -> (rngs=) -> nnx.Module.
-NETWORKS = {"uvit": _uvit, "jit": _jit}
+# By `config.model.network`: `config.model` -> nnx.Module, whose other arguments all networks have.
+NETWORKS = {"uvit": _uvit, "jit": lambda model: functools.partial(JiT, **dataclasses.asdict(model.jit))}
 
 
 def _from_nnx(make, dtype) -> Network:
@@ -133,17 +126,20 @@ def _own_network(model: Model, image_size: int, channels: int, dtype) -> Network
         if isinstance(make, type) and issubclass(make, nnx.Module):
             return _from_nnx(functools.partial(make, model, image_size, channels), dtype)
         module = make(model, image_size, channels)
-    labels = jnp.zeros(1, "int32") if model.num_classes else None
-    init = lambda key: module.init(key, jnp.zeros((1, image_size, image_size, channels)), jnp.zeros(1), labels)
-    return Network(init, module.apply, dtype, jax.eval_shape(init, jax.random.key(0)))
+        labels = jnp.zeros(1, "int32") if model.num_classes else None
+        init = lambda key: module.init(key, jnp.zeros((1, image_size, image_size, channels)), jnp.zeros(1), labels)
+        return Network(init, module.apply, dtype, jax.eval_shape(init, jax.random.key(0)))
 
 
 def _check_shapes(network: Network, model: Model, image_size: int, channels: int) -> None:
     """Trace a user's network on images and on visible patches.
 
     Raises:
-      ConfigError: the network fails, or its output does not have x's shape.
+      ConfigError: the network fails, its output does not have x's shape, or its parameters are not in nested dicts.
     """
+    paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(network.shapes)]
+    if not all(path and all(isinstance(key, jax.tree_util.DictKey) for key in path) for path in paths):
+        raise ConfigError(f"config.model.network: {model.network} must keep its parameters in nested dicts of arrays")
     patches, labels = (image_size // model.patch_size) ** 2, jnp.zeros(2, "int32") if model.num_classes else None
     visible = np.zeros((2, max(1, patches // 2)), "int32")
     whole = (2, image_size, image_size, channels)
@@ -215,8 +211,8 @@ def make_sampler(config: Config, network: Network):
       SamplingError: raised by `sample` if `start` is given and the sampler does not support it.
     """
     settings, clip, process = config.sampling, make_representation(config).clip, make_process(config)
-    kind, sampler = "continuous" if process.schedule is None else "discrete", SAMPLERS[settings.method]
-    fitting = {name: other for name, other in SAMPLERS.items() if getattr(other, kind)}
+    sampler = SAMPLERS[settings.method]
+    fitting = {name: other for name, other in SAMPLERS.items() if isinstance(process, other.process)}
     if settings.method not in fitting:
         of = f"{', '.join(fitting)} for the process {config.diffusion.process}"
         raise ConfigError(f"config.sampling.method is {settings.method!r}; it must be one of {of}")
@@ -231,41 +227,34 @@ def make_sampler(config: Config, network: Network):
             raise SamplingError(f"{settings.method} starts from pure noise only; use {able}")
 
         def predict(x, t):
-            return network.apply(params, *process.network_inputs(x, t), labels)
+            return network.apply(params, *process.network_inputs(x, t), labels, None)
 
         def weak(x, t):
-            return network.apply(params, *process.network_inputs(x, t), *WEAK[settings.weak](config, labels, len(x)))
+            return network.apply(params, *process.network_inputs(x, t), *weak_inputs(config, labels, len(x)))
 
         if settings.guidance:
             predict = samplers.guided(predict, weak, _guidance(settings, process))
-        return sampler.run(settings, predict, x, noise, process, start=start, clip=clip)
+        options = {name: getattr(settings, name) for name in sampler.settings}
+        options |= {} if start is None else dict(start=start)
+        return sampler.run(predict, x, noise, process, clip=clip, **options)
 
     return sample
 
 
-def _sparse(config: Config, labels, n: int):
-    """The same patches are hidden in all images and steps."""
-    visible = [masking.sample_positions(plan, jax.random.key(i)) for i, plan in enumerate(_weak_plans(config))]
-    return labels, _by_band(config, [jnp.broadcast_to(positions, (n, len(positions))) for positions in visible])
+def weak_inputs(config: Config, labels, n: int):
+    """Labels and positions of the weak prediction of guidance, by `config.sampling.weak`, for n images."""
+    if config.sampling.weak == "unlabelled":  # classifier-free guidance (Ho & Salimans 2022)
+        return None, None
+    if config.sampling.weak == "shallow":  # neither inner blocks nor label: path-drop guidance (SPRINT)
+        labels, visible = None, [jnp.zeros(0, "int32") for _ in grids(config)]
+    else:  # sparse guidance: the same patches are hidden in all images and steps
+        visible = [masking.sample_positions(plan, jax.random.key(i)) for i, plan in enumerate(_weak_plans(config))]
+    positions = tuple(jnp.broadcast_to(at, (n, len(at))) for at in visible)
+    return labels, positions if config.model.wavelet_scale else positions[0]
 
 
 def _weak_plans(config: Config) -> list[masking.MaskPlan]:
     return [masking.make_plan("patch", grid, rate=config.sampling.weak_rate) for grid in grids(config)]
-
-
-def _shallow(config: Config, labels, n: int):
-    return None, _by_band(config, [jnp.zeros((n, 0), "int32") for _ in grids(config)])
-
-
-def _by_band(config: Config, positions: list):
-    return tuple(positions) if config.model.wavelet_scale else positions[0]
-
-
-WEAK = {  # by `config.sampling.weak`: (config, labels, images) -> labels and positions of the weak prediction
-    "unlabelled": lambda config, labels, n: (None, None),  # classifier-free guidance (Ho & Salimans 2022)
-    "shallow": _shallow,  # without the inner blocks and the label: path-drop guidance (SPRINT)
-    "sparse": _sparse,  # fewer visible patches: sparse guidance
-}
 
 
 def _guidance(settings: Sampling, process: Process):
@@ -276,6 +265,6 @@ def _guidance(settings: Sampling, process: Process):
 
     def weight(t):
         along = process.progress(t)
-        return jnp.where(((along > low) | (low == 0)) & (along < high), settings.guidance, 0.0)
+        return jnp.where(((along > low) | (low == 0)) & ((along < high) | (high == 1)), settings.guidance, 0.0)
 
     return weight

@@ -195,7 +195,7 @@ class Sampling:
     order: typing.Annotated[int, _one_of(1, 2, 3)] = 2  # order of dpm_solver
     spacing: typing.Annotated[str, _key_of("diffusion.samplers", "DPM_SPACINGS")] = "log_snr"  # dpm_solver's, for ddpm
     guidance: NonNegative = 0.0  # weight w of guidance, (1 + w) prediction - w weak prediction; 0: off
-    weak: typing.Annotated[str, _key_of("build", "WEAK")] = "unlabelled"  # weak prediction: no label, or less network
+    weak: typing.Annotated[str, _one_of("unlabelled", "shallow", "sparse")] = "unlabelled"  # see `build.weak_inputs`
     weak_rate: typing.Annotated[float, Rule(lambda value: 0 < value < 1, "in (0, 1)")] = 0.5  # what weak=sparse hides
     guidance_from: Probability = 0.0  # part of the way from noise (0) to image (1) in which guidance acts
     guidance_to: Probability = 1.0
@@ -269,7 +269,7 @@ class Config:
     stage: dict[str, Stage] = dataclasses.field(default_factory=dict, hash=False)  # by name, as `stages` lists them
 
     def untrained(self, weak: str) -> str:
-        """What training lacks for a weak prediction of guidance, one of `build.WEAK`.
+        """What training lacks for a weak prediction of guidance; see `sampling.weak`.
 
         Returns "" if it lacks nothing, or if the weights may have been trained for it elsewhere.
         """
@@ -452,8 +452,9 @@ def _check_model(config: Config) -> None:
     even = "even (the time embedding is half cosines, half sines)"
     _need(model.width % 2 == 0, "model.width", model.width, even)
     _need(model.width % model.heads == 0, "model.heads", model.heads, f"a divisor of model.width {model.width}")
+    if model.network != "uvit":
+        _need(not model.wavelet_scale, "model.wavelet_scale", model.wavelet_scale, "0 for another network than a U-ViT")
     if model.network == "jit":
-        _need(not model.wavelet_scale, "model.wavelet_scale", model.wavelet_scale, "0 for a JiT")
         rotated = "such that model.width / model.heads is a multiple of 4"
         _need(model.width // model.heads % 4 == 0, "model.heads", model.heads, rotated)
         later = f"below model.depth {model.depth}"

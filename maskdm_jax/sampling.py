@@ -18,7 +18,7 @@ from maskdm_jax.build import Network, make_network, make_process, make_sampler
 from maskdm_jax.config import Config, Data, differences, parse, to_dict
 from maskdm_jax.data.images import save_png, to_pil
 from maskdm_jax.diffusion import samplers
-from maskdm_jax.diffusion.process import noisy
+from maskdm_jax.diffusion.process import Continuous, noisy
 from maskdm_jax.errors import SamplingError
 from maskdm_jax.models.representation import make_representation
 from maskdm_jax.parallel import processes, sharding
@@ -100,7 +100,7 @@ def interpolate(
         raise SamplingError("a conditional wavelet model needs a label")
     space, sample, process = make_representation(config), make_sampler(config, loaded.network), make_process(config)
     time = start
-    if process.times is not None:
+    if isinstance(process, Continuous):
         start = 1 - (start + 1) / config.diffusion.timesteps
         time = np.float32(process.times(1, start)[0])
 
@@ -162,7 +162,7 @@ class TrainedModel:
         process, x = make_process(self.config), jnp.asarray(x, jnp.float32)
         t = jnp.broadcast_to(jnp.asarray(t, jnp.int32 if process.schedule else jnp.float32), len(x))
         labels = None if labels is None else jnp.asarray(np.resize(label_cycle(self, labels), len(x)), jnp.int32)
-        return process.x0(self.network.apply(self.params, *process.network_inputs(x, t), labels), x, t)
+        return process.x0(self.network.apply(self.params, *process.network_inputs(x, t), labels, None), x, t)
 
 
 def with_sampling(model: TrainedModel, changes: dict) -> TrainedModel:
@@ -362,7 +362,7 @@ def label_cycle(loaded: TrainedModel, labels) -> list[int] | None:
       SamplingError: labels for an unconditional model, or unknown ones.
     """
     count = loaded.config.model.num_classes
-    labels = [labels] if isinstance(labels, str | int) else labels
+    labels = [labels] if isinstance(labels, str | int | np.integer) else labels
     if not count:
         if labels is not None and len(labels):
             raise SamplingError(f"{loaded.checkpoint} is of an unconditional model; leave labels out")

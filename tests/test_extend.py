@@ -21,6 +21,7 @@ from maskdm_jax.training import step
 
 OWN = pathlib.Path(__file__).parent.parent / "experiments" / "own_network.py"
 NNX = """
+import jax
 from flax import nnx
 class Linear(nnx.Module):
     def __init__(self, model, image_size, channels, *, rngs):
@@ -36,6 +37,24 @@ class Blind(Linear):
             raise TypeError("no shape")
         return x
 broken = lambda model: None
+
+class Plain:
+    def __init__(self, model, image_size, channels):
+        pass
+
+    def init(self, key, x, t, labels):
+        return {"kernel": jax.numpy.ones(())}
+
+    def apply(self, params, x, t, labels, positions):
+        return params["kernel"] * x
+
+class Misspelt(Plain):
+    def init(self, key, x, t, labels):
+        return self.widht
+
+class Listed(Plain):
+    def init(self, key, x, t, labels):
+        return {"layers": [jax.numpy.ones(())]}
 """
 
 
@@ -83,7 +102,7 @@ def test_a_network_in_nnx(tmp_path):
     )
     inputs = step.draw_inputs(config, "pretrain", jax.random.key(1), data)
     assert np.isfinite(step.make_loss(config, network)(params, inputs))
-    messages = dict(missing=r"own.py defines no missing, but Linear, Wide, Blind, broken$")
+    messages = dict(missing=r"own.py defines no missing, but Linear, Wide, Blind, broken, Plain, Misspelt, Listed$")
     messages |= dict(
         broken=r"own.py:broken cannot be built \(<lambda>\(\) takes 1 positional argument but 3 were given"
     )
@@ -99,3 +118,15 @@ def test_a_network_in_nnx(tmp_path):
         make_network(tiny.config(model__network="nothing.py:X"))
     with pytest.raises(ConfigError, match="remat must be False"):
         make_network(config, remat=True)
+    with pytest.raises(ConfigError, match="own.py:Misspelt cannot be built .*no attribute 'widht'"):
+        make_network(tiny.config(model__network=f"{tmp_path}/own.py:Misspelt"))
+    with pytest.raises(ConfigError, match="own.py:Listed must keep its parameters in nested dicts of arrays"):
+        make_network(tiny.config(model__network=f"{tmp_path}/own.py:Listed"))
+    with pytest.raises(ConfigError, match="wavelet_scale is 1; it must be 0 for another network than a U-ViT"):
+        tiny.config(**tiny.WAVELET | dict(model__network=f"{tmp_path}/own.py:Linear"))
+
+
+def test_a_network_whose_apply_has_no_defaults(tmp_path):
+    (tmp_path / "own.py").write_text(NNX)
+    run.train(tiny.config(model__network=f"{tmp_path}/own.py:Plain", preview__every=1), tmp_path / "run")
+    assert sampling.load(tmp_path / "run").sample(2, labels=np.int64(1)).shape == (2, 8, 8, 1)

@@ -187,10 +187,7 @@ def test_samplers(samplers_case):
         rng = np.random.RandomState(case["seed"])
         draws = np.stack([rng.standard_normal(case["shape"]).astype(np.float32) for _ in range(case["draws"])])
         draws = jnp.array(np.append(draws, np.zeros_like(draws[:1]), 0))  # the last step's noise is multiplied by 0
-        options = dict(
-            objective=golden.OBJECTIVES[case.get("objective", "pred_noise")],
-            clip=(-1.0, 1.0) if case.get("clip_denoised", True) else None,
-        )
+        options = dict(clip=(-1.0, 1.0) if case.get("clip_denoised", True) else None)
         sampler, predict = samplers.ddpm, analytic_model
         if case.get("kw"):
             labelled = functools.partial(analytic_model, labels=case["kw"]["guidance_idx"])
@@ -198,11 +195,9 @@ def test_samplers(samplers_case):
         if key.startswith("ddim"):
             sampler = samplers.ddim
             options |= dict(steps=case["sampling_timesteps"], eta=case["ddim_sampling_eta"])
-        schedule = gaussian.make_schedule(case.get("beta_schedule", "cosine"))
-        # bound as defaults: the loop variables change before jit traces
-        run = lambda x, draws=draws, sampler=sampler, predict=predict, schedule=schedule, options=options: sampler(
-            predict, x, lambda i: draws[i + 1], schedule, **options
-        )
+        objective = golden.OBJECTIVES[case.get("objective", "pred_noise")]
+        process = ddpm(gaussian.make_schedule(case.get("beta_schedule", "cosine")), objective=objective)
+        run = functools.partial(sampler, predict, noise=lambda i, draws=draws: draws[i + 1], process=process, **options)
         ours = (jax.jit(run)(draws[0]) + 1) / 2
         np.testing.assert_allclose(ours, arrays[f"{key}/sample"], atol=1e-4, rtol=0, err_msg=key)
         compared += 1
@@ -218,7 +213,8 @@ def test_dpm_solver(samplers_case):
         _, schedule, _, order, spacing, steps = key.split("/")
         x = np.random.RandomState(meta[key]["seed"]).standard_normal(meta[key]["shape"]).astype(np.float32)
         options = dict(order=int(order), steps=int(steps), spacing={"logSNR": "log_snr"}.get(spacing, spacing))
-        ours = samplers.dpm_solver(analytic_model, jnp.array(x), gaussian.make_schedule(schedule), **options)
+        process = ddpm(gaussian.make_schedule(schedule))
+        ours = samplers.dpm_solver(analytic_model, jnp.array(x), None, process, **options)
         np.testing.assert_allclose(ours, arrays[f"{key}/sample"], atol=1e-4, rtol=0, err_msg=key)
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import tiny
 
-from maskdm_jax.build import make_network, make_sampler
+from maskdm_jax.build import _guidance, make_network, make_sampler
 from maskdm_jax.diffusion import gaussian, samplers
 from maskdm_jax.diffusion.process import Process, ddpm, denoising_loss, edm, flow, noisy
 from maskdm_jax.errors import ConfigError
@@ -64,12 +64,11 @@ def test_edm_samplers(edm_case):
         expected = golden.nhwc(arrays[f"{key}/sample"])
         shape, steps = arrays[f"{key}/sample"].shape, case["num_steps"]
         draws = jnp.stack([golden.nhwc(rng.standard_normal(shape).astype(np.float32)) for _ in range(steps + 1)])
-        churn = samplers.Churn(
-            case.get("S_churn", 0.0), case.get("S_min", 0.0), case.get("S_max", np.inf), case.get("S_noise", 1.0)
-        )
+        theirs = dict(churn="S_churn", churn_low="S_min", churn_high="S_max", churn_scale="S_noise")
+        churn = {ours: case[name] for ours, name in theirs.items() if name in case}
         predict = functools.partial(network, case.get("labels"), process)
         noise = lambda i, draws=draws: draws[i + 1]
-        ours = samplers.ode(predict, draws[0], noise, process, steps=steps, churn=churn)
+        ours = samplers.ode(predict, draws[0], noise, process, steps=steps, **churn)
         np.testing.assert_allclose(ours, expected, atol=1e-4 * np.abs(expected).max(), rtol=0, err_msg=key)
     if "sigmas18" in arrays:
         np.testing.assert_allclose(edm().times(18, 0.0), arrays["sigmas18"], rtol=1e-6)
@@ -133,10 +132,8 @@ def test_the_ode_of_a_gaussian_recovers_it(name, sampler):
         # With 20 steps, the clamp of 1 - t in x0-prediction acts in the last step alone, where it is exact.
         heun=lambda x: samplers.ode(predict, x, None, process, steps=20 if name == "flow" else 60),
         euler=lambda x: samplers.ode(predict, x, None, process, steps=400, heun=False),
-        dpm_solver=lambda x: samplers.continuous_dpm_solver(predict, x, process, steps=60),
-        ddim=lambda x: samplers.ddim(
-            predict, x, lambda i: 0.0, process.schedule, objective="x0", clip=None, steps=200, eta=0.0
-        ),
+        dpm_solver=lambda x: samplers.dpm_solver(predict, x, None, process, steps=60),
+        ddim=lambda x: samplers.ddim(predict, x, lambda i: 0.0, process, clip=None, steps=200, eta=0.0),
     )
     out = np.asarray(jax.jit(runs[sampler])(x))
     # The exact flow from one Gaussian to another is a shift and a scale.
@@ -156,8 +153,8 @@ def test_flow_and_edm_agree_for_one_score():
 def test_churn_keeps_the_distribution_and_needs_noise():
     process, x = PROCESSES["edm"], jax.random.normal(jax.random.key(3), (1, 20_000))
     noise = lambda i: jax.random.normal(jax.random.fold_in(jax.random.key(4), i), x.shape)
-    churn = samplers.Churn(40.0, 0.05, 50.0, 1.0)
-    run = lambda x: samplers.ode(functools.partial(perfect, process), x, noise, process, steps=60, churn=churn)
+    options = dict(steps=60, churn=40.0, churn_low=0.05, churn_high=50.0)
+    run = lambda x: samplers.ode(functools.partial(perfect, process), x, noise, process, **options)
     out = np.asarray(jax.jit(run)(x))
     assert out.mean() == pytest.approx(MEAN, abs=0.015)
     assert out.std() == pytest.approx(STD, rel=0.03)
@@ -188,6 +185,8 @@ def test_sampler_stops_guiding_outside_its_interval():
     assert np.abs(always - never).max() > 1e-3
     np.testing.assert_allclose(late, never, atol=1e-6)
     np.testing.assert_allclose(run(config(sampling__guidance_to=0.999)), always, atol=1e-6)
+    weight = _guidance(config(sampling__guidance_from=0.1).sampling, PROCESSES["edm"])
+    np.testing.assert_array_equal(weight(jnp.array([80.0, 1.0, 0.002])), [0, 2, 2])
 
 
 @pytest.mark.parametrize(

@@ -68,15 +68,20 @@ def test_leaving_and_coming_back(token):
     """Against loops in NumPy: two extras, then seven patches, of which three are visible."""
     draw = np.random.default_rng(0)
     tokens, visible = draw.standard_normal((2, 9, 4)).astype(np.float32), np.array([[0, 3, 6], [1, 2, 5]])
-    left = np.asarray(routing.drop_hidden(jnp.asarray(tokens), jnp.asarray(visible), 2))
-    worked = left + 1
-    back = routing.restore_hidden(jnp.asarray(worked), jnp.asarray(tokens), jnp.asarray(visible), 2, token)
+    seen = []
+
+    def run(i, h, inner):
+        seen.append((i, inner, np.asarray(h)))
+        return h + 1 if inner else h
+
+    back = routing.through_blocks(run, jnp.asarray(tokens), 4, 1, 2, jnp.asarray(visible), None, token)
+    assert [(i, inner) for i, inner, _ in seen] == [(0, False), (1, True), (2, True), (3, False)]
     for b in range(2):
-        expected = [*(tokens[b, :2] + 1)]
+        expected = [*(tokens[b, :2] + 1 + 1)]
         for n in range(7):
             hidden = tokens[b, 2 + n] if token is None else np.asarray(token)
-            expected.append(tokens[b, 2 + n] + 1 if n in visible[b] else hidden)
-        np.testing.assert_array_equal(left[b], np.concatenate([tokens[b, :2], tokens[b, 2 + visible[b]]]))
+            expected.append(tokens[b, 2 + n] + 1 + 1 if n in visible[b] else hidden)
+        np.testing.assert_array_equal(seen[1][2][b], np.concatenate([tokens[b, :2], tokens[b, 2 + visible[b]]]))
         np.testing.assert_array_equal(back[b], expected)
 
 
@@ -181,7 +186,7 @@ def test_guidance_from_sparsity(kind, monkeypatch):
     config, network, params, _ = built(kind, model__outer_blocks=1, **unconditional)
     x = jax.random.normal(jax.random.key(4), (2, 4, 4, 4) if kind == "wavelet" else (2, 8, 8, 1))
     labels, t = None if unconditional else jnp.array([1, 2]), jnp.full(2, 0.5 if kind == "jit" else 500)
-    call = lambda settings, predict, x, *args, **options: predict(x, t)
+    call = lambda predict, x, *args, **options: predict(x, t)
     entry = dataclasses.replace(samplers.SAMPLERS[config.sampling.method], run=call)
     monkeypatch.setitem(samplers.SAMPLERS, config.sampling.method, entry)
 

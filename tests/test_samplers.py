@@ -26,7 +26,7 @@ def gaussian(schedule, x, t):
 def draw(sampler, schedule, shape=(1, 20_000), seed=0, **options):
     x, noise = samplers.image_noise(jax.random.key(seed), jnp.arange(shape[0]), shape[1:])
     predict = functools.partial(gaussian, schedule)
-    return np.asarray(jax.jit(lambda x: sampler(predict, x, noise, schedule, clip=None, **options))(x))
+    return np.asarray(jax.jit(lambda x: sampler(predict, x, noise, ddpm(schedule), clip=None, **options))(x))
 
 
 @pytest.mark.parametrize(
@@ -58,7 +58,8 @@ def test_ddim_with_eta_1_over_all_steps_is_ddpm(schedule):
 def test_dpm_solver_recovers_a_gaussian(schedule, order, spacing):
     x = jax.random.normal(jax.random.key(0), (1, 20_000))
     predict = lambda x, t: gaussian_at(schedule, x, t)
-    run = jax.jit(lambda x: samplers.dpm_solver(predict, x, schedule, order=order, steps=200, spacing=spacing))
+    options = dict(order=order, steps=200, spacing=spacing)
+    run = jax.jit(lambda x: samplers.dpm_solver(predict, x, None, ddpm(schedule), **options))
     x = np.asarray(run(x))
     assert abs(x.mean() - MEAN) < 0.01
     assert abs(x.std() - STD) < 0.01
@@ -74,7 +75,8 @@ def gaussian_at(schedule, x, t):
 def test_higher_orders_of_dpm_solver_come_nearer_with_few_steps(schedule):
     x = jax.random.normal(jax.random.key(0), (1, 500))
     predict = lambda x, t: gaussian_at(schedule, x, t)
-    run = lambda order, steps: samplers.dpm_solver(predict, x, schedule, order=order, steps=steps, spacing="log_snr")
+    options = dict(process=ddpm(schedule), spacing="log_snr")
+    run = lambda order, steps: samplers.dpm_solver(predict, x, None, order=order, steps=steps, **options)
     exact = run(1, 900)
     errors = [float(jnp.abs(run(order, 15) - exact).max()) for order in (1, 2)]
     assert errors[1] < errors[0] / 2
@@ -91,7 +93,7 @@ def test_objectives_agree_in_dpm_solver():
             x0 = (x - jnp.sqrt(1 - a) * eps(x, t)) / jnp.sqrt(a)
             return {"x0": x0, "v": jnp.sqrt(a) * eps(x, t) - jnp.sqrt(1 - a) * x0, "noise": eps(x, t)}[objective]
 
-        return samplers.dpm_solver(predict, x, schedule, objective=objective, steps=12)
+        return samplers.dpm_solver(predict, x, None, ddpm(schedule, objective=objective), steps=12)
 
     for objective in ("x0", "v"):
         np.testing.assert_allclose(told(objective), told("noise"), atol=2e-3)
@@ -107,7 +109,7 @@ def test_guidance_is_linear_and_off_at_0():
 def test_ddim_with_eta_0_ignores_the_noise(schedule):
     x = jax.random.normal(jax.random.key(0), (2, 30))
     run = lambda scale: samplers.ddim(
-        functools.partial(gaussian, schedule), x, lambda i: scale * jnp.ones_like(x), schedule, steps=10, eta=0.0
+        functools.partial(gaussian, schedule), x, lambda i: scale * jnp.ones_like(x), ddpm(schedule), steps=10, eta=0.0
     )
     np.testing.assert_array_equal(run(0.0), run(5.0))
 
@@ -121,8 +123,8 @@ def test_objectives_agree(schedule, objective):
         x0 = diffusion.x0_from_eps(schedule, x, t, gaussian(schedule, x, t))
         return diffusion.OBJECTIVES[objective](schedule, x0, t, gaussian(schedule, x, t))
 
-    ours = samplers.ddim(told, x, noise, schedule, objective=objective, clip=None, steps=20)
-    expected = samplers.ddim(functools.partial(gaussian, schedule), x, noise, schedule, clip=None, steps=20)
+    ours = samplers.ddim(told, x, noise, ddpm(schedule, objective=objective), clip=None, steps=20)
+    expected = samplers.ddim(functools.partial(gaussian, schedule), x, noise, ddpm(schedule), clip=None, steps=20)
     np.testing.assert_allclose(ours, expected, atol=2e-3)
 
 
@@ -156,7 +158,7 @@ def test_a_sampler_can_start_in_the_middle(schedule, sampler, options, power):
     x_t = noisy(ddpm(schedule), x0, jnp.array([100]), jax.random.normal(keys[1], x0.shape))
     noise = samplers.image_noise(jax.random.key(6), jnp.arange(1), x0.shape[1:])[1]
     predict = functools.partial(gaussian, schedule)
-    run = jax.jit(lambda x: sampler(predict, x, noise, schedule, clip=None, start=100, **options))
+    run = jax.jit(lambda x: sampler(predict, x, noise, ddpm(schedule), clip=None, start=100, **options))
     x = np.asarray(run(x_t))
     assert abs(x.mean() - MEAN) < 0.01
     assert abs(x.std() - STD) < 0.01

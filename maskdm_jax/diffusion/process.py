@@ -8,7 +8,6 @@ To add a process, write a function that returns a `Process`, and add it to `PROC
 """
 
 import dataclasses
-import math
 import typing
 
 import jax
@@ -21,7 +20,7 @@ LOSSES = {"l2": jnp.square, "l1": jnp.abs}
 CLAMP = 0.05  # of 1 - t in flow matching with x0-prediction, as in JiT
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Process:
     """A process as functions of arrays. `output` is what the network returns, of x's shape."""
 
@@ -33,16 +32,26 @@ class Process:
     x0: typing.Callable  # (output, x, t) -> prediction of x0
     progress: typing.Callable  # t -> 0 (pure noise) to 1 (data), for the interval of guidance
     weight: typing.Callable | None = None  # t [B] -> weight of an image's loss [B]; None: 1
-    schedule: gaussian.Schedule | None = None  # of DDPM
-    objective: str = ""  # of DDPM; the fields below are of the continuous processes
-    initial_std: float = 1.0  # standard deviation of the noise that sampling starts from
-    slope: typing.Callable | None = None  # (output, x, t) -> dx/dt of the probability flow ODE
-    times: typing.Callable | None = None  # (steps, progress of the start) -> times of the ODE, float64 [steps + 1]
-    half_log_snr: tuple[float, float] | None = None  # log(alpha / sigma) at the ends of DPM-Solver++
-    time_of: typing.Callable | None = None  # log(alpha / sigma) -> t, in NumPy
 
 
-def ddpm(schedule: gaussian.Schedule, *, objective: str = "noise", weights: np.ndarray | None = None) -> Process:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Discrete(Process):
+    """A process of time steps, DDPM."""
+
+    schedule: gaussian.Schedule
+    objective: str
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Continuous(Process):
+    """A process in continuous time, with a probability flow ODE."""
+
+    slope: typing.Callable  # (output, x, t) -> dx/dt
+    times: typing.Callable  # (steps, progress of the start) -> times of the ODE, float64 [steps + 1]
+    levels: typing.Callable  # steps -> times at equal steps of log(alpha / sigma), float64 [steps + 1]
+
+
+def ddpm(schedule: gaussian.Schedule, *, objective: str = "noise", weights: np.ndarray | None = None) -> Discrete:
     """Discrete diffusion (Ho et al. 2020), as in the reference.
 
     Args:
@@ -51,7 +60,7 @@ def ddpm(schedule: gaussian.Schedule, *, objective: str = "noise", weights: np.n
       weights: [T] from `gaussian.loss_weights`, or None for 1.
     """
     last = max(schedule.timesteps - 1, 1)
-    return Process(
+    return Discrete(
         draw=lambda key: jax.random.randint(key, (), 0, schedule.timesteps),
         alpha_sigma=lambda t: (
             jnp.asarray(schedule.sqrt_alpha_bar)[t],
@@ -107,15 +116,14 @@ def flow(
             x0=lambda output, x, t: x + _wide(1 - t, x) * output,
             slope=lambda output, x, t: output,
         )
-    return Process(
+    return Continuous(
         draw=draws[times],
         alpha_sigma=lambda t: (t, (1 - t) * noise_scale),
         network_inputs=lambda x, t: (x, time_scale * t),
         progress=lambda t: t,
-        initial_std=noise_scale,
         times=lambda steps, start: np.linspace(start, 1, steps + 1),
-        half_log_snr=(-5.0, 7.0),  # 0.7% of data at the start, 0.1% of noise at the end
-        time_of=lambda half_log_snr: 1 / (1 + np.exp(-half_log_snr) / noise_scale),
+        # From -5 to 7: 0.7% of data at the start, 0.1% of noise at the end.
+        levels=lambda steps: 1 / (1 + np.exp(-np.linspace(-5, 7, steps + 1)) / noise_scale),
         **formulas,
     )
 
@@ -152,18 +160,16 @@ def edm(
         first = ends[0] + start * (ends[1] - ends[0])
         return np.append(np.linspace(first, ends[1], steps) ** rho, 0.0)
 
-    return Process(
+    return Continuous(
         draw=lambda key: jnp.exp(mean + std * jax.random.normal(key)),
         alpha_sigma=lambda s: (s**0, s),
         network_inputs=lambda x, s: (x / _wide(total(s), x), time_scale * jnp.log(s) / 4),
         error=lambda output, clean, eps, x, s: (x0(output, x, s) - clean) / _wide(c_out(s), x),
         x0=x0,
         progress=lambda s: (ends[0] - s ** (1 / rho)) / (ends[0] - ends[1]),
-        initial_std=sigma_max,
         slope=lambda output, x, s: (x - x0(output, x, s)) / _wide(s, x),
         times=times,
-        half_log_snr=(-math.log(sigma_max), -math.log(sigma_min)),
-        time_of=lambda half_log_snr: np.exp(-half_log_snr),
+        levels=lambda steps: np.geomspace(sigma_max, sigma_min, steps + 1),
     )
 
 

@@ -1,31 +1,26 @@
 """Samplers: generate images from noise with a trained network, in one `lax.scan` over the trajectory.
 
-`ddim` and `ddpm` have the signature
+A sampler has the signature
 
-    sampler(predict, x, noise, schedule, *, objective, clip, ...) -> x0
+    sampler(predict, x, noise, process, *, clip, start, ...) -> x0
 
-    predict: (x [B, ...], t [B] float32 or int32) -> prediction of the objective, of x's shape.
-    x: starting noise x_T [B, ...], float32.
+    predict: (x [B, ...], t [B]) -> output of the network, of x's shape; t is the process's time.
+    x: starting noise [B, ...], standard normal, or a noisy image.
     noise: step number i (0, 1, ... traced int32) -> standard normal noise of x's shape, used in step i.
-    schedule: `gaussian.Schedule`.
-    objective: "noise", "x0" or "v".
     clip: bounds of the predicted x0, or None.
-    start: for ddim and ddpm, the time step t of x = x_t; None means T - 1, pure noise.
+    start: where a noisy image is: its time step, or in continuous time its progress; None means pure noise.
 
-and return x0 [B, ...] float32. Those of flow matching and EDM, `ode` and `continuous_dpm_solver`, take a
-`process.Process` in place of schedule and objective, and `predict` takes the process's time.
+and returns x0 [B, ...] float32. Noise is a function of the step, so that the caller can choose its source.
+`image_noise` draws it by image number, which makes an image independent of its batch and device; tests pass recorded
+noise.
 
-Noise is a function of the step, so that the caller can choose its source. `image_noise` draws it by image number, which
-makes an image independent of its batch and device; tests pass recorded noise.
-
-To add a sampler, write `run(settings, predict, x, noise, process, *, start, clip)` -> x0, where `settings` is
-`config.sampling`, and add `Sampler(run, discrete=True)` (for DDPM) or `Sampler(run, continuous=True)` (for flow
-matching and EDM) to `SAMPLERS`. `ddim` and `ode` show what `process` offers to each kind. Set `calls` if it calls the
-network more than once per step, and `starts_anywhere=False` if it can only start from pure noise. To export runs that
-use it to PyTorch, add it to `interop/torch_folder/sample.py`, too.
+To add a sampler, write such a function and add it to `SAMPLERS`, with the processes that it is for and the names of the
+settings of `config.sampling` that it takes. To export runs that use it to PyTorch, add it to
+`interop/torch_folder/sample.py`, too.
 """
 
 import dataclasses
+import functools
 import math
 import typing
 
@@ -34,7 +29,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from maskdm_jax.diffusion.gaussian import Schedule, predictions, q_posterior
-from maskdm_jax.diffusion.process import Process
+from maskdm_jax.diffusion.process import Continuous, Discrete, Process
 
 
 def image_noise(key, index, shape: tuple[int, ...]):
@@ -61,12 +56,14 @@ def ddim_times(timesteps: int, steps: int) -> np.ndarray:
     return np.where(i < (steps + 1) // 2, rising, falling).astype(np.int32)[::-1]
 
 
-def ddim(predict, x, noise, schedule: Schedule, *, objective="noise", clip=(-1.0, 1.0), steps=250, eta=1.0, start=None):
+def ddim(predict, x, noise, process: Discrete, *, clip=(-1.0, 1.0), start=None, steps=250, eta=1.0):
     """DDIM (Song et al. 2021, eq. 12): eta 0 is deterministic; eta 1 over all time steps is DDPM in distribution.
 
     As in the reference, the predicted noise is not recomputed from the clipped x0 (noise objective).
     """
-    times = ddim_times(schedule.timesteps if start is None else start + 1, steps)
+    schedule, last = process.schedule, process.schedule.timesteps - 1 if start is None else start
+    steps = min(steps, last + 1)
+    times = ddim_times(last + 1, steps)
     # float32 throughout, as in the reference: differences lose digits, so float64 would give other coefficients.
     one = np.float32(1)
     a, a_next = schedule.alpha_bar[times[:-1]], np.append(schedule.alpha_bar[times[1:-1]], one)
@@ -81,20 +78,20 @@ def ddim(predict, x, noise, schedule: Schedule, *, objective="noise", clip=(-1.0
 
     def step(x, c):
         t = jnp.full((x.shape[0],), c["t"])
-        x0, eps = predictions(schedule, objective, predict(x, t), x, t, clip=clip)
+        x0, eps = predictions(schedule, process.objective, predict(x, t), x, t, clip=clip)
         # In the last step the coefficients are 1, 0 and 0: it returns x0.
         return c["x0_scale"] * x0 + c["eps_scale"] * eps + c["sigma"] * noise(c["i"]), None
 
     return jax.lax.scan(step, x, {name: jnp.asarray(column) for name, column in columns.items()})[0]
 
 
-def ddpm(predict, x, noise, schedule: Schedule, *, objective="noise", clip=(-1.0, 1.0), start=None):
+def ddpm(predict, x, noise, process: Discrete, *, clip=(-1.0, 1.0), start=None):
     """DDPM: ancestral sampling over all time steps from the posterior with x0 clipped (Ho et al. 2020, algorithm 2)."""
-    last = schedule.timesteps - 1 if start is None else start
+    schedule, last = process.schedule, process.schedule.timesteps - 1 if start is None else start
 
     def step(x, t):
         ts = jnp.full((x.shape[0],), t)
-        x0, _ = predictions(schedule, objective, predict(x, ts), x, ts, clip=clip)
+        x0, _ = predictions(schedule, process.objective, predict(x, ts), x, ts, clip=clip)
         mean, log_variance = q_posterior(schedule, x0, x, ts)
         return mean + jnp.where(t > 0, jnp.exp(0.5 * log_variance), 0.0) * noise(last - t), None
 
@@ -142,39 +139,30 @@ def _half_log_snr(log_alpha):
     return log_alpha - 0.5 * np.log(-np.expm1(2 * log_alpha))
 
 
-def dpm_solver(
-    predict, x, schedule: Schedule, *, objective="noise", clip=None, steps=20, order=2, spacing="time_uniform"
-):
-    """`multistep` for DDPM. `predict` is called `steps` times, at fractional time steps."""
-    t, log_alpha = dpm_solver_times(schedule, steps, spacing)
-    alpha, sigma = np.exp(log_alpha), np.sqrt(-np.expm1(2 * log_alpha))
-
-    def denoise(x, column):
-        out = predict(x, jnp.full((x.shape[0],), column["t"]))
-        if objective == "noise":
-            return (x - column["sigma"] * out) / column["alpha"]
-        return column["alpha"] * x - column["sigma"] * out if objective == "v" else out
-
-    return multistep(denoise, x, schedule.timesteps * t, alpha, sigma, _half_log_snr(log_alpha), order, clip)
-
-
-def continuous_dpm_solver(predict, x, process: Process, *, clip=None, steps=20, order=2):
-    """`multistep` for flow matching and EDM, at equal steps of log(alpha / sigma).
-
-    It begins and ends at `Process.half_log_snr`; the noise that is left at the end is far below a grey level.
-    """
-    half_log_snr = np.linspace(*process.half_log_snr, steps + 1)
-    t = process.time_of(half_log_snr)
-    alpha, sigma = (np.asarray(values, np.float64) for values in process.alpha_sigma(t))
+def dpm_solver(predict, x, noise, process: Process, *, clip=None, steps=20, order=2, spacing="time_uniform"):
+    """`multistep`, which calls `predict` `steps` times: for DDPM at fractional time steps, else at `process.levels`."""
+    if isinstance(process, Continuous):
+        t = process.levels(steps)
+        alpha, sigma = (np.asarray(values, np.float64) for values in process.alpha_sigma(t))
+        x, x0 = sigma[0] * x, lambda out, x, now, c: process.x0(out, x, now)
+    else:
+        t, log_alpha = dpm_solver_times(process.schedule, steps, spacing)
+        t, alpha, sigma = process.schedule.timesteps * t, np.exp(log_alpha), np.sqrt(-np.expm1(2 * log_alpha))
+        formulas = {  # by objective
+            "noise": lambda out, x, now, c: (x - c["sigma"] * out) / c["alpha"],
+            "v": lambda out, x, now, c: c["alpha"] * x - c["sigma"] * out,
+            "x0": lambda out, x, now, c: out,
+        }
+        x0 = formulas[process.objective]
 
     def denoise(x, column):
         now = jnp.full((x.shape[0],), column["t"])
-        return process.x0(predict(x, now), x, now)
+        return x0(predict(x, now), x, now, column)
 
-    return multistep(denoise, sigma[0] * x, t, alpha, sigma, half_log_snr, order, clip)
+    return multistep(denoise, x, t, alpha, sigma, order, clip)
 
 
-def multistep(denoise, x, t, alpha, sigma, half_log_snr, order: int, clip):
+def multistep(denoise, x, t, alpha, sigma, order: int, clip):
     """DPM-Solver++ multistep (Lu et al. 2022, algorithm 2 and its third-order form), deterministic.
 
     The first steps have lower order, because there are no earlier predictions.
@@ -182,11 +170,11 @@ def multistep(denoise, x, t, alpha, sigma, half_log_snr, order: int, clip):
     Args:
       denoise: (x, {"t", "alpha", "sigma"}: scalars) -> prediction of x0.
       x: [B, ...] at time t[0].
-      t, alpha, sigma, half_log_snr: float64 [steps + 1], the last log(alpha / sigma), ascending.
+      t, alpha, sigma: float64 [steps + 1], with alpha / sigma ascending.
       order: 1, 2 or 3.
       clip: bounds of the predicted x0, or None.
     """
-    steps = len(t) - 1
+    steps, half_log_snr = len(t) - 1, np.log(alpha / sigma)
     # Each step is x' = scale * x + c0 * m0 + c1 * m1 + c2 * m2, where m0, m1, m2 are predictions of x0, newest first.
     table = np.zeros((steps, 4))
     for i in range(steps):
@@ -221,94 +209,57 @@ def multistep(denoise, x, t, alpha, sigma, half_log_snr, order: int, clip):
     return jax.lax.scan(step, (x, zeros, zeros), columns)[0][0]
 
 
-@dataclasses.dataclass(frozen=True)
-class Churn:
-    """Noise added before each step of `ode` (EDM, Karras et al. 2022, algorithm 2); with amount 0 there is none."""
-
-    amount: float = 0.0  # S_churn
-    low: float = 0.0  # S_min: noise levels at which it acts
-    high: float = math.inf  # S_max
-    scale: float = 1.0  # S_noise
-
-
-def ode(predict, x, noise, process: Process, *, steps=50, heun=True, churn: Churn = Churn(), start=None):
+def ode(predict, x, noise, process: Continuous, *, clip=None, start=None, steps=50, heun=True, **churn):
     """Solve the probability flow ODE by Euler's method, or by Heun's with a last step of Euler's.
 
-    Heun's method calls the network twice per step, but for the last.
-
-    Args:
-      x: standard normal noise [B, ...], or x_t if `start` is given.
-      churn: for EDM.
-      start: `Process.progress` of x.
+    Heun's method calls the network twice per step, but for the last. For EDM, `churn` is noise added before each step
+    (Karras et al. 2022, algorithm 2): S_churn, `churn_low` S_min, `churn_high` S_max, `churn_scale` S_noise.
     """
     times = process.times(steps, 0.0 if start is None else start)
-    t, after, within = times[:-1], times[1:], (churn.low <= times[:-1]) & (times[:-1] <= churn.high)
-    raised = t * (1 + within * min(churn.amount / steps, math.sqrt(2) - 1))
-    extra = churn.scale * np.sqrt(raised**2 - t**2)
-    columns = dict(i=np.arange(steps, dtype=np.int32), t=raised, after=after, width=after - raised, extra=extra)
-    columns = {name: jnp.asarray(column, None if name == "i" else jnp.float32) for name, column in columns.items()}
+    if start is None:
+        x = x * process.alpha_sigma(times[0])[1]
+    noisier, extra = _churned(times[:-1], steps, **churn)
+    columns = dict(t=noisier, after=times[1:], extra=extra)
+    columns = {name: jnp.asarray(column, jnp.float32) for name, column in columns.items()} | dict(i=jnp.arange(steps))
 
     def slope(x, t):
         t = jnp.full((x.shape[0],), t)
         return process.slope(predict(x, t), x, t)
 
-    def euler_step(x, c):
-        x = x + c["extra"] * noise(c["i"]) if churn.amount else x
-        first = slope(x, c["t"])
-        return x, first, x + c["width"] * first
+    def step(x, c, heun=heun):
+        x = x + c["extra"] * noise(c["i"]) if extra.any() else x
+        width, first = c["after"] - c["t"], slope(x, c["t"])
+        there = x + width * first
+        return x + width * (first + slope(there, c["after"])) / 2 if heun else there, None
 
-    def step(x, c):
-        x, first, there = euler_step(x, c)
-        if heun:
-            there = x + c["width"] * (first + slope(there, c["after"])) / 2
-        return there, None
-
-    x = x * process.initial_std if start is None else x
-    x, _ = jax.lax.scan(step, x, jax.tree.map(lambda column: column[:-1], columns))
-    return euler_step(x, jax.tree.map(lambda column: column[-1], columns))[-1]
+    x, _ = jax.lax.scan(step, x, {name: column[:-1] for name, column in columns.items()})
+    return step(x, {name: column[-1] for name, column in columns.items()}, heun=False)[0]
 
 
-def _run_ddim(settings, predict, x, noise, process, *, start, clip):
-    steps = settings.steps if start is None else min(settings.steps, start + 1)
-    options = dict(objective=process.objective, clip=clip, start=start, steps=steps, eta=settings.eta)
-    return ddim(predict, x, noise, process.schedule, **options)
-
-
-def _run_ddpm(settings, predict, x, noise, process, *, start, clip):
-    return ddpm(predict, x, noise, process.schedule, objective=process.objective, clip=clip, start=start)
-
-
-def _run_dpm_solver(settings, predict, x, noise, process, *, start, clip):
-    options = dict(clip=clip, steps=settings.steps, order=settings.order)
-    if process.schedule is None:
-        return continuous_dpm_solver(predict, x, process, **options)
-    options |= dict(objective=process.objective, spacing=settings.spacing)
-    return dpm_solver(predict, x, process.schedule, **options)
-
-
-def _run_ode(settings, predict, x, noise, process, *, start, clip):
-    churn = Churn(settings.churn, settings.churn_low, settings.churn_high, settings.churn_scale)
-    options = dict(steps=settings.steps, heun=settings.method == "heun", churn=churn, start=start)
-    return ode(predict, x, noise, process, **options)
+def _churned(t, steps: int, churn=0.0, churn_low=0.0, churn_high=math.inf, churn_scale=1.0):
+    """Noise levels after churn, and the standard deviation of the noise that it adds."""
+    raised = t * (1 + (churn_low <= t) * (t <= churn_high) * min(churn / steps, math.sqrt(2) - 1))
+    return raised, churn_scale * np.sqrt(raised**2 - t**2)
 
 
 @dataclasses.dataclass(frozen=True)
 class Sampler:
     """An entry of `SAMPLERS`."""
 
-    run: typing.Callable  # (`config.sampling`, predict, x, noise, process, *, start, clip) -> x0
-    discrete: bool = False  # for DDPM, whose time is discrete
-    continuous: bool = False  # for flow matching and EDM
+    run: typing.Callable  # see the module
+    process: type  # kind of process: `Discrete`, `Continuous`, or `Process` for both
+    settings: tuple[str, ...] = ()  # names of the settings of `config.sampling` that `run` takes
     calls: typing.Callable = lambda steps, timesteps: steps  # -> how often it calls the network
     starts_anywhere: bool = True  # whether `start` may be given, to denoise a noisy image
 
 
+CHURN = ("churn", "churn_low", "churn_high", "churn_scale")
 SAMPLERS = {  # by `config.sampling.method`
-    "ddim": Sampler(_run_ddim, discrete=True),
-    "ddpm": Sampler(_run_ddpm, discrete=True, calls=lambda steps, timesteps: timesteps),
-    "dpm_solver": Sampler(_run_dpm_solver, discrete=True, continuous=True, starts_anywhere=False),
-    "heun": Sampler(_run_ode, continuous=True, calls=lambda steps, timesteps: 2 * steps - 1),
-    "euler": Sampler(_run_ode, continuous=True),
+    "ddim": Sampler(ddim, Discrete, ("steps", "eta")),
+    "ddpm": Sampler(ddpm, Discrete, calls=lambda steps, timesteps: timesteps),
+    "dpm_solver": Sampler(dpm_solver, Process, ("steps", "order", "spacing"), starts_anywhere=False),
+    "heun": Sampler(ode, Continuous, ("steps", *CHURN), calls=lambda steps, timesteps: 2 * steps - 1),
+    "euler": Sampler(functools.partial(ode, heun=False), Continuous, ("steps", *CHURN)),
 }
 
 

@@ -6,7 +6,7 @@ from flax import nnx
 from jax.experimental.layout import Layout, with_layout_constraint
 
 from maskdm_jax.models.layers import Block, LayerNorm, Mlp, normal_002, timestep_embedding
-from maskdm_jax.models.routing import drop_hidden, restore_hidden
+from maskdm_jax.models.routing import through_blocks
 
 
 class Backbone(nnx.Module):
@@ -85,21 +85,15 @@ class Backbone(nnx.Module):
         # Without this, XLA on GPU gives all tokens a layout whose fastest axis is the batch, and transposes them often.
         h = with_layout_constraint(h, Layout((0, 1, 2)))
 
-        def run(block, *args):
-            return jax.checkpoint(lambda *a: block(*a))(*args) if self.remat else block(*args)
+        blocks, outputs, middle = [*self.in_blocks, self.mid_block, *self.out_blocks], {}, len(self.in_blocks)
 
-        n, k, skips = len(self.in_blocks), self.outer, []
-        inner = range(0) if visible is None and shallow is None else range(k, 2 * n + 1 - k)
-        for number, block in enumerate([*self.in_blocks, self.mid_block, *self.out_blocks]):
-            if inner and number == inner.start:
-                before, h = h, h if visible is None else drop_hidden(h, visible, self.extras)
-            if inner and number == inner.stop:
-                h = restore_hidden(h, before, visible, self.extras, self.mask_token, shallow)
-            if number in inner and visible is not None and not visible.shape[1]:
-                continue  # all patches are hidden: the prediction without the inner blocks
-            h = run(block, h, skips.pop()) if number > n else run(block, h)
-            if number < n:
-                skips.append(h)
+        def run(i, h, inner):
+            skip = [outputs[2 * middle - i]] if i > middle else []  # of its counterpart in the first half
+            block = jax.checkpoint(lambda *a: blocks[i](*a)) if self.remat else blocks[i]
+            outputs[i] = block(h, *skip)
+            return outputs[i]
+
+        h = through_blocks(run, h, len(blocks), self.outer, self.extras, visible, shallow, self.mask_token)
         return self.norm(h[:, self.extras :])
 
     def _extra_tokens(self, t, labels):

@@ -8,7 +8,7 @@ from flax import nnx
 from maskdm_jax.models.layers import Linear, normal_002, ones, patchify, timestep_embedding, unpatchify, zeros
 from maskdm_jax.models.ops.attention import attention
 from maskdm_jax.models.ops.dense import rms_norm, rotate, swiglu
-from maskdm_jax.models.routing import drop_hidden, restore_hidden, take
+from maskdm_jax.models.routing import split_positions, take, through_blocks
 
 xavier = nnx.initializers.xavier_uniform()
 TIME_WIDTH = 256  # of the sinusoidal embedding of the time
@@ -80,7 +80,7 @@ class JiT(nnx.Module):
             Block(width, heads, int(width * mlp_ratio), dropout * (i in middle), kernel=attention, **dense)
             for i in range(depth)
         )
-        self.routed, self.inner = outer > 0, range(outer, depth - outer) if outer else range(0)
+        self.outer = outer
         self.mask_token = nnx.Param(normal_002(rngs.params(), (width,))) if mask_token else None
         self.join = Linear(2 * width, width, kernel_init=xavier, **dense) if mask_token else None
         self.norm = RMSNorm(width, rngs=rngs)
@@ -105,56 +105,34 @@ class JiT(nnx.Module):
         Raises:
           ValueError: as `UViT.__call__`.
         """
-        whole = x.ndim == 4
-        positions, visible = (None, positions) if self.routed else (positions, None)
-        if whole and positions is not None:
-            raise ValueError("positions go with patches [B, V, p*p*C]; a whole image [B, H, W, C] takes none")
         if labels is not None and not self.num_classes:
             raise ValueError("labels were given to an unconditional model (num_classes = 0)")
+        whole, n = x.ndim == 4, self.grid[0] * self.grid[1]
         patches = patchify(x, self.patch_size) if whole else x
-        n = self.grid[0] * self.grid[1]
-        if positions is None and patches.shape[1] != n:
-            raise ValueError(
-                f"got {patches.shape[1]} patches, but the model's grid has {n}; give all, or, to a model without outer "
-                "blocks, the positions of those"
-            )
+        positions, visible = split_positions(positions, [patches.shape[1]], [n], whole=whole, outer=self.outer)
         at = lambda table: jnp.asarray(table)[None] if positions is None else jnp.asarray(table)[positions]
         h = (self.embed2(self.embed1(patches)) + at(sine_cosine(self.width, self.grid[0]))).astype(self.dtype)
         angles = at(rotary_angles(self.head_dim, self.grid[0]))  # [B or 1, V, head_dim / 2]
+        inner_angles = angles if visible is None else take(angles, visible)
         label = self._label(labels, len(h))
         c = jax.nn.silu(self._time(t) + label).astype(self.dtype)
+        extras = 0
+        if self.class_positions is not None:
+            extras = self.class_positions.shape[0]
+            h = jnp.concatenate([(label[:, None] + self.class_positions[None]).astype(h.dtype), h], axis=1)
 
-        tokens, all_angles = 0, angles
-        for i, block in enumerate(self.blocks):
-            if self.inner and i == self.inner.start:
-                before = h
-                if visible is not None:
-                    h, angles = drop_hidden(h, visible, tokens), _beside(tokens, take(all_angles, visible))
-            if self.inner and i == self.inner.stop:
-                h, angles = self._restore(h, before, visible, tokens, shallow), _beside(tokens, all_angles)
-            if i == self.class_tokens_from and self.class_positions is not None:
-                tokens = self.class_positions.shape[0]
-                classes = (label[:, None] + self.class_positions[None]).astype(h.dtype)
-                h = jnp.concatenate([classes, h], axis=1)
-                if i in self.inner:
-                    before = jnp.concatenate([classes, before], axis=1)
-                angles = _beside(tokens, angles)
-            if i in self.inner and visible is not None and not visible.shape[1]:
-                continue  # all patches are hidden: the prediction without the inner blocks
+        def run(i, h, inner):
+            waiting = extras if i < self.class_tokens_from else 0  # class tokens that have not joined the patches yet
             keys = None if dropout is None else jax.vmap(jax.random.fold_in, (0, None))(dropout, i)
-            run = jax.checkpoint(lambda *a, block=block: block(*a)) if self.remat else block
-            h = run(h, c, angles, keys)
-        shift, scale = jnp.split(self.modulation(c)[:, None], 2, axis=-1)
-        out = self.head(modulate(self.norm(h[:, tokens:]), shift, scale)).astype(jnp.float32)
-        return unpatchify(out, self.patch_size, self.grid) if whole else out
+            block = jax.checkpoint(lambda *a: self.blocks[i](*a)) if self.remat else self.blocks[i]
+            joined = block(h[:, waiting:], c, inner_angles if inner else angles, keys)
+            return jnp.concatenate([h[:, :waiting], joined], axis=1)
 
-    def _restore(self, h, before, visible, tokens: int, shallow):
-        """Insert hidden patches, and join all patches with their features from `before` the inner blocks."""
-        h = restore_hidden(h, before, visible, tokens, self.mask_token, shallow)
-        if self.join is None:
-            return h
-        joined = self.join(jnp.concatenate([h[:, tokens:], before[:, tokens:]], axis=-1))
-        return jnp.concatenate([h[:, :tokens], joined], axis=1)
+        blocks = len(self.blocks), self.outer
+        h = through_blocks(run, h, *blocks, extras, visible, shallow, self.mask_token, self.join)[:, extras:]
+        shift, scale = jnp.split(self.modulation(c)[:, None], 2, axis=-1)
+        out = self.head(modulate(self.norm(h), shift, scale)).astype(jnp.float32)
+        return unpatchify(out, self.patch_size, self.grid) if whole else out
 
     def _time(self, t):
         embedded = timestep_embedding(t, TIME_WIDTH)
@@ -180,7 +158,7 @@ class Block(nnx.Module):
         self.modulation = Linear(dim, 6 * dim, **dense | dict(kernel_init=zeros))
 
     def __call__(self, x, c, angles, keys=None):
-        """c: condition [B, D]; angles: [B or 1, T, head_dim / 2]; keys: [B] for dropout, or None."""
+        """c: condition [B, D]; angles: [B or 1, V, head_dim / 2], of the last V tokens; keys: [B], for dropout."""
         parts = jnp.split(self.modulation(c)[:, None], 6, axis=-1)
         shift1, scale1, gate1, shift2, scale2, gate2 = parts
         drop = lambda y, i: _drop(y, self.dropout, keys, i)
@@ -190,6 +168,7 @@ class Block(nnx.Module):
 
     def _attend(self, x, angles):
         b, t, d = x.shape
+        angles = jnp.pad(angles, ((0, 0), (t - angles.shape[1], 0), (0, 0)))  # class tokens, first, are not rotated
         q, k, v = (a.reshape(b, t, self.heads, -1) for a in jnp.split(self.qkv(x), 3, axis=-1))
         q, k = (rotate(norm(a), angles) for norm, a in ((self.q_norm, q), (self.k_norm, k)))
         return self.proj(attention(q, k, v, self.kernel).reshape(b, t, d))
@@ -203,11 +182,6 @@ class RMSNorm(nnx.Module):
 
     def __call__(self, x):
         return rms_norm(x, self.scale[...], EPSILON)
-
-
-def _beside(tokens: int, angles):
-    """Angles of `tokens` class tokens, which are not rotated, and of patches."""
-    return jnp.pad(angles, ((0, 0), (tokens, 0), (0, 0)))
 
 
 def modulate(x, shift, scale):

@@ -7,26 +7,64 @@ import jax
 import jax.numpy as jnp
 
 
-def drop_hidden(tokens, visible, extras: int):
-    """Keep the extras and the patches `visible` [B, V], row-major indices: [B, extras + V, D]."""
-    return jnp.concatenate([tokens[:, :extras], take(tokens[:, extras:], visible)], axis=1)
+def through_blocks(run, h, blocks: int, outer: int, extras: int, visible, shallow, token=None, join=None):
+    """Run all blocks on h [B, extras + N, D]; hidden patches skip all but the first and last `outer` blocks.
 
-
-def restore_hidden(tokens, before, visible, extras: int, token=None, shallow=None):
-    """Insert the patches `visible` of `tokens` [B, extras + V, D] into all tokens, `before` [B, extras + N, D].
-
-    Hidden patches keep their features from before, or get the learned `token` [D]. With `visible` None, nothing is
-    hidden. In images for which `shallow` [B] is True, all tokens count as hidden.
+    Args:
+      run: (number of a block, tokens, whether it is an inner block) -> tokens.
+      visible: [B, V], row-major indices of the patches in the inner blocks; None for all. With V = 0, all tokens skip
+        the inner blocks.
+      shallow: [B] bool, the images of which all tokens skip the inner blocks; None for none.
+      token: [D], learned; hidden patches re-enter as this token instead of their own features.
+      join: Linear 2 D -> D, which joins all patches with their features from before the inner blocks (SPRINT).
     """
-    hidden = before if token is None else before.at[:, extras:].set(token.astype(before.dtype))
+    inner = range(outer, max(outer, blocks - outer))
+    if not inner:
+        visible = shallow = None
+    for i in range(inner.start):
+        h = run(i, h, False)
+    before = h
+    if visible is not None:
+        h = jnp.concatenate([h[:, :extras], take(h[:, extras:], visible)], axis=1)
+    if visible is None or visible.shape[1]:
+        for i in inner:
+            h = run(i, h, True)
+    skipped = before if token is None else before.at[:, extras:].set(token.astype(h.dtype))
     if visible is not None:
         put = jax.vmap(lambda patches, at, values: patches.at[at].set(values))
-        patches = put(hidden[:, extras:], visible, tokens[:, extras:])
-        tokens = jnp.concatenate([tokens[:, :extras], patches], axis=1)
-    return tokens if shallow is None else jnp.where(shallow[:, None, None], hidden, tokens)
+        h = jnp.concatenate([h[:, :extras], put(skipped[:, extras:], visible, h[:, extras:])], axis=1)
+    if shallow is not None:
+        h = jnp.where(shallow[:, None, None], skipped, h)
+    if join is not None:
+        patches = join(jnp.concatenate([h[:, extras:], before[:, extras:]], axis=-1))
+        h = jnp.concatenate([h[:, :extras], patches], axis=1)
+    for i in range(inner.stop, blocks):
+        h = run(i, h, False)
+    return h
 
 
 def take(patches, visible):
     """The patches `visible` [B, V] of [B or 1, N, D]."""
     patches = jnp.broadcast_to(patches, (len(visible), *patches.shape[1:]))
     return jnp.take_along_axis(patches, visible[..., None], axis=1)
+
+
+def split_positions(positions, given: list[int], grid: list[int], *, whole: bool, outer: int):
+    """Positions of the patches of x, and of those that are visible in the inner blocks; None stands for all.
+
+    Args:
+      positions: as given to the network; with `outer` blocks, x is of all patches.
+      given, grid: numbers of patches of x and of the whole grid, of each band.
+
+    Raises:
+      ValueError: positions are given for a whole image, or the numbers of patches `given` are not those of the grid.
+    """
+    if whole and positions is not None and not outer:
+        raise ValueError("positions go with patches [B, V, p*p*C]; a whole image takes none")
+    if given != grid and (outer or positions is None):
+        numbers = [" and ".join(map(str, counts)) for counts in (given, grid)]
+        raise ValueError(
+            "got {} patches, but the model's grid has {}; give all, or, to a model without outer blocks, the positions "
+            "of those".format(*numbers)
+        )
+    return (None, positions) if outer else (positions, None)

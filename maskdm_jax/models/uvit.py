@@ -5,6 +5,7 @@ from flax import nnx
 
 from maskdm_jax.models.backbone import Backbone, extra_tokens
 from maskdm_jax.models.layers import Linear, PatchEmbed, normal_002, patchify, unpatchify
+from maskdm_jax.models.routing import split_positions
 
 
 class UViT(nnx.Module):
@@ -61,17 +62,11 @@ class UViT(nnx.Module):
           ValueError: labels are given to an unconditional model, positions are given for a whole image, or patches
             without positions are not the whole grid.
         """
-        whole, routed = x.ndim == 4, self.backbone.outer > 0
-        if whole and positions is not None and not routed:
-            raise ValueError("positions go with patches [B, V, p*p*C]; a whole image [B, H, W, C] takes none")
+        whole = x.ndim == 4
         patches = patchify(x, self.patch_size) if whole else x
         pos_extras, pos_grid = self.pos_embed[: self.extras], self.pos_embed[self.extras :]
-        positions, visible = (None, positions) if routed else (positions, None)
-        if positions is None and patches.shape[1] != pos_grid.shape[0]:
-            raise ValueError(
-                f"got {patches.shape[1]} patches, but the model's grid is {self.grid[0]} x {self.grid[1]} = "
-                f"{pos_grid.shape[0]}; give all, or, to a model without outer blocks, the positions of those"
-            )
+        given, outer = [patches.shape[1]], self.backbone.outer
+        positions, visible = split_positions(positions, given, [len(pos_grid)], whole=whole, outer=outer)
         tokens = self.patch_embed(patches, pos_grid, positions)  # [B, V, D]
         out = self.head(self.backbone(tokens, pos_extras, t, labels, visible, shallow)).astype(jnp.float32)
         return unpatchify(out, self.patch_size, self.grid) if whole else out

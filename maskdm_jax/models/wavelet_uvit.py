@@ -5,6 +5,7 @@ from flax import nnx
 
 from maskdm_jax.models.backbone import Backbone, extra_tokens
 from maskdm_jax.models.layers import Linear, PatchEmbed, normal_002, patchify, unpatchify
+from maskdm_jax.models.routing import split_positions
 
 
 def cut_bands(x, channels: int, patch_size: int, scale: int):
@@ -80,19 +81,13 @@ class WaveletUViT(nnx.Module):
           ValueError: labels are missing or given to an unconditional model, positions are given for whole coefficients,
             or patches without positions are not the whole grids.
         """
-        whole, routed = not isinstance(x, tuple), self.backbone.outer > 0
-        if whole and positions is not None and not routed:
-            raise ValueError("positions go with patches of both bands; coefficients [B, h, w, 4C] take none")
+        whole, sizes = not isinstance(x, tuple), [rows * cols for rows, cols in self.grids]
         approx, detail = cut_bands(x, self.channels, self.patch_size, self.scale) if whole else x
-        sizes, visible = [rows * cols for rows, cols in self.grids], None
-        if routed and positions is not None:
-            positions, visible = None, jnp.concatenate([positions[0], positions[1] + sizes[0]], axis=1)
+        given, outer = [approx.shape[1], detail.shape[1]], self.backbone.outer
+        positions, visible = split_positions(positions, given, sizes, whole=whole, outer=outer)
         at_approx, at_detail = (None, None) if positions is None else positions
-        if positions is None and [approx.shape[1], detail.shape[1]] != sizes:
-            raise ValueError(
-                f"got {approx.shape[1]} and {detail.shape[1]} patches, but the model's grids have {sizes[0]} and "
-                f"{sizes[1]}; give all, or, to a model without outer blocks, the positions of those"
-            )
+        if visible is not None:
+            visible = jnp.concatenate([visible[0], visible[1] + sizes[0]], axis=1)
         pos_extras, pos_approx, pos_detail = jnp.split(self.pos_embed[...], [self.extras, self.extras + sizes[0]])
         approx_tokens = self.approx_patch_embed(approx, pos_approx, at_approx)
         detail_tokens = self.detail_patch_embed(detail, pos_detail, at_detail)

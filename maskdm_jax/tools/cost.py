@@ -10,7 +10,7 @@ import time
 import jax
 from jax.experimental import topologies
 
-from maskdm_jax.build import WEAK, compute_dtype, make_network
+from maskdm_jax.build import compute_dtype, make_network, weak_inputs
 from maskdm_jax.config import Config
 from maskdm_jax.diffusion.samplers import SAMPLERS
 from maskdm_jax.errors import CostError
@@ -163,9 +163,9 @@ def trace_forward(config: Config, images: int, *, guided: bool = False) -> jax.s
     network = make_network(_with_plain_attention(config))
 
     def predict(params, x, t, labels):
-        told = [(labels, None)]
-        told += [WEAK[config.sampling.weak](config, labels, images)] * (guided and config.sampling.guidance > 0)
-        return [network.apply(params, x, t, *each) for each in told]
+        inputs = [(labels, None)]
+        inputs += [weak_inputs(config, labels, images)] * (guided and config.sampling.guidance > 0)
+        return [network.apply(params, x, t, *each) for each in inputs]
 
     x = jax.ShapeDtypeStruct((images, *make_representation(config).shape), "float32")
     t = jax.ShapeDtypeStruct((images,), "int32")
