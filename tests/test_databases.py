@@ -1,5 +1,6 @@
 """LMDB, TFDS data folders and batch files, written as their authors write them."""
 
+import concurrent.futures
 import io
 import os
 import pickle
@@ -65,6 +66,16 @@ def test_an_lmdb_of_encoded_images_or_of_pixels(tmp_path):
         (tmp_path / name / "data.mdb").write_bytes(content)
         with pytest.raises(DataError, match=message):
             open_source(str(tmp_path / name))
+
+
+def test_threads_open_an_lmdb_once(tmp_path):
+    """As the first reads of a worker process do."""
+    write_lmdb(tmp_path / "set", {b"0": encoded(1)})
+    stored = pickle.dumps(open_source(str(tmp_path / "set")))
+    with concurrent.futures.ThreadPoolExecutor(16) as pool:
+        for _ in range(50):
+            source = pickle.loads(stored)
+            assert set(pool.map(source.read, [0] * 16)) == {(encoded(1), 0)}
 
 
 def test_a_damaged_lmdb_is_named_whatever_is_damaged(tmp_path):

@@ -15,6 +15,7 @@ import pytest
 from PIL import Image
 
 from maskdm_jax.data import prepare, prepared
+from maskdm_jax.data.files import read_range
 from maskdm_jax.data.images import Framing
 from maskdm_jax.data.sources import open_source
 from maskdm_jax.errors import DataError
@@ -92,6 +93,16 @@ def test_a_tar_compressed_otherwise(tmp_path):
     (tmp_path / "set.tar.zst").write_bytes(b"\x28\xb5\x2f\xfd" + bytes(100))
     with pytest.raises(DataError, match="set.tar.zst is compressed by zstd; decompress it first: zstd -d set.tar.zst"):
         open_source(str(tmp_path / "set.tar.zst"))
+
+
+def test_a_read_that_the_system_cuts_short_goes_on(tmp_path, monkeypatch):
+    """Linux reads 2 GiB at a time at most."""
+    (tmp_path / "file").write_bytes(bytes(range(100)))
+    honest = os.pread
+    monkeypatch.setattr(os, "pread", lambda file, size, start: honest(file, min(size, 7), start))
+    assert read_range(str(tmp_path / "file"), 10, 50) == bytes(range(10, 60))
+    with pytest.raises(DataError, match="file ends before byte 101; copy it again"):
+        read_range(str(tmp_path / "file"), 1, 100)
 
 
 def test_links_in_a_tar_lead_to_their_images(tmp_path):
@@ -250,6 +261,16 @@ def test_a_zip_on_an_object_store(store, tmp_path):
     source = pickle.loads(pickle.dumps(open_source("memory://bucket/set.zip")))
     assert source.names == NAMES
     assert source.read(1) == (FILES["set/a/2.png"], 0)
+
+
+def test_prepared_sets_of_equal_images_on_an_object_store_keep_their_cards(tar, store, tmp_path, monkeypatch):
+    monkeypatch.setenv("MASKDM_CACHE", str(tmp_path / "cache"))
+    source = open_source(str(tar), True)
+    for name in ("first", "second"):
+        source.classes = [f"{name} a", f"{name} b"]
+        card = prepare.prepare(source, tmp_path / name, Framing(4), name=name)
+        store.put(str(tmp_path / name), f"/bucket/{name}", recursive=True)
+        assert open_source(f"memory://bucket/{name}", labels=True).card == card
 
 
 def test_a_prepared_set_on_an_object_store_is_copied_once_and_verified(tar, store, tmp_path, monkeypatch):

@@ -21,7 +21,7 @@ from maskdm_jax.data.images import is_image
 from maskdm_jax.errors import DataError, prefixed
 from maskdm_jax.interop import pickles
 
-_OPEN_DATABASES = weakref.WeakValueDictionary()  # by path
+_OPEN_DATABASES, _OPENING = weakref.WeakValueDictionary(), threading.Lock()  # by path
 # The library maps the file into memory and trusts it: a damaged file can crash the process. So a child process first
 # visits every page of the tree and the last byte of every value.
 _WALK = """
@@ -82,11 +82,13 @@ class LmdbImages(Source):
         return file_stamp(os.path.join(self._path, "data.mdb"))
 
     def _open(self):
-        if self._database is None:  # a process must not open a database twice
-            self._database = _OPEN_DATABASES.get(self._path)
-        if self._database is None:  # without locks: the disk may be read-only
-            self._database = lmdb.open(self._path, readonly=True, lock=False, readahead=False, max_readers=1024)
-            _OPEN_DATABASES[self._path] = self._database
+        if self._database is None:
+            with _OPENING:  # a process must not open a database twice
+                database = _OPEN_DATABASES.get(self._path)
+                if database is None:  # without LMDB's own locks: the disk may be read-only
+                    database = lmdb.open(self._path, readonly=True, lock=False, readahead=False, max_readers=1024)
+                    _OPEN_DATABASES[self._path] = database
+                self._database = database
         return self._database
 
     def __getstate__(self):

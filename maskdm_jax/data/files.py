@@ -162,7 +162,9 @@ def read_range(path: str, start: int, size: int) -> bytes:
     else:
         file = os.open(path, os.O_RDONLY)  # for each read: a set may have more files than a process may open
         try:
-            found = os.pread(file, size, start)
+            found = b""
+            while part := os.pread(file, size - len(found), start + len(found)):  # of 2 GiB at most
+                found += part
         finally:
             os.close(file)
     if len(found) < size:

@@ -20,7 +20,7 @@ from grain.sources import ArrayRecordDataSource
 
 from maskdm_jax.data.base import CARD, WITHOUT_LABELS, LazySequence, Source
 from maskdm_jax.errors import DataError, prefixed
-from maskdm_jax.storage import atomic_path, cache_dir
+from maskdm_jax.storage import atomic_path, cache_dir, write_atomically
 
 FORMAT = "maskdm-jax prepared images, version 1"
 LABELS = "labels.npy"
@@ -75,8 +75,9 @@ def fetch(store, root: str) -> pathlib.Path:
     Raises:
       DataError: a shard arrived damaged.
     """
-    card = _parse_card(store.cat_file(f"{root}/{CARD}"), root)
-    target = cache_dir("sets") / card["content_hash"]
+    text = store.cat_file(f"{root}/{CARD}")
+    card = _parse_card(text, root)
+    target = cache_dir("sets") / hashlib.sha256(text).hexdigest()
     target.mkdir(parents=True, exist_ok=True)
     for i, expected in enumerate(card["shard_hashes"]):
         path = target / shard_name(i, card["shards"])
@@ -86,11 +87,10 @@ def fetch(store, root: str) -> pathlib.Path:
             store.get_file(f"{root}/{path.name}", str(temporary))
             if shard_hash(temporary) != expected:
                 raise DataError(f"{root}/{path.name} is not what its card says; copy the set there again")
-    for name in ([LABELS] if card["classes"] else []) + [CARD]:
-        if (target / name).exists():
-            continue
-        with atomic_path(target / name) as temporary:
-            store.get_file(f"{root}/{name}", str(temporary))
+    if card["classes"] and not (target / LABELS).exists():
+        with atomic_path(target / LABELS) as temporary:
+            store.get_file(f"{root}/{LABELS}", str(temporary))
+    write_atomically(target / CARD, text)
     return target
 
 
