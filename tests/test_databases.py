@@ -178,7 +178,7 @@ def test_batch_files(batches):
     assert source.labels == [0, 1, 2, 2, 0]
     assert list(source.names) == ["data_batch_1[0]", "data_batch_1[1]", "data_batch_1[2]", "two.npz[0]", "three.npz[0]"]
     for i in (4, 0, 3, 1, 2):
-        image, label = source.read(i)
+        image, label = pickle.loads(pickle.dumps(source)).read(i)
         np.testing.assert_array_equal(image, PLANES[i].reshape(3, 4, 4).transpose(1, 2, 0))
         assert label == source.labels[i]
     plain = ArrayBatches(batches, [])

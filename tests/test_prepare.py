@@ -127,8 +127,8 @@ def test_the_hash_is_of_the_content(folder, prepared, tmp_path):
     assert make(folder, tmp_path / "a") == prepared[1], "a finished set is left alone"
 
 
-def test_images_that_change_in_between(folder, prepared, tmp_path, caplog):
-    """Their shard is made anew; a finished set is not taken for theirs."""
+def test_images_that_change_in_between(folder, prepared, tmp_path):
+    """Neither an unfinished nor a finished set is taken for theirs; a copy in another place is the same."""
     import shutil
 
     root, out = tmp_path / "images", tmp_path / "set"
@@ -140,16 +140,18 @@ def test_images_that_change_in_between(folder, prepared, tmp_path, caplog):
 
     with pytest.raises(KeyboardInterrupt):
         make(root, out, progress=stop)
-    (root / "cat/grey.png").write_bytes(encoded("L", seed=9))
-    written = []
-    card = make(root, out, progress=written.append)
-    assert written[0] == 1, "of the first shard"
-    assert "images-00000-of-00003.arrayrecord is written again: its images have changed" in caplog.text
-    assert "images-00001" not in caplog.text
-    assert card["content_hash"] == make(root, tmp_path / "at once")["content_hash"] != prepared[1]["content_hash"]
-    (root / "cat/grey.png").write_bytes(encoded("L"))
-    with pytest.raises(DataError, match="differs .size or time of its files.; give another folder or remove it"):
+    shutil.copy(root / "cat/alpha.png", root / "cat/grey.png")
+    with pytest.raises(DataError, match="unfinished set of other images or settings .files_hash: .*; remove it or"):
         make(root, out)
+    written = []
+    card = make(folder, out, progress=written.append)
+    assert written[0] == 4, "the first shard is not written again"
+    assert card == prepared[1] == make(folder, out)
+    with pytest.raises(DataError, match="a finished set .* which differs .files_hash: .*; give another folder"):
+        make(root, out)
+    older = {key: value for key, value in card.items() if key != "files_hash"} | {"names_hash": "0" * 64}
+    (out / "card.json").write_text(json.dumps(older))
+    assert make(folder, out) == older
 
 
 def test_one_at_a_time(folder, tmp_path):

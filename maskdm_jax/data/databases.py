@@ -16,12 +16,11 @@ import lmdb
 import numpy as np
 
 from maskdm_jax.data.base import WITHOUT_LABELS, LazySequence, Source, hash_texts
-from maskdm_jax.data.files import file_stamp
 from maskdm_jax.data.images import is_image
 from maskdm_jax.errors import DataError, prefixed
 from maskdm_jax.interop import pickles
 
-_OPEN_DATABASES, _OPENING = weakref.WeakValueDictionary(), threading.Lock()  # by path
+_OPEN_DATABASES, _OPENING = weakref.WeakValueDictionary(), threading.Lock()  # the databases by path
 # The library maps the file into memory and trusts it: a damaged file can crash the process. So a child process first
 # visits every page of the tree and the last byte of every value.
 _WALK = """
@@ -77,10 +76,6 @@ class LmdbImages(Source):
         with self._open().begin() as transaction:
             return transaction.get(self.names[i].encode("utf-8", "surrogateescape"))
 
-    def stamp(self, i: int) -> str:
-        """Size and modification time of the database."""
-        return file_stamp(os.path.join(self._path, "data.mdb"))
-
     def _open(self):
         if self._database is None:
             with _OPENING:  # a process must not open a database twice
@@ -118,7 +113,6 @@ class TfdsImages(Source):
         if labels and len(kinds) != 1:
             raise DataError(f"{path} has {len(kinds)} class labels ({', '.join(kinds)}), not one; {WITHOUT_LABELS}")
         self._image, self._label = images[0], kinds[0] if labels else None
-        self._info = os.path.join(path, "dataset_info.json")
         known = builder.info.full_name, split, str(len(self._records)), str(int(builder.info.dataset_size))
         self.files_hash, self.left_aside = hash_texts(known), {}
         self.names = [f"{pathlib.Path(path).parent.name}/{split}[{i}]" for i in range(len(self._records))]
@@ -142,10 +136,6 @@ class TfdsImages(Source):
         record = self._records[i]
         return record[self._image], int(record[self._label]) if self._label else 0
 
-    def stamp(self, i: int) -> str:
-        """Size and modification time of the set's description: TFDS does not write into a finished set."""
-        return file_stamp(self._info)
-
 
 class ArrayBatches(Source):
     """Images in a few large files of arrays, as CIFAR-10 and the down-sampled ImageNet are published.
@@ -165,7 +155,7 @@ class ArrayBatches(Source):
         Raises:
           DataError: a file is damaged or of another kind.
         """
-        self._files, self._kept, self._lock = files, {}, threading.Lock()
+        self._files, self._kept = files, {}
         labels, self._starts = [], [0]  # starts: number of each file's first image, and the number of all images
         for number in range(len(files)):
             data, found = self._load(number)
@@ -196,16 +186,12 @@ class ArrayBatches(Source):
         side = math.isqrt(row.size // 3)
         return np.ascontiguousarray(row.reshape(3, side, side).transpose(1, 2, 0))
 
-    def stamp(self, i: int) -> str:
-        """Size and modification time of the image's file."""
-        return file_stamp(self._files[self._number(i)][0])
-
     def _number(self, i: int) -> int:
         """Number of the file that holds image i."""
         return int(np.searchsorted(self._starts, i, side="right")) - 1
 
     def _load(self, number: int):
-        with self._lock:
+        with _OPENING:
             if number not in self._kept:
                 while len(self._kept) > 1:
                     del self._kept[next(iter(self._kept))]

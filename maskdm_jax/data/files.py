@@ -98,10 +98,6 @@ class ImageFolder(Files):
         """The content of a file."""
         return (self._root / name).read_bytes()
 
-    def stamp(self, i: int) -> str:
-        """Size and modification time of the file."""
-        return file_stamp(self._root / self.names[i])
-
 
 def _walk(root: str, depth: int = sys.maxsize):
     """Yield the names and sizes of the files under a folder and its subfolders, to a depth.
@@ -187,10 +183,6 @@ class RemoteFolder(Files):
         """The content of a file."""
         return self._store.cat_file(f"{self._root}/{name}")
 
-    def stamp(self, i: int) -> str:
-        """The store's key for this version of the file."""
-        return self._store.ukey(f"{self._root}/{self.names[i]}")
-
 
 def connect(url: str):
     """The fsspec file system of an address, and the path in it.
@@ -236,10 +228,6 @@ class ZipImages(Files):
                 "is none, unpack the archive and give the folder"
             )
         return self._open().read(info)
-
-    def stamp(self, i: int) -> str:
-        """Checksum of the file."""
-        return f"{self._info(self.names[i]).CRC:08x}"
 
     def _info(self, name: str) -> zipfile.ZipInfo:
         return self._open().getinfo(self._stored.get(name, name))

@@ -11,7 +11,7 @@ import shutil
 import numpy as np
 
 from maskdm_jax.data.base import WITHOUT_LABELS, LazySequence, Source, hash_texts
-from maskdm_jax.data.files import file_stamp, open_file, read_range
+from maskdm_jax.data.files import open_file, read_range
 from maskdm_jax.data.labels import note_of_imagenet, number_labels
 from maskdm_jax.data.shards import index_path, kept_index, relative_names
 from maskdm_jax.errors import DataError, prefixed
@@ -48,7 +48,6 @@ class ParquetImages(Source):
         self._files, self._names = files, relative_names(files)
         with concurrent.futures.ThreadPoolExecutor(_READERS) as pool:
             indexes = list(pool.map(lambda file: kept_index(file, _read_rows), files))
-        self._stamps = [index["stamp"] for index in indexes]
         self._copies = {file: str(index_path(file, ".images")) for file in files}
         self._starts = np.cumsum([0] + [len(index["sizes"]) for index in indexes])
         joined = lambda key: np.concatenate([np.asarray(index[key], np.int64) for index in indexes])
@@ -85,10 +84,6 @@ class ParquetImages(Source):
                 return file.read()
         file = self._files[self._number(i)]
         return read_range(file if where == _IN_FILE else self._copies[file], int(self._offsets[i]), size)
-
-    def stamp(self, i: int) -> str:
-        """Size and modification time of the image's file, or of its Parquet file when it was opened."""
-        return file_stamp(self._paths[i]) if i in self._paths else self._stamps[self._number(i)]
 
 
 def _labels(path, names: list[str], indexes: list[dict]):

@@ -7,7 +7,6 @@ import datetime
 import hashlib
 import io
 import json
-import logging
 import os
 import pathlib
 import textwrap
@@ -26,9 +25,8 @@ from maskdm_jax.storage import atomic_path, lock_dir, write_atomically
 
 PER_SHARD = 2048  # images of the source; an interruption loses the work on at most one shard
 _PLAN = "plan.json"  # what an unfinished set will hold
-_NOTE = dict(labels=list, left_out=list, hash=str, digests=str, stamps=str)  # what is noted of a finished shard
-
-log = logging.getLogger(__name__)
+_NOTE = dict(labels=list, left_out=list, hash=str, digests=str)  # what is noted of a finished shard
+_SAME = ("source", "files_hash", "split", "image", "classes", "labels_hash")  # of the plan: the card has them too
 
 
 def prepare(
@@ -56,7 +54,8 @@ def prepare(
     if framing.channels not in (1, 3):
         raise DataError(f"a prepared set holds PNG images, of 1 or 3 channels, not {framing.channels}")
     out = pathlib.Path(out).expanduser().absolute()
-    plan = dict(source=name, names_hash=hash_texts(source.names), split=split, image=framing.describe())
+    files_hash = source.files_hash or hash_texts(source.names)
+    plan = dict(source=name, files_hash=files_hash, split=split, image=framing.describe())
     plan |= dict(classes=source.classes, labels_hash=source.labels_hash(), images=len(source), per_shard=per_shard)
     with lock_dir(out), concurrent.futures.ThreadPoolExecutor(threads or 2 * (os.cpu_count() or 1)) as pool:
         return _Preparation(source, out, framing, plan, pool, progress or (lambda done: None)).run()
@@ -88,15 +87,14 @@ class _Preparation:
         out, plan = self._out, self._plan
         if (out / CARD).exists():
             card = read_card(out)
-            keys = ("source", "names_hash", "split", "image", "classes", "labels_hash")
-            before = plan | card  # sets of before labels were hashed have no hash of them
-            changed = _changes({key: before[key] for key in keys}, {key: plan[key] for key in keys})
-            if not changed and card["source_stamp"] == hash_texts(["".join(map(self._stamps, range(self._shards)))]):
-                return card
-            raise DataError(
-                f"{out} holds a finished set of {card['source']} at {card['image']['size']} px, which differs "
-                f"({changed or 'size or time of its files'}); give another folder or remove it"
-            )
+            before = plan | card  # older sets have no hash of their files or labels
+            changed = _changes({key: before[key] for key in _SAME}, {key: plan[key] for key in _SAME})
+            if changed:
+                raise DataError(
+                    f"{out} holds a finished set of {card['source']} at {card['image']['size']} px, which differs "
+                    f"({changed}); give another folder or remove it"
+                )
+            return card
         if (out / _PLAN).exists():
             causes = (ValueError, TypeError, RecursionError)
             with prefixed(DataError, f"{out / _PLAN} is damaged (", causes, f"); remove {out} and start again"):
@@ -117,10 +115,6 @@ class _Preparation:
         size = self._plan["per_shard"]
         return range(i * size, min((i + 1) * size, self._plan["images"]))
 
-    def _stamps(self, i: int) -> str:
-        """Short hashes of the stamps of a shard's images, joined."""
-        return "".join(self._pool.map(lambda number: hash_texts([self._source.stamp(number)])[:16], self._numbers(i)))
-
     def _path(self, i: int) -> pathlib.Path:
         return self._out / shard_name(i, self._shards)
 
@@ -128,20 +122,17 @@ class _Preparation:
         return self._out / f"shard-{i:05d}.json"
 
     def _valid_note(self, i: int) -> dict | None:
-        """The note of an earlier call that finished shard i, if its images have not changed since."""
+        """The note of an earlier call that finished shard i."""
         with contextlib.suppress(OSError, ValueError, RecursionError):
             note = json.loads(self._note_path(i).read_text())
             if not isinstance(note, dict) or {key: type(value) for key, value in note.items()} != _NOTE:
                 return None
-            if note["stamps"] == self._stamps(i):
-                return note
-            log.warning("%s is written again: its images have changed", shard_name(i, self._shards))
+            return note
         return None
 
     def _write_shard(self, i: int) -> dict:
         """Write shard i and a note of its contents."""
         path, numbers = self._path(i), self._numbers(i)
-        stamps = self._stamps(i)  # taken before the images are read, so that a later change shows
         written, labels, digests, left_out = hashlib.sha256(), [], [], []
         failed = lambda: prefixed(OSError, f"{path} cannot be written: ", RuntimeError)  # mostly a full disk
         with atomic_path(path) as temporary:
@@ -162,7 +153,7 @@ class _Preparation:
             finally:
                 with failed():
                     writer.close()
-        note = dict(labels=labels, left_out=left_out, hash=written.hexdigest(), digests="".join(digests), stamps=stamps)
+        note = dict(labels=labels, left_out=left_out, hash=written.hexdigest(), digests="".join(digests))
         write_atomically(self._note_path(i), json.dumps(note).encode())
         return note
 
@@ -195,10 +186,8 @@ class _Preparation:
             np.save(buffer, labels)
             write_atomically(out / LABELS, buffer.getvalue())
         counts = collections.Counter(labels.tolist())
-        card = dict(format=FORMAT)
-        card |= {key: self._plan[key] for key in ("source", "names_hash", "split", "image", "classes", "labels_hash")}
+        card = dict(format=FORMAT) | {key: self._plan[key] for key in _SAME}
         card |= dict(
-            source_stamp=hash_texts(["".join(note["stamps"] for note in notes)]),
             decoder=DECODER,
             encoding="PNG",
             count=len(labels),

@@ -109,7 +109,7 @@ def read_card(path) -> dict:
         ) from None
 
 
-_CARD = dict(format=str, source=str, names_hash=str, source_stamp=str, split=str, image=dict, count=int, classes=list)
+_CARD = dict(format=str, source=str, split=str, image=dict, count=int, classes=list)
 _CARD |= dict(left_out=list, shards=int, shard_hashes=list, content_hash=str)
 _IMAGE = dict(size=int, channels=int, crop=str, resize=str, colour=str)  # see `Framing.describe`
 
@@ -178,10 +178,6 @@ class PreparedImages(Source):
         if label != self.labels[i]:
             raise DataError(f"its label is {label}, but {LABELS} says {self.labels[i]}; copy the set again")
         return image, label
-
-    def stamp(self, i: int) -> str:
-        """Content hash of the set."""
-        return self.card["content_hash"]
 
 
 def _read_labels(path: pathlib.Path, count: int, classes: int) -> np.ndarray:

@@ -55,10 +55,6 @@ class Selection(Source):
         """Image i as the source stores it."""
         return self._source.read(int(self._numbers[i]))[0]
 
-    def stamp(self, i: int) -> str:
-        """The image's stamp in the source."""
-        return self._source.stamp(int(self._numbers[i]))
-
 
 def open_source(path: str, labels: bool = False, split: str = "", scratch=None) -> Source:
     """Open what a path names: `digits`, a prepared set, a TFDS data folder, a folder, .zip or .tar of images, an LMDB.

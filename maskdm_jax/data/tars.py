@@ -14,7 +14,7 @@ import zlib
 import numpy as np
 
 from maskdm_jax.data.base import WITHOUT_LABELS
-from maskdm_jax.data.files import Files, file_stamp, open_file, read_range
+from maskdm_jax.data.files import Files, open_file, read_range
 from maskdm_jax.data.labels import number_labels, read_label
 from maskdm_jax.data.shards import kept_index, relative_names
 from maskdm_jax.errors import DataError, prefixed
@@ -51,7 +51,6 @@ class TarImages(Files):
         """
         self._tars, self._many = [_decompressed(tar, scratch) for tar in tars], len(tars) > 1
         with concurrent.futures.ThreadPoolExecutor(_READERS) as pool:
-            self._stamps = list(pool.map(file_stamp, tars))
             indexes = list(pool.map(lambda tar: kept_index(tar, _read_headers), self._tars))
         self._members, self._labels = {}, {}
         for number, (name, index) in enumerate(zip(relative_names(tars), indexes, strict=True)):
@@ -88,10 +87,6 @@ class TarImages(Files):
         if offset < 0:
             raise DataError("a link to no file of the archive")
         return read_range(self._tars[number], offset, size)
-
-    def stamp(self, i: int) -> str:
-        """Size and modification time of the archive when it was opened."""
-        return self._stamps[self._places[i][0]]
 
 
 def _stem(name: str) -> str:
