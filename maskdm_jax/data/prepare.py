@@ -25,7 +25,6 @@ from maskdm_jax.storage import atomic_path, lock_dir, write_atomically
 
 PER_SHARD = 2048  # images of the source; an interruption loses the work on at most one shard
 _PLAN = "plan.json"  # what an unfinished set will hold
-_NOTE = dict(labels=list, left_out=list, hash=str, digests=str)  # what is noted of a finished shard
 _SAME = ("source", "files_hash", "split", "image", "classes", "labels_hash")  # of the plan: the card has them too
 
 
@@ -76,7 +75,7 @@ class _Preparation:
             return card
         notes = []
         for i in range(self._shards):
-            notes.append(self._valid_note(i) or self._write_shard(i))
+            notes.append(self._read_note(i) or self._write_shard(i))
             self._progress(self._numbers(i).stop)
             check_unreadable([entry for note in notes for entry in note["left_out"]], self._plan["images"])
         self._verify(notes)
@@ -96,9 +95,8 @@ class _Preparation:
                 )
             return card
         if (out / _PLAN).exists():
-            causes = (ValueError, TypeError, RecursionError)
-            with prefixed(DataError, f"{out / _PLAN} is damaged (", causes, f"); remove {out} and start again"):
-                found = dict(json.loads((out / _PLAN).read_text()))
+            with prefixed(DataError, f"{out / _PLAN} is damaged (", ValueError, f"); remove {out} and start again"):
+                found = json.loads((out / _PLAN).read_text())
             if changed := _changes(found, plan):
                 raise DataError(
                     f"{out} holds an unfinished set of other images or settings ({changed}); remove it or give "
@@ -121,13 +119,10 @@ class _Preparation:
     def _note_path(self, i: int) -> pathlib.Path:
         return self._out / f"shard-{i:05d}.json"
 
-    def _valid_note(self, i: int) -> dict | None:
+    def _read_note(self, i: int) -> dict | None:
         """The note of an earlier call that finished shard i."""
-        with contextlib.suppress(OSError, ValueError, RecursionError):
-            note = json.loads(self._note_path(i).read_text())
-            if not isinstance(note, dict) or {key: type(value) for key, value in note.items()} != _NOTE:
-                return None
-            return note
+        with contextlib.suppress(OSError, ValueError):
+            return json.loads(self._note_path(i).read_text())
         return None
 
     def _write_shard(self, i: int) -> dict:
