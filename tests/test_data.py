@@ -6,6 +6,7 @@ import multiprocessing.util
 import os
 import pathlib
 import pickle
+import re
 import shutil
 import signal
 import subprocess
@@ -20,7 +21,7 @@ import pytest
 import tiny
 from PIL import Image
 
-from maskdm_jax.data import pipeline, sources
+from maskdm_jax.data import pipeline, prepare, sources
 from maskdm_jax.data.images import Framing, decode
 from maskdm_jax.data.pipeline import TrainingData, _epoch_order
 from maskdm_jax.data.sources import open_source, select
@@ -323,24 +324,28 @@ def test_links_and_pipes_do_not_catch_the_reader(tmp_path):
     assert open_source(str(tmp_path)).names == ["a/1.png"]
 
 
-def test_an_encrypted_zip_is_named_as_one(tmp_path):
-    with zipfile.ZipFile(tmp_path / "x.zip", "w") as archive:
+@pytest.mark.parametrize(
+    ("at", "value", "reason"),
+    [(8, 1, "password required"), (10, 9, "compression method is not supported")],  # 9: Deflate64, of Windows
+)
+def test_a_zip_that_python_cannot_unpack(tmp_path, at, value, reason):
+    path = str(tmp_path / "x.zip")
+    with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("a.png", png())
+        archive.writestr("metadata.csv", metadata_csv({"a.png": 0}))
     content = bytearray((tmp_path / "x.zip").read_bytes())
-    content[content.index(b"PK\x01\x02") + 8] |= 1
+    for match in re.finditer(b"PK\x01\x02", content):
+        content[match.start() + at] |= value
     (tmp_path / "x.zip").write_bytes(content)
-    with pytest.raises(DataError, match="is encrypted .'a.png' needs a password"):
-        open_source(str(tmp_path / "x.zip"))
-
-
-def test_a_zip_of_another_compression_is_named_as_one(tmp_path):
-    with zipfile.ZipFile(tmp_path / "x.zip", "w") as archive:
-        archive.writestr("a.png", png())
-    content = bytearray((tmp_path / "x.zip").read_bytes())
-    content[content.index(b"PK\x01\x02") + 10] = 9  # Deflate64, as Windows writes large files
-    (tmp_path / "x.zip").write_bytes(content)
-    with pytest.raises(DataError, match="compressed by a method that Python cannot read .'a.png'.; unpack it"):
-        open_source(str(tmp_path / "x.zip"))
+    source = open_source(path)
+    with pytest.raises(DataError, match=f"1 of 1 images are unreadable, more than 1% .a.png: .*{reason}"):
+        pipeline.check_unreadable(pipeline.probe(source, Framing(8), 9).unreadable, 1)  # as the dry run does
+    with pytest.raises(DataError, match=f"1 of 1 images are unreadable, more than 1% .a.png: .*{reason}"):
+        prepare.prepare(source, tmp_path / "set", Framing(8), name="x")
+    with pytest.raises(DataError, match=f"a.png .*{reason}"):
+        take(TrainingData(colour(path)).batches(batch_size=1, seed=0), 1)
+    with pytest.raises(DataError, match=f"metadata.csv cannot be used for labels .*{reason}"):
+        open_source(path, labels=True)
 
 
 def test_of_entries_with_one_name_the_last_counts(tmp_path):

@@ -116,7 +116,7 @@ def _needed(kind: str) -> str:
 
 def _read_label_file(path, file: str, read) -> dict[str, str]:
     """Label by normalized name of every image that a file lists; {} if the file is of another kind."""
-    causes = (ValueError, TypeError, AttributeError, LookupError, RecursionError, csv.Error)
+    causes = (ValueError, TypeError, AttributeError, LookupError, RuntimeError, csv.Error)  # RuntimeError: of a zip
     hint = f"); repair or remove it, or {WITHOUT_LABELS}"
     with prefixed(DataError, f"{path}: {file} cannot be used for labels (", causes, hint):
         rows = _LABEL_FILES[posixpath.basename(file).lower()](read(file).decode("utf-8-sig"))
