@@ -4,11 +4,10 @@ import contextlib
 import dataclasses
 import io
 import re
-import zlib
 
 import numpy as np
 import PIL
-from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageDraw, ImageFont, ImageOps, PngImagePlugin, UnidentifiedImageError
 
 from maskdm_jax.storage import atomic_path, foreign_kind
 
@@ -19,6 +18,8 @@ _FORMATS = {*Image.OPEN, "MPO"} - _UNDECODED
 SUFFIXES = {suffix for suffix, kind in Image.registered_extensions().items() if kind in _FORMATS}
 MAX_PIXELS = 178_956_970  # Pillow's limit against decompression bombs
 Image.MAX_IMAGE_PIXELS = None  # `open_image` checks its own limit, which can be set
+# A colour profile or text above 1 MiB would make a PNG unreadable; all text of a PNG together may have 64 MiB.
+PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY
 DECODER = f"Pillow {PIL.__version__}"
 FILTERS = {name: Image.Resampling[name.upper()] for name in ("bicubic", "bilinear", "lanczos", "box")}
 
@@ -130,50 +131,18 @@ def open_image(image, channels: int, max_pixels: int = MAX_PIXELS) -> Image.Imag
 
 
 def _read_file(content: bytes, max_pixels: int) -> Image.Image:
-    """The first frame of an image file. Damaged metadata do not matter."""
-
-    def read(content):
-        try:
-            image = Image.open(io.BytesIO(content))
-        except UnidentifiedImageError:  # its message names a memory address
-            raise ValueError(foreign_kind(content[:64]) or "not an image of a known kind") from None
-        if image.width * image.height > max_pixels:
-            raise ValueError(
-                f"it has {image.width} x {image.height} pixels, more than data.max_pixels {max_pixels}, the limit "
-                "against decompression bombs; raise --config.data.max_pixels, or prepare the images with --max_pixels"
-            )
-        image.load()
-        return image
-
+    """The first frame of an image file."""
     try:
-        return read(content)
-    except Exception:  # decoders raise any type
-        with contextlib.suppress(Exception):
-            return read(_without_metadata(content))
-        raise
-
-
-def _without_metadata(content: bytes) -> bytes:
-    """A PNG or JPEG file without text, colour profiles and the like; other files as they are. Sound EXIF is kept."""
-    if content.startswith(b"\x89PNG\r\n\x1a\n"):
-        kept, start = [content[:8]], 8
-        while start + 12 <= len(content):  # a chunk: length, kind, data, checksum
-            end = start + 12 + int.from_bytes(content[start : start + 4])
-            kind, checksum = content[start + 4 : start + 8], int.from_bytes(content[end - 4 : end])
-            sound_exif = kind == b"eXIf" and zlib.crc32(content[start + 4 : end - 4]) == checksum
-            if kind[:1].isupper() or kind == b"tRNS" or sound_exif:  # upper case: needed for the pixels
-                kept.append(content[start:end])
-            start = end
-        return b"".join(kept)
-    if content.startswith(b"\xff\xd8"):
-        kept, start = [content[:2]], 2
-        while (marker := content[start : start + 2]).startswith(b"\xff") and marker != b"\xff\xda":  # up to the scan
-            end = start + 2 + int.from_bytes(content[start + 2 : start + 4])
-            if not b"\xff\xe2" <= marker <= b"\xff\xed" and marker not in (b"\xff\xef", b"\xff\xfe"):
-                kept.append(content[start:end])  # all but APP2 to APP13, APP15 and comments
-            start = end
-        return b"".join(kept) + content[start:]
-    return content
+        image = Image.open(io.BytesIO(content))
+    except UnidentifiedImageError:  # its message names a memory address
+        raise ValueError(foreign_kind(content[:64]) or "not an image of a known kind") from None
+    if image.width * image.height > max_pixels:
+        raise ValueError(
+            f"it has {image.width} x {image.height} pixels, more than data.max_pixels {max_pixels}, the limit "
+            "against decompression bombs; raise --config.data.max_pixels, or prepare the images with --max_pixels"
+        )
+    image.load()
+    return image
 
 
 def is_image(content: bytes) -> bool:
