@@ -172,8 +172,8 @@ class RemoteFolder(Files):
     def __init__(self, url: str, labels: bool = False):
         self._store, self._root = connect(url)
         found = self._store.find(self._root, detail=True)
-        if not found:
-            raise DataError(f"{url} does not exist or is empty; give a folder of images or a prepared set")
+        if found.keys() <= {self._root}:
+            raise DataError(f"{url} is no folder or is empty; give a folder of images or a prepared set")
         sizes = {name.removeprefix(self._root).lstrip("/"): entry.get("size") for name, entry in found.items()}
         super().__init__(url, sizes, labels)
 
