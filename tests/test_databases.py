@@ -59,8 +59,9 @@ def test_an_lmdb_of_encoded_images_or_of_pixels(tmp_path):
         open_source(str(tmp_path / "empty"))
     whole = (tmp_path / "encoded" / "data.mdb").read_bytes()
     for name, content, message in [
-        ("other", b"hello", "is not a readable LMDB, cut short or damaged .lmdb.InvalidError"),
-        ("short", whole[:9000], "is not a readable LMDB, cut short or damaged .9000 of 12288 bytes are there"),
+        ("other", b"hello", "is not a readable LMDB .*MDB_INVALID: File is not an LMDB file.; copy it again"),
+        ("start", whole[:4097], "is not a readable LMDB .*MDB_INVALID: File is not an LMDB file.; copy it again"),
+        ("short", whole[:-1], "is not a readable LMDB .12287 of 12288 bytes are there.; copy it again"),
     ]:
         (tmp_path / name).mkdir()
         (tmp_path / name / "data.mdb").write_bytes(content)
@@ -76,24 +77,6 @@ def test_threads_open_an_lmdb_once(tmp_path):
         for _ in range(50):
             source = pickle.loads(stored)
             assert set(pool.map(source.read, [0] * 16)) == {(encoded(1), 0)}
-
-
-def test_a_damaged_lmdb_is_named_whatever_is_damaged(tmp_path):
-    """Its library trusts the file, and some damages would end the process."""
-    values = {f"{i:04d}".encode(): encoded(i, size=(60, 50)) for i in range(40)}  # some pages each
-    write_lmdb(tmp_path / "whole", values)
-    whole, draw, named = (tmp_path / "whole" / "data.mdb").read_bytes(), np.random.RandomState(0), 0
-    (tmp_path / "set").mkdir()
-    for _ in range(12):
-        damaged = bytearray(whole)
-        for page in draw.randint(0, len(whole) // 4096, 12):
-            damaged[page * 4096 : page * 4096 + 32] = draw.bytes(32)
-        (tmp_path / "set" / "data.mdb").write_bytes(damaged)
-        try:
-            open_source(str(tmp_path / "set"))
-        except DataError as error:
-            named += "cut short or damaged" in str(error)
-    assert named > 6
 
 
 @pytest.fixture(scope="module")

@@ -5,8 +5,6 @@ import functools
 import math
 import os
 import pathlib
-import subprocess
-import sys
 import tarfile
 import threading
 import weakref
@@ -21,21 +19,6 @@ from maskdm_jax.errors import DataError, prefixed
 from maskdm_jax.interop import pickles
 
 _OPEN_DATABASES, _OPENING = weakref.WeakValueDictionary(), threading.Lock()  # the databases by path
-# The library maps the file into memory and trusts it: a damaged file can crash the process. So a child process first
-# visits every page of the tree and the last byte of every value.
-_WALK = """
-import os, sys, lmdb
-with lmdb.open(sys.argv[1], readonly=True, lock=False) as database, database.begin(buffers=True) as transaction:
-    needed = (database.info()["last_pgno"] + 1) * database.stat()["psize"]
-    there = os.path.getsize(os.path.join(sys.argv[1], "data.mdb"))
-    if there < needed:
-        sys.exit(f"{there} of {needed} bytes are there")
-    for key in transaction.cursor().iternext(values=False):
-        value = transaction.get(key)
-        if value is None:
-            sys.exit(f"key {bytes(key)} leads nowhere")
-        bytes(value[-1:])
-"""
 _NOT_IMAGES = {"length", "__len__", "__keys__", "num-samples", "num_samples"}
 
 
@@ -49,14 +32,14 @@ class LmdbImages(Source):
         if labels:
             raise DataError(f"{path} is an LMDB, which has no labels; {WITHOUT_LABELS}")
         self._path, self._database = os.path.realpath(path), None
-        walk = subprocess.run([sys.executable, "-c", _WALK, self._path], stderr=subprocess.PIPE, check=False)
-        if walk.returncode:
-            lines = walk.stderr.decode("utf-8", "replace").strip().splitlines()
-            reason = lines[-1] if lines and walk.returncode > 0 else f"reading it ends in signal {-walk.returncode}"
-            raise DataError(f"{path} is not a readable LMDB, cut short or damaged ({reason}); copy it again")
-        broken = prefixed(DataError, f"{path} is not a readable LMDB (", lmdb.Error, "); copy it again")
-        with broken, self._open().begin(buffers=True) as transaction:
-            sizes = {str(key, "utf-8", "surrogateescape"): len(value) for key, value in transaction.cursor()}
+        with prefixed(DataError, f"{path} is not a readable LMDB (", lmdb.Error, "); copy it again"):
+            database = self._open()
+            needed = (database.info()["last_pgno"] + 1) * database.stat()["psize"]
+            there = os.path.getsize(os.path.join(self._path, "data.mdb"))
+            if there < needed:  # reading what is missing would end the process
+                raise lmdb.Error(f"{there} of {needed} bytes are there")
+            with database.begin(buffers=True) as transaction:
+                sizes = {str(key, "utf-8", "surrogateescape"): len(value) for key, value in transaction.cursor()}
         names = [key for key in sizes if key not in _NOT_IMAGES]
         super().__init__(names, files_hash=hash_texts(f"{name} {sizes[name]}" for name in names))
         if not self.names:
