@@ -207,24 +207,27 @@ def test_accents_of_names_are_compared_however_they_are_written(stored):
 
 
 @pytest.mark.parametrize(
-    ("file", "content", "reason"),
+    ("file", "content"),
     [
-        ("metadata.csv", metadata_csv(LABELS).replace(b",", b";"), "metadata.csv has no column 'file_name'"),
-        ("dataset.json", b"[]", "dataset.json has no entry 'labels'"),
-        ("metadata.parquet", b"PAR1", "metadata.parquet is not read, unlike a .csv"),
+        ("metadata.csv", metadata_csv(LABELS).replace(b",", b";")),
+        ("dataset.json", b"[]"),
+        ("metadata.parquet", b"PAR1"),
     ],
 )
-def test_a_label_file_that_is_not_used_is_named(stored, caplog, file, content, reason):
+def test_a_label_file_that_is_not_used_is_named(stored, caplog, file, content):
+    unused = f"no labels are taken from {file}: a metadata.csv or .jsonl needs a column 'file_name', a dataset.json"
     files = {f"{kind}/{i}.png": png(i) for i, kind in enumerate(("cat", "dog"))}
     source = open_source(place := stored(files | {file: content}), labels=True)
     assert source.classes == ["cat", "dog"]
-    assert source.notes[0].startswith(f"{place}: {reason}, so the folders cat, dog are taken for classes. If they")
-    assert source.notes[0] in caplog.text
+    assert source.notes[0].startswith(f"{place}: {unused}")
+    assert source.notes[1].startswith(f"{place}: the folders cat, dog are taken for classes. If they only divide")
+    assert all(note in caplog.text for note in source.notes)
     assert select(source, fraction=0.5).notes == source.notes
     source = open_source(
         stored(files | {"metadata.jsonl": metadata_jsonl(dict.fromkeys(files, 0)), file: content}), True
     )
-    assert f"{place}: {reason}, so no labels are taken from it" in source.notes
+    assert source.notes[0].startswith(f"{place}: {unused}")
+    assert "taken for classes" not in source.notes[-1]
 
 
 def test_splits_are_not_taken_for_classes(stored, caplog):
@@ -237,7 +240,7 @@ def test_splits_are_not_taken_for_classes(stored, caplog):
 
 def test_folders_that_may_be_buckets_are_not_taken_for_classes_in_silence(stored, caplog):
     assert open_source(stored(FLAT), labels=True).classes == ["00000", "00001"]
-    assert "so the folders 00000, 00001 are taken for classes. If they only divide the files, do without" in caplog.text
+    assert "the folders 00000, 00001 are taken for classes. If they only divide the files, do without" in caplog.text
 
 
 def test_labels_of_images_that_are_not_there_are_counted(stored, caplog):

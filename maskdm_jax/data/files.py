@@ -12,7 +12,7 @@ import fsspec
 
 from maskdm_jax.data.base import Source, counted, hash_texts
 from maskdm_jax.data.images import SUFFIXES
-from maskdm_jax.data.labels import SPLITS, find_labels, level_of_difference, note_of_imagenet
+from maskdm_jax.data.labels import SPLITS, find_labels, level_of_difference
 from maskdm_jax.errors import DataError, prefixed
 from maskdm_jax.storage import STORES, is_remote
 
@@ -53,7 +53,7 @@ class Files(Source):
             notes.append(f"the images of all splits are used: {', '.join(sorted(first))}; for one, give its path")
         if left_aside:
             notes.append(f"left aside {counted(left_aside)}")
-        self.note(path, notes + note_of_imagenet(classes))
+        self.note(path, notes)
 
     def find_labels(self, path, names: list[str], others: list[str]):
         """See `labels.find_labels`."""

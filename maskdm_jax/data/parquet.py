@@ -12,7 +12,7 @@ import numpy as np
 
 from maskdm_jax.data.base import WITHOUT_LABELS, LazySequence, Source, hash_texts
 from maskdm_jax.data.files import open_file, read_range
-from maskdm_jax.data.labels import note_of_imagenet, number_labels
+from maskdm_jax.data.labels import number_labels
 from maskdm_jax.data.shards import index_path, kept_index, relative_names
 from maskdm_jax.errors import DataError, prefixed
 from maskdm_jax.storage import atomic_path, foreign_kind
@@ -64,7 +64,6 @@ class ParquetImages(Source):
         sizes = zip(self._names, np.diff(self._starts), indexes, strict=True)
         files_hash = hash_texts(f"{name} {rows} {index['bytes']}" for name, rows, index in sizes)
         super().__init__(LazySequence(count, self._name), numbers, classes, files_hash)
-        self.note(path, note_of_imagenet(classes))
 
     def _name(self, i: int) -> str:
         number = self._number(i)
