@@ -347,8 +347,8 @@ def test_other_folders_are_not_touched(folder, prepared, tmp_path):
         make(folder, prepared[0], size=16)
     with pytest.raises(DataError, match="PNG images, of 1 or 3 channels, not 4"):
         prepare.prepare(open_source(str(folder)), tmp_path / "new", Framing(8, 4), name="x")
-    with pytest.raises(RuntimeError, match="stop"):
-        make(folder, tmp_path / "half", progress=lambda done: (_ for _ in ()).throw(RuntimeError("stop")))
+    with pytest.raises(KeyError, match="stop"):
+        make(folder, tmp_path / "half", progress=lambda done: (_ for _ in ()).throw(KeyError("stop")))
     with pytest.raises(DataError, match="unfinished set of other images or settings .image.size: 12 -> 16.; remove it"):
         make(folder, tmp_path / "half", size=16)
 

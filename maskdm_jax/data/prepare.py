@@ -129,37 +129,35 @@ class _Preparation:
         """Write shard i and a note of its contents."""
         path, numbers = self._path(i), self._numbers(i)
         written, labels, digests, left_out = hashlib.sha256(), [], [], []
-        failed = lambda: prefixed(OSError, f"{path} cannot be written: ", RuntimeError)  # mostly a full disk
-        with atomic_path(path) as temporary:
-            with failed():
-                writer = ArrayRecordWriter(str(temporary), "group_size:1")
-            try:
-                for number, (image, label, digest) in zip(numbers, self._pool.map(self._encode, numbers), strict=True):
-                    if isinstance(image, Exception):
-                        left_out.append(f"{self._source.names[number]}: {first_line(image)}")
-                    else:
-                        record = encode_record(self._source.names[number], label, image)
-                        with failed():
-                            writer.write(record)
-                        written.update(record)
-                        labels.append(label)
-                        digests.append(digest.hex())
-                    self._progress(number + 1)
-            finally:
-                with failed():
-                    writer.close()
+        failed = prefixed(OSError, f"{path} cannot be written: ", RuntimeError)  # mostly a full disk
+        with (
+            atomic_path(path) as temporary,
+            failed,
+            contextlib.closing(ArrayRecordWriter(str(temporary), "group_size:1")) as writer,
+        ):
+            for number, found in zip(numbers, self._pool.map(self._encode, numbers), strict=True):
+                if isinstance(found, str):
+                    left_out.append(found)
+                else:
+                    record, label, digest = found
+                    writer.write(record)
+                    written.update(record)
+                    labels.append(label)
+                    digests.append(digest.hex())
+                self._progress(number + 1)
         note = dict(labels=labels, left_out=left_out, hash=written.hexdigest(), digests="".join(digests))
         write_atomically(self._note_path(i), json.dumps(note).encode())
         return note
 
     def _encode(self, number: int):
-        """(PNG or the exception of reading it, label, digest) of an image of the source."""
+        """(record, label, digest) of an image of the source; its name and why it cannot be read, if so."""
+        name = self._source.names[number]
         try:
             image, label = read_patiently(self._source, number)
             pixels, label = decode(image, self._framing), label if self._plan["classes"] else -1
-            return _png(pixels), label, image_digest(label, pixels)
+            return encode_record(name, label, _png(pixels)), label, image_digest(label, pixels)
         except Exception as error:  # decoders raise any type on a damaged file
-            return error, -1, b""
+            return f"{name}: {first_line(error)}"
 
     def _verify(self, notes: list[dict]) -> None:
         """Read all shards back. Drop the notes of those that differ, so that the next call rewrites them."""
