@@ -53,40 +53,27 @@ class Framing:
             raise ValueError(f"filter {self.filter!r} is unknown; choose from {', '.join(FILTERS)}")
         if self.crop == "adm" and self.filter != "bicubic":
             raise ValueError(f"crop 'adm' resizes by the filter bicubic, not {self.filter}")
-        self._parse_crop()
+        if not re.fullmatch(r"adm|centre(: *[1-9]\d*)?|\d+, *\d+, *[1-9]\d*", self.crop):
+            raise ValueError(f"crop {self.crop!r} is not understood; give centre, centre:SIDE, LEFT,TOP,SIDE or adm")
 
     @classmethod
     def of(cls, settings) -> "Framing":
         """The framing that a `config.Data` asks for."""
         return cls(settings.image_size, settings.channels, max_pixels=settings.max_pixels)
 
-    def _parse_crop(self) -> tuple[int, int, int] | int:
-        """(left, top, side), or the side of a centred crop; 0 for the short side."""
-        if self.crop == "adm":
-            return 0
-        match = re.fullmatch(r"centre(?::([1-9]\d*))?|(\d+),(\d+),([1-9]\d*)", self.crop.replace(" ", ""))
-        if not match:
-            raise ValueError(f"crop {self.crop!r} is not understood; give centre, centre:SIDE, LEFT,TOP,SIDE or adm")
-        side, *corner_and_side = match.groups()
-        return int(side or 0) if corner_and_side[0] is None else tuple(map(int, corner_and_side))
-
-    def side(self, image_size: tuple[int, int]) -> int:
-        """Side of the square that is cropped from an image of (width, height)."""
-        crop = self._parse_crop()
-        return crop or min(image_size) if isinstance(crop, int) else crop[2]
-
-    def box(self, image_size: tuple[int, int]) -> tuple[int, int, int, int]:
-        """The crop of an image of (width, height), as (left, top, right, bottom).
+    def square(self, image_size: tuple[int, int]) -> tuple[int, int, int]:
+        """The crop of an image of (width, height), as (left, top, side).
 
         Raises:
           ValueError: the crop exceeds the image.
         """
         width, height = image_size
-        crop, side = self._parse_crop(), self.side(image_size)
-        left, top = ((width - side) // 2, (height - side) // 2) if isinstance(crop, int) else crop[:2]
+        numbers = [int(number) for number in re.findall(r"\d+", self.crop)]
+        side = numbers[-1] if numbers else min(image_size)
+        left, top = numbers[:2] if len(numbers) == 3 else ((width - side) // 2, (height - side) // 2)
         if min(left, top) < 0 or left + side > width or top + side > height:
             raise ValueError(f"crop {self.crop!r} does not fit into {width} x {height} pixels")
-        return left, top, left + side, top + side
+        return left, top, side
 
     def describe(self) -> dict:
         """The `image` part of a data card: two sets are comparable if theirs are equal."""
@@ -163,7 +150,7 @@ def surprises(image, framing: Framing) -> list[str]:
         # The further frames of a photo in MPO format and of a PSD are previews and layers.
         size, animated = opened.size, opened.format not in ("MPO", "PSD") and getattr(opened, "is_animated", False)
     found = [f"smaller than {framing.size} x {framing.size} pixels, so they are enlarged"]
-    found = found if framing.side(size) < framing.size else []
+    found = found if framing.square(size)[2] < framing.size else []
     return found + ["animated or of several pages, so the first alone is used"] * animated
 
 
@@ -201,8 +188,9 @@ def _fit(image: Image.Image, framing: Framing) -> Image.Image:
     """Crop and resize."""
     if framing.crop == "adm":
         return _fit_adm(image, framing.size, framing.max_pixels)
-    size, box = framing.size, framing.box(image.size)
-    if framing.crop != "centre" or box[2] - box[0] == size:
+    size, (left, top, side) = framing.size, framing.square(image.size)
+    box = (left, top, left + side, top + side)
+    if framing.crop != "centre" or side == size:
         image, box = image.crop(box), None
     if image.size != (size, size):
         # With a box Pillow computes the centre alone: a very long image, enlarged whole, would not fit into memory.
