@@ -812,19 +812,18 @@ def test_arrays_of_any_number_of_channels_pass_through(monkeypatch):
 @pytest.mark.parametrize(
     ("source", "channels", "message"),
     [
-        (Latents(odd=True), 4, "latent 7 does not fit: .*an array of 3 channels, not .* 4; set data.channels to 3"),
-        (Latents(), 3, r"latent \d+ does not fit: .*an array of 4 channels, not .* 3; set data.channels to 4"),
-        (Latents(), 2, r"latent \d+ does not fit: .*an array of 4 channels, not .* 2; set data.channels to 4"),
+        (Latents(odd=True), 4, "1 of 12 images .*latent 7: .*array of 3 channels, not .* 4; set data.channels to 3"),
         (
-            sources.Digits(),
-            4,
-            r"digits\[\d+\] does not fit: .*an array of 1 channels, not .* 4; set data.channels to 1",
+            Latents(),
+            3,
+            r"latent \d+ .it is an array of 4 channels, not .* 3; set data.channels to 4. and its 11 neighb",
         ),
-        (None, 4, r"a.png does not fit: .*an encoded image of 3 channels, not .* 4; set data.channels to 3 .*or 1"),
+        (Latents(), 2, r"latent \d+ .it is an array of 4 channels, not .* 2; set data.channels to 4"),
+        (sources.Digits(), 4, r"digits\[\d+\] .it is an array of 1 channels, not .* 4; set data.channels to 1"),
+        (None, 4, r"a.png .it is an encoded image of 3 channels, not .* 4; set data.channels to 3 .*or 1"),
     ],
 )
 def test_other_numbers_of_channels_are_refused(monkeypatch, tmp_path, source, channels, message):
-    """At once: a neighbour does not stand in for an image that can never fit."""
     (tmp_path / "a.png").write_bytes(png(size=(8, 8)))
     if source is not None:
         monkeypatch.setattr(pipeline, "open_source", lambda *_: source)

@@ -24,10 +24,6 @@ DECODER = f"Pillow {PIL.__version__}"
 FILTERS = {name: Image.Resampling[name.upper()] for name in ("bicubic", "bilinear", "lanczos", "box")}
 
 
-class ChannelsError(ValueError):
-    """An image whose number of channels differs from the one asked for and cannot be converted."""
-
-
 @dataclasses.dataclass(frozen=True)
 class Framing:
     """How an image becomes a square of `size` pixels with `channels` channels.
@@ -95,8 +91,8 @@ def open_image(image, channels: int, max_pixels: int = MAX_PIXELS) -> Image.Imag
     EXIF rotation is applied and transparency is composited on white.
 
     Raises:
-      ValueError: the bytes are no image, one of floating-point or 32-bit numbers, or one of more than `max_pixels`.
-      ChannelsError: the array has another number of channels than 1 or 3.
+      ValueError: the bytes are no image, one of floating-point or 32-bit numbers, or one of more than `max_pixels`, or
+        the array has another number of channels than 1 or 3.
     """
     if isinstance(image, np.ndarray):
         _check_channels(image, channels)
@@ -161,8 +157,8 @@ def decode(image, framing: Framing) -> np.ndarray:
     so many channels, each of which is cropped and resized.
 
     Raises:
-      ValueError: the bytes are no image, it has more than `framing.max_pixels`, or the crop exceeds it.
-      ChannelsError: the image has another number of channels.
+      ValueError: the bytes are no image, it has more than `framing.max_pixels` or another number of channels, or the
+        crop exceeds it.
     """
     if framing.channels in (1, 3):
         fitted = np.asarray(_fit(open_image(image, framing.channels, framing.max_pixels), framing))
@@ -172,7 +168,7 @@ def decode(image, framing: Framing) -> np.ndarray:
 
 
 def _check_channels(image, channels: int) -> None:
-    """Raise ChannelsError for an array that neither has `channels` channels nor converts, or for bytes."""
+    """Raise ValueError for an array that neither has `channels` channels nor converts, or for bytes."""
     if isinstance(image, np.ndarray):
         found = image.shape[-1]
         if found == channels or {found, channels} == {1, 3}:
@@ -181,7 +177,7 @@ def _check_channels(image, channels: int) -> None:
     else:
         found = len(Image.open(io.BytesIO(image)).getbands())
         kind, works = "an encoded image", "3 (RGB) or 1 (grey)"
-    raise ChannelsError(f"it is {kind} of {found} channels, not an array of {channels}; set data.channels to {works}")
+    raise ValueError(f"it is {kind} of {found} channels, not an array of {channels}; set data.channels to {works}")
 
 
 def _fit(image: Image.Image, framing: Framing) -> Image.Image:
