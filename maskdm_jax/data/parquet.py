@@ -19,7 +19,7 @@ from maskdm_jax.storage import atomic_path, foreign_kind
 
 _READERS = 4  # files that are read at the same time, for their index: each takes twice the memory of a row group
 _BATCH = 64  # rows that are read at a time
-_LENGTH, _PAGE_HEADER = 4, 1 << 16  # bytes before each image, and at most before the first one of a page
+_GAP = 1 << 16  # bytes before an image at most: its length, or the header of a page
 _IN_FILE, _IN_COPY, _AT_PATH, _NOWHERE = range(4)  # where an image is
 
 log = logging.getLogger(__name__)
@@ -222,16 +222,13 @@ def _place_all(images, stored: bytes, position: int, chunk, out, index: dict) ->
     """Find images in the bytes of their row group, or copy them to `out`; returns the position after the last one."""
     for image in images:
         content, path = (image.get("bytes"), image.get("path")) if isinstance(image, dict) else (image, None)
+        found = stored.find(content, position, position + len(content) + _GAP) if content else -1
         where, offset = _NOWHERE, 0
-        if content:
-            found = position + _LENGTH  # the next image mostly follows at once, else after the header of a page
-            if not stored.startswith(content, found):
-                found = stored.find(content, position, position + len(content) + _PAGE_HEADER)
-            where, offset = (_IN_FILE, _start(chunk) + found) if found >= 0 else (_IN_COPY, out.tell())
-            if found < 0:
-                out.write(content)
-            else:
-                position = found + len(content)
+        if found >= 0:
+            where, offset, position = _IN_FILE, _start(chunk) + found, found + len(content)
+        elif content:
+            where, offset = _IN_COPY, out.tell()
+            out.write(content)
         elif path:
             where, index["paths"][str(len(index["sizes"]))] = _AT_PATH, path
         index["where"].append(where)
