@@ -18,7 +18,8 @@ from maskdm_jax.data.images import is_image
 from maskdm_jax.errors import DataError, prefixed
 from maskdm_jax.interop import pickles
 
-_OPEN_DATABASES, _OPENING = weakref.WeakValueDictionary(), threading.Lock()  # the databases by path
+_OPEN_DATABASES = weakref.WeakValueDictionary()  # by path
+_LOCK = threading.Lock()  # of threads that open a database or load a file of arrays
 _NOT_IMAGES = {"length", "__len__", "__keys__", "num-samples", "num_samples"}
 
 
@@ -61,7 +62,7 @@ class LmdbImages(Source):
 
     def _open(self):
         if self._database is None:
-            with _OPENING:  # a process must not open a database twice
+            with _LOCK:  # a process must not open a database twice
                 database = _OPEN_DATABASES.get(self._path)
                 if database is None:  # without LMDB's own locks: the disk may be read-only
                     database = lmdb.open(self._path, readonly=True, lock=False, readahead=False, max_readers=1024)
@@ -174,7 +175,7 @@ class ArrayBatches(Source):
         return int(np.searchsorted(self._starts, i, side="right")) - 1
 
     def _load(self, number: int):
-        with _OPENING:
+        with _LOCK:
             if number not in self._kept:
                 while len(self._kept) > 1:
                     del self._kept[next(iter(self._kept))]
