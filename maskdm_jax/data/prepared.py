@@ -89,7 +89,8 @@ def fetch(store, root: str) -> pathlib.Path:
     if card["classes"] and not (target / LABELS).exists():
         with atomic_path(target / LABELS) as temporary:
             store.get_file(f"{root}/{LABELS}", str(temporary))
-    write_atomically(target / CARD, text)
+    if not (target / CARD).exists():
+        write_atomically(target / CARD, text)
     return target
 
 
