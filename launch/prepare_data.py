@@ -9,15 +9,13 @@ the set like any folder: --config.data.path=data/mine256. docs/data.md lists the
 """
 
 import dataclasses
-import hashlib
-import os
 import pathlib
 import sys
 
 from absl import app, flags
 
 from maskdm_jax.data import images, published, sources
-from maskdm_jax.errors import DataError, MaskDMError, prefixed
+from maskdm_jax.errors import DataError, prefixed
 from maskdm_jax.parallel import runtime
 
 DATASET = flags.DEFINE_enum(
@@ -59,17 +57,8 @@ def main(_):
     if not 0 < FRACTION.value <= 1:
         raise app.UsageError(f"--fraction={FRACTION.value:g}: it must be in (0, 1]")
     sys.stdout.reconfigure(errors="backslashreplace")  # file names need not be UTF-8
-
-    # A decompressed archive stays beside the set until it is finished, under a name that depends on the archive's path.
-    origin = hashlib.sha256(os.path.abspath(os.path.expanduser(SRC.value)).encode("utf-8", "replace")).hexdigest()
-    scratch = pathlib.Path(f"{pathlib.Path(OUT.value).expanduser().absolute()}.{origin[:8]}.unpacked.tar")
     with runtime.program(distributed=False):
-        try:
-            card = prepare(scratch)
-        except MaskDMError:  # unlike a disk error, it will occur again: do not keep the archive for a second try
-            scratch.unlink(missing_ok=True)
-            raise
-    scratch.unlink(missing_ok=True)
+        card = prepare()
     for entry in card["left_out"]:
         print(f"left out: {entry}")
     if empty := [name for name, count in card["count_by_class"].items() if not count]:
@@ -78,16 +67,15 @@ def main(_):
     print(f"done: {card['count']} images{classes} in {OUT.value}, content {card['content_hash'][:12]}")
 
 
-def prepare(scratch: pathlib.Path) -> dict:
+def prepare() -> dict:
     """Open the source and prepare the set; returns its card."""
     from tqdm import tqdm
 
     from maskdm_jax.data.pipeline import probe
     from maskdm_jax.data.prepare import prepare
 
-    scratch.parent.mkdir(parents=True, exist_ok=True)
     with prefixed(DataError, ""):  # invalid --size or --crop
-        source, framing, split = open_source(scratch)
+        source, framing, split = open_source()
     source = sources.select(source, fraction=FRACTION.value, seed=SEED.value)
     for note in probe(source, framing, 16).notes:
         print(note)
@@ -100,7 +88,7 @@ def prepare(scratch: pathlib.Path) -> dict:
         return prepare(source, OUT.value, framing, **options)
 
 
-def open_source(scratch: pathlib.Path):
+def open_source():
     """The source, its framing and its split."""
     chosen = {"size": SIZE.value, "crop": CROP.value, "filter": FILTER.value, "channels": 1 if GREY.value else None}
     chosen |= {"max_pixels": MAX_PIXELS.value}
@@ -108,14 +96,14 @@ def open_source(scratch: pathlib.Path):
     if DATASET.value:
         framing = dataclasses.replace(published.SETS[DATASET.value].framing, **chosen)
         options = dict(split=SPLIT.value, labels=LABELS.value, any_count=ANY_COUNT.value)
-        source, split = published.open_published(DATASET.value, SRC.value, scratch, **options)
+        source, split = published.open_published(DATASET.value, SRC.value, **options)
         return source, framing, split
     if SIZE.value is None:
         raise DataError("how large? give --size=PIXELS, or --dataset=NAME for a published set")
     framing, split, labels = images.Framing(**chosen), SPLIT.value, bool(LABELS.value)
     if SRC.value.startswith("tfds:"):
         return published.open_tfds(SRC.value, labels, split), framing, split
-    return sources.open_source(SRC.value, labels, split, scratch), framing, split
+    return sources.open_source(SRC.value, labels, split), framing, split
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """LMDB, TFDS data folders and batch files, written as their authors write them."""
 
+import concurrent.futures
 import io
 import os
 import pickle
@@ -58,8 +59,9 @@ def test_an_lmdb_of_encoded_images_or_of_pixels(tmp_path):
         open_source(str(tmp_path / "empty"))
     whole = (tmp_path / "encoded" / "data.mdb").read_bytes()
     for name, content, message in [
-        ("other", b"hello", "is not a readable LMDB, cut short or damaged .lmdb.InvalidError"),
-        ("short", whole[:9000], "is not a readable LMDB, cut short or damaged .9000 of 12288 bytes are there"),
+        ("other", b"hello", "is not a readable LMDB .*MDB_INVALID: File is not an LMDB file.; copy it again"),
+        ("start", whole[:4097], "is not a readable LMDB .*MDB_INVALID: File is not an LMDB file.; copy it again"),
+        ("short", whole[:-1], "is not a readable LMDB .12287 of 12288 bytes are there.; copy it again"),
     ]:
         (tmp_path / name).mkdir()
         (tmp_path / name / "data.mdb").write_bytes(content)
@@ -67,22 +69,14 @@ def test_an_lmdb_of_encoded_images_or_of_pixels(tmp_path):
             open_source(str(tmp_path / name))
 
 
-def test_a_damaged_lmdb_is_named_whatever_is_damaged(tmp_path):
-    """Its library trusts the file, and some damages would end the process."""
-    values = {f"{i:04d}".encode(): encoded(i, size=(60, 50)) for i in range(40)}  # some pages each
-    write_lmdb(tmp_path / "whole", values)
-    whole, draw, named = (tmp_path / "whole" / "data.mdb").read_bytes(), np.random.RandomState(0), 0
-    (tmp_path / "set").mkdir()
-    for _ in range(12):
-        damaged = bytearray(whole)
-        for page in draw.randint(0, len(whole) // 4096, 12):
-            damaged[page * 4096 : page * 4096 + 32] = draw.bytes(32)
-        (tmp_path / "set" / "data.mdb").write_bytes(damaged)
-        try:
-            open_source(str(tmp_path / "set"))
-        except DataError as error:
-            named += "cut short or damaged" in str(error)
-    assert named > 6
+def test_threads_open_an_lmdb_once(tmp_path):
+    """As the first reads of a worker process do."""
+    write_lmdb(tmp_path / "set", {b"0": encoded(1)})
+    stored = pickle.dumps(open_source(str(tmp_path / "set")))
+    with concurrent.futures.ThreadPoolExecutor(16) as pool:
+        for _ in range(50):
+            source = pickle.loads(stored)
+            assert set(pool.map(source.read, [0] * 16)) == {(encoded(1), 0)}
 
 
 @pytest.fixture(scope="module")
@@ -167,7 +161,7 @@ def test_batch_files(batches):
     assert source.labels == [0, 1, 2, 2, 0]
     assert list(source.names) == ["data_batch_1[0]", "data_batch_1[1]", "data_batch_1[2]", "two.npz[0]", "three.npz[0]"]
     for i in (4, 0, 3, 1, 2):
-        image, label = source.read(i)
+        image, label = pickle.loads(pickle.dumps(source)).read(i)
         np.testing.assert_array_equal(image, PLANES[i].reshape(3, 4, 4).transpose(1, 2, 0))
         assert label == source.labels[i]
     plain = ArrayBatches(batches, [])

@@ -119,35 +119,17 @@ def test_what_is_no_image_of_eight_bits_is_named():
             decode(content, Framing(8))
 
 
-def chunk(kind, data, checksum=None) -> bytes:
-    checksum = zlib.crc32(kind + data) if checksum is None else checksum
-    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", checksum)
+def chunk(kind, data) -> bytes:
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
 
-TURNED = Image.Exif()
-TURNED[0x0112] = 3  # stored upside down
-BIG = zlib.compress(bytes(3 << 20))
-
-
-@pytest.mark.parametrize(
-    "chunks",
-    [
-        chunk(b"zTXt", b"a\0\0" + BIG),
-        chunk(b"iCCP", b"a\0\0" + BIG),
-        chunk(b"iCCP", b""),
-        chunk(b"tEXt", b"a\0b", checksum=5),
-        chunk(b"eXIf", b"MM\0*", checksum=5),
-        chunk(b"zTXt", b"Raw profile type exif\0\0" + zlib.compress(b"\nexif\n      5\nzz")),
-        chunk(b"gAMA", b"a") + chunk(b"acTL", b"abc"),
-    ],
-)
-def test_damaged_chunks_of_a_png_do_not_matter(chunks):
-    """What is sound among them, such as the rotation, counts."""
-    pixels, after_header = png(PIXELS[:30]), 8 + 25
-    damaged = pixels[:after_header] + chunks + pixels[after_header:]
-    np.testing.assert_array_equal(decode(damaged, Framing(30)), PIXELS[:30])
-    turned = pixels[:after_header] + chunks + chunk(b"eXIf", TURNED.tobytes()[6:]) + pixels[after_header:]
-    np.testing.assert_array_equal(decode(turned, Framing(30)), PIXELS[29::-1, ::-1])
+@pytest.mark.parametrize("kind", [b"zTXt", b"iCCP"])
+def test_large_text_and_colour_profiles_do_not_matter(kind):
+    exif, content, after_header = Image.Exif(), png(PIXELS[:30]), 8 + 25
+    exif[0x0112] = 3  # stored upside down
+    chunks = chunk(kind, b"a\0\0" + zlib.compress(bytes(3 << 20))) + chunk(b"eXIf", exif.tobytes()[6:])
+    content = content[:after_header] + chunks + content[after_header:]
+    np.testing.assert_array_equal(decode(content, Framing(30)), PIXELS[29::-1, ::-1])
 
 
 @pytest.mark.parametrize("kind", ["PNG", "WEBP", "JPEG"])
@@ -171,17 +153,6 @@ def test_a_rotation_counts_beside_a_field_that_pillow_cannot_write_anew():
     exif, buffer = b"Exif\0\0MM\0*\0\0\0\x08\0\x02" + fields + bytes(4), io.BytesIO()
     Image.fromarray(PIXELS[:30]).save(buffer, "PNG", exif=exif)
     np.testing.assert_array_equal(decode(buffer.getvalue(), Framing(30)), PIXELS[29::-1, ::-1])
-
-
-def test_damaged_segments_of_a_jpeg_do_not_matter():
-    buffer = io.BytesIO()
-    Image.fromarray(PIXELS[:30]).save(buffer, "JPEG", exif=TURNED)
-    whole = buffer.getvalue()
-    at = whole.index(b"\xff\xdb")
-    damaged = whole[:at] + b"\xff\xe2\0\x0eICC_PROFILE\0" + whole[at:]
-    with pytest.raises(OSError, match="cannot identify"):
-        Image.open(io.BytesIO(damaged))
-    np.testing.assert_array_equal(decode(damaged, Framing(30)), decode(whole, Framing(30)))
 
 
 def test_the_limit_of_pixels_is_a_setting():

@@ -58,10 +58,6 @@ class Source:
         """Image i as it is stored."""
         raise NotImplementedError
 
-    def stamp(self, i: int) -> str:
-        """Text that changes when image i changes, from metadata alone; empty for images that never change."""
-        return ""
-
 
 def hash_texts(texts) -> str:
     """SHA-256 of texts in their order, in hex."""

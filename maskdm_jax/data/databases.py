@@ -5,8 +5,6 @@ import functools
 import math
 import os
 import pathlib
-import subprocess
-import sys
 import tarfile
 import threading
 import weakref
@@ -16,27 +14,12 @@ import lmdb
 import numpy as np
 
 from maskdm_jax.data.base import WITHOUT_LABELS, LazySequence, Source, hash_texts
-from maskdm_jax.data.files import file_stamp
 from maskdm_jax.data.images import is_image
 from maskdm_jax.errors import DataError, prefixed
 from maskdm_jax.interop import pickles
 
 _OPEN_DATABASES = weakref.WeakValueDictionary()  # by path
-# The library maps the file into memory and trusts it: a damaged file can crash the process. So a child process first
-# visits every page of the tree and the last byte of every value.
-_WALK = """
-import os, sys, lmdb
-with lmdb.open(sys.argv[1], readonly=True, lock=False) as database, database.begin(buffers=True) as transaction:
-    needed = (database.info()["last_pgno"] + 1) * database.stat()["psize"]
-    there = os.path.getsize(os.path.join(sys.argv[1], "data.mdb"))
-    if there < needed:
-        sys.exit(f"{there} of {needed} bytes are there")
-    for key in transaction.cursor().iternext(values=False):
-        value = transaction.get(key)
-        if value is None:
-            sys.exit(f"key {bytes(key)} leads nowhere")
-        bytes(value[-1:])
-"""
+_LOCK = threading.Lock()  # of threads that open a database or load a file of arrays
 _NOT_IMAGES = {"length", "__len__", "__keys__", "num-samples", "num_samples"}
 
 
@@ -50,14 +33,14 @@ class LmdbImages(Source):
         if labels:
             raise DataError(f"{path} is an LMDB, which has no labels; {WITHOUT_LABELS}")
         self._path, self._database = os.path.realpath(path), None
-        walk = subprocess.run([sys.executable, "-c", _WALK, self._path], stderr=subprocess.PIPE, check=False)
-        if walk.returncode:
-            lines = walk.stderr.decode("utf-8", "replace").strip().splitlines()
-            reason = lines[-1] if lines and walk.returncode > 0 else f"reading it ends in signal {-walk.returncode}"
-            raise DataError(f"{path} is not a readable LMDB, cut short or damaged ({reason}); copy it again")
-        broken = prefixed(DataError, f"{path} is not a readable LMDB (", lmdb.Error, "); copy it again")
-        with broken, self._open().begin(buffers=True) as transaction:
-            sizes = {str(key, "utf-8", "surrogateescape"): len(value) for key, value in transaction.cursor()}
+        with prefixed(DataError, f"{path} is not a readable LMDB (", lmdb.Error, "); copy it again"):
+            database = self._open()
+            needed = (database.info()["last_pgno"] + 1) * database.stat()["psize"]
+            there = os.path.getsize(os.path.join(self._path, "data.mdb"))
+            if there < needed:  # reading what is missing would end the process
+                raise lmdb.Error(f"{there} of {needed} bytes are there")
+            with database.begin(buffers=True) as transaction:
+                sizes = {str(key, "utf-8", "surrogateescape"): len(value) for key, value in transaction.cursor()}
         names = [key for key in sizes if key not in _NOT_IMAGES]
         super().__init__(names, files_hash=hash_texts(f"{name} {sizes[name]}" for name in names))
         if not self.names:
@@ -77,16 +60,14 @@ class LmdbImages(Source):
         with self._open().begin() as transaction:
             return transaction.get(self.names[i].encode("utf-8", "surrogateescape"))
 
-    def stamp(self, i: int) -> str:
-        """Size and modification time of the database."""
-        return file_stamp(os.path.join(self._path, "data.mdb"))
-
     def _open(self):
-        if self._database is None:  # a process must not open a database twice
-            self._database = _OPEN_DATABASES.get(self._path)
-        if self._database is None:  # without locks: the disk may be read-only
-            self._database = lmdb.open(self._path, readonly=True, lock=False, readahead=False, max_readers=1024)
-            _OPEN_DATABASES[self._path] = self._database
+        if self._database is None:
+            with _LOCK:  # a process must not open a database twice
+                database = _OPEN_DATABASES.get(self._path)
+                if database is None:  # without LMDB's own locks: the disk may be read-only
+                    database = lmdb.open(self._path, readonly=True, lock=False, readahead=False, max_readers=1024)
+                    _OPEN_DATABASES[self._path] = database
+                self._database = database
         return self._database
 
     def __getstate__(self):
@@ -116,7 +97,6 @@ class TfdsImages(Source):
         if labels and len(kinds) != 1:
             raise DataError(f"{path} has {len(kinds)} class labels ({', '.join(kinds)}), not one; {WITHOUT_LABELS}")
         self._image, self._label = images[0], kinds[0] if labels else None
-        self._info = os.path.join(path, "dataset_info.json")
         known = builder.info.full_name, split, str(len(self._records)), str(int(builder.info.dataset_size))
         self.files_hash, self.left_aside = hash_texts(known), {}
         self.names = [f"{pathlib.Path(path).parent.name}/{split}[{i}]" for i in range(len(self._records))]
@@ -140,10 +120,6 @@ class TfdsImages(Source):
         record = self._records[i]
         return record[self._image], int(record[self._label]) if self._label else 0
 
-    def stamp(self, i: int) -> str:
-        """Size and modification time of the set's description: TFDS does not write into a finished set."""
-        return file_stamp(self._info)
-
 
 class ArrayBatches(Source):
     """Images in a few large files of arrays, as CIFAR-10 and the down-sampled ImageNet are published.
@@ -163,7 +139,7 @@ class ArrayBatches(Source):
         Raises:
           DataError: a file is damaged or of another kind.
         """
-        self._files, self._kept, self._lock = files, {}, threading.Lock()
+        self._files, self._kept = files, {}
         labels, self._starts = [], [0]  # starts: number of each file's first image, and the number of all images
         for number in range(len(files)):
             data, found = self._load(number)
@@ -194,16 +170,12 @@ class ArrayBatches(Source):
         side = math.isqrt(row.size // 3)
         return np.ascontiguousarray(row.reshape(3, side, side).transpose(1, 2, 0))
 
-    def stamp(self, i: int) -> str:
-        """Size and modification time of the image's file."""
-        return file_stamp(self._files[self._number(i)][0])
-
     def _number(self, i: int) -> int:
         """Number of the file that holds image i."""
         return int(np.searchsorted(self._starts, i, side="right")) - 1
 
     def _load(self, number: int):
-        with self._lock:
+        with _LOCK:
             if number not in self._kept:
                 while len(self._kept) > 1:
                     del self._kept[next(iter(self._kept))]

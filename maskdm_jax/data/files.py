@@ -11,14 +11,12 @@ import zipfile
 import fsspec
 
 from maskdm_jax.data.base import Source, counted, hash_texts
-from maskdm_jax.data.images import MAX_PIXELS, SUFFIXES
-from maskdm_jax.data.labels import SPLITS, find_labels, level_of_difference, note_of_imagenet
+from maskdm_jax.data.images import SUFFIXES
+from maskdm_jax.data.labels import SPLITS, find_labels, level_of_difference
 from maskdm_jax.errors import DataError, prefixed
 from maskdm_jax.storage import STORES, is_remote
 
 _BLOCK = 8 << 20  # bytes that are read ahead from a store
-_BOMB_BYTES, _BOMB_RATIO = 8 * MAX_PIXELS, 100  # 8 bytes: 16 bits of red, green, blue and alpha
-_METHODS = {zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA}  # that Python reads
 
 
 class Files(Source):
@@ -55,7 +53,7 @@ class Files(Source):
             notes.append(f"the images of all splits are used: {', '.join(sorted(first))}; for one, give its path")
         if left_aside:
             notes.append(f"left aside {counted(left_aside)}")
-        self.note(path, notes + note_of_imagenet(classes))
+        self.note(path, notes)
 
     def find_labels(self, path, names: list[str], others: list[str]):
         """See `labels.find_labels`."""
@@ -97,10 +95,6 @@ class ImageFolder(Files):
     def content(self, name: str) -> bytes:
         """The content of a file."""
         return (self._root / name).read_bytes()
-
-    def stamp(self, i: int) -> str:
-        """Size and modification time of the file."""
-        return file_stamp(self._root / self.names[i])
 
 
 def _walk(root: str, depth: int = sys.maxsize):
@@ -162,7 +156,9 @@ def read_range(path: str, start: int, size: int) -> bytes:
     else:
         file = os.open(path, os.O_RDONLY)  # for each read: a set may have more files than a process may open
         try:
-            found = os.pread(file, size, start)
+            found = b""
+            while part := os.pread(file, size - len(found), start + len(found)):  # of 2 GiB at most
+                found += part
         finally:
             os.close(file)
     if len(found) < size:
@@ -176,18 +172,14 @@ class RemoteFolder(Files):
     def __init__(self, url: str, labels: bool = False):
         self._store, self._root = connect(url)
         found = self._store.find(self._root, detail=True)
-        if not found:
-            raise DataError(f"{url} does not exist or is empty; give a folder of images or a prepared set")
+        if found.keys() <= {self._root}:
+            raise DataError(f"{url} is no folder or is empty; give a folder of images or a prepared set")
         sizes = {name.removeprefix(self._root).lstrip("/"): entry.get("size") for name, entry in found.items()}
         super().__init__(url, sizes, labels)
 
     def content(self, name: str) -> bytes:
         """The content of a file."""
         return self._store.cat_file(f"{self._root}/{name}")
-
-    def stamp(self, i: int) -> str:
-        """The store's key for this version of the file."""
-        return self._store.ukey(f"{self._root}/{self.names[i]}")
 
 
 def connect(url: str):
@@ -214,44 +206,24 @@ class ZipImages(Files):
         with prefixed(
             DataError, f"{path} is not a readable zip file (", broken, "); give a .zip or a folder of images"
         ):
-            entries = {_zip_name(info): info for info in self._open().infolist()}  # of one name, the last
-        entries = {name: info for name, info in entries.items() if not name.endswith("/")}
-        locked = [name for name, info in entries.items() if info.flag_bits & 1]
-        if locked:
-            raise DataError(f"{path} is encrypted ({locked[0]!r} needs a password); unpack it and give the folder")
-        strange = [name for name, info in entries.items() if info.compress_type not in _METHODS]
-        if strange:
-            raise DataError(f"{path} is compressed by a method that Python cannot read ({strange[0]!r}); unpack it")
-        self._stored = {name: info.filename for name, info in entries.items() if name != info.filename}
-        super().__init__(path, {name: info.file_size for name, info in entries.items()}, labels)
+            entries = self._open().infolist()
+        # Of entries with one name, the last one counts, as in unpacking.
+        super().__init__(path, {entry.filename: entry.file_size for entry in entries if not entry.is_dir()}, labels)
 
     def content(self, name: str) -> bytes:
         """The content of a file."""
-        info = self._info(name)
-        if info.file_size > _BOMB_BYTES and info.file_size > _BOMB_RATIO * info.compress_size:
-            raise DataError(
-                f"it unpacks from {info.compress_size:,} to {info.file_size:,} bytes, like a decompression bomb; if it "
-                "is none, unpack the archive and give the folder"
-            )
-        return self._open().read(info)
-
-    def stamp(self, i: int) -> str:
-        """Checksum of the file."""
-        return f"{self._info(self.names[i]).CRC:08x}"
-
-    def _info(self, name: str) -> zipfile.ZipInfo:
-        return self._open().getinfo(self._stored.get(name, name))
+        return self._open().read(name)
 
     def _open(self):
         if self._archive is None:  # opened once per process; ZipFile serializes reads among threads
             store, path = connect(self._path) if is_remote(self._path) else (None, self._path)
-            self._archive = zipfile.ZipFile(store.open(path) if store else path)
+            archive = zipfile.ZipFile(store.open(path) if store else path)
+            for entry in archive.infolist():
+                if entry.create_system == 0:  # of Windows, where PowerShell separates folders by backslashes
+                    entry.filename = entry.filename.replace("\\", "/")
+                    archive.NameToInfo[entry.filename] = entry
+            self._archive = archive
         return self._archive
 
     def __getstate__(self):
         return self.__dict__ | {"_archive": None}
-
-
-def _zip_name(info: zipfile.ZipInfo) -> str:
-    """Name of an entry. Some programs on Windows write backslashes, which no file name contains there."""
-    return info.filename.replace("\\", "/") if info.create_system == 0 else info.filename

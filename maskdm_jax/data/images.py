@@ -4,11 +4,10 @@ import contextlib
 import dataclasses
 import io
 import re
-import zlib
 
 import numpy as np
 import PIL
-from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageDraw, ImageFont, ImageOps, PngImagePlugin, UnidentifiedImageError
 
 from maskdm_jax.storage import atomic_path, foreign_kind
 
@@ -19,12 +18,10 @@ _FORMATS = {*Image.OPEN, "MPO"} - _UNDECODED
 SUFFIXES = {suffix for suffix, kind in Image.registered_extensions().items() if kind in _FORMATS}
 MAX_PIXELS = 178_956_970  # Pillow's limit against decompression bombs
 Image.MAX_IMAGE_PIXELS = None  # `open_image` checks its own limit, which can be set
+# A colour profile or text above 1 MiB would make a PNG unreadable; all text of a PNG together may have 64 MiB.
+PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY
 DECODER = f"Pillow {PIL.__version__}"
 FILTERS = {name: Image.Resampling[name.upper()] for name in ("bicubic", "bilinear", "lanczos", "box")}
-
-
-class ChannelsError(ValueError):
-    """An image whose number of channels differs from the one asked for and cannot be converted."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,40 +49,27 @@ class Framing:
             raise ValueError(f"filter {self.filter!r} is unknown; choose from {', '.join(FILTERS)}")
         if self.crop == "adm" and self.filter != "bicubic":
             raise ValueError(f"crop 'adm' resizes by the filter bicubic, not {self.filter}")
-        self._parse_crop()
+        if not re.fullmatch(r"adm|centre(: *[1-9]\d*)?|\d+, *\d+, *[1-9]\d*", self.crop):
+            raise ValueError(f"crop {self.crop!r} is not understood; give centre, centre:SIDE, LEFT,TOP,SIDE or adm")
 
     @classmethod
     def of(cls, settings) -> "Framing":
         """The framing that a `config.Data` asks for."""
         return cls(settings.image_size, settings.channels, max_pixels=settings.max_pixels)
 
-    def _parse_crop(self) -> tuple[int, int, int] | int:
-        """(left, top, side), or the side of a centred crop; 0 for the short side."""
-        if self.crop == "adm":
-            return 0
-        match = re.fullmatch(r"centre(?::([1-9]\d*))?|(\d+),(\d+),([1-9]\d*)", self.crop.replace(" ", ""))
-        if not match:
-            raise ValueError(f"crop {self.crop!r} is not understood; give centre, centre:SIDE, LEFT,TOP,SIDE or adm")
-        side, *corner_and_side = match.groups()
-        return int(side or 0) if corner_and_side[0] is None else tuple(map(int, corner_and_side))
-
-    def side(self, image_size: tuple[int, int]) -> int:
-        """Side of the square that is cropped from an image of (width, height)."""
-        crop = self._parse_crop()
-        return crop or min(image_size) if isinstance(crop, int) else crop[2]
-
-    def box(self, image_size: tuple[int, int]) -> tuple[int, int, int, int]:
-        """The crop of an image of (width, height), as (left, top, right, bottom).
+    def square(self, image_size: tuple[int, int]) -> tuple[int, int, int]:
+        """The crop of an image of (width, height), as (left, top, side).
 
         Raises:
           ValueError: the crop exceeds the image.
         """
         width, height = image_size
-        crop, side = self._parse_crop(), self.side(image_size)
-        left, top = ((width - side) // 2, (height - side) // 2) if isinstance(crop, int) else crop[:2]
+        numbers = [int(number) for number in re.findall(r"\d+", self.crop)]
+        side = numbers[-1] if numbers else min(image_size)
+        left, top = numbers[:2] if len(numbers) == 3 else ((width - side) // 2, (height - side) // 2)
         if min(left, top) < 0 or left + side > width or top + side > height:
             raise ValueError(f"crop {self.crop!r} does not fit into {width} x {height} pixels")
-        return left, top, left + side, top + side
+        return left, top, side
 
     def describe(self) -> dict:
         """The `image` part of a data card: two sets are comparable if theirs are equal."""
@@ -107,8 +91,8 @@ def open_image(image, channels: int, max_pixels: int = MAX_PIXELS) -> Image.Imag
     EXIF rotation is applied and transparency is composited on white.
 
     Raises:
-      ValueError: the bytes are no image, one of floating-point or 32-bit numbers, or one of more than `max_pixels`.
-      ChannelsError: the array has another number of channels than 1 or 3.
+      ValueError: the bytes are no image, one of floating-point or 32-bit numbers, or one of more than `max_pixels`, or
+        the array has another number of channels than 1 or 3.
     """
     if isinstance(image, np.ndarray):
         _check_channels(image, channels)
@@ -130,50 +114,18 @@ def open_image(image, channels: int, max_pixels: int = MAX_PIXELS) -> Image.Imag
 
 
 def _read_file(content: bytes, max_pixels: int) -> Image.Image:
-    """The first frame of an image file. Damaged metadata do not matter."""
-
-    def read(content):
-        try:
-            image = Image.open(io.BytesIO(content))
-        except UnidentifiedImageError:  # its message names a memory address
-            raise ValueError(foreign_kind(content[:64]) or "not an image of a known kind") from None
-        if image.width * image.height > max_pixels:
-            raise ValueError(
-                f"it has {image.width} x {image.height} pixels, more than data.max_pixels {max_pixels}, the limit "
-                "against decompression bombs; raise --config.data.max_pixels, or prepare the images with --max_pixels"
-            )
-        image.load()
-        return image
-
+    """The first frame of an image file."""
     try:
-        return read(content)
-    except Exception:  # decoders raise any type
-        with contextlib.suppress(Exception):
-            return read(_without_metadata(content))
-        raise
-
-
-def _without_metadata(content: bytes) -> bytes:
-    """A PNG or JPEG file without text, colour profiles and the like; other files as they are. Sound EXIF is kept."""
-    if content.startswith(b"\x89PNG\r\n\x1a\n"):
-        kept, start = [content[:8]], 8
-        while start + 12 <= len(content):  # a chunk: length, kind, data, checksum
-            end = start + 12 + int.from_bytes(content[start : start + 4])
-            kind, checksum = content[start + 4 : start + 8], int.from_bytes(content[end - 4 : end])
-            sound_exif = kind == b"eXIf" and zlib.crc32(content[start + 4 : end - 4]) == checksum
-            if kind[:1].isupper() or kind == b"tRNS" or sound_exif:  # upper case: needed for the pixels
-                kept.append(content[start:end])
-            start = end
-        return b"".join(kept)
-    if content.startswith(b"\xff\xd8"):
-        kept, start = [content[:2]], 2
-        while (marker := content[start : start + 2]).startswith(b"\xff") and marker != b"\xff\xda":  # up to the scan
-            end = start + 2 + int.from_bytes(content[start + 2 : start + 4])
-            if not b"\xff\xe2" <= marker <= b"\xff\xed" and marker not in (b"\xff\xef", b"\xff\xfe"):
-                kept.append(content[start:end])  # all but APP2 to APP13, APP15 and comments
-            start = end
-        return b"".join(kept) + content[start:]
-    return content
+        image = Image.open(io.BytesIO(content))
+    except UnidentifiedImageError:  # its message names a memory address
+        raise ValueError(foreign_kind(content[:64]) or "not an image of a known kind") from None
+    if image.width * image.height > max_pixels:
+        raise ValueError(
+            f"it has {image.width} x {image.height} pixels, more than data.max_pixels {max_pixels}, the limit "
+            "against decompression bombs; raise --config.data.max_pixels, or prepare the images with --max_pixels"
+        )
+    image.load()
+    return image
 
 
 def is_image(content: bytes) -> bool:
@@ -194,7 +146,7 @@ def surprises(image, framing: Framing) -> list[str]:
         # The further frames of a photo in MPO format and of a PSD are previews and layers.
         size, animated = opened.size, opened.format not in ("MPO", "PSD") and getattr(opened, "is_animated", False)
     found = [f"smaller than {framing.size} x {framing.size} pixels, so they are enlarged"]
-    found = found if framing.side(size) < framing.size else []
+    found = found if framing.square(size)[2] < framing.size else []
     return found + ["animated or of several pages, so the first alone is used"] * animated
 
 
@@ -205,8 +157,8 @@ def decode(image, framing: Framing) -> np.ndarray:
     so many channels, each of which is cropped and resized.
 
     Raises:
-      ValueError: the bytes are no image, it has more than `framing.max_pixels`, or the crop exceeds it.
-      ChannelsError: the image has another number of channels.
+      ValueError: the bytes are no image, it has more than `framing.max_pixels` or another number of channels, or the
+        crop exceeds it.
     """
     if framing.channels in (1, 3):
         fitted = np.asarray(_fit(open_image(image, framing.channels, framing.max_pixels), framing))
@@ -216,7 +168,7 @@ def decode(image, framing: Framing) -> np.ndarray:
 
 
 def _check_channels(image, channels: int) -> None:
-    """Raise ChannelsError for an array that neither has `channels` channels nor converts, or for bytes."""
+    """Raise ValueError for an array that neither has `channels` channels nor converts, or for bytes."""
     if isinstance(image, np.ndarray):
         found = image.shape[-1]
         if found == channels or {found, channels} == {1, 3}:
@@ -225,15 +177,16 @@ def _check_channels(image, channels: int) -> None:
     else:
         found = len(Image.open(io.BytesIO(image)).getbands())
         kind, works = "an encoded image", "3 (RGB) or 1 (grey)"
-    raise ChannelsError(f"it is {kind} of {found} channels, not an array of {channels}; set data.channels to {works}")
+    raise ValueError(f"it is {kind} of {found} channels, not an array of {channels}; set data.channels to {works}")
 
 
 def _fit(image: Image.Image, framing: Framing) -> Image.Image:
     """Crop and resize."""
     if framing.crop == "adm":
         return _fit_adm(image, framing.size, framing.max_pixels)
-    size, box = framing.size, framing.box(image.size)
-    if framing.crop != "centre" or box[2] - box[0] == size:
+    size, (left, top, side) = framing.size, framing.square(image.size)
+    box = (left, top, left + side, top + side)
+    if framing.crop != "centre" or side == size:
         image, box = image.crop(box), None
     if image.size != (size, size):
         # With a box Pillow computes the centre alone: a very long image, enlarged whole, would not fit into memory.

@@ -57,22 +57,28 @@ def find_labels(path, names: list[str], others: list[str], read):
     Raises:
       DataError: neither label files nor folders define the label of every image.
     """
-    kinds = {name: posixpath.basename(name).lower() for name in others}
-    listed = {name: _read_label_file(path, name, read) for name, kind in kinds.items() if kind in _LABEL_FILES}
-    files, known = [name for name, found in listed.items() if found], {}
-    unused = [f"{name} has no {_needed(kinds[name])}" for name, found in listed.items() if not found]
-    unused += [f"{name} is not read, unlike a .csv" for name, kind in kinds.items() if kind == "metadata.parquet"]
-    for found in listed.values():
-        differing = [name for name in found if known.get(name, found[name]) != found[name]]
-        if differing:
-            raise DataError(f"{path}: {' and '.join(files)} give different labels to {differing[0]!r}; remove one")
-        known |= found
+    known, files, notes = {}, [], []
+    for name in others:
+        kind = posixpath.basename(name).lower()
+        found = _read_label_file(path, name, read) if kind in _LABEL_FILES else {}
+        for image, label in found.items():
+            if known.setdefault(image, label) != label:
+                raise DataError(
+                    f"{path}: {' and '.join([*files, name])} give different labels to {image!r}; remove one"
+                )
+        if found:
+            files.append(name)
+        elif kind in _LABEL_FILES or kind == "metadata.parquet":
+            notes.append(
+                f"no labels are taken from {name}: a metadata.csv or .jsonl needs a column 'file_name', a "
+                "dataset.json needs 'labels'"
+            )
     if not files:
         labels, classes = _labels_by_folder(path, names)
-        if not unused and all(re.fullmatch(r"\d{5,}", name) for name in classes):
-            unused = [f"no {' or '.join(_LABEL_FILES)} is there"]
-        taken = f", so the folders {', '.join(classes[:3])} are taken for classes. If they only divide the files, "
-        return labels, classes, [], ["; ".join(unused) + taken + WITHOUT_LABELS] if unused else []
+        if notes or all(re.fullmatch(r"\d{5,}", name) for name in classes):
+            shown = ", ".join(classes[:3])
+            notes.append(f"the folders {shown} are taken for classes. If they only divide the files, {WITHOUT_LABELS}")
+        return labels, classes, [], notes
     labels = {name: known.get(_normalized(name)) for name in names}
     bare = [name for name, label in labels.items() if label is None]
     if bare:
@@ -80,7 +86,6 @@ def find_labels(path, names: list[str], others: list[str], read):
             f"{path}: {' and '.join(files)} lack a label for {bare[0]!r} ({len(bare)} of {len(names)} images); add "
             f"it, or {WITHOUT_LABELS}"
         )
-    notes = [f"{text}, so no labels are taken from it" for text in unused]
     if len(known) > len(names):
         notes.append(f"{' and '.join(files)} list {len(known) - len(names)} images that are not there")
     return *number_labels(list(labels.values())), files, notes
@@ -109,14 +114,9 @@ def read_label(suffix: str, content: bytes) -> str | None:
         return None
 
 
-def _needed(kind: str) -> str:
-    """The part of a label file without which it is not one."""
-    return "entry 'labels'" if kind == "dataset.json" else "column 'file_name'"
-
-
 def _read_label_file(path, file: str, read) -> dict[str, str]:
     """Label by normalized name of every image that a file lists; {} if the file is of another kind."""
-    causes = (ValueError, TypeError, AttributeError, LookupError, RecursionError, csv.Error)
+    causes = (ValueError, TypeError, AttributeError, LookupError, RuntimeError, csv.Error)  # RuntimeError: of a zip
     hint = f"); repair or remove it, or {WITHOUT_LABELS}"
     with prefixed(DataError, f"{path}: {file} cannot be used for labels (", causes, hint):
         rows = _LABEL_FILES[posixpath.basename(file).lower()](read(file).decode("utf-8-sig"))
@@ -162,15 +162,6 @@ def level_of_difference(names: list[str]) -> tuple[int, list[list[str]]]:
     folders = [[part for part in name.split("/")[:-1] if part not in ("", ".")] for name in names]
     same = lambda level: len(set(level)) == 1
     return sum(1 for _ in itertools.takewhile(same, zip(*folders, strict=False))), folders
-
-
-def note_of_imagenet(classes: list[str]) -> list[str]:
-    """A line for the log if classes are named like those of ImageNet, but their numbers are not the published ones."""
-    if len(classes) == 1000 or not any(re.fullmatch(r"n\d{8}", name) for name in classes):
-        return []
-    return [
-        f"its {len(classes)} classes are named as in ImageNet, but only those of all 1,000 have the published numbers"
-    ]
 
 
 def _labels_by_folder(path, names: list[str]) -> tuple[list[int], list[str]]:

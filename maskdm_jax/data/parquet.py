@@ -11,15 +11,15 @@ import shutil
 import numpy as np
 
 from maskdm_jax.data.base import WITHOUT_LABELS, LazySequence, Source, hash_texts
-from maskdm_jax.data.files import file_stamp, open_file, read_range
-from maskdm_jax.data.labels import note_of_imagenet, number_labels
+from maskdm_jax.data.files import open_file, read_range
+from maskdm_jax.data.labels import number_labels
 from maskdm_jax.data.shards import index_path, kept_index, relative_names
 from maskdm_jax.errors import DataError, prefixed
 from maskdm_jax.storage import atomic_path, foreign_kind
 
 _READERS = 4  # files that are read at the same time, for their index: each takes twice the memory of a row group
 _BATCH = 64  # rows that are read at a time
-_LENGTH, _PAGE_HEADER = 4, 1 << 16  # bytes before each image, and at most before the first one of a page
+_GAP = 1 << 16  # bytes before an image at most: its length, or the header of a page
 _IN_FILE, _IN_COPY, _AT_PATH, _NOWHERE = range(4)  # where an image is
 
 log = logging.getLogger(__name__)
@@ -48,7 +48,6 @@ class ParquetImages(Source):
         self._files, self._names = files, relative_names(files)
         with concurrent.futures.ThreadPoolExecutor(_READERS) as pool:
             indexes = list(pool.map(lambda file: kept_index(file, _read_rows), files))
-        self._stamps = [index["stamp"] for index in indexes]
         self._copies = {file: str(index_path(file, ".images")) for file in files}
         self._starts = np.cumsum([0] + [len(index["sizes"]) for index in indexes])
         joined = lambda key: np.concatenate([np.asarray(index[key], np.int64) for index in indexes])
@@ -65,7 +64,6 @@ class ParquetImages(Source):
         sizes = zip(self._names, np.diff(self._starts), indexes, strict=True)
         files_hash = hash_texts(f"{name} {rows} {index['bytes']}" for name, rows, index in sizes)
         super().__init__(LazySequence(count, self._name), numbers, classes, files_hash)
-        self.note(path, note_of_imagenet(classes))
 
     def _name(self, i: int) -> str:
         number = self._number(i)
@@ -85,10 +83,6 @@ class ParquetImages(Source):
                 return file.read()
         file = self._files[self._number(i)]
         return read_range(file if where == _IN_FILE else self._copies[file], int(self._offsets[i]), size)
-
-    def stamp(self, i: int) -> str:
-        """Size and modification time of the image's file, or of its Parquet file when it was opened."""
-        return file_stamp(self._paths[i]) if i in self._paths else self._stamps[self._number(i)]
 
 
 def _labels(path, names: list[str], indexes: list[dict]):
@@ -228,16 +222,13 @@ def _place_all(images, stored: bytes, position: int, chunk, out, index: dict) ->
     """Find images in the bytes of their row group, or copy them to `out`; returns the position after the last one."""
     for image in images:
         content, path = (image.get("bytes"), image.get("path")) if isinstance(image, dict) else (image, None)
+        found = stored.find(content, position, position + len(content) + _GAP) if content else -1
         where, offset = _NOWHERE, 0
-        if content:
-            found = position + _LENGTH  # the next image mostly follows at once, else after the header of a page
-            if not stored.startswith(content, found):
-                found = stored.find(content, position, position + len(content) + _PAGE_HEADER)
-            where, offset = (_IN_FILE, _start(chunk) + found) if found >= 0 else (_IN_COPY, out.tell())
-            if found < 0:
-                out.write(content)
-            else:
-                position = found + len(content)
+        if found >= 0:
+            where, offset, position = _IN_FILE, _start(chunk) + found, found + len(content)
+        elif content:
+            where, offset = _IN_COPY, out.tell()
+            out.write(content)
         elif path:
             where, index["paths"][str(len(index["sizes"]))] = _AT_PATH, path
         index["where"].append(where)

@@ -25,7 +25,7 @@ import numpy as np
 from absl import flags
 
 from maskdm_jax.data.base import counted
-from maskdm_jax.data.images import ChannelsError, Framing, decode, surprises
+from maskdm_jax.data.images import Framing, decode, surprises
 from maskdm_jax.data.sources import card_of, open_source, read_patiently, select
 from maskdm_jax.errors import DataError, first_line, prefixed
 
@@ -87,8 +87,6 @@ class _ReadBatch:
             try:
                 image, label = read_patiently(self.source, number)
                 return decode(image, self.framing), label, reason
-            except ChannelsError as error:
-                raise DataError(f"{self.source.names[number]} does not fit: {error}") from None
             except Exception as error:  # decoders raise any type on a damaged file
                 reason = reason or first_line(error)
         raise DataError(f"{self.source.names[record]} ({reason}) and its {step} neighbours are all unreadable")

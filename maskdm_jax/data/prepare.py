@@ -7,7 +7,6 @@ import datetime
 import hashlib
 import io
 import json
-import logging
 import os
 import pathlib
 import textwrap
@@ -26,9 +25,7 @@ from maskdm_jax.storage import atomic_path, lock_dir, write_atomically
 
 PER_SHARD = 2048  # images of the source; an interruption loses the work on at most one shard
 _PLAN = "plan.json"  # what an unfinished set will hold
-_NOTE = dict(labels=list, left_out=list, hash=str, digests=str, stamps=str)  # what is noted of a finished shard
-
-log = logging.getLogger(__name__)
+_SAME = ("source", "files_hash", "split", "image", "classes", "labels_hash")  # of the plan: the card has them too
 
 
 def prepare(
@@ -56,7 +53,8 @@ def prepare(
     if framing.channels not in (1, 3):
         raise DataError(f"a prepared set holds PNG images, of 1 or 3 channels, not {framing.channels}")
     out = pathlib.Path(out).expanduser().absolute()
-    plan = dict(source=name, names_hash=hash_texts(source.names), split=split, image=framing.describe())
+    files_hash = source.files_hash or hash_texts(source.names)
+    plan = dict(source=name, files_hash=files_hash, split=split, image=framing.describe())
     plan |= dict(classes=source.classes, labels_hash=source.labels_hash(), images=len(source), per_shard=per_shard)
     with lock_dir(out), concurrent.futures.ThreadPoolExecutor(threads or 2 * (os.cpu_count() or 1)) as pool:
         return _Preparation(source, out, framing, plan, pool, progress or (lambda done: None)).run()
@@ -77,7 +75,7 @@ class _Preparation:
             return card
         notes = []
         for i in range(self._shards):
-            notes.append(self._valid_note(i) or self._write_shard(i))
+            notes.append(self._read_note(i) or self._write_shard(i))
             self._progress(self._numbers(i).stop)
             check_unreadable([entry for note in notes for entry in note["left_out"]], self._plan["images"])
         self._verify(notes)
@@ -88,19 +86,17 @@ class _Preparation:
         out, plan = self._out, self._plan
         if (out / CARD).exists():
             card = read_card(out)
-            keys = ("source", "names_hash", "split", "image", "classes", "labels_hash")
-            before = plan | card  # sets of before labels were hashed have no hash of them
-            changed = _changes({key: before[key] for key in keys}, {key: plan[key] for key in keys})
-            if not changed and card["source_stamp"] == hash_texts(["".join(map(self._stamps, range(self._shards)))]):
-                return card
-            raise DataError(
-                f"{out} holds a finished set of {card['source']} at {card['image']['size']} px, which differs "
-                f"({changed or 'size or time of its files'}); give another folder or remove it"
-            )
+            before = plan | card  # older sets have no hash of their files or labels
+            changed = _changes({key: before[key] for key in _SAME}, {key: plan[key] for key in _SAME})
+            if changed:
+                raise DataError(
+                    f"{out} holds a finished set of {card['source']} at {card['image']['size']} px, which differs "
+                    f"({changed}); give another folder or remove it"
+                )
+            return card
         if (out / _PLAN).exists():
-            causes = (ValueError, TypeError, RecursionError)
-            with prefixed(DataError, f"{out / _PLAN} is damaged (", causes, f"); remove {out} and start again"):
-                found = dict(json.loads((out / _PLAN).read_text()))
+            with prefixed(DataError, f"{out / _PLAN} is damaged (", ValueError, f"); remove {out} and start again"):
+                found = json.loads((out / _PLAN).read_text())
             if changed := _changes(found, plan):
                 raise DataError(
                     f"{out} holds an unfinished set of other images or settings ({changed}); remove it or give "
@@ -117,63 +113,51 @@ class _Preparation:
         size = self._plan["per_shard"]
         return range(i * size, min((i + 1) * size, self._plan["images"]))
 
-    def _stamps(self, i: int) -> str:
-        """Short hashes of the stamps of a shard's images, joined."""
-        return "".join(self._pool.map(lambda number: hash_texts([self._source.stamp(number)])[:16], self._numbers(i)))
-
     def _path(self, i: int) -> pathlib.Path:
         return self._out / shard_name(i, self._shards)
 
     def _note_path(self, i: int) -> pathlib.Path:
         return self._out / f"shard-{i:05d}.json"
 
-    def _valid_note(self, i: int) -> dict | None:
-        """The note of an earlier call that finished shard i, if its images have not changed since."""
-        with contextlib.suppress(OSError, ValueError, RecursionError):
-            note = json.loads(self._note_path(i).read_text())
-            if not isinstance(note, dict) or {key: type(value) for key, value in note.items()} != _NOTE:
-                return None
-            if note["stamps"] == self._stamps(i):
-                return note
-            log.warning("%s is written again: its images have changed", shard_name(i, self._shards))
+    def _read_note(self, i: int) -> dict | None:
+        """The note of an earlier call that finished shard i."""
+        with contextlib.suppress(OSError, ValueError):
+            return json.loads(self._note_path(i).read_text())
         return None
 
     def _write_shard(self, i: int) -> dict:
         """Write shard i and a note of its contents."""
         path, numbers = self._path(i), self._numbers(i)
-        stamps = self._stamps(i)  # taken before the images are read, so that a later change shows
         written, labels, digests, left_out = hashlib.sha256(), [], [], []
-        failed = lambda: prefixed(OSError, f"{path} cannot be written: ", RuntimeError)  # mostly a full disk
-        with atomic_path(path) as temporary:
-            with failed():
-                writer = ArrayRecordWriter(str(temporary), "group_size:1")
-            try:
-                for number, (image, label, digest) in zip(numbers, self._pool.map(self._encode, numbers), strict=True):
-                    if isinstance(image, Exception):
-                        left_out.append(f"{self._source.names[number]}: {first_line(image)}")
-                    else:
-                        record = encode_record(self._source.names[number], label, image)
-                        with failed():
-                            writer.write(record)
-                        written.update(record)
-                        labels.append(label)
-                        digests.append(digest.hex())
-                    self._progress(number + 1)
-            finally:
-                with failed():
-                    writer.close()
-        note = dict(labels=labels, left_out=left_out, hash=written.hexdigest(), digests="".join(digests), stamps=stamps)
+        failed = prefixed(OSError, f"{path} cannot be written: ", RuntimeError)  # mostly a full disk
+        with (
+            atomic_path(path) as temporary,
+            failed,
+            contextlib.closing(ArrayRecordWriter(str(temporary), "group_size:1")) as writer,
+        ):
+            for number, found in zip(numbers, self._pool.map(self._encode, numbers), strict=True):
+                if isinstance(found, str):
+                    left_out.append(found)
+                else:
+                    record, label, digest = found
+                    writer.write(record)
+                    written.update(record)
+                    labels.append(label)
+                    digests.append(digest.hex())
+                self._progress(number + 1)
+        note = dict(labels=labels, left_out=left_out, hash=written.hexdigest(), digests="".join(digests))
         write_atomically(self._note_path(i), json.dumps(note).encode())
         return note
 
     def _encode(self, number: int):
-        """(PNG or the exception of reading it, label, digest) of an image of the source."""
+        """(record, label, digest) of an image of the source; its name and why it cannot be read, if so."""
+        name = self._source.names[number]
         try:
             image, label = read_patiently(self._source, number)
             pixels, label = decode(image, self._framing), label if self._plan["classes"] else -1
-            return _png(pixels), label, image_digest(label, pixels)
+            return encode_record(name, label, _png(pixels)), label, image_digest(label, pixels)
         except Exception as error:  # decoders raise any type on a damaged file
-            return error, -1, b""
+            return f"{name}: {first_line(error)}"
 
     def _verify(self, notes: list[dict]) -> None:
         """Read all shards back. Drop the notes of those that differ, so that the next call rewrites them."""
@@ -195,10 +179,8 @@ class _Preparation:
             np.save(buffer, labels)
             write_atomically(out / LABELS, buffer.getvalue())
         counts = collections.Counter(labels.tolist())
-        card = dict(format=FORMAT)
-        card |= {key: self._plan[key] for key in ("source", "names_hash", "split", "image", "classes", "labels_hash")}
+        card = dict(format=FORMAT) | {key: self._plan[key] for key in _SAME}
         card |= dict(
-            source_stamp=hash_texts(["".join(note["stamps"] for note in notes)]),
             decoder=DECODER,
             encoding="PNG",
             count=len(labels),

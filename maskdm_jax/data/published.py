@@ -9,7 +9,6 @@ import zipfile
 from maskdm_jax.data.databases import ArrayBatches, TfdsImages
 from maskdm_jax.data.images import Framing
 from maskdm_jax.data.sources import Selection, open_source
-from maskdm_jax.data.tars import is_tar
 from maskdm_jax.errors import DataError, prefixed
 
 CIFAR10 = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
@@ -39,14 +38,11 @@ SETS = {
 _OTHER_NAMES = {"valid": "validation"}  # of splits, in TFDS and in CelebA-HQ's databases
 
 
-def open_published(
-    dataset: str, src: str, scratch, *, split: str = "", labels: bool | None = None, any_count: bool = False
-):
+def open_published(dataset: str, src: str, *, split: str = "", labels: bool | None = None, any_count: bool = False):
     """Open a set of `SETS` from its files.
 
     Args:
       src: a folder with the published files, one of these files, a folder of the unpacked images, or `tfds:NAME`.
-      scratch: path of a file to decompress an archive into; it is written only if needed.
       split: a split of the set; "" for its first.
       labels: whether to read class labels; None reads them if the set has classes.
       any_count: accept a number of images other than the set's.
@@ -70,7 +66,7 @@ def open_published(
         place = pathlib.Path(src).expanduser()
         if not place.exists():
             raise DataError(f"{src!r} does not exist; give the folder with the files of {dataset}")
-        source = _OPENERS[dataset](place, split, labels, scratch)
+        source = _OPENERS[dataset](place, split, labels)
     if len(source) != known.counts[split] and not any_count:
         raise DataError(
             f"{src} holds {len(source)} images, but {dataset} ({split}) has {known.counts[split]}; give all of it, or "
@@ -91,8 +87,8 @@ def open_tfds(src: str, labels: bool, split: str = ""):
     return TfdsImages(builder.data_dir, labels, split)
 
 
-def _celeba(place, split, labels, scratch):
-    source = open_source(str(_find(place, "img_align_celeba.zip") or place), scratch=scratch)
+def _celeba(place, split, labels):
+    source = open_source(str(_find(place, "img_align_celeba.zip") or place))
     if split == "all":
         return source
     number = {"train": "0", "valid": "1", "test": "2"}[split]
@@ -121,20 +117,20 @@ def _celeba_partition(place: pathlib.Path) -> dict[str, str]:
     return {row[0]: row[-1] for row in rows if len(row) > 1 and row[-1] in ("0", "1", "2")}
 
 
-def _celebahq(place, split, labels, scratch):
+def _celebahq(place, split, labels):
     database = _find(place, f"{_OTHER_NAMES.get(split, split)}.lmdb")
-    source = open_source(str(database or place), scratch=scratch)
+    source = open_source(str(database or place))
     # CelebAMask-HQ.zip holds many face masks per image too.
     inside = [i for i, name in enumerate(source.names) if "CelebA-HQ-img/" in f"/{name}"]
     return Selection(source, inside) if inside else source
 
 
-def _vggface2(place, split, labels, scratch):
-    tars = [f"vggface2_{split}.{suffix}" for suffix in ("tar.gz", "tgz", "tar")]
-    return open_source(str(_find(place, *tars, split) or place), labels, scratch=scratch)
+def _vggface2(place, split, labels):
+    tars = [f"vggface2_{split}.{suffix}" for suffix in ("tar", "tar.gz")]
+    return open_source(str(_find(place, split, *tars) or place), labels)
 
 
-def _lsun_church(place, split, labels, scratch):
+def _lsun_church(place, split, labels):
     name = {"train": "church_outdoor_train_lmdb", "valid": "church_outdoor_val_lmdb"}[split]
     place = _find(place, name) or place
     zipped = _find(place, f"{name}.zip")
@@ -143,12 +139,12 @@ def _lsun_church(place, split, labels, scratch):
     return open_source(str(place))
 
 
-def _cifar10(place, split, labels, scratch):
+def _cifar10(place, split, labels):
     pattern = {"train": r"(^|/)data_batch_\d(\.bin)?$", "test": r"(^|/)test_batch(\.bin)?$"}[split]
     return _batches(place, "cifar-10-*.tar.gz", pattern, CIFAR10 if labels else [], 0)
 
 
-def _imagenet64(place, split, labels, scratch):
+def _imagenet64(place, split, labels):
     pattern = {"train": r"(^|/)train_data_batch_\d+(\.npz)?$", "valid": r"(^|/)val_data(\.npz)?$"}[split]
     return _batches(place, "Imagenet64_*.zip", pattern, [str(i) for i in range(1, 1001)] if labels else [], 1)
 
@@ -175,7 +171,7 @@ def _members(path: pathlib.Path, pattern: str) -> list[str]:
     if path.is_file() and zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as archive:
             names = archive.namelist()
-    elif path.is_file() and is_tar(path):
+    elif path.is_file() and ".tar" in path.name:
         causes = (tarfile.TarError, EOFError, OSError)
         broken = prefixed(DataError, f"{path} is not a readable archive (", causes, "); copy it again")
         with broken, tarfile.open(path) as archive:

@@ -55,12 +55,8 @@ class Selection(Source):
         """Image i as the source stores it."""
         return self._source.read(int(self._numbers[i]))[0]
 
-    def stamp(self, i: int) -> str:
-        """The image's stamp in the source."""
-        return self._source.stamp(int(self._numbers[i]))
 
-
-def open_source(path: str, labels: bool = False, split: str = "", scratch=None) -> Source:
+def open_source(path: str, labels: bool = False, split: str = "") -> Source:
     """Open what a path names: `digits`, a prepared set, a TFDS data folder, a folder, .zip or .tar of images, an LMDB.
 
     Parquet files and shards of a WebDataset are given by their folder or a pattern; see `shards.find_shards`. Paths
@@ -70,7 +66,6 @@ def open_source(path: str, labels: bool = False, split: str = "", scratch=None) 
       path: as above; `~` is the home folder.
       labels: whether to read class labels.
       split: of a TFDS data folder, Parquet files or shards, `train` when empty; other sources have none.
-      scratch: path of a file to decompress a compressed tar into; without it, a compressed tar is an error.
 
     Raises:
       DataError: nothing is there, it is of another kind, it holds no image, or it has no labels.
@@ -84,7 +79,7 @@ def open_source(path: str, labels: bool = False, split: str = "", scratch=None) 
     source = _open_shards(path, labels, split)
     if source is not None:
         return source
-    source = _open(path, place, labels, scratch)
+    source = _open(path, place, labels)
     if split:
         raise DataError(f"{path!r} has no splits; leave out split={split!r}")
     return source
@@ -105,14 +100,12 @@ def _open_shards(path: str, labels: bool, split: str) -> Source | None:
         return kind(path, found, labels)
 
 
-def _open(path: str, place: pathlib.Path, labels: bool, scratch) -> Source:
+def _open(path: str, place: pathlib.Path, labels: bool) -> Source:
     from maskdm_jax.data import databases, files, prepared, tars  # a second to import
 
     if path == "digits":
         return Digits(labels)
     if is_remote(path):
-        if tars.is_tar(path):
-            raise DataError(f"{path}: compressed tar archives are read from a local disk alone; decompress it")
         missing = prefixed(DataError, f"{path} cannot be opened, a file is missing: ", FileNotFoundError)
         with prefixed(DataError, f"{path} cannot be opened: ", Exception), missing:  # each store has types of its own
             if path.lower().endswith(".zip"):
@@ -134,13 +127,12 @@ def _open(path: str, place: pathlib.Path, labels: bool, scratch) -> Source:
         return files.ImageFolder(place, labels)
     if place.is_file():
         with place.open("rb") as file:
-            kind = foreign_kind(file.read(64))
-        if kind and not (tars.is_tar(place) and kind.startswith("compressed")):
-            raise DataError(f"{place} is {kind}")
-    if place.is_file() and place.suffix.lower() == ".zip":
-        return files.ZipImages(place, labels)
-    if place.is_file() and tars.is_tar(place):
-        return tars.TarImages(place, [str(place)], labels, scratch)
+            if kind := foreign_kind(file.read(64)):
+                raise DataError(f"{place} is {kind}")
+        if place.suffix.lower() == ".zip":
+            return files.ZipImages(place, labels)
+        if place.suffix.lower() == ".tar":
+            return tars.TarImages(place, [str(place)], labels)
     if place.exists():
         raise DataError(f"'{place}' is neither a folder nor a .zip or .tar of images")
     raise DataError(f"'{place}' does not exist; give a folder or .zip of images, a prepared set, or 'digits'")

@@ -1,27 +1,19 @@
 """Images in tar archives: one archive with any layout, or the shards of a WebDataset."""
 
-import bz2
 import concurrent.futures
-import gzip
 import logging
-import lzma
-import pathlib
 import posixpath
-import shutil
 import tarfile
-import zlib
 
 import numpy as np
 
 from maskdm_jax.data.base import WITHOUT_LABELS
-from maskdm_jax.data.files import Files, file_stamp, open_file, read_range
+from maskdm_jax.data.files import Files, open_file, read_range
 from maskdm_jax.data.labels import number_labels, read_label
 from maskdm_jax.data.shards import kept_index, relative_names
 from maskdm_jax.errors import DataError, prefixed
-from maskdm_jax.storage import atomic_path, foreign_kind, is_remote
+from maskdm_jax.storage import foreign_kind
 
-_OPENERS = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ": lzma.open}
-_ZSTD = b"\x28\xb5\x2f\xfd"
 _READERS = 16  # archives of a store that are read at the same time, for their index
 _LABEL_BYTES = 1 << 20  # a larger .cls or .json holds no label
 
@@ -35,24 +27,20 @@ class TarImages(Files):
     may have label files or class folders, as other sources do.
     """
 
-    def __init__(self, path, tars: list[str], labels: bool = False, scratch=None):
+    def __init__(self, path, tars: list[str], labels: bool = False):
         """Read the headers, or their index of an earlier call.
 
         Args:
           path: of the whole set, for messages.
           tars: paths or addresses of the archives. The names of several archives precede those of their members.
           labels: whether to find labels.
-          scratch: path of a file to decompress a single compressed archive into; it is left there and used the next
-            time.
 
         Raises:
-          DataError: a file is damaged, or compressed and there is no scratch: a compressed archive can only be read
-            from its start.
+          DataError: a file is damaged or compressed: a compressed archive can only be read from its start.
         """
-        self._tars, self._many = [_decompressed(tar, scratch) for tar in tars], len(tars) > 1
+        self._tars, self._many = tars, len(tars) > 1
         with concurrent.futures.ThreadPoolExecutor(_READERS) as pool:
-            self._stamps = list(pool.map(file_stamp, tars))
-            indexes = list(pool.map(lambda tar: kept_index(tar, _read_headers), self._tars))
+            indexes = list(pool.map(lambda tar: kept_index(tar, _read_headers), tars))
         self._members, self._labels = {}, {}
         for number, (name, index) in enumerate(zip(relative_names(tars), indexes, strict=True)):
             prefix = f"{name}/" if self._many else ""
@@ -88,10 +76,6 @@ class TarImages(Files):
         if offset < 0:
             raise DataError("a link to no file of the archive")
         return read_range(self._tars[number], offset, size)
-
-    def stamp(self, i: int) -> str:
-        """Size and modification time of the archive when it was opened."""
-        return self._stamps[self._places[i][0]]
 
 
 def _stem(name: str) -> str:
@@ -148,35 +132,3 @@ def _place(members: dict[str, tarfile.TarInfo], member) -> tuple[int, int]:
             target = posixpath.normpath(posixpath.join(posixpath.dirname(member.name), target))
         member = members.get(target) or members.get(f"./{target}")
     return -1, 0
-
-
-def is_tar(path) -> bool:
-    """Whether a file is named like a tar archive, compressed or not."""
-    name = pathlib.Path(path).name.lower()
-    return name.endswith((".tar", ".tgz", ".tbz2", ".txz")) or ".tar." in name
-
-
-def _decompressed(path, scratch) -> str:
-    """`path` itself if it is not compressed; else `scratch`, a file with its content, which is written if needed."""
-    if is_remote(path):
-        return str(path)
-    path = pathlib.Path(path)
-    with open(path, "rb") as file:
-        start = file.read(6)
-    if start.startswith(_ZSTD):
-        raise DataError(f"{path} is compressed by zstd; decompress it first: zstd -d {path.name}")
-    opener = next((opener for magic, opener in _OPENERS.items() if start.startswith(magic)), None)
-    if opener is None:
-        return str(path)
-    if scratch is None:
-        raise DataError(
-            f"{path} is compressed; prepare the images once with launch/prepare_data.py, or unpack the file"
-        )
-    scratch = pathlib.Path(scratch)
-    if scratch.exists() and scratch.stat().st_mtime_ns >= path.stat().st_mtime_ns:
-        return str(scratch)
-    causes = (EOFError, zlib.error, lzma.LZMAError, gzip.BadGzipFile)
-    broken = prefixed(DataError, f"{path} is damaged (", causes, "); copy it again")
-    with broken, atomic_path(scratch) as temporary, opener(path) as packed, open(temporary, "wb") as plain:
-        shutil.copyfileobj(packed, plain, 1 << 20)
-    return str(scratch)
