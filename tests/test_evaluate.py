@@ -391,6 +391,14 @@ def test_a_few_images_are_decoded_ahead_in_order(tmp_path, monkeypatch):
     assert len(decoded) == 50
 
 
+def test_a_neighbour_replaces_an_unreadable_image_as_in_training(folders, tmp_path):
+    shutil.copytree(folders[1], tmp_path / "data")
+    (tmp_path / "data" / "003.png").write_bytes(b"no image")
+    images = features.transform("data", open_source(str(tmp_path / "data")), Framing(24))
+    found, expected = np.stack(list(images.iterate(0, 9))), pixels(folders[1])
+    np.testing.assert_array_equal(found, expected[[0, 1, 2, 4, 4, 5, 6, 7, 8]])
+
+
 def test_from_the_command_line(root, folders, weights, child_env, tmp_path):
     def run(*args):
         command = [sys.executable, "launch/evaluate.py", f"--reference={folders[0]}", *map(str, args)]

@@ -50,7 +50,7 @@ class _ReadBatch:
     first: int  # element of the stream that batch 0 begins with
     size: int
     keep: bool  # keep what was read in `kept`
-    kept: dict  # results of `_readable` by record
+    kept: dict  # results of `read_or_neighbour` by record
 
     def __call__(self, batch: int) -> dict:
         """Decode a batch; `unreadable` holds the records that a neighbour replaces, with the reasons."""
@@ -63,7 +63,7 @@ class _ReadBatch:
             unreadable={},
         )
         for i, record in enumerate(self._records(start)):
-            image, label, reason = self.kept.get(record) or self._readable(record)
+            image, label, reason = self.kept.get(record) or read_or_neighbour(self.source, record, self.framing)
             out["image"][i], out["label"][i] = image, label
             if reason:
                 out["unreadable"][record] = reason
@@ -79,17 +79,25 @@ class _ReadBatch:
             records += _epoch_order(n, self.seed, epoch)[position : position + self.size - len(records)].tolist()
         return records
 
-    def _readable(self, record: int):
-        """Pixels and label of a record or of its next readable neighbour, and why it is a neighbour."""
-        n, reason = len(self.source), ""
-        for step in range(min(n, _MAX_NEIGHBOURS)):
-            number = (record + step) % n
-            try:
-                image, label = read_patiently(self.source, number)
-                return decode(image, self.framing), label, reason
-            except Exception as error:  # decoders raise any type on a damaged file
-                reason = reason or first_line(error)
-        raise DataError(f"{self.source.names[record]} ({reason}) and its {step} neighbours are all unreadable")
+
+def read_or_neighbour(source, record: int, framing: Framing):
+    """Read a record or, if it is unreadable, its next readable neighbour.
+
+    Returns:
+      pixels uint8 [S, S, C], label, and the reason why they are those of a neighbour, "" if they are not.
+
+    Raises:
+      DataError: the neighbours are unreadable, too.
+    """
+    n, reason = len(source), ""
+    for step in range(min(n, _MAX_NEIGHBOURS)):
+        number = (record + step) % n
+        try:
+            image, label = read_patiently(source, number)
+            return decode(image, framing), label, reason
+        except Exception as error:  # decoders raise any type on a damaged file
+            reason = reason or first_line(error)
+    raise DataError(f"{source.names[record]} ({reason}) and its {step} neighbours are all unreadable")
 
 
 def check_unreadable(unreadable: list[str], images: int) -> None:

@@ -12,7 +12,8 @@ import grain
 import jax
 import numpy as np
 
-from maskdm_jax.data.images import Framing, decode, open_image
+from maskdm_jax.data.images import Framing, open_image
+from maskdm_jax.data.pipeline import read_or_neighbour
 from maskdm_jax.data.sources import card_of, open_source, read_patiently
 from maskdm_jax.errors import CheckpointError, DataError, EvaluationError, prefixed
 from maskdm_jax.evaluation import efficientnet, inception
@@ -172,7 +173,14 @@ def open_images(path, *, n=None, seed: int = 0, weights: str = "ema", sampling=N
         card = card_of(source, Framing(image["size"], image["channels"]))
         if count < len(source):
             card.pop("content_hash", None)  # it is of all images
-    return _of_source(str(path), source, count, lambda image: np.asarray(open_image(image, 3)), card, made_by)
+
+    def get(i):
+        try:
+            return np.asarray(open_image(read_patiently(source, i)[0], 3))
+        except Exception as error:  # decoders raise any type on a damaged file
+            raise DataError(f"{source.names[i]} cannot be read ({error}); repair or remove it") from error
+
+    return Images(str(path), count, _iterate(get), get, card, made_by)
 
 
 def sampled(loaded: TrainedModel, n: int, *, seed: int, batch_size: int) -> Images:
@@ -193,9 +201,19 @@ def sampled(loaded: TrainedModel, n: int, *, seed: int, batch_size: int) -> Imag
 
 
 def transform(name: str, source, framing: Framing) -> Images:
-    """Images of a source as training sees them."""
-    see = lambda image: decode(image, framing)
-    return _of_source(name, source, len(source), see, card_of(source, framing), {})
+    """Images of a source as training sees them: neighbours replace unreadable ones."""
+    get = lambda i: read_or_neighbour(source, i, framing)[0]
+    return Images(name, len(source), _iterate(get), get, card_of(source, framing))
+
+
+def _iterate(get):
+    """Build (start, stop) -> iterator over those images, which threads `get` a few ahead."""
+
+    def iterate(start, stop):
+        images = grain.MapDataset.range(start, stop).map(lambda i: get(int(i)))
+        return iter(images.to_iter_dataset(grain.ReadOptions(num_threads=8, prefetch_buffer_size=16)))
+
+    return iterate
 
 
 def is_checkpoint(path) -> bool:
@@ -272,23 +290,3 @@ def _from_npz(path: pathlib.Path, n: int | None) -> Images:
     moments = _moments(path, arrays) if "mu" in arrays and len(images) == len(arrays["images"]) else None
     iterate = lambda start, stop: iter(images[start:stop])
     return Images(str(path), len(images), iterate, lambda i: images[i], card, made_by, moments)
-
-
-def _of_source(name: str, source, n: int, see, card: dict, made_by: dict) -> Images:
-    """Images 0..n-1 of a source, decoded by `see`; threads decode a few ahead.
-
-    Raises (while iterating):
-      DataError: an image cannot be read. Skipping it would change the number of images.
-    """
-
-    def get(i):
-        try:
-            return see(read_patiently(source, i)[0])
-        except Exception as error:  # decoders raise any type on a damaged file
-            raise DataError(f"{source.names[i]} cannot be read ({error}); repair or remove it") from error
-
-    def iterate(start, stop):
-        images = grain.MapDataset.range(start, stop).map(lambda i: get(int(i)))
-        return iter(images.to_iter_dataset(grain.ReadOptions(num_threads=8, prefetch_buffer_size=16)))
-
-    return Images(name, n, iterate, get, card, made_by)
