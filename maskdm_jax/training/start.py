@@ -213,24 +213,22 @@ def compare_settings(config: Config, theirs: dict, where) -> None:
 
 def meaning(config: Config) -> dict:
     """The settings that give weights their meaning, by dotted name, such as "model.width"."""
-    model, diffusion = config.model, config.diffusion
-    names = ["network", "patch_size", "width", "heads", "num_classes", "returning"]
-    names += ["outer_blocks"] * (model.returning == "token")
-    found = dict(depth=model.depth if model.network == "jit" else model.depth | 1)
-    found |= dict(mlp_ratio=int(model.mlp_ratio * model.width) / model.width)
-    if model.network == "jit":
-        found |= {f"jit.{k}": v for k, v in dataclasses.asdict(model.jit).items() if k != "dropout"}
-    else:
-        names += ["wavelet_scale", "qv_bias", "time_mlp"]
-    noise = {
-        "ddpm": ["timesteps", "schedule"] + ["shift_size"] * (diffusion.schedule == "shifted_cosine"),
-        "flow": ["flow.noise_scale"],
-        "edm": ["edm.sigma_data"],
+    model, diffusion, jit = config.model, config.diffusion, config.model.network == "jit"
+    names = [f"model.{name}" for name in ("network", "patch_size", "width", "heads", "num_classes", "returning")]
+    names += ["data.image_size", "data.channels", "diffusion.process", "diffusion.objective"]
+    of_jit = ["model.jit.bottleneck", "model.jit.class_tokens", "model.jit.class_tokens_from"]
+    names += of_jit if jit else ["model.wavelet_scale", "model.qv_bias", "model.time_mlp"]
+    of_processes = {
+        "ddpm": ["diffusion.timesteps", "diffusion.schedule"],
+        "flow": ["diffusion.flow.noise_scale"],
+        "edm": ["diffusion.edm.sigma_data"],
     }
-    found = {f"model.{name}": value for name, value in found.items() | {n: getattr(model, n) for n in names}.items()}
-    noise = ["process", "objective", *noise.get(diffusion.process, ())]
-    found |= {f"diffusion.{name}": operator.attrgetter(name)(diffusion) for name in noise}
-    return found | {f"data.{name}": getattr(config.data, name) for name in ("image_size", "channels")}
+    names += of_processes.get(diffusion.process, [])
+    names += ["diffusion.shift_size"] * (diffusion.process == "ddpm" and diffusion.schedule == "shifted_cosine")
+    names += ["model.outer_blocks"] * (model.returning == "token")
+    found = {name: operator.attrgetter(name)(config) for name in names}
+    found["model.depth"] = model.depth if jit else model.depth | 1  # 2k and 2k + 1 are the same U-ViT
+    return found | {"model.mlp_ratio": int(model.mlp_ratio * model.width) / model.width}
 
 
 def _check_classes(theirs: list[str], ours: list[str], where) -> None:
