@@ -262,12 +262,11 @@ class StageReport:
         self.window, self._logged = {}, step
         images = per_second * self._stage.batch_size
         left = (self._stage.steps - step + self._later) / max(per_second, 1e-9)
-        text = f"loss {means['loss']:.4f} | lr {means['learning_rate']:.1e} | {images:,.0f} images/s | "
-        text += f"{self._visible} of {self._total} patches | "
-        text = (f"(run step {self._offset + step}) " if self._offset else "") + text
-        text += f"{logs.duration(left)} left"
-        text += f" | {waited:.0%} of the time waiting for data" if waited > 0.03 else ""
-        self.progress.numbers(step, text)
+        parts = [f"loss {means['loss']:.4f}", f"lr {means['learning_rate']:.1e}", f"{images:,.0f} images/s"]
+        parts += [f"{self._visible} of {self._total} patches", f"{logs.duration(left)} left"]
+        parts += [f"{waited:.0%} of the time waiting for data"] * (waited > 0.03)
+        of_run = f"(run step {self._offset + step}) " if self._offset else ""
+        self.progress.numbers(step, of_run + " | ".join(parts))
         extra = dict(images_per_second=images, waiting_for_data=waited, visible_patches=self._visible, stage=self._name)
         self._run.metrics.write(self._offset + step, means | extra)
 

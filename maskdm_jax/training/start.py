@@ -65,19 +65,19 @@ def check_history(config: Config, workdir: pathlib.Path) -> None:
     Raises:
       ConfigError: config.json is not of this project, or metrics.jsonl shows that checkpoints have disappeared.
     """
-    saved = workdir / checkpoint.FOLDER
-    if saved.is_dir() and any(path.name.isdecimal() for path in saved.iterdir()):
+    folder, stored, metrics = (workdir / name for name in (checkpoint.FOLDER, "config.json", "metrics.jsonl"))
+    if folder.is_dir() and any(path.name.isdecimal() for path in folder.iterdir()):
         return
-    stored, metrics = workdir / "config.json", workdir / "metrics.jsonl"
+    before = config  # settings of the run until now
     if stored.exists():
         try:
-            config = config_lib.parse(json.loads(stored.read_bytes()))  # as of the run until now
+            before = config_lib.parse(json.loads(stored.read_bytes()))
         except (ConfigError, TypeError, ValueError) as error:
             what = f"{stored} is not of a run of this project ({first_line(error)})"
             raise ConfigError(f"{what}; give another --workdir") from None
     reached = max((line["step"] for line in logs.read_metrics(metrics)), default=0) if metrics.exists() else 0
-    saved = min(config.checkpoint.every, config.stage[config.stages[0]].steps)
-    if reached > saved:
+    first_save = min(before.checkpoint.every, before.stage[before.stages[0]].steps)
+    if reached > first_save:
         raise ConfigError(
             f"{metrics} goes to step {reached}, but there is no checkpoint beside it; give another --workdir, restore "
             "the checkpoints, or remove that file to start anew"
