@@ -14,6 +14,7 @@ float32.
 import pathlib
 import sys
 
+import numpy as np
 import torch
 from torch.nn import functional as F
 
@@ -60,8 +61,8 @@ class Trainer:
         self.autocast = torch.autocast(device, torch.bfloat16, enabled=compute_dtype(model) == "bfloat16")
         (self.plan,) = mask_plans(config, stage)
         self.classes, self.flow, schedule = model.num_classes, config.diffusion.flow, noise_schedule(config)
-        self.signal = torch.tensor(schedule.sqrt_alpha_bar, device=device)
-        self.noise = torch.tensor(schedule.sqrt_one_minus_alpha_bar, device=device)
+        self.signal = torch.tensor(np.sqrt(schedule.alpha_bar), device=device, dtype=torch.float32)
+        self.noise = torch.tensor(np.sqrt(1 - schedule.alpha_bar), device=device, dtype=torch.float32)
         shape = (self.stage.batch_size, data.channels, data.image_size, data.image_size)
         self.images = torch.randint(256, shape, dtype=torch.uint8, device=device)
         (rows, cols), unit = self.plan.grid, self.plan.unit

@@ -14,7 +14,6 @@ def test_schedules_go_from_image_to_noise(name):
     assert (np.diff(s.alpha_bar) < 0).all()
     assert s.alpha_bar[0] > 0.999
     assert s.alpha_bar[-1] < 1e-4
-    assert all(getattr(s, f).dtype == np.float32 for f in s.__dataclass_fields__)
 
 
 def test_shift_moves_log_snr_by_the_same_amount_everywhere():
@@ -69,4 +68,4 @@ def test_loss_is_a_mean_per_image_times_its_weight():
     np.testing.assert_allclose(denoising_loss(zero, plain, x0, t, eps), [1, 1], rtol=1e-6)
     np.testing.assert_allclose(denoising_loss(zero, plain, x0, t, 3 * eps, loss="l1"), [3, 3], rtol=1e-6)
     np.testing.assert_allclose(denoising_loss(zero, weighted, x0, t, eps), weights[np.array([5, 700])], rtol=1e-6)
-    np.testing.assert_allclose(weights, 1 / (1 + s.alpha_bar / (1 - s.alpha_bar)), rtol=2e-3)
+    np.testing.assert_allclose(weights, 1 / (1 + s.alpha_bar / (1 - s.alpha_bar)), rtol=1e-6)

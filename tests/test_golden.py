@@ -167,7 +167,7 @@ def test_pieces_of_the_diffusion(schedules_case):
         "noise_from_x0": gaussian.eps_from_x0(s, x, t, x0),
         "posterior_mean": mean,
         "posterior_log_variance": log_variance.ravel(),
-        "posterior_variance": s.posterior_variance[t],
+        "posterior_variance": s.posterior.variance[t],
     }.items():
         np.testing.assert_allclose(ours, piece[name], rtol=2e-5, atol=1e-5, err_msg=name)
 

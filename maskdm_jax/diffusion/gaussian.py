@@ -6,33 +6,41 @@ patches alone. The notation is that of DDPM (Ho et al. 2020): x_t = sqrt(alpha_b
 
 import dataclasses
 import math
+import typing
 
 import jax.numpy as jnp
 import numpy as np
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Schedule:
-    """Noise schedule: one value per time step, computed in float64 and stored as float32 NumPy arrays [T]."""
+    """Noise schedule: one value per time step, float64 [T]. Formulas round their coefficients to float32 last."""
 
     betas: np.ndarray
-    alpha: np.ndarray
     alpha_bar: np.ndarray
-    alpha_bar_prev: np.ndarray
-    sqrt_alpha_bar: np.ndarray
-    sqrt_one_minus_alpha_bar: np.ndarray
-    log_one_minus_alpha_bar: np.ndarray
-    sqrt_recip_alpha_bar: np.ndarray
-    sqrt_recipm1_alpha_bar: np.ndarray
-    posterior_variance: np.ndarray
-    posterior_log_variance: np.ndarray  # the variance, 0 at t = 0, is clipped to at least 1e-20
-    posterior_mean_x0: np.ndarray  # coefficient of x0 in the posterior mean
-    posterior_mean_xt: np.ndarray  # coefficient of x_t
 
     @property
     def timesteps(self) -> int:
         """T, the number of time steps."""
         return len(self.betas)
+
+    @property
+    def posterior(self) -> "Posterior":
+        """The coefficients of q(x_{t-1} | x_t, x0) (Ho et al. 2020, eq. 7)."""
+        before, noise = np.append(1, self.alpha_bar[:-1]), 1 - self.alpha_bar
+        return Posterior(
+            x0=self.betas * np.sqrt(before) / noise,
+            xt=(1 - before) * np.sqrt(1 - self.betas) / noise,
+            variance=self.betas * (1 - before) / noise,
+        )
+
+
+class Posterior(typing.NamedTuple):
+    """Mean x0 * `x0` + x_t * `xt` and variance of a step back, float64 [T]; the variance is 0 at t = 0."""
+
+    x0: np.ndarray
+    xt: np.ndarray
+    variance: np.ndarray
 
 
 def linear_betas(timesteps: int = 1000) -> np.ndarray:
@@ -74,56 +82,43 @@ def make_schedule(name: str, timesteps: int = 1000, *, size: int = 64) -> Schedu
       size: image side, in pixels, for which `shifted_cosine` is shifted; the others ignore it.
     """
     betas = SCHEDULES[name](timesteps, size)
-    alpha_bar = np.cumprod(1 - betas)
-    prev = np.append(1.0, alpha_bar[:-1])
-    variance = betas * (1 - prev) / (1 - alpha_bar)
-    columns = dict(
-        betas=betas,
-        alpha=1 - betas,
-        alpha_bar=alpha_bar,
-        alpha_bar_prev=prev,
-        sqrt_alpha_bar=np.sqrt(alpha_bar),
-        sqrt_one_minus_alpha_bar=np.sqrt(1 - alpha_bar),
-        log_one_minus_alpha_bar=np.log(1 - alpha_bar),
-        sqrt_recip_alpha_bar=np.sqrt(1 / alpha_bar),
-        sqrt_recipm1_alpha_bar=np.sqrt(1 / alpha_bar - 1),
-        posterior_variance=variance,
-        posterior_log_variance=np.log(np.maximum(variance, 1e-20)),
-        posterior_mean_x0=betas * np.sqrt(prev) / (1 - alpha_bar),
-        posterior_mean_xt=(1 - prev) * np.sqrt(1 - betas) / (1 - alpha_bar),
-    )
-    return Schedule(**{name: column.astype(np.float32) for name, column in columns.items()})
+    return Schedule(betas, np.cumprod(1 - betas))
 
 
 def at(column, t, ndim: int):
-    """Look up column [T] at t [B]; returns [B, 1, ...] of `ndim` dimensions, to broadcast against a batch."""
-    return jnp.asarray(column)[t].reshape(t.shape + (1,) * (ndim - 1))
+    """Look up column [T] at t [B]; returns float32 [B, 1, ...] of `ndim` dimensions, to broadcast against a batch."""
+    return jnp.asarray(column, jnp.float32)[t].reshape(t.shape + (1,) * (ndim - 1))
 
 
 def velocity(schedule: Schedule, x0, t, eps):
     """The objective v = sqrt(alpha_bar) eps - sqrt(1 - alpha_bar) x0 (Salimans & Ho 2022)."""
-    return at(schedule.sqrt_alpha_bar, t, x0.ndim) * eps - at(schedule.sqrt_one_minus_alpha_bar, t, x0.ndim) * x0
+    a = schedule.alpha_bar
+    return at(np.sqrt(a), t, x0.ndim) * eps - at(np.sqrt(1 - a), t, x0.ndim) * x0
 
 
 def x0_from_eps(schedule: Schedule, x, t, eps):
     """Solve the forward process for x0."""
-    return at(schedule.sqrt_recip_alpha_bar, t, x.ndim) * x - at(schedule.sqrt_recipm1_alpha_bar, t, x.ndim) * eps
+    a = schedule.alpha_bar
+    return at(np.sqrt(1 / a), t, x.ndim) * x - at(np.sqrt(1 / a - 1), t, x.ndim) * eps
 
 
 def x0_from_v(schedule: Schedule, x, t, v):
     """Compute x0 = sqrt(alpha_bar) x_t - sqrt(1 - alpha_bar) v."""
-    return at(schedule.sqrt_alpha_bar, t, x.ndim) * x - at(schedule.sqrt_one_minus_alpha_bar, t, x.ndim) * v
+    a = schedule.alpha_bar
+    return at(np.sqrt(a), t, x.ndim) * x - at(np.sqrt(1 - a), t, x.ndim) * v
 
 
 def eps_from_x0(schedule: Schedule, x, t, x0):
     """Solve the forward process for eps."""
-    return (at(schedule.sqrt_recip_alpha_bar, t, x.ndim) * x - x0) / at(schedule.sqrt_recipm1_alpha_bar, t, x.ndim)
+    a = schedule.alpha_bar
+    return (at(np.sqrt(1 / a), t, x.ndim) * x - x0) / at(np.sqrt(1 / a - 1), t, x.ndim)
 
 
 def q_posterior(schedule: Schedule, x0, x, t):
     """Mean [B, ...] and log variance [B, 1, ...] of q(x_{t-1} | x_t, x0) (Ho et al. 2020, eq. 6 and 7)."""
-    mean = at(schedule.posterior_mean_x0, t, x.ndim) * x0 + at(schedule.posterior_mean_xt, t, x.ndim) * x
-    return mean, at(schedule.posterior_log_variance, t, x.ndim)
+    posterior = schedule.posterior
+    mean = at(posterior.x0, t, x.ndim) * x0 + at(posterior.xt, t, x.ndim) * x
+    return mean, at(np.log(np.maximum(posterior.variance, 1e-20)), t, x.ndim)
 
 
 OBJECTIVES = {  # the network's target, from (schedule, x0, t, eps)
@@ -158,7 +153,5 @@ def loss_weights(schedule: Schedule, name: str, gamma: float) -> np.ndarray:
     `p2`: (1 + snr)^-gamma (Choi et al. 2022). `min_snr`: min(1, 5 / snr)^-gamma; with the noise objective, gamma = -1
     is Min-SNR-5 (Hang et al. 2023).
     """
-    # Recompute alpha_bar in float64: at small t, 1 - alpha_bar in float32 loses its digits.
-    alpha_bar = np.cumprod(1 - schedule.betas.astype(np.float64))
-    snr = alpha_bar / (1 - alpha_bar)
+    snr = schedule.alpha_bar / (1 - schedule.alpha_bar)
     return (LOSS_WEIGHTS[name](snr) ** -gamma).astype(np.float32)

@@ -63,8 +63,8 @@ def ddpm(schedule: gaussian.Schedule, *, objective: str = "noise", weights: np.n
     return Discrete(
         draw=lambda key: jax.random.randint(key, (), 0, schedule.timesteps),
         alpha_sigma=lambda t: (
-            jnp.asarray(schedule.sqrt_alpha_bar)[t],
-            jnp.asarray(schedule.sqrt_one_minus_alpha_bar)[t],
+            gaussian.at(np.sqrt(schedule.alpha_bar), t, 1),
+            gaussian.at(np.sqrt(1 - schedule.alpha_bar), t, 1),
         ),
         network_inputs=lambda x, t: (x, t),
         error=lambda output, x0, eps, x, t: output - gaussian.OBJECTIVES[objective](schedule, x0, t, eps),

@@ -65,8 +65,8 @@ def ddim(predict, x, noise, process: Discrete, *, clip=(-1.0, 1.0), start=None, 
     steps = min(steps, last + 1)
     times = ddim_times(last + 1, steps)
     # float32 throughout, as in the reference: differences lose digits, so float64 would give other coefficients.
-    one = np.float32(1)
-    a, a_next = schedule.alpha_bar[times[:-1]], np.append(schedule.alpha_bar[times[1:-1]], one)
+    alpha_bar, one = schedule.alpha_bar.astype(np.float32), np.float32(1)
+    a, a_next = alpha_bar[times[:-1]], np.append(alpha_bar[times[1:-1]], one)
     sigma = np.float32(eta) * np.sqrt((one - a / a_next) * (one - a_next) / (one - a))
     columns = dict(
         i=np.arange(steps, dtype=np.int32),
@@ -110,7 +110,7 @@ def dpm_solver_times(schedule: Schedule, steps: int, spacing: str) -> tuple[np.n
       steps: calls of the network.
       spacing: one of `DPM_SPACINGS`.
     """
-    known_log_alpha = 0.5 * np.log(schedule.alpha_bar.astype(np.float64))
+    known_log_alpha = 0.5 * np.log(schedule.alpha_bar.astype(np.float32).astype(np.float64))  # as in the reference
     known_log_alpha = known_log_alpha[_half_log_snr(known_log_alpha) > MIN_HALF_LOG_SNR]
     n = len(known_log_alpha)
     known_t = np.arange(1, n + 1) / n

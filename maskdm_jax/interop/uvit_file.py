@@ -19,20 +19,20 @@ from maskdm_jax.errors import ConfigError
 from maskdm_jax.interop.names import shape_of
 from maskdm_jax.training.state import EMA_COPY_STEPS
 
-BUFFERS = {  # of the official diffusion wrapper, in its order -> column of `gaussian.Schedule`
-    "alphas": "alpha",
-    "betas": "betas",
-    "alphas_cumprod": "alpha_bar",
-    "alphas_cumprod_prev": "alpha_bar_prev",
-    "sqrt_alphas_cumprod": "sqrt_alpha_bar",
-    "sqrt_one_minus_alphas_cumprod": "sqrt_one_minus_alpha_bar",
-    "log_one_minus_alphas_cumprod": "log_one_minus_alpha_bar",
-    "sqrt_recip_alphas_cumprod": "sqrt_recip_alpha_bar",
-    "sqrt_recipm1_alphas_cumprod": "sqrt_recipm1_alpha_bar",
-    "posterior_variance": "posterior_variance",
-    "posterior_log_variance_clipped": "posterior_log_variance",
-    "posterior_mean_coef1": "posterior_mean_x0",
-    "posterior_mean_coef2": "posterior_mean_xt",
+BUFFERS = {  # of the official diffusion wrapper, in its order, from a `gaussian.Schedule`
+    "alphas": lambda s: 1 - s.betas,
+    "betas": lambda s: s.betas,
+    "alphas_cumprod": lambda s: s.alpha_bar,
+    "alphas_cumprod_prev": lambda s: np.append(1, s.alpha_bar[:-1]),
+    "sqrt_alphas_cumprod": lambda s: np.sqrt(s.alpha_bar),
+    "sqrt_one_minus_alphas_cumprod": lambda s: np.sqrt(1 - s.alpha_bar),
+    "log_one_minus_alphas_cumprod": lambda s: np.log(1 - s.alpha_bar),
+    "sqrt_recip_alphas_cumprod": lambda s: np.sqrt(1 / s.alpha_bar),
+    "sqrt_recipm1_alphas_cumprod": lambda s: np.sqrt(1 / s.alpha_bar - 1),
+    "posterior_variance": lambda s: s.posterior.variance,
+    "posterior_log_variance_clipped": lambda s: np.log(np.maximum(s.posterior.variance, 1e-20)),
+    "posterior_mean_coef1": lambda s: s.posterior.x0,
+    "posterior_mean_coef2": lambda s: s.posterior.xt,
 }
 FLOATS = (np.float16, ml_dtypes.bfloat16, np.float32, np.float64)
 EMAS = 1  # that the trainer keeps
@@ -41,8 +41,8 @@ UNSEEN = ("model.heads", "diffusion.objective", "diffusion.schedule")  # setting
 
 
 def schedule_buffers(schedule: Schedule) -> dict[str, np.ndarray]:
-    """The 13 buffers of the official diffusion wrapper."""
-    return {name: getattr(schedule, column) for name, column in BUFFERS.items()}
+    """The 13 buffers of the official diffusion wrapper, float32 [T]."""
+    return {name: column(schedule).astype(np.float32) for name, column in BUFFERS.items()}
 
 
 def content(official, config: Config, optimizer: dict) -> dict:
