@@ -315,8 +315,8 @@ def test_safetensors_go_both_ways(official, converted, tmp_path):
     for name, tensor in network.state_dict().items():
         rounded = torch.from_numpy(state_dict[prefix + name].copy()).bfloat16().float()
         np.testing.assert_array_equal(tensor, rounded)
-    with pytest.raises(ConfigError, match=r"--dtype=bfloat16 is for .safetensors; .*half always holds float32"):
-        convert(official, tmp_path / "half", heads=4, dtype="bfloat16")
+    convert(tmp_path / "ema.safetensors", tmp_path / "half_again.safetensors", dtype="bfloat16")
+    assert (tmp_path / "half_again.safetensors").read_bytes() == (tmp_path / "half.safetensors").read_bytes()
     convert(tmp_path / "ema.safetensors", tmp_path / "ema.pt")
     back = torch_file.read(tmp_path / "ema.pt")
     golden.same(
@@ -436,6 +436,18 @@ def test_what_a_killed_call_left_is_not_taken_over(official, tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["other.pt", "run"]
 
 
+def test_a_process_that_the_official_code_lacks_is_not_exported(converted, tmp_path):
+    raw = config_lib.to_dict(sampling.load(converted).config)
+    raw["diffusion"] |= dict(process="flow", objective="v")
+    noted = dict(config=raw, stage="stage", classes=[], weights="ema")
+    official_file.write_safetensors(
+        tmp_path / "x.safetensors", UVIT.state_dict(sampling.load(converted).params, 2), noted
+    )
+    with pytest.raises(ConfigError, match="knows DDPM alone, and this run is of the process flow; .*--for=torch"):
+        convert(tmp_path / "x.safetensors", tmp_path / "x.pt")
+    assert not (tmp_path / "x.pt").exists()
+
+
 def test_a_damaged_run_folder_is_named(converted, tmp_path):
     shutil.copytree(converted, tmp_path / "run")
     meta = next((tmp_path / "run").rglob("meta")) / "metadata"
@@ -540,6 +552,8 @@ def test_what_cannot_work_is_said_and_nothing_is_written(official, converted, tm
         config=linear,
     )
     fails(ConfigError, "of the same kind", dst=tmp_path / "again.pt")
+    fails(ConfigError, "--dtype=bfloat16 is for a .safetensors or .*out always holds float32", dtype="bfloat16")
+    fails(ConfigError, "--weights=params is for a .safetensors or .* holds raw and averaged", weights="params")
     fails(ConfigError, ".onnx is not known", dst=tmp_path / "model.onnx")
     fails(CheckpointError, "none.pt does not exist", src=tmp_path / "none.pt")
     fails(CheckpointError, "holds no checkpoint", src=tmp_path / "none", dst=tmp_path / "out.pt")
@@ -612,6 +626,10 @@ def test_odd_official_files_are_refused_by_name(official, tmp_path, where, value
         (("state",), None, "it lacks state"),
         (("param_groups", 0, "betas"), (0.9, 0.9, 0.9), r"its betas is \(0.9, 0.9, 0.9\); two numbers"),
         (("param_groups", 0, "lr"), "low", "its lr is 'low', which is not a number"),
+        (("param_groups", 0, "eps"), 1e-3, "its eps is 0.001; training here has 1e-08"),
+        (("param_groups", 0, "maximize"), True, "its maximize is True; training here has False"),
+        (("param_groups", 0, "amsgrad"), True, "its amsgrad is True; training here has False"),
+        (("param_groups", 0, "decoupled_weight_decay"), False, "decoupled_weight_decay is False; training here has"),
     ],
 )
 def test_an_optimizer_that_cannot_go_on_is_left_out_by_name(official, tmp_path, where, value, message):

@@ -14,12 +14,13 @@ import pytest
 import tiny
 from PIL import Image
 
+import maskdm_jax
 from maskdm_jax import config as config_lib
 from maskdm_jax import sampling
 from maskdm_jax.build import make_network
 from maskdm_jax.data.pipeline import TrainingData
 from maskdm_jax.errors import CheckpointError, ConfigError, TorchFileError
-from maskdm_jax.interop import official, torch_file
+from maskdm_jax.interop import jit_file, official, torch_file
 from maskdm_jax.interop.convert import convert
 from maskdm_jax.interop.names import JIT
 from maskdm_jax.parallel.sharding import make_mesh
@@ -151,10 +152,17 @@ def test_where_class_tokens_join_is_told_by_the_name_or_the_size_or_the_user(jit
         assert found.format.shown(found)["model.jit.class_tokens_from"] == block
     found.args = None
     shown = found.format.shown(found)
+    with pytest.raises(ConfigError, match="--class_tokens_from is 3, but the file shows that it is 8; leave it out"):
+        found.format.settings(found, shown | {"model.jit.class_tokens_from": 8}, None, 3)
+    with pytest.raises(ConfigError, match="--num_heads is for a U-ViT"):
+        found.format.settings(found, shown, 2, None)
     large = shown | {"model.width": 1024, "model.depth": 24}
     assert found.format.settings(found, large, None, None)["model.jit.class_tokens_from"] == 8
     assert "note: class tokens are assumed to join before block 8, as in the authors' JiT" in found.notes
     assert found.format.settings(found, large, None, 3)["model.jit.class_tokens_from"] == 3
+    found.args = {"model": "custom"}
+    with pytest.raises(ConfigError, match="pass --class_tokens_from=N"):
+        found.format.settings(found, large, None, None)
     with pytest.raises(ConfigError, match="joi?n the patches cannot be seen in the file: pass --class_tokens_from=N"):
         convert(jit_file, tmp_path / "run")
     named = written(args=argparse.Namespace(**content["args"].settings | {"model": "JiT-B/16"}))
@@ -169,6 +177,29 @@ def test_without_settings_the_noise_scale_is_assumed_and_said(written, options, 
     assert f"note: the file does not show its noise scale; {scale:g} = image side / 256 is assumed" in lines
     config = sampling.load(tmp_path / "run").config
     assert (config.diffusion.flow.noise_scale, config.sampling.method) == (scale, "heun")
+
+
+def test_only_a_network_of_the_authors_gets_their_name():
+    config = maskdm_jax.recipe("imagenet256_jit_pretrain")
+    other = maskdm_jax.recipe("imagenet256_jit_pretrain", {"model.jit.class_tokens_from": 2})
+    assert [jit_file._args(config_lib.parse(c))["model"] for c in (config, other)] == ["JiT-B/16", "custom"]
+
+
+def test_another_objective_is_not_exported(run, tmp_path):
+    convert(run, tmp_path / "x.safetensors")
+    weights, noted = official.read_safetensors(tmp_path / "x.safetensors")
+    noted["config"]["diffusion"]["objective"] = "v"
+    official.write_safetensors(tmp_path / "v.safetensors", weights.model | weights.fixed["params"], noted)
+    with pytest.raises(
+        ConfigError, match="knows flow matching with x0 alone, and this run is flow with v; .*--for=tor"
+    ):
+        convert(tmp_path / "v.safetensors", tmp_path / "x.pth")
+
+
+def test_a_number_of_sampling_steps_with_a_point(content, written, options, tmp_path):
+    args = argparse.Namespace(**content["args"].settings | {"num_sampling_steps": 40.0})
+    convert(written(args=args), tmp_path / "run", **options)
+    assert sampling.load(tmp_path / "run").config.sampling.steps == 40
 
 
 class Attack:

@@ -92,13 +92,18 @@ def convert(
     """
     src, dst = map(location, (src, dst))
     kinds = [_kind(src), "torch" if for_torch else _kind(dst)]
-    if kinds[0] == kinds[1]:
+    if kinds[0] == kinds[1] != "safetensors":  # whose weights can take another dtype
         raise ConfigError(f"{src} and {dst} are of the same kind; there is nothing to convert")
     given = None if config is None else config_lib.parse(config)
     writers = {"folder": _to_folder, "pt": _to_pt, "safetensors": functools.partial(_to_safetensors, dtype=dtype)}
     writers["torch"] = functools.partial(_to_torch, src, dtype=dtype)
-    if dtype != "float32" and kinds[1] not in ("safetensors", "torch"):
-        raise ConfigError(f"--dtype={dtype} is for .safetensors; {dst} always holds float32")
+    if kinds[1] not in ("safetensors", "torch"):
+        for flag, value, usual, always in (
+            ("dtype", dtype, "float32", "float32"),
+            ("weights", weights, "ema", "raw and averaged weights"),
+        ):
+            if value != usual:
+                raise ConfigError(f"--{flag}={value} is for a .safetensors or --for=torch; {dst} always holds {always}")
     with prefixed(TorchFileError, f"{src}: "):
         source = _read(src, dict(heads=heads, class_tokens_from=class_tokens_from), given, stage)
         with prefixed(CheckpointError, f"{dst} cannot be written: ", OSError):
@@ -419,6 +424,8 @@ def _filled(fresh, source: _Source, moments: dict[str, Moment]):
 
 def _to_pt(dst: pathlib.Path, source: _Source, weights: str) -> list[str]:
     official, config = source.official, source.config
+    if problem := official.format.unknown(config):
+        raise ConfigError(f"{problem}; convert it with --for=torch to sample in PyTorch, or to a .safetensors")
     group = official.group or _group(config.stage[source.stage])
     official_file.write(dst, dataclasses.replace(official, group=group), config)
     for name in ema_names(len(official.emas))[official.format.EMAS :]:

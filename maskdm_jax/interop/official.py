@@ -30,6 +30,7 @@ _FORMATS = {"uvit": uvit_file, "jit": jit_file}  # by `config.model.network`
 _METADATA = "maskdm_jax"  # key in the header of a .safetensors file
 INDEX = ".safetensors.index.json"  # ending of the file that says which of several files holds a tensor
 _READABLE = ("F64", "F32", "F16", "BF16", "I64", "I32", "I16", "I8", "U8", "BOOL")  # types of safetensors
+ADAM_EPS = 1e-8  # of `training.state.make_optimizer`
 _WANTED = (
     "a checkpoint of the official trainer is a dict of step, model, opt, ema and scaler, one of the JiT's authors of "
     "model, model_ema1, model_ema2, optimizer, epoch and args"
@@ -61,7 +62,7 @@ class Official:
     optimizer_problem: str = ""  # why the file's optimizer was not read, if it has one
     notes: list[str] = dataclasses.field(default_factory=list)  # lines for the user: what was left out or changed
     # Of the U-ViT's official trainer:
-    ema_step: int = 0  # calls of the EMA
+    ema_step: int | None = None  # calls of the EMA, if the file counts them
     ema_initted: bool = False  # whether the EMA holds weights; without it the next call copies
     scaler: dict | None = None
     buffers: dict[str, np.ndarray] | None = None  # of the noise schedule, `betas` at least
@@ -121,7 +122,6 @@ def read(path) -> Official:
             official.step = _count(content[step], step)
         elif official.moments:
             official.step = max(moment.step for moment in official.moments.values())
-        official.ema_step = official.step if official.ema_step < 0 else official.ema_step
         return official
 
 
@@ -228,7 +228,7 @@ def _take_buffers(take, prefix: str) -> dict | None:
 
 
 def _add_ema(official: Official, ema: dict, prefix: str, take) -> None:
-    """Add averaged weights, and for the first the calls of the EMA where the file counts them (else -1)."""
+    """Add averaged weights, and for the first the calls of the EMA where the file counts them."""
     shapes = lambda weights: {(name, tensor.shape) for name, tensor in weights.items()}
     wrong = sorted(shapes(ema) ^ shapes(official.model))
     if wrong:
@@ -238,7 +238,7 @@ def _add_ema(official: Official, ema: dict, prefix: str, take) -> None:
         return
     wrapper = prefix.partition("ema_model.")[0]
     step, initted = take(f"{wrapper}step"), take(f"{wrapper}initted")
-    official.ema_step = -1 if step is None else _count(step, f"{wrapper}step")
+    official.ema_step = None if step is None else _count(step, f"{wrapper}step")
     official.ema_initted = True if initted is None else bool(_count(initted, f"{wrapper}initted"))
 
 
@@ -326,6 +326,11 @@ def _read_group(official: Official, group: dict) -> dict:
     for name, value in [*numbers, *(("betas", beta) for beta in plain["betas"])]:
         if not isinstance(value, (int, float)) or isinstance(value, bool) or not abs(value) < 1e300:
             raise ValueError(f"its {name} is {reprlib.repr(value)}, which is not a number")
+    wanted = dict(eps=ADAM_EPS, amsgrad=False, maximize=False)
+    wanted |= {"decoupled_weight_decay": True} if plain.get("weight_decay") else {}
+    for name, ours in wanted.items():
+        if plain.get(name, ours) != ours:
+            raise ValueError(f"its {name} is {reprlib.repr(plain[name])}; training here has {ours}")
     return plain
 
 
@@ -361,7 +366,8 @@ def read_safetensors(path) -> tuple[Official, dict]:
         if missing:
             raise ValueError(f"its index names {missing[:3]}, which are in none of the files")
         official = _find_weights(tensors, set())
-        official.model = {name: official.model[name] for name in sorted(official.model, key=official.names.rank)}
+        in_order = lambda tensors: {name: tensors[name] for name in sorted(tensors, key=official.names.rank)}
+        official.model, official.emas = in_order(official.model), list(map(in_order, official.emas))
         return official, noted
 
 

@@ -50,7 +50,8 @@ def content(official, config: Config, optimizer: dict) -> dict:
     buffers = schedule_buffers(noise_schedule(config))
     wrapper = buffers | {f"model.{name}": tensor for name, tensor in official.model.items()}
     averaged = buffers | {f"model.{name}": tensor for name, tensor in (official.ema or official.model).items()}
-    ema = {"initted": np.bool_(official.ema_initted), "step": np.int64(official.ema_step)}
+    calls = official.step if official.ema_step is None else official.ema_step
+    ema = {"initted": np.bool_(official.ema_initted), "step": np.int64(calls)}
     ema |= {f"online_model.{name}": tensor for name, tensor in wrapper.items()}  # the same arrays: stored once
     ema |= {f"ema_model.{name}": tensor for name, tensor in averaged.items()}
     return {
@@ -110,7 +111,7 @@ def differences(official, config: Config, stage: str) -> typing.Iterator[str]:
     if official.buffers is not None and not all(np.array_equal(ours[k], official.buffers.get(k)) for k in ours):
         yield "note: the file's schedule buffers are incomplete or differ by rounding; ours are used"
     done = official.step + steps_before(config, stage)
-    rests = official.ema_step != done or (done > EMA_COPY_STEPS and not official.ema_initted)
+    rests = official.ema_step not in (None, done) or (done > EMA_COPY_STEPS and not official.ema_initted)
     if official.emas and rests:
         yield (
             f"note: the file's EMA says step {official.ema_step}, initted {official.ema_initted} at training step "
@@ -170,10 +171,14 @@ def _schedule_settings(buffers: dict | None) -> dict:
     raise ValueError("its betas are those of no noise schedule that is known here (linear, cosine, shifted cosine)")
 
 
+def unknown(config: Config) -> str:
+    """What the official code cannot do with a run's weights; "" if nothing."""
+    process = config.diffusion.process
+    return "" if process == "ddpm" else f"the official code knows DDPM alone, and this run is of the process {process}"
+
+
 def described(config: Config) -> typing.Iterator[str]:
     """What a user of an exported file should know: the `network` section of an official config file."""
-    if config.diffusion.process != "ddpm":
-        yield f"note: the official code knows DDPM alone; this run is of the process {config.diffusion.process}"
     model, wavelet = config.model, bool(config.model.wavelet_scale)
     yield "its network in the official code's terms:"
     yield "network:"
