@@ -2,7 +2,6 @@
 
 import argparse
 import collections
-import json
 import os
 
 import golden
@@ -77,32 +76,11 @@ def test_all_three_sets_of_weights_give_the_recorded_outputs(jit_file, run, meta
         assert np.abs(out - expected).max() < 2e-5 * expected.std(), name
 
 
-def test_there_and_back_is_bit_identical_and_torch_loads_it(torch, jit_file, run, tmp_path):
-    convert(run, tmp_path / "back.pth")
-    before, after = (torch.load(path, weights_only=False) for path in (jit_file, tmp_path / "back.pth"))
-    golden.same(before, after)
-    with torch.serialization.safe_globals([argparse.Namespace]):
-        golden.same(before, torch.load(tmp_path / "back.pth", weights_only=True, mmap=True))
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        lambda c: dict(reversed(c.items())),
-        lambda c: {key: value for key, value in c.items() if key != "optimizer"},
-        lambda c: c | {"optimizer": {"state": {}, "param_groups": c["optimizer"]["param_groups"]}},
-        lambda c: (
-            c | {"epoch": 199, "args": argparse.Namespace(model="tiny", odd=(1, 2), few=[3, "x"], no=None, on=True)}
-        ),
-    ],
-    ids=["other order", "no optimizer", "no step yet", "other settings"],
-)
-def test_variants_come_back_as_they_were(torch, jit_file, options, tmp_path, change):
-    before = change(torch.load(jit_file, weights_only=False))
-    torch.save(before, tmp_path / "a.pth")
-    convert(tmp_path / "a.pth", tmp_path / "run", **options)
-    convert(tmp_path / "run", tmp_path / "b.pth")
-    golden.same(before, torch.load(tmp_path / "b.pth", weights_only=False))
+def close_positions(ours, theirs):
+    """Two sets of weights are equal bit for bit, but for the position embedding, which is computed here."""
+    assert list(ours) == list(theirs)
+    for name, tensor in theirs.items():
+        np.testing.assert_allclose(ours[name], tensor, atol=1e-6 * name.endswith("pos_embed"), rtol=0)
 
 
 def test_safetensors_of_every_set_go_both_ways(content, run, tmp_path):
@@ -112,9 +90,7 @@ def test_safetensors_of_every_set_go_both_ways(content, run, tmp_path):
         file = tmp_path / f"{name}.safetensors"
         convert(run, file, weights=name)
         found = load_file(file)
-        assert found.keys() == {k.removeprefix("net.") for k in content[key]}
-        for tensor_name, tensor in content[key].items():
-            np.testing.assert_array_equal(found[tensor_name.removeprefix("net.")], tensor)
+        close_positions({name: found[name.removeprefix("net.")] for name in content[key]}, content[key])
         convert(file, tmp_path / name)
         mine, theirs = sampling.load(tmp_path / name).params, sampling.load(run, weights=name).params
         jax.tree.map(np.testing.assert_array_equal, mine, theirs)
@@ -150,7 +126,7 @@ def test_where_class_tokens_join_is_told_by_the_name_or_the_size_or_the_user(jit
     for name, block in {"JiT-B/16": 4, "JiT-L/32": 8, "JiT-H/16": 10}.items():
         found.args["model"] = name
         assert found.format.shown(found)["model.jit.class_tokens_from"] == block
-    found.args = None
+    found.args = {}
     shown = found.format.shown(found)
     with pytest.raises(ConfigError, match="--class_tokens_from is 3, but the file shows that it is 8; leave it out"):
         found.format.settings(found, shown | {"model.jit.class_tokens_from": 8}, None, 3)
@@ -189,7 +165,7 @@ def test_another_objective_is_not_exported(run, tmp_path):
     convert(run, tmp_path / "x.safetensors")
     weights, noted = official.read_safetensors(tmp_path / "x.safetensors")
     noted["config"]["diffusion"]["objective"] = "v"
-    official.write_safetensors(tmp_path / "v.safetensors", weights.model | weights.fixed["params"], noted)
+    official.write_safetensors(tmp_path / "v.safetensors", weights.model | weights.fixed, noted)
     with pytest.raises(
         ConfigError, match="knows flow matching with x0 alone, and this run is flow with v; .*--for=tor"
     ):
@@ -213,12 +189,9 @@ def test_settings_are_read_without_executing_anything(torch, jit_file, options, 
     torch.save(content, tmp_path / "x.pth")
     monkeypatch.chdir(tmp_path)
     lines = convert("x.pth", "run", **options)
-    assert "left out: ['device', 'hook'] of args, which are not made of plain numbers and words" in lines
     assert any(line.startswith("left out: 'rng' of the file (posix.system)") for line in lines)
     assert sorted(os.listdir()) == ["run", "x.pth"], "nothing was executed"
-    convert("run", "back.pth")
-    del content["args"].device, content["args"].hook
-    assert torch.load("back.pth", weights_only=False)["args"] == content["args"]
+    assert sampling.load("run").config.diffusion.flow.noise_scale == content["args"].noise_scale
 
 
 # --- Training further ---------------------------------------------------------------------------
@@ -283,18 +256,12 @@ def test_a_converted_run_goes_on(jit_file, further, content, tmp_path):
 
 
 def test_a_run_of_this_project_becomes_a_file_of_the_authors(torch, jit_file, run, content, tmp_path):
-    """As if it had been trained here: nothing is kept of the file."""
-    import shutil
-
+    """Weights, EMAs and optimizer are those of the file that the run was made from, bit for bit."""
     import torch_jit
 
-    shutil.copytree(run, tmp_path / "run")
-    meta = next((tmp_path / "run").rglob("meta")) / "metadata"
-    kept = json.loads(meta.read_text())
-    del kept["official"]
-    meta.write_text(json.dumps(kept))
-    convert(tmp_path / "run", tmp_path / "out.pth")
-    found = torch.load(tmp_path / "out.pth", weights_only=False)
+    convert(run, tmp_path / "out.pth")
+    with torch.serialization.safe_globals([argparse.Namespace]):
+        found = torch.load(tmp_path / "out.pth", weights_only=True, mmap=True)
     assert list(found) == list(content)
     assert found["epoch"] == 0
     args = content["args"].settings
@@ -302,10 +269,8 @@ def test_a_run_of_this_project_becomes_a_file_of_the_authors(torch, jit_file, ru
     assert vars(found["args"]) == args | {"model": "custom", "epochs": 1}
     twin = torch_jit.of_config(sampling.load(run).config)
     for key in SETS.values():
-        assert list(found[key]) == list(content[key])
+        close_positions(found[key], content[key])
         twin.load_state_dict({name.removeprefix("net."): tensor for name, tensor in found[key].items()}, strict=True)
-        for name, tensor in content[key].items():
-            np.testing.assert_allclose(found[key][name], tensor, atol=1e-6 * name.endswith("pos_embed"), rtol=0)
     trained = [(name, p) for name, p in twin.named_parameters() if p.requires_grad]
     vector = lambda name, p: p.ndim <= 1 or name.endswith(".bias")
     adamw = torch.optim.AdamW([{"params": [p for n, p in trained if vector(n, p) is first]} for first in (True, False)])

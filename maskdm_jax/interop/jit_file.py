@@ -5,13 +5,11 @@ groups: vectors and biases first), `epoch`, and `args`, an argparse.Namespace of
 """
 
 import argparse
-import base64
 import collections
 import functools
 import math
 import re
 import typing
-import zlib
 
 import numpy as np
 
@@ -22,11 +20,9 @@ from maskdm_jax.interop.names import shape_of
 from maskdm_jax.models.jit import sine_cosine
 
 EMAS = 2  # that the authors' code keeps
-PARTS = ("model", "optimizer", "epoch", "args", "model_ema1", "model_ema2")  # keys of a file
-KEYS = ("args", "epoch")  # those besides weights and optimizer
+KEYS = ("args", "epoch")  # of a file, besides those of weights and optimizer
 UNSEEN = ("model.jit.class_tokens_from", "diffusion.flow.noise_scale")  # settings that a file may not show
 POSITIONS = "pos_embed"
-_SETS = {"params": "model", "ema": "model_ema1", "ema2": "model_ema2"}  # name of a set of weights -> key of a file
 _SIZES = {  # of the authors: width, depth, heads, width of the bottleneck, block before which the class tokens join
     "B": (768, 12, 12, 128, 4),
     "L": (1024, 24, 16, 128, 8),
@@ -45,14 +41,12 @@ def optimizer_groups(model: dict) -> list[int]:
 
 def content(official, config: Config, optimizer: dict) -> dict:
     """The content of a file that the authors' code resumes from and samples from."""
-    weights, computed = {"ema": official.model} | official.weights, positions(config)
+    weights, fixed = {"ema": official.model} | official.weights, {POSITIONS: positions(config)}
     weights = {"ema2": weights["ema"]} | weights
-    parts = {"optimizer": optimizer, "epoch": official.epoch or 0, "args": argparse.Namespace()}
-    vars(parts["args"]).update(official.args or _args(config))
-    for name, key in _SETS.items():
-        tensors = {POSITIONS: computed} | official.fixed.get(name, {}) | weights[name]
-        parts[key] = collections.OrderedDict((f"net.{name}", tensor) for name, tensor in tensors.items())
-    return {key: parts[key] for key in dict.fromkeys([*(official.keys or PARTS), *_SETS.values()])}
+    named = lambda tensors: collections.OrderedDict((f"net.{name}", tensor) for name, tensor in tensors.items())
+    model, ema, ema2 = (named(fixed | weights[name]) for name in ("params", "ema", "ema2"))
+    args = argparse.Namespace(**_args(config))
+    return dict(model=model, optimizer=optimizer, epoch=0, args=args, model_ema1=ema, model_ema2=ema2)
 
 
 def positions(config: Config) -> np.ndarray:
@@ -128,10 +122,9 @@ def shown(official) -> dict:
     Raises:
       ValueError: the tensors do not make a JiT; the message names one.
     """
-    args = official.args or {}
-    found = _architecture(official.model | official.fixed.get("params", {}))
-    for fixed in official.fixed.values():
-        _check_positions(fixed, found)
+    args = official.args
+    found = _architecture(official.model | official.fixed)
+    _check_positions(official.fixed[POSITIONS], found)
     found |= {"diffusion.process": "flow", "diffusion.objective": "x0"}
     if is_number(args.get("noise_scale")):
         found["diffusion.flow.noise_scale"] = args["noise_scale"]
@@ -149,7 +142,7 @@ def settings(official, shown: dict, heads: int | None, class_tokens_from: int | 
     """
     if heads is not None:
         raise ConfigError("--num_heads is for a U-ViT; the file holds a JiT, whose tensors show its heads")
-    args, group, notes = official.args or {}, official.group or {}, official.notes
+    args, group, notes = official.args, official.group or {}, official.notes
     number = lambda name, default: args[name] if is_number(args.get(name)) else default
     found = {
         "data.label_dropout": number("label_drop_prob", Data.label_dropout),
@@ -199,7 +192,7 @@ def is_number(value) -> bool:
 
 def differences(official, config: Config, stage: str) -> typing.Iterator[str]:
     """Notes about the parts of a file that training here does not use as they are."""
-    args = official.args or {}
+    args = official.args
     for name, value in (("t_eps", CLAMP), ("attn_dropout", 0.0)):
         if is_number(args.get(name)) and args[name] != value:
             yield f"note: the file was trained with {name} {args[name]}; training here has {value}"
@@ -231,31 +224,11 @@ def _architecture(tensors: dict[str, np.ndarray]) -> dict:
     }
 
 
-# --- The position embedding ---------------------------------------------------------------------
-#
-# It is computed here. An EMA's, which the authors average like a weight, differs by rounding: kept for the way back.
-
-
-def _check_positions(fixed: dict, found: dict) -> None:
+def _check_positions(theirs: np.ndarray, found: dict) -> None:
+    """It is computed here. An EMA's, which the authors average like a weight, differs by rounding."""
     width, side = found["model.width"], found["data.image_size"] // found["model.patch_size"]
     if width % 4:
         raise ValueError(f"its width is {width}; a JiT has a multiple of 4")
-    ours, theirs = sine_cosine(width, side)[None], fixed[POSITIONS]
+    ours = sine_cosine(width, side)[None]
     if theirs.shape != ours.shape or not np.abs(theirs - ours).max() < 0.01:
         raise ValueError(f"{POSITIONS!r} is not the sine-cosine embedding of a grid of {side} x {side} patches")
-
-
-def pack(fixed: dict, config: Config) -> dict[str, str]:
-    """Position embeddings of sets of weights, where they differ from ours, as text for JSON."""
-    ours = positions(config).view(np.uint32)
-    bits = {name: tensors[POSITIONS].view(np.uint32) ^ ours for name, tensors in fixed.items()}
-    return {name: base64.b64encode(zlib.compress(b.tobytes())).decode() for name, b in bits.items() if b.any()}
-
-
-def unpack(packed: dict[str, str], config: Config) -> dict:
-    """Inverse of `pack`."""
-    ours = positions(config)
-    bits = {name: np.frombuffer(zlib.decompress(base64.b64decode(text)), np.uint32) for name, text in packed.items()}
-    return {
-        name: {POSITIONS: (ours.view(np.uint32) ^ b.reshape(ours.shape)).view(np.float32)} for name, b in bits.items()
-    }

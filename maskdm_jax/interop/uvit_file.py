@@ -13,7 +13,7 @@ import ml_dtypes
 import numpy as np
 
 from maskdm_jax.build import noise_schedule
-from maskdm_jax.config import Config, Stage, steps_before
+from maskdm_jax.config import Config, steps_before
 from maskdm_jax.diffusion.gaussian import Schedule, cosine_betas, linear_betas
 from maskdm_jax.errors import ConfigError
 from maskdm_jax.interop.names import shape_of
@@ -36,7 +36,7 @@ BUFFERS = {  # of the official diffusion wrapper, in its order -> column of `gau
 }
 FLOATS = (np.float16, ml_dtypes.bfloat16, np.float32, np.float64)
 EMAS = 1  # that the trainer keeps
-KEYS = ("scaler",)  # of a file, besides those of weights, optimizer and step
+KEYS = ()  # of a file, besides those of weights, optimizer and step
 UNSEEN = ("model.heads", "diffusion.objective", "diffusion.schedule")  # settings that a file may not show
 
 
@@ -59,7 +59,7 @@ def content(official, config: Config, optimizer: dict) -> dict:
         "model": collections.OrderedDict(wrapper),
         "opt": optimizer,
         "ema": collections.OrderedDict(ema),
-        "scaler": official.scaler,
+        "scaler": None,
     }
 
 
@@ -97,17 +97,12 @@ def settings(official, shown: dict, heads: int | None, class_tokens_from: int | 
     if official.buffers is None:
         official.notes.append("note: the file does not show its noise schedule; cosine is assumed (or give --config)")
     official.notes.append("note: the file does not show its objective; noise is assumed (or give --config)")
-    found = {"model.heads": heads or width // 64}
-    if official.group:
-        found["stage.weight_decay"] = official.group.get("weight_decay", Stage.weight_decay)
-    return found
+    return {"model.heads": heads or width // 64}
 
 
 def differences(official, config: Config, stage: str) -> typing.Iterator[str]:
     """Notes about the parts of a file that training here does not use as they are."""
-    ours, heads = schedule_buffers(noise_schedule(config)), config.model.heads
-    if config.model.width != 64 * heads:
-        yield f"note: {heads} attention heads are taken as given; official models have width / 64"
+    ours = schedule_buffers(noise_schedule(config))
     if official.buffers is not None and not all(np.array_equal(ours[k], official.buffers.get(k)) for k in ours):
         yield "note: the file's schedule buffers are incomplete or differ by rounding; ours are used"
     done = official.step + steps_before(config, stage)
@@ -115,7 +110,7 @@ def differences(official, config: Config, stage: str) -> typing.Iterator[str]:
     if official.emas and rests:
         yield (
             f"note: the file's EMA says step {official.ema_step}, initted {official.ema_initted} at training step "
-            f"{done}; this is kept for the way back, but training here goes by the training step"
+            f"{done}; training here goes by the training step"
         )
 
 
