@@ -1,5 +1,6 @@
 import argparse
 import dataclasses
+import functools
 import json
 import random
 import re
@@ -253,6 +254,9 @@ JUNK = [None, -1, 2**40, 1e300, float("nan"), True, "x", b"", [], [0], {}, {"a":
 JUNK += [
     np.zeros(shape, dtype) for shape in [(), (0,), (3,), (1, 2), (2, 0, 3), (1, 1, 1, 1)] for dtype in ("f4", "i8")
 ]
+LOOP, DEEP = {}, functools.reduce(lambda inner, _: [inner], range(5000), [])
+LOOP["x"] = LOOP
+JUNK += [LOOP, DEEP]
 
 
 def test_averages_in_safetensors_have_no_step(official, tmp_path):
