@@ -68,7 +68,7 @@ def convert(
 
     Args:
       src: a run folder or one of its checkpoints; an official `.pt` of a U-ViT or `.pth` of a JiT (or another file with
-        such weights); or a `.safetensors`, the index of several, or their folder.
+        such weights); or a `.safetensors`, or a folder with `model.safetensors`.
       dst: a run folder with one checkpoint, a `.pt` or a `.safetensors`; must not exist yet.
       heads: attention heads of a U-ViT, which its tensors do not show. Where neither it nor a config is known,
         width / 64 is assumed, as in the official models.
@@ -121,7 +121,7 @@ def read_weights(path, *, weights: str = "ema", heads: int | None = None) -> tup
 
 
 def is_file(path) -> bool:
-    """Whether a path is of a file with weights, or of a folder with the index of several; else of a run."""
+    """Whether a path is of a file with weights, or of a folder with a .safetensors; else of a run."""
     return _kind(location(path)) != "folder"
 
 

@@ -28,7 +28,7 @@ from maskdm_jax.training.state import ema_names
 
 _FORMATS = {"uvit": uvit_file, "jit": jit_file}  # by `config.model.network`
 _METADATA = "maskdm_jax"  # key in the header of a .safetensors file
-INDEX = ".safetensors.index.json"  # ending of the file that says which of several files holds a tensor
+_IN_FOLDER = "model.safetensors"  # the file that is read of a folder
 _READABLE = ("F64", "F32", "F16", "BF16", "I64", "I32", "I16", "I8", "U8", "BOOL")  # types of safetensors
 _EPS = 1e-8  # of `training.state.make_optimizer`
 _WANTED = (
@@ -323,46 +323,26 @@ def write(path, official: Official, config: Config) -> None:
 def read_safetensors(path) -> tuple[Official, dict]:
     """Read weights, with the schedule's buffers if they are there, and the notes of `write_safetensors`.
 
-    path: a file, the `.safetensors.index.json` of several, or the folder of either.
+    path: a file, or a folder with a `model.safetensors`.
 
     Raises:
-      TorchFileError: a file is damaged, or not of a known network.
+      TorchFileError: it is damaged, not of a known network, or weights in several files.
       OSError: it cannot be opened.
     """
+    path = pathlib.Path(path)
+    file = path / _IN_FOLDER if path.is_dir() else path
+    if file.suffix == ".json" or (path.is_dir() and not file.exists()):
+        raise TorchFileError(f"{path}: weights in several files are not read; merge them into one {_IN_FOLDER}")
     damage = (safetensors.SafetensorError, ValueError, TypeError, AttributeError, RecursionError)
-    tensors, noted = {}, {}
     with prefixed(TorchFileError, f"{path}: it is damaged or not a .safetensors file (", damage, ")"):
-        files, wanted = _shards(pathlib.Path(path))
-        for file in files:
-            torch_file.check_head(file)  # raises the ordinary errors of a missing or forbidden file, too
-            with safetensors.safe_open(file, framework="numpy") as opened:
-                noted |= json.loads((opened.metadata() or {}).get(_METADATA, "{}"))
-                for name in list(opened.keys()):
-                    if name in tensors:
-                        raise TorchFileError(f"{path}: two of its files hold {name!r}; give the one that is meant")
-                    kind = opened.get_slice(name).get_dtype()
-                    tensors[name] = opened.get_tensor(name) if kind in _READABLE else Skipped(f"{kind} tensor")
+        torch_file.check_head(file)  # raises the ordinary errors of a missing or forbidden file, too
+        with safetensors.safe_open(file, framework="numpy") as opened:
+            tensors, noted = {}, {} | json.loads((opened.metadata() or {}).get(_METADATA, "{}"))
+            for name in list(opened.keys()):
+                kind = opened.get_slice(name).get_dtype()
+                tensors[name] = opened.get_tensor(name) if kind in _READABLE else Skipped(f"{kind} tensor")
     with prefixed(TorchFileError, f"{path}: "):
-        missing = sorted(wanted - tensors.keys())
-        if missing:
-            raise ValueError(f"its index names {missing[:3]}, which are in none of the files")
         return _find_weights(tensors, set()), noted
-
-
-def _shards(path: pathlib.Path) -> tuple[list[pathlib.Path], set[str]]:
-    """The files that make up a `.safetensors`, and names of tensors that must be in them."""
-    if path.is_dir():
-        indices = sorted(path.glob(f"*{INDEX}"))
-        if not indices:
-            return sorted(path.glob("*.safetensors")), set()
-        path = indices[0]
-    if not path.name.endswith(INDEX):
-        return [path], set()
-    where = json.loads(path.read_bytes())["weight_map"]
-    names = sorted(set(where.values()))
-    if any(pathlib.Path(name).name != name for name in names):
-        raise ValueError("its index names files of other folders")
-    return [path.with_name(name) for name in names], set(where)
 
 
 def write_safetensors(path, model: dict[str, np.ndarray], noted: dict) -> None:
@@ -378,11 +358,13 @@ def load(path: pathlib.Path) -> tuple[Official, dict]:
 
 
 def is_safetensors(path: pathlib.Path) -> bool:
-    """Whether `read_safetensors` reads this path."""
+    """Whether `read_safetensors` reads this path, or says that its weights are in several files."""
     name = path.name.lower()
     is_dir = path.is_dir() if is_remote(path) else os.path.isdir(path)  # Path.is_dir raises if a name is too long
     is_run = is_dir and (path / checkpoint.FOLDER).is_dir()  # which may hold exports, too
-    return name.endswith((".safetensors", INDEX)) or (is_dir and not is_run and any(path.glob("*.safetensors")))
+    return name.endswith((".safetensors", ".safetensors.index.json")) or (
+        is_dir and not is_run and any(path.glob("*.safetensors"))
+    )
 
 
 def _float32(name: str, tensor) -> np.ndarray:
