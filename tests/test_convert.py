@@ -43,21 +43,14 @@ from safetensors.torch import load_file  # noqa: E402
 torch.set_num_threads(1)  # tests run beside each other
 
 ONE = jax.devices()[:1]
-TINY = dict(
-    img_size=16, patch_size=2, in_chans=3, encoder_embed_dim=32, encoder_depth=4, encoder_heads=4, mlp_ratio=2
-) | dict(qkv_bias=False, num_classes=-1, mlp_time_embed=False)  # of official_tiny.pt
 KINDS = {  # official settings of every kind of network
-    "plain": TINY,
-    "conditional": TINY | dict(num_classes=5, mlp_time_embed=True, qkv_bias=True, encoder_depth=3, in_chans=4),
-    "wavelet": TINY | dict(in_chans=12, data_chans=3, scale=1, img_size=8, qkv_bias=True, encoder_depth=2),
-    "wavelet_scale_2": TINY | dict(in_chans=8, data_chans=2, scale=2, img_size=16, encoder_depth=2),
-    "wavelet_conditional": TINY | dict(in_chans=12, data_chans=3, scale=1, img_size=8, num_classes=5, encoder_depth=2),
+    "plain": golden.TINY,
+    "conditional": golden.TINY | dict(num_classes=5, mlp_time_embed=True, qkv_bias=True, encoder_depth=3, in_chans=4),
+    "wavelet": golden.TINY | dict(in_chans=12, data_chans=3, scale=1, img_size=8, qkv_bias=True, encoder_depth=2),
+    "wavelet_scale_2": golden.TINY | dict(in_chans=8, data_chans=2, scale=2, img_size=16, encoder_depth=2),
+    "wavelet_conditional": golden.TINY
+    | dict(in_chans=12, data_chans=3, scale=1, img_size=8, num_classes=5, encoder_depth=2),
 }
-
-
-@pytest.fixture(scope="module")
-def official(root):
-    return root / "tests" / "golden" / "official_tiny.pt"
 
 
 @pytest.fixture(scope="module")
@@ -65,10 +58,6 @@ def converted(official, tmp_path_factory):
     folder = tmp_path_factory.mktemp("converted") / "run"
     convert(official, folder, heads=4)
     return folder
-
-
-def raw_weights(path):
-    return UVIT.params(official_file.load(path)[0].model)
 
 
 def train(config, workdir):
@@ -308,7 +297,7 @@ def test_safetensors_go_both_ways(official, converted, tmp_path):
     ]:
         file = tmp_path / f"{which}.safetensors"
         convert(official, file, heads=4, weights=which)
-        network = torch_twin.network(TINY)
+        network = torch_twin.network(golden.TINY)
         network.load_state_dict(load_file(file), strict=True)
         for name, tensor in network.state_dict().items():
             np.testing.assert_array_equal(tensor, state_dict[prefix + name])
@@ -330,7 +319,7 @@ def test_safetensors_go_both_ways(official, converted, tmp_path):
         {k: v for k, v in back["model"].items() if k.startswith("model.")},
         {k.removeprefix("ema_model."): v for k, v in content["ema"].items() if k.startswith("ema_model.model.")},
     )
-    opt = torch.optim.AdamW(torch_twin.network(TINY).parameters())
+    opt = torch.optim.AdamW(torch_twin.network(golden.TINY).parameters())
     opt.load_state_dict(torch.load(tmp_path / "ema.pt", weights_only=True)["opt"])
 
 
@@ -348,7 +337,7 @@ def test_safetensors_from_elsewhere_and_a_bare_state_dict(official, converted, t
         lines = convert(tmp_path / name, tmp_path / name.partition(".")[0], heads=4)
         assert any("cosine is assumed" in line for line in lines) == (name != "wrapper.safetensors")
         golden.same(sampling.load(tmp_path / name.partition(".")[0]).params, expected)
-        jax.tree.map(np.testing.assert_array_equal, expected, raw_weights(tmp_path / name))
+        jax.tree.map(np.testing.assert_array_equal, expected, golden.raw_weights(tmp_path / name))
     with pytest.raises(ConfigError, match="pass --num_heads=H"):
         convert(tmp_path / "half.safetensors", tmp_path / "half")
     convert(tmp_path / "half.safetensors", tmp_path / "half", heads=4)
@@ -375,7 +364,7 @@ def test_what_is_inferred_from_a_file(kind):
 @pytest.mark.parametrize("schedule", ["cosine", "linear", "shifted"])
 def test_the_schedule_is_recognised(schedule, tmp_path):
     made = make_schedule("shifted_cosine", size=256) if schedule == "shifted" else make_schedule(schedule)
-    content = torch.load(twin_file(tmp_path / "a.pt", TINY, steps=1), weights_only=True)
+    content = torch.load(twin_file(tmp_path / "a.pt", golden.TINY, steps=1), weights_only=True)
     content["model"] |= {k: torch.tensor(v) for k, v in uvit_file.schedule_buffers(made).items()}
     torch.save(content, tmp_path / "b.pt")
     convert(tmp_path / "b.pt", tmp_path / "run", heads=4)
@@ -393,7 +382,7 @@ def test_the_schedule_is_kept_or_the_guess_is_said(tmp_path):
     """Never a silent cosine: buffers count wherever they are, in any precision, all of them or not."""
     from safetensors.torch import save_file
 
-    content = torch.load(twin_file(tmp_path / "a.pt", TINY, schedule="linear", steps=1), weights_only=True)
+    content = torch.load(twin_file(tmp_path / "a.pt", golden.TINY, schedule="linear", steps=1), weights_only=True)
     save_file(dict(content["model"]), tmp_path / "wrapper.safetensors")
     torch.save({"model": {k: t.half() for k, t in content["model"].items()}}, tmp_path / "half.pt")
     torch.save({"model": {k: t.bfloat16() for k, t in content["model"].items()}}, tmp_path / "bfloat.pt")
@@ -406,7 +395,7 @@ def test_the_schedule_is_kept_or_the_guess_is_said(tmp_path):
 
 def test_a_config_must_agree_with_what_the_source_knows(converted, tmp_path):
     convert(converted, tmp_path / "w.safetensors")
-    raw = config_lib.to_dict(golden.config(TINY | dict(encoder_heads=8), diffusion=dict(schedule="linear")))
+    raw = config_lib.to_dict(golden.config(golden.TINY | dict(encoder_heads=8), diffusion=dict(schedule="linear")))
     for src, dst in [(tmp_path / "w.safetensors", "run"), (converted, "w.pt"), (converted, "v.safetensors")]:
         flags = "take its settings: --config.model.heads=4 --config.diffusion.schedule=cosine"
         with pytest.raises(ConfigError, match=rf"was trained with model.heads 4 \(now 8\), diffusion.* {flags}"):
@@ -420,11 +409,11 @@ def test_an_unusual_optimizer_or_no_ema_does_not_keep_the_weights_back(official,
     torch_file.write(tmp_path / "sgd.pt", content)
     lines = convert(tmp_path / "sgd.pt", tmp_path / "w.safetensors", heads=4)
     assert any("no EMA" in line for line in lines)
-    raw_weights(tmp_path / "sgd.pt")
+    golden.raw_weights(tmp_path / "sgd.pt")
     lines = convert(tmp_path / "sgd.pt", tmp_path / "sgd", heads=4)
     assert any(line.startswith("left out: the optimizer ('opt': it knows 0 tensors") for line in lines)
     assert "checkpoint 130: weights, step 130" in lines[0]
-    raw = config_lib.to_dict(golden.config(TINY, dict(steps=130)))
+    raw = config_lib.to_dict(golden.config(golden.TINY, dict(steps=130)))
     with pytest.raises(ConfigError, match="'opt': it knows 0 tensors.*leave --config out to sample, or start from the"):
         convert(tmp_path / "sgd.pt", tmp_path / "further", config=raw)
     del content["opt"]
@@ -435,10 +424,10 @@ def test_an_unusual_optimizer_or_no_ema_does_not_keep_the_weights_back(official,
 
 def test_what_a_killed_call_left_is_not_taken_over(official, tmp_path):
     """A number of a process may come again, and with it the temporary folder's name."""
-    other = twin_file(tmp_path / "other.pt", TINY, counted=130)
+    other = twin_file(tmp_path / "other.pt", golden.TINY, counted=130)
     convert(other, tmp_path / f".run.{os.getpid()}.tmp", heads=4)
     convert(official, tmp_path / "run", heads=4)
-    expected = raw_weights(official)
+    expected = golden.raw_weights(official)
     jax.tree.map(np.testing.assert_array_equal, sampling.load(tmp_path / "run", weights="params").params, expected)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["other.pt", "run"]
 
@@ -475,7 +464,7 @@ def test_a_converted_run_goes_on_and_init_from_takes_all_kinds(official, convert
     for i in range(10):
         (tmp_path / "images").mkdir(exist_ok=True)
         Image.new("RGB", (16, 16), (20 * i, 100, 200)).save(tmp_path / "images" / f"{i}.png")
-    shallow, stage = TINY | dict(encoder_depth=2), dict(steps=131, learning_rate=0.0)
+    shallow, stage = golden.TINY | dict(encoder_depth=2), dict(steps=131, learning_rate=0.0)
     file = twin_file(tmp_path / "file.pt", shallow, schedule="cosine", counted=130)
     raw = config_lib.to_dict(golden.config(shallow, stage))
     raw["data"]["path"] = str(tmp_path / "images")
@@ -494,7 +483,7 @@ def test_a_converted_run_goes_on_and_init_from_takes_all_kinds(official, convert
 
     expected = sampling.load(converted, weights="params").params
     convert(official, tmp_path / "w.safetensors", heads=4, weights="params")
-    raw = config_lib.to_dict(golden.config(TINY)) | {"data": raw["data"]}
+    raw = config_lib.to_dict(golden.config(golden.TINY)) | {"data": raw["data"]}
     for init_from in (official, converted, tmp_path / "w.safetensors"):
         raw["init_from"] = str(init_from)
         begun = config_lib.parse(raw)
@@ -505,7 +494,7 @@ def test_a_converted_run_goes_on_and_init_from_takes_all_kinds(official, convert
 
 def test_a_file_of_the_second_stage(official, tmp_path):
     stage = dict(steps=130, learning_rate=2e-4)
-    raw = config_lib.to_dict(golden.config(TINY, stage))
+    raw = config_lib.to_dict(golden.config(golden.TINY, stage))
     raw["first"], raw["stages"] = raw["stage"] | dict(steps=50), ["first", "stage"]
     with pytest.raises(ConfigError, match=r"at step 130, but config.first.steps is 50; give the stage .* with --stage"):
         convert(official, tmp_path / "run", config=raw)
@@ -523,7 +512,7 @@ def test_an_exported_average_is_not_copied_again(converted, tmp_path):
     convert(converted, tmp_path / "out.pt")
     exported = torch.load(tmp_path / "out.pt", weights_only=True)["ema"]
     buffers = uvit_file.schedule_buffers(make_schedule("cosine"))
-    ema = torch_twin.Ema(torch_twin.Diffusion(TINY, buffers), torch_twin.Diffusion(TINY, buffers), 0.9, 1)
+    ema = torch_twin.Ema(torch_twin.Diffusion(golden.TINY, buffers), torch_twin.Diffusion(golden.TINY, buffers), 0.9, 1)
     ema.load_state_dict(exported, strict=True)
     assert (int(ema.step), bool(ema.initted)) == (130, True)
     name = "model.encoder.norm.weight"
@@ -543,12 +532,12 @@ def test_what_cannot_work_is_said_and_nothing_is_written(official, converted, tm
 
     before = []
     fails(ConfigError, "pass --num_heads=H")
-    tiny_config = config_lib.to_dict(golden.config(TINY))
+    tiny_config = config_lib.to_dict(golden.config(golden.TINY))
     fails(ConfigError, "--num_heads .* for files without settings; --config has them", config=tiny_config, heads=4)
     fails(ConfigError, r"config.model.heads is 5; it must be a divisor of model.width 32", heads=5)
-    wrong = config_lib.to_dict(golden.config(TINY | dict(encoder_embed_dim=64, encoder_depth=6)))
+    wrong = config_lib.to_dict(golden.config(golden.TINY | dict(encoder_embed_dim=64, encoder_depth=6)))
     fails(ConfigError, r"model.width 32 \(now 64\), model.depth 5 \(now 7\); take its settings: --config", config=wrong)
-    linear = config_lib.to_dict(golden.config(TINY, diffusion=dict(schedule="linear")))
+    linear = config_lib.to_dict(golden.config(golden.TINY, diffusion=dict(schedule="linear")))
     fails(
         ConfigError,
         r"diffusion.schedule cosine \(now linear\); take its settings: --config.diffusion.schedule=cosine",
@@ -642,7 +631,7 @@ def test_an_optimizer_that_cannot_go_on_is_left_out_by_name(official, tmp_path, 
     lines = convert(tmp_path / "odd.pt", tmp_path / "run", heads=4)
     assert [line for line in lines if re.search(rf"^left out: the optimizer .*{message}", line)]
     assert "weights, EMA, step 130" in lines[0]
-    raw = config_lib.to_dict(golden.config(TINY, dict(steps=130)))
+    raw = config_lib.to_dict(golden.config(golden.TINY, dict(steps=130)))
     with pytest.raises(ConfigError, match=rf"optimizer cannot be continued .*{message}.*--config.init_from"):
         convert(tmp_path / "odd.pt", tmp_path / "further", config=raw)
 
@@ -697,7 +686,7 @@ def test_a_full_disk_leaves_nothing(official, converted, tmp_path, monkeypatch, 
 def test_a_file_given_as_a_run_names_the_command_that_makes_it_one(official, converted, tmp_path):
     """It works as it is where the file shows the heads, or has 64 channels per head as the official models do."""
     file = tmp_path / "model 20.pt"
-    twin_file(file, TINY | dict(encoder_embed_dim=64, encoder_heads=1, encoder_depth=2))
+    twin_file(file, golden.TINY | dict(encoder_embed_dim=64, encoder_heads=1, encoder_depth=2))
     with pytest.raises(CheckpointError, match="model 20.pt is not a run of this project; .*, convert it: ") as caught:
         sampling.load(file)
     program, *flags = shlex.split(str(caught.value).partition("convert it: python ")[2])

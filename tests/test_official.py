@@ -21,24 +21,11 @@ from maskdm_jax.interop.names import UVIT
 from maskdm_jax.run import train
 from maskdm_jax.training import checkpoint
 
-TINY = dict(
-    img_size=16, patch_size=2, in_chans=3, encoder_embed_dim=32, encoder_depth=4, encoder_heads=4, mlp_ratio=2
-) | dict(qkv_bias=False, num_classes=-1, mlp_time_embed=False)  # of official_tiny.pt
-
-
-@pytest.fixture(scope="module")
-def official(root):
-    return root / "tests" / "golden" / "official_tiny.pt"
-
-
-def raw_weights(path):
-    return UVIT.params(official_file.load(path)[0].model)
-
 
 @pytest.mark.parametrize(("which", "expected"), [("params", "out_model"), ("ema", "out_ema")])
 def test_official_weights_give_the_same_outputs(root, official, which, expected):
     recorded = np.load(root / "tests" / "golden" / "official_tiny_expected.npz")
-    network = make_network(golden.config(TINY))
+    network = make_network(golden.config(golden.TINY))
     file = official_file.read(official)
     params = UVIT.params(file.model if which == "params" else file.ema)
     out = jax.jit(network.apply)(params, golden.nhwc(recorded["x"]), recorded["t"])
@@ -58,7 +45,7 @@ def images(tmp_path_factory):
 
 
 def finetune(images, official, **model):
-    raw = to_dict(golden.config(TINY)) | {"stages": ("stage",)}
+    raw = to_dict(golden.config(golden.TINY)) | {"stages": ("stage",)}
     raw["init_from"] = str(official)
     raw["data"] |= dict(path=str(images))
     raw["model"] |= model
@@ -76,10 +63,10 @@ def test_a_run_starts_from_an_official_file(official, images, tmp_path):
         lambda leaf: jax.ShapeDtypeStruct(
             leaf.shape, leaf.dtype, sharding=jax.sharding.SingleDeviceSharding(jax.devices()[0])
         ),
-        make_network(golden.config(TINY)).abstract_params(),
+        make_network(golden.config(golden.TINY)).abstract_params(),
     )
     trained = checkpoint.load_item(last, "params", abstract)  # with rate 0, the weights it started from
-    jax.tree.map(np.testing.assert_array_equal, trained, raw_weights(official))
+    jax.tree.map(np.testing.assert_array_equal, trained, golden.raw_weights(official))
 
 
 def test_what_does_not_fit_is_named(official, images, tmp_path):
