@@ -544,8 +544,8 @@ def test_what_cannot_work_is_said_and_nothing_is_written(official, converted, tm
         config=linear,
     )
     fails(ConfigError, "of the same kind", dst=tmp_path / "again.pt")
-    fails(ConfigError, "--dtype=bfloat16 is for a .safetensors or .*out always holds float32", dtype="bfloat16")
-    fails(ConfigError, "--weights=params is for a .safetensors or .* holds raw and averaged", weights="params")
+    fails(ConfigError, "--dtype=bfloat16 is for a .safetensors or .*out holds all weights, in", dtype="bfloat16")
+    fails(ConfigError, "--weights=params is for a .safetensors or .*out holds all weights", weights="params")
     fails(ConfigError, ".onnx is not known", dst=tmp_path / "model.onnx")
     fails(CheckpointError, "none.pt does not exist", src=tmp_path / "none.pt")
     fails(CheckpointError, "holds no checkpoint", src=tmp_path / "none", dst=tmp_path / "out.pt")

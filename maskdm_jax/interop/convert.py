@@ -92,22 +92,19 @@ def convert(
     if kinds[0] == kinds[1] != "safetensors":  # whose weights can take another dtype
         raise ConfigError(f"{src} and {dst} are of the same kind; there is nothing to convert")
     given = None if config is None else config_lib.parse(config)
-    writers = {"folder": _to_folder, "pt": _to_pt, "safetensors": functools.partial(_to_safetensors, dtype=dtype)}
-    writers["torch"] = functools.partial(_to_torch, src, dtype=dtype)
-    if kinds[1] not in ("safetensors", "torch"):
-        for flag, value, usual, always in (
-            ("dtype", dtype, "float32", "float32"),
-            ("weights", weights, "ema", "raw and averaged weights"),
-        ):
-            if value != usual:
-                raise ConfigError(f"--{flag}={value} is for a .safetensors or --for=torch; {dst} always holds {always}")
+    chosen = dict(weights=weights, dtype=dtype)
+    writers = {"folder": _to_folder, "pt": _to_pt, "safetensors": functools.partial(_to_safetensors, **chosen)}
+    writers["torch"] = functools.partial(_to_torch, src, **chosen)
+    unused = [f"--dtype={dtype}"] * (dtype != "float32") + [f"--weights={weights}"] * (weights != "ema")
+    if unused and kinds[1] not in ("safetensors", "torch"):
+        raise ConfigError(f"{unused[0]} is for a .safetensors or --for=torch; {dst} holds all weights, in float32")
     with prefixed(TorchFileError, f"{src}: "):
         source = _read(src, dict(heads=heads, class_tokens_from=class_tokens_from), given, stage)
         with prefixed(CheckpointError, f"{dst} cannot be written: ", OSError):
             there = dst.exists() if is_remote(dst) else os.path.lexists(dst)  # a link to nothing, too
             if there and not (kinds[1] in ("folder", "torch") and dst.is_dir() and not any(dst.iterdir())):
                 raise ConfigError(f"{dst} exists already; give another --dst or move it away")
-            lines = writers[kinds[1]](dst, source, weights)
+            lines = writers[kinds[1]](dst, source)
     return [*lines, *source.official.notes]
 
 
@@ -281,7 +278,7 @@ def _config_of(official: Official, shown: dict, flags: dict) -> Config:
 # --- Writing ------------------------------------------------------------------------------------
 
 
-def _to_folder(dst: pathlib.Path, source: _Source, weights: str) -> list[str]:
+def _to_folder(dst: pathlib.Path, source: _Source) -> list[str]:
     official, config, name = source.official, source.config, source.stage
     index, stage = config.stages.index(name), config.stage[name]
     params, emas = official.names.params(official.model), _emas(official, stage)
@@ -404,7 +401,7 @@ def _filled(fresh, source: _Source, moments: dict[str, Moment]):
     return jax.tree.map(fill, fresh, is_leaf=lambda node: isinstance(node, wanted))
 
 
-def _to_pt(dst: pathlib.Path, source: _Source, weights: str) -> list[str]:
+def _to_pt(dst: pathlib.Path, source: _Source) -> list[str]:
     official, config = source.official, source.config
     if problem := official.format.unknown(config):
         raise ConfigError(f"{problem}; convert it with --for=torch to sample in PyTorch, or to a .safetensors")
@@ -427,7 +424,7 @@ def _only_here(config: Config) -> typing.Iterator[str]:
         yield f"note: other code has no guidance of sampling.weak={config.sampling.weak!r}; it samples without guidance"
 
 
-def _to_safetensors(dst: pathlib.Path, source: _Source, weights: str, *, dtype: str) -> list[str]:
+def _to_safetensors(dst: pathlib.Path, source: _Source, *, weights: str, dtype: str) -> list[str]:
     official, config = source.official, source.config
     asked, (weights, name) = weights, source.chosen(weights)
     if name != asked:
@@ -439,9 +436,9 @@ def _to_safetensors(dst: pathlib.Path, source: _Source, weights: str, *, dtype: 
     return [f"{dst} holds the {'raw weights' if name == 'params' else name.replace('ema', 'EMA')} (--weights chooses)"]
 
 
-def _to_torch(src, dst: pathlib.Path, source: _Source, weights: str, *, dtype: str) -> list[str]:
+def _to_torch(src, dst: pathlib.Path, source: _Source, *, weights: str, dtype: str) -> list[str]:
     with _whole(dst) as folder:
-        _to_safetensors(folder / "model.safetensors", source, weights, dtype=dtype)
+        _to_safetensors(folder / "model.safetensors", source, weights=weights, dtype=dtype)
         name = source.chosen(weights)[1]
         torch_folder.write(folder, dst.name, source.config, source.classes, name, src)
     text = f"{dst} holds the weights ({name}), sample.py for PyTorch, and README.md, a model card to complete"

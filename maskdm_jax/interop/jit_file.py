@@ -171,11 +171,11 @@ def settings(official, shown: dict, heads: int | None, class_tokens_from: int | 
 def _class_tokens_from(args: dict, shown: dict, flag: int | None, notes: list[str]) -> int:
     """The block before which the class tokens join: what the file shows, the flag, or that of the authors' size."""
     known = shown.get("model.jit.class_tokens_from") if shown["model.jit.class_tokens"] else 0
-    if flag is not None and known is not None:
+    if known is not None and flag is not None:
         raise ConfigError(f"--class_tokens_from is {flag}, but the file shows that it is {known}; leave it out")
-    size = next((size for size in _SIZES.values() if size[:2] == (shown["model.width"], shown["model.depth"])), None)
-    if (flag, known) != (None, None):
+    if known is not None or flag is not None:
         return flag if known is None else known
+    size = next((size for size in _SIZES.values() if size[:2] == (shown["model.width"], shown["model.depth"])), None)
     if size is None or "model" in args:  # the name of another network
         raise ConfigError(
             "the block before which the class tokens join the patches cannot be seen in the file: pass "
