@@ -10,7 +10,7 @@ from absl import flags
 from maskdm_jax.parallel import runtime
 
 SRC = flags.DEFINE_string(
-    "src", None, "Run or checkpoint folder, .pt, or .safetensors (also the index or folder of several).", required=True
+    "src", None, "Run or checkpoint folder, .pt, or .safetensors (or a folder with model.safetensors).", required=True
 )
 DST = flags.DEFINE_string("dst", None, "Run folder, .pt or .safetensors; must not exist yet.", required=True)
 HEADS = flags.DEFINE_integer(

@@ -200,7 +200,7 @@ def load(path, *, weights: str = "ema", sampling: dict | None = None) -> Trained
     meta = checkpoint.load_meta(found)
     config = parse(meta["config"] | dict(mesh={}))  # the mesh of the machine that trained; this one may have another
     network, mesh = make_network(config), _local_mesh()
-    about = meta["classes"], meta["card"], mesh, bool(meta.get("official"))
+    about = meta["classes"], meta["card"], mesh, meta["images"] is None
     model = TrainedModel(found, weights, config, network, {}, *about)
     model, place = with_sampling(model, sampling or {}), sharding.replicated(mesh)  # before weights are read
     abstract = jax.tree.map(

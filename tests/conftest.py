@@ -63,6 +63,12 @@ def root():
     return ROOT
 
 
+@pytest.fixture(scope="session")
+def official():
+    """A small checkpoint that the official trainer wrote; `golden.TINY` are its settings."""
+    return ROOT / "tests" / "golden" / "official_tiny.pt"
+
+
 @pytest.fixture(scope="session", autouse=True)
 def cache(tmp_path_factory):
     """A cache folder of the session's own."""

@@ -9,12 +9,20 @@ import jax
 import numpy as np
 
 from maskdm_jax import config as config_lib
-from maskdm_jax.interop import torch_file
+from maskdm_jax.interop import official, torch_file
 from maskdm_jax.interop.names import JIT, UVIT
 
+TINY = dict(
+    img_size=16, patch_size=2, in_chans=3, encoder_embed_dim=32, encoder_depth=4, encoder_heads=4, mlp_ratio=2
+) | dict(qkv_bias=False, num_classes=-1, mlp_time_embed=False)  # of official_tiny.pt
 MASKS = ("mask", "detail_mask")
 KINDS = ("wavelet", "jit", "uvit", "train", "schedules", "edm", "flow", "samplers", "inception")
 OBJECTIVES = {"pred_noise": "noise", "pred_v": "v", "pred_x0": "x0"}
+
+
+def raw_weights(path) -> dict:
+    """Our parameters from the raw weights in a file of a U-ViT."""
+    return UVIT.params(official.load(path)[0].model)
 
 
 def same(a, b, where="file"):

@@ -43,21 +43,14 @@ from safetensors.torch import load_file  # noqa: E402
 torch.set_num_threads(1)  # tests run beside each other
 
 ONE = jax.devices()[:1]
-TINY = dict(
-    img_size=16, patch_size=2, in_chans=3, encoder_embed_dim=32, encoder_depth=4, encoder_heads=4, mlp_ratio=2
-) | dict(qkv_bias=False, num_classes=-1, mlp_time_embed=False)  # of official_tiny.pt
 KINDS = {  # official settings of every kind of network
-    "plain": TINY,
-    "conditional": TINY | dict(num_classes=5, mlp_time_embed=True, qkv_bias=True, encoder_depth=3, in_chans=4),
-    "wavelet": TINY | dict(in_chans=12, data_chans=3, scale=1, img_size=8, qkv_bias=True, encoder_depth=2),
-    "wavelet_scale_2": TINY | dict(in_chans=8, data_chans=2, scale=2, img_size=16, encoder_depth=2),
-    "wavelet_conditional": TINY | dict(in_chans=12, data_chans=3, scale=1, img_size=8, num_classes=5, encoder_depth=2),
+    "plain": golden.TINY,
+    "conditional": golden.TINY | dict(num_classes=5, mlp_time_embed=True, qkv_bias=True, encoder_depth=3, in_chans=4),
+    "wavelet": golden.TINY | dict(in_chans=12, data_chans=3, scale=1, img_size=8, qkv_bias=True, encoder_depth=2),
+    "wavelet_scale_2": golden.TINY | dict(in_chans=8, data_chans=2, scale=2, img_size=16, encoder_depth=2),
+    "wavelet_conditional": golden.TINY
+    | dict(in_chans=12, data_chans=3, scale=1, img_size=8, num_classes=5, encoder_depth=2),
 }
-
-
-@pytest.fixture(scope="module")
-def official(root):
-    return root / "tests" / "golden" / "official_tiny.pt"
 
 
 @pytest.fixture(scope="module")
@@ -65,10 +58,6 @@ def converted(official, tmp_path_factory):
     folder = tmp_path_factory.mktemp("converted") / "run"
     convert(official, folder, heads=4)
     return folder
-
-
-def raw_weights(path):
-    return UVIT.params(official_file.load(path)[0].model)
 
 
 def train(config, workdir):
@@ -109,15 +98,21 @@ def kind(request, tmp_path_factory):
     return KINDS[request.param], file, folder / "run"
 
 
-def test_there_and_back_is_bit_identical_for_the_official_file(official, converted, tmp_path):
-    convert(converted, tmp_path / "back.pt")
-    golden.same(torch_file.read(official), torch_file.read(tmp_path / "back.pt"))
+def carried(path) -> list:
+    """What a file and the folder made of it both hold."""
+    content = torch_file.read(path)
+    return [content["step"], content["model"], content["ema"], content["opt"]["state"]]
 
 
 def test_there_and_back_is_bit_identical_for_every_kind(kind, tmp_path):
     _, file, run = kind
     convert(run, tmp_path / "back.pt")
-    golden.same(torch_file.read(file), torch_file.read(tmp_path / "back.pt"))
+    golden.same(carried(file), carried(tmp_path / "back.pt"))
+
+
+def test_an_export_is_like_the_official_file(official, converted, tmp_path):
+    convert(converted, tmp_path / "back.pt")
+    golden.same(torch_file.read(official), torch_file.read(tmp_path / "back.pt"))
 
 
 def inputs(c, seed=0):
@@ -221,7 +216,7 @@ def ten_steps(request, tmp_path_factory):
         ema.update()
         here.append((float(metrics["loss"]), float(metrics["grad_norm"])))
         there.append((loss.item(), norm.item()))
-    meta = {key: value for key, value in checkpoint.load_meta(found).items() if key != "official"}
+    meta = checkpoint.load_meta(found)
     return types.SimpleNamespace(
         c=c, config=config, meta=meta, buffers=buffers, state=state, model=model, ema=ema, here=here, there=there
     )
@@ -289,7 +284,7 @@ def test_a_tensor_that_no_step_has_used_has_no_optimizer_state(tmp_path):
     file = twin_file(tmp_path / "twin.pt", c, label_dropout=False)
     convert(file, tmp_path / "run", heads=4)
     convert(tmp_path / "run", tmp_path / "back.pt")
-    golden.same(torch_file.read(file), torch_file.read(tmp_path / "back.pt"))
+    golden.same(carried(file), carried(tmp_path / "back.pt"))
     opt = torch.load(tmp_path / "back.pt", weights_only=True)["opt"]
     assert len(opt["state"]) == len(opt["param_groups"][0]["params"]) - 1
 
@@ -302,7 +297,7 @@ def test_safetensors_go_both_ways(official, converted, tmp_path):
     ]:
         file = tmp_path / f"{which}.safetensors"
         convert(official, file, heads=4, weights=which)
-        network = torch_twin.network(TINY)
+        network = torch_twin.network(golden.TINY)
         network.load_state_dict(load_file(file), strict=True)
         for name, tensor in network.state_dict().items():
             np.testing.assert_array_equal(tensor, state_dict[prefix + name])
@@ -315,15 +310,16 @@ def test_safetensors_go_both_ways(official, converted, tmp_path):
     for name, tensor in network.state_dict().items():
         rounded = torch.from_numpy(state_dict[prefix + name].copy()).bfloat16().float()
         np.testing.assert_array_equal(tensor, rounded)
-    with pytest.raises(ConfigError, match=r"--dtype=bfloat16 is for .safetensors; .*half always holds float32"):
-        convert(official, tmp_path / "half", heads=4, dtype="bfloat16")
+    convert(tmp_path / "ema.safetensors", tmp_path / "half_again.safetensors", dtype="bfloat16")
+    once, again = (load_file(tmp_path / f"half{name}.safetensors") for name in ("", "_again"))
+    torch.testing.assert_close(again, once, rtol=0, atol=0)
     convert(tmp_path / "ema.safetensors", tmp_path / "ema.pt")
     back = torch_file.read(tmp_path / "ema.pt")
     golden.same(
         {k: v for k, v in back["model"].items() if k.startswith("model.")},
         {k.removeprefix("ema_model."): v for k, v in content["ema"].items() if k.startswith("ema_model.model.")},
     )
-    opt = torch.optim.AdamW(torch_twin.network(TINY).parameters())
+    opt = torch.optim.AdamW(torch_twin.network(golden.TINY).parameters())
     opt.load_state_dict(torch.load(tmp_path / "ema.pt", weights_only=True)["opt"])
 
 
@@ -341,7 +337,7 @@ def test_safetensors_from_elsewhere_and_a_bare_state_dict(official, converted, t
         lines = convert(tmp_path / name, tmp_path / name.partition(".")[0], heads=4)
         assert any("cosine is assumed" in line for line in lines) == (name != "wrapper.safetensors")
         golden.same(sampling.load(tmp_path / name.partition(".")[0]).params, expected)
-        jax.tree.map(np.testing.assert_array_equal, expected, raw_weights(tmp_path / name))
+        jax.tree.map(np.testing.assert_array_equal, expected, golden.raw_weights(tmp_path / name))
     with pytest.raises(ConfigError, match="pass --num_heads=H"):
         convert(tmp_path / "half.safetensors", tmp_path / "half")
     convert(tmp_path / "half.safetensors", tmp_path / "half", heads=4)
@@ -368,7 +364,7 @@ def test_what_is_inferred_from_a_file(kind):
 @pytest.mark.parametrize("schedule", ["cosine", "linear", "shifted"])
 def test_the_schedule_is_recognised(schedule, tmp_path):
     made = make_schedule("shifted_cosine", size=256) if schedule == "shifted" else make_schedule(schedule)
-    content = torch.load(twin_file(tmp_path / "a.pt", TINY, steps=1), weights_only=True)
+    content = torch.load(twin_file(tmp_path / "a.pt", golden.TINY, steps=1), weights_only=True)
     content["model"] |= {k: torch.tensor(v) for k, v in uvit_file.schedule_buffers(made).items()}
     torch.save(content, tmp_path / "b.pt")
     convert(tmp_path / "b.pt", tmp_path / "run", heads=4)
@@ -386,7 +382,7 @@ def test_the_schedule_is_kept_or_the_guess_is_said(tmp_path):
     """Never a silent cosine: buffers count wherever they are, in any precision, all of them or not."""
     from safetensors.torch import save_file
 
-    content = torch.load(twin_file(tmp_path / "a.pt", TINY, schedule="linear", steps=1), weights_only=True)
+    content = torch.load(twin_file(tmp_path / "a.pt", golden.TINY, schedule="linear", steps=1), weights_only=True)
     save_file(dict(content["model"]), tmp_path / "wrapper.safetensors")
     torch.save({"model": {k: t.half() for k, t in content["model"].items()}}, tmp_path / "half.pt")
     torch.save({"model": {k: t.bfloat16() for k, t in content["model"].items()}}, tmp_path / "bfloat.pt")
@@ -399,7 +395,7 @@ def test_the_schedule_is_kept_or_the_guess_is_said(tmp_path):
 
 def test_a_config_must_agree_with_what_the_source_knows(converted, tmp_path):
     convert(converted, tmp_path / "w.safetensors")
-    raw = config_lib.to_dict(golden.config(TINY | dict(encoder_heads=8), diffusion=dict(schedule="linear")))
+    raw = config_lib.to_dict(golden.config(golden.TINY | dict(encoder_heads=8), diffusion=dict(schedule="linear")))
     for src, dst in [(tmp_path / "w.safetensors", "run"), (converted, "w.pt"), (converted, "v.safetensors")]:
         flags = "take its settings: --config.model.heads=4 --config.diffusion.schedule=cosine"
         with pytest.raises(ConfigError, match=rf"was trained with model.heads 4 \(now 8\), diffusion.* {flags}"):
@@ -413,11 +409,11 @@ def test_an_unusual_optimizer_or_no_ema_does_not_keep_the_weights_back(official,
     torch_file.write(tmp_path / "sgd.pt", content)
     lines = convert(tmp_path / "sgd.pt", tmp_path / "w.safetensors", heads=4)
     assert any("no EMA" in line for line in lines)
-    raw_weights(tmp_path / "sgd.pt")
+    golden.raw_weights(tmp_path / "sgd.pt")
     lines = convert(tmp_path / "sgd.pt", tmp_path / "sgd", heads=4)
     assert any(line.startswith("left out: the optimizer ('opt': it knows 0 tensors") for line in lines)
     assert "checkpoint 130: weights, step 130" in lines[0]
-    raw = config_lib.to_dict(golden.config(TINY, dict(steps=130)))
+    raw = config_lib.to_dict(golden.config(golden.TINY, dict(steps=130)))
     with pytest.raises(ConfigError, match="'opt': it knows 0 tensors.*leave --config out to sample, or start from the"):
         convert(tmp_path / "sgd.pt", tmp_path / "further", config=raw)
     del content["opt"]
@@ -428,12 +424,24 @@ def test_an_unusual_optimizer_or_no_ema_does_not_keep_the_weights_back(official,
 
 def test_what_a_killed_call_left_is_not_taken_over(official, tmp_path):
     """A number of a process may come again, and with it the temporary folder's name."""
-    other = twin_file(tmp_path / "other.pt", TINY, counted=130)
+    other = twin_file(tmp_path / "other.pt", golden.TINY, counted=130)
     convert(other, tmp_path / f".run.{os.getpid()}.tmp", heads=4)
     convert(official, tmp_path / "run", heads=4)
-    expected = raw_weights(official)
+    expected = golden.raw_weights(official)
     jax.tree.map(np.testing.assert_array_equal, sampling.load(tmp_path / "run", weights="params").params, expected)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["other.pt", "run"]
+
+
+def test_a_process_that_the_official_code_lacks_is_not_exported(converted, tmp_path):
+    raw = config_lib.to_dict(sampling.load(converted).config)
+    raw["diffusion"] |= dict(process="flow", objective="v")
+    noted = dict(config=raw, stage="stage", classes=[], weights="ema")
+    official_file.write_safetensors(
+        tmp_path / "x.safetensors", UVIT.state_dict(sampling.load(converted).params, 2), noted
+    )
+    with pytest.raises(ConfigError, match="knows DDPM alone, and this run is of the process flow; .*--for=torch"):
+        convert(tmp_path / "x.safetensors", tmp_path / "x.pt")
+    assert not (tmp_path / "x.pt").exists()
 
 
 def test_a_damaged_run_folder_is_named(converted, tmp_path):
@@ -456,7 +464,7 @@ def test_a_converted_run_goes_on_and_init_from_takes_all_kinds(official, convert
     for i in range(10):
         (tmp_path / "images").mkdir(exist_ok=True)
         Image.new("RGB", (16, 16), (20 * i, 100, 200)).save(tmp_path / "images" / f"{i}.png")
-    shallow, stage = TINY | dict(encoder_depth=2), dict(steps=131, learning_rate=0.0)
+    shallow, stage = golden.TINY | dict(encoder_depth=2), dict(steps=131, learning_rate=0.0)
     file = twin_file(tmp_path / "file.pt", shallow, schedule="cosine", counted=130)
     raw = config_lib.to_dict(golden.config(shallow, stage))
     raw["data"]["path"] = str(tmp_path / "images")
@@ -475,7 +483,7 @@ def test_a_converted_run_goes_on_and_init_from_takes_all_kinds(official, convert
 
     expected = sampling.load(converted, weights="params").params
     convert(official, tmp_path / "w.safetensors", heads=4, weights="params")
-    raw = config_lib.to_dict(golden.config(TINY)) | {"data": raw["data"]}
+    raw = config_lib.to_dict(golden.config(golden.TINY)) | {"data": raw["data"]}
     for init_from in (official, converted, tmp_path / "w.safetensors"):
         raw["init_from"] = str(init_from)
         begun = config_lib.parse(raw)
@@ -486,7 +494,7 @@ def test_a_converted_run_goes_on_and_init_from_takes_all_kinds(official, convert
 
 def test_a_file_of_the_second_stage(official, tmp_path):
     stage = dict(steps=130, learning_rate=2e-4)
-    raw = config_lib.to_dict(golden.config(TINY, stage))
+    raw = config_lib.to_dict(golden.config(golden.TINY, stage))
     raw["first"], raw["stages"] = raw["stage"] | dict(steps=50), ["first", "stage"]
     with pytest.raises(ConfigError, match=r"at step 130, but config.first.steps is 50; give the stage .* with --stage"):
         convert(official, tmp_path / "run", config=raw)
@@ -501,14 +509,10 @@ def test_a_file_of_the_second_stage(official, tmp_path):
 
 def test_an_exported_average_is_not_copied_again(converted, tmp_path):
     """The official EMA goes on from an exported step after the copying steps by averaging, as training here does."""
-    shutil.copytree(converted, tmp_path / "run")
-    meta = next((tmp_path / "run").rglob("meta")) / "metadata"
-    content = json.loads(meta.read_text())
-    meta.write_text(json.dumps({key: value for key, value in content.items() if key != "official"}))  # as trained here
-    convert(tmp_path / "run", tmp_path / "out.pt")
+    convert(converted, tmp_path / "out.pt")
     exported = torch.load(tmp_path / "out.pt", weights_only=True)["ema"]
     buffers = uvit_file.schedule_buffers(make_schedule("cosine"))
-    ema = torch_twin.Ema(torch_twin.Diffusion(TINY, buffers), torch_twin.Diffusion(TINY, buffers), 0.9, 1)
+    ema = torch_twin.Ema(torch_twin.Diffusion(golden.TINY, buffers), torch_twin.Diffusion(golden.TINY, buffers), 0.9, 1)
     ema.load_state_dict(exported, strict=True)
     assert (int(ema.step), bool(ema.initted)) == (130, True)
     name = "model.encoder.norm.weight"
@@ -528,23 +532,25 @@ def test_what_cannot_work_is_said_and_nothing_is_written(official, converted, tm
 
     before = []
     fails(ConfigError, "pass --num_heads=H")
-    tiny_config = config_lib.to_dict(golden.config(TINY))
-    fails(ConfigError, "--num_heads is 2, but config.model.heads has 4", config=tiny_config, heads=2)
+    tiny_config = config_lib.to_dict(golden.config(golden.TINY))
+    fails(ConfigError, "--num_heads .* for files without settings; --config has them", config=tiny_config, heads=4)
     fails(ConfigError, r"config.model.heads is 5; it must be a divisor of model.width 32", heads=5)
-    wrong = config_lib.to_dict(golden.config(TINY | dict(encoder_embed_dim=64, encoder_depth=6)))
+    wrong = config_lib.to_dict(golden.config(golden.TINY | dict(encoder_embed_dim=64, encoder_depth=6)))
     fails(ConfigError, r"model.width 32 \(now 64\), model.depth 5 \(now 7\); take its settings: --config", config=wrong)
-    linear = config_lib.to_dict(golden.config(TINY, diffusion=dict(schedule="linear")))
+    linear = config_lib.to_dict(golden.config(golden.TINY, diffusion=dict(schedule="linear")))
     fails(
         ConfigError,
         r"diffusion.schedule cosine \(now linear\); take its settings: --config.diffusion.schedule=cosine",
         config=linear,
     )
     fails(ConfigError, "of the same kind", dst=tmp_path / "again.pt")
+    fails(ConfigError, "--dtype=bfloat16 is for a .safetensors or .*out holds all weights, in", dtype="bfloat16")
+    fails(ConfigError, "--weights=params is for a .safetensors or .*out holds all weights", weights="params")
     fails(ConfigError, ".onnx is not known", dst=tmp_path / "model.onnx")
     fails(CheckpointError, "none.pt does not exist", src=tmp_path / "none.pt")
     fails(CheckpointError, "holds no checkpoint", src=tmp_path / "none", dst=tmp_path / "out.pt")
     fails(ConfigError, "--stage names a stage of a --config", heads=4, stage="pretrain")
-    fails(ConfigError, "--num_heads is 2, but the source has 4", src=converted, dst=tmp_path / "out.pt", heads=2)
+    fails(ConfigError, "without settings; .*run has them", src=converted, dst=tmp_path / "out.pt", heads=2)
     fails(ConfigError, "exists already", dst=official.parent, heads=4)
     fails(CheckpointError, "cannot be written: .*Not a directory|File exists", dst=official / "out", heads=4)
     fails(CheckpointError, "cannot be written: .*too long", dst=tmp_path / ("x" * 300), heads=4)
@@ -612,6 +618,10 @@ def test_odd_official_files_are_refused_by_name(official, tmp_path, where, value
         (("state",), None, "it lacks state"),
         (("param_groups", 0, "betas"), (0.9, 0.9, 0.9), r"its betas is \(0.9, 0.9, 0.9\); two numbers"),
         (("param_groups", 0, "lr"), "low", "its lr is 'low', which is not a number"),
+        (("param_groups", 0, "eps"), 1e-3, "its eps is 0.001; training here has 1e-08"),
+        (("param_groups", 0, "maximize"), True, "its maximize is True; training here has False"),
+        (("param_groups", 0, "amsgrad"), True, "its amsgrad is True; training here has False"),
+        (("param_groups", 0, "decoupled_weight_decay"), False, "decoupled_weight_decay is False; training here has"),
     ],
 )
 def test_an_optimizer_that_cannot_go_on_is_left_out_by_name(official, tmp_path, where, value, message):
@@ -621,32 +631,29 @@ def test_an_optimizer_that_cannot_go_on_is_left_out_by_name(official, tmp_path, 
     lines = convert(tmp_path / "odd.pt", tmp_path / "run", heads=4)
     assert [line for line in lines if re.search(rf"^left out: the optimizer .*{message}", line)]
     assert "weights, EMA, step 130" in lines[0]
-    raw = config_lib.to_dict(golden.config(TINY, dict(steps=130)))
+    raw = config_lib.to_dict(golden.config(golden.TINY, dict(steps=130)))
     with pytest.raises(ConfigError, match=rf"optimizer cannot be continued .*{message}.*--config.init_from"):
         convert(tmp_path / "odd.pt", tmp_path / "further", config=raw)
 
 
-def test_what_differs_from_the_usual_is_kept_or_named(official, tmp_path):
+def test_what_differs_from_the_usual_is_named(official, tmp_path):
     content = torch_file.read(official)
     content["ema"]["step"], content["ema"]["initted"] = np.array(77), np.array(False)
-    content["scaler"] = {"scale": 65536.0, "growth_factor": 2.0, "_growth_tracker": 12}
+    content["scaler"], content["note"] = {"scale": 65536.0, "growth_factor": 2.0, "_growth_tracker": 12}, "hello"
+    content["opt"]["param_groups"][0]["initial_lr"] = np.array(1e-4)  # as `capturable` has it
     for entry in content["opt"]["state"].values():
         entry["step"] = np.array(128.0, np.float32)  # half-precision training skips steps
     torch_file.write(tmp_path / "odd.pt", content)
     lines = convert(tmp_path / "odd.pt", tmp_path / "run", heads=4)
     assert any("EMA says step 77, initted False at training step 130" in line for line in lines)
+    assert [line for line in lines if line.startswith("left out")] == [
+        "left out: 'scaler' of the file (dict)",
+        "left out: 'note' of the file (str)",
+    ]
     convert(tmp_path / "run", tmp_path / "back.pt")
-    golden.same(torch_file.read(tmp_path / "odd.pt"), torch_file.read(tmp_path / "back.pt"))
-
-    content["note"] = "hello"
-    content["scaler"] = {"scale": np.array(65536.0), "odd": (1, 2)}
-    content["opt"]["param_groups"][0]["lr"] = np.array(1e-4)  # as `capturable` has it
-    torch_file.write(tmp_path / "odd2.pt", content)
-    lines = convert(tmp_path / "odd2.pt", tmp_path / "run2", heads=4)
-    assert any(line.startswith("left out: 'note' of the file") for line in lines)
-    assert any(line.startswith("left out: scaler, which is not made of plain") for line in lines)
-    convert(tmp_path / "run2", tmp_path / "back2.pt")
-    assert torch_file.read(tmp_path / "back2.pt")["opt"]["param_groups"][0]["lr"] == 1e-4
+    back = torch_file.read(tmp_path / "back.pt")
+    golden.same(content["opt"]["state"], back["opt"]["state"])
+    assert (back["ema"]["step"], back["opt"]["param_groups"][0]["lr"]) == (130, pytest.approx(1e-4))
 
 
 def test_a_folder_that_will_not_fit_is_not_begun(official, tmp_path, monkeypatch):
@@ -672,14 +679,14 @@ def test_a_full_disk_leaves_nothing(official, converted, tmp_path, monkeypatch, 
 
     monkeypatch.setattr(broken, full)
     with pytest.raises(CheckpointError, match=rf"{name} cannot be written: .*No space left"):
-        convert(converted if name == "back.pt" else official, tmp_path / name, heads=4)
+        convert(converted if name == "back.pt" else official, tmp_path / name, heads=None if name == "back.pt" else 4)
     assert not list(tmp_path.iterdir())
 
 
 def test_a_file_given_as_a_run_names_the_command_that_makes_it_one(official, converted, tmp_path):
     """It works as it is where the file shows the heads, or has 64 channels per head as the official models do."""
     file = tmp_path / "model 20.pt"
-    twin_file(file, TINY | dict(encoder_embed_dim=64, encoder_heads=1, encoder_depth=2))
+    twin_file(file, golden.TINY | dict(encoder_embed_dim=64, encoder_heads=1, encoder_depth=2))
     with pytest.raises(CheckpointError, match="model 20.pt is not a run of this project; .*, convert it: ") as caught:
         sampling.load(file)
     program, *flags = shlex.split(str(caught.value).partition("convert it: python ")[2])
@@ -688,7 +695,6 @@ def test_a_file_given_as_a_run_names_the_command_that_makes_it_one(official, con
     lines = convert(src, tmp_path / dst)
     assert any("width / 64 = 1 is assumed" in line for line in lines)
     assert sampling.load(tmp_path / dst).config.model.heads == 1
-    assert any("4 attention heads are taken" in line for line in convert(file, tmp_path / "other", heads=4))
     shards = tmp_path / "shards"
     shards.mkdir()
     convert(converted, shards / "model.safetensors")

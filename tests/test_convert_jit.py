@@ -2,7 +2,6 @@
 
 import argparse
 import collections
-import json
 import os
 
 import golden
@@ -14,12 +13,13 @@ import pytest
 import tiny
 from PIL import Image
 
+import maskdm_jax
 from maskdm_jax import config as config_lib
 from maskdm_jax import sampling
 from maskdm_jax.build import make_network
 from maskdm_jax.data.pipeline import TrainingData
 from maskdm_jax.errors import CheckpointError, ConfigError, TorchFileError
-from maskdm_jax.interop import official, torch_file
+from maskdm_jax.interop import jit_file, official, torch_file
 from maskdm_jax.interop.convert import convert
 from maskdm_jax.interop.names import JIT
 from maskdm_jax.parallel.sharding import make_mesh
@@ -76,32 +76,11 @@ def test_all_three_sets_of_weights_give_the_recorded_outputs(jit_file, run, meta
         assert np.abs(out - expected).max() < 2e-5 * expected.std(), name
 
 
-def test_there_and_back_is_bit_identical_and_torch_loads_it(torch, jit_file, run, tmp_path):
-    convert(run, tmp_path / "back.pth")
-    before, after = (torch.load(path, weights_only=False) for path in (jit_file, tmp_path / "back.pth"))
-    golden.same(before, after)
-    with torch.serialization.safe_globals([argparse.Namespace]):
-        golden.same(before, torch.load(tmp_path / "back.pth", weights_only=True, mmap=True))
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        lambda c: dict(reversed(c.items())),
-        lambda c: {key: value for key, value in c.items() if key != "optimizer"},
-        lambda c: c | {"optimizer": {"state": {}, "param_groups": c["optimizer"]["param_groups"]}},
-        lambda c: (
-            c | {"epoch": 199, "args": argparse.Namespace(model="tiny", odd=(1, 2), few=[3, "x"], no=None, on=True)}
-        ),
-    ],
-    ids=["other order", "no optimizer", "no step yet", "other settings"],
-)
-def test_variants_come_back_as_they_were(torch, jit_file, options, tmp_path, change):
-    before = change(torch.load(jit_file, weights_only=False))
-    torch.save(before, tmp_path / "a.pth")
-    convert(tmp_path / "a.pth", tmp_path / "run", **options)
-    convert(tmp_path / "run", tmp_path / "b.pth")
-    golden.same(before, torch.load(tmp_path / "b.pth", weights_only=False))
+def close_positions(ours, theirs):
+    """Two sets of weights are equal bit for bit, but for the position embedding, which is computed here."""
+    assert list(ours) == list(theirs)
+    for name, tensor in theirs.items():
+        np.testing.assert_allclose(ours[name], tensor, atol=1e-6 * name.endswith("pos_embed"), rtol=0)
 
 
 def test_safetensors_of_every_set_go_both_ways(content, run, tmp_path):
@@ -111,9 +90,7 @@ def test_safetensors_of_every_set_go_both_ways(content, run, tmp_path):
         file = tmp_path / f"{name}.safetensors"
         convert(run, file, weights=name)
         found = load_file(file)
-        assert found.keys() == {k.removeprefix("net.") for k in content[key]}
-        for tensor_name, tensor in content[key].items():
-            np.testing.assert_array_equal(found[tensor_name.removeprefix("net.")], tensor)
+        close_positions({name: found[name.removeprefix("net.")] for name in content[key]}, content[key])
         convert(file, tmp_path / name)
         mine, theirs = sampling.load(tmp_path / name).params, sampling.load(run, weights=name).params
         jax.tree.map(np.testing.assert_array_equal, mine, theirs)
@@ -149,12 +126,19 @@ def test_where_class_tokens_join_is_told_by_the_name_or_the_size_or_the_user(jit
     for name, block in {"JiT-B/16": 4, "JiT-L/32": 8, "JiT-H/16": 10}.items():
         found.args["model"] = name
         assert found.format.shown(found)["model.jit.class_tokens_from"] == block
-    found.args = None
+    found.args = {}
     shown = found.format.shown(found)
+    with pytest.raises(ConfigError, match="--class_tokens_from is 3, but the file shows that it is 8; leave it out"):
+        found.format.settings(found, shown | {"model.jit.class_tokens_from": 8}, None, 3)
+    with pytest.raises(ConfigError, match="--num_heads is for a U-ViT"):
+        found.format.settings(found, shown, 2, None)
     large = shown | {"model.width": 1024, "model.depth": 24}
     assert found.format.settings(found, large, None, None)["model.jit.class_tokens_from"] == 8
     assert "note: class tokens are assumed to join before block 8, as in the authors' JiT" in found.notes
     assert found.format.settings(found, large, None, 3)["model.jit.class_tokens_from"] == 3
+    found.args = {"model": "custom"}
+    with pytest.raises(ConfigError, match="pass --class_tokens_from=N"):
+        found.format.settings(found, large, None, None)
     with pytest.raises(ConfigError, match="joi?n the patches cannot be seen in the file: pass --class_tokens_from=N"):
         convert(jit_file, tmp_path / "run")
     named = written(args=argparse.Namespace(**content["args"].settings | {"model": "JiT-B/16"}))
@@ -171,6 +155,29 @@ def test_without_settings_the_noise_scale_is_assumed_and_said(written, options, 
     assert (config.diffusion.flow.noise_scale, config.sampling.method) == (scale, "heun")
 
 
+def test_only_a_network_of_the_authors_gets_their_name():
+    config = maskdm_jax.recipe("imagenet256_jit_pretrain")
+    other = maskdm_jax.recipe("imagenet256_jit_pretrain", {"model.jit.class_tokens_from": 2})
+    assert [jit_file._args(config_lib.parse(c))["model"] for c in (config, other)] == ["JiT-B/16", "custom"]
+
+
+def test_another_objective_is_not_exported(run, tmp_path):
+    convert(run, tmp_path / "x.safetensors")
+    weights, noted = official.read_safetensors(tmp_path / "x.safetensors")
+    noted["config"]["diffusion"]["objective"] = "v"
+    official.write_safetensors(tmp_path / "v.safetensors", weights.model | weights.fixed, noted)
+    with pytest.raises(
+        ConfigError, match="knows flow matching with x0 alone, and this run is flow with v; .*--for=tor"
+    ):
+        convert(tmp_path / "v.safetensors", tmp_path / "x.pth")
+
+
+def test_a_number_of_sampling_steps_with_a_point(content, written, options, tmp_path):
+    args = argparse.Namespace(**content["args"].settings | {"num_sampling_steps": 40.0})
+    convert(written(args=args), tmp_path / "run", **options)
+    assert sampling.load(tmp_path / "run").config.sampling.steps == 40
+
+
 class Attack:
     def __reduce__(self):
         return os.system, ("touch hacked",)
@@ -182,12 +189,9 @@ def test_settings_are_read_without_executing_anything(torch, jit_file, options, 
     torch.save(content, tmp_path / "x.pth")
     monkeypatch.chdir(tmp_path)
     lines = convert("x.pth", "run", **options)
-    assert "left out: ['device', 'hook'] of args, which are not made of plain numbers and words" in lines
     assert any(line.startswith("left out: 'rng' of the file (posix.system)") for line in lines)
     assert sorted(os.listdir()) == ["run", "x.pth"], "nothing was executed"
-    convert("run", "back.pth")
-    del content["args"].device, content["args"].hook
-    assert torch.load("back.pth", weights_only=False)["args"] == content["args"]
+    assert sampling.load("run").config.diffusion.flow.noise_scale == content["args"].noise_scale
 
 
 # --- Training further ---------------------------------------------------------------------------
@@ -252,18 +256,12 @@ def test_a_converted_run_goes_on(jit_file, further, content, tmp_path):
 
 
 def test_a_run_of_this_project_becomes_a_file_of_the_authors(torch, jit_file, run, content, tmp_path):
-    """As if it had been trained here: nothing is kept of the file."""
-    import shutil
-
+    """Weights, EMAs and optimizer are those of the file that the run was made from, bit for bit."""
     import torch_jit
 
-    shutil.copytree(run, tmp_path / "run")
-    meta = next((tmp_path / "run").rglob("meta")) / "metadata"
-    kept = json.loads(meta.read_text())
-    del kept["official"]
-    meta.write_text(json.dumps(kept))
-    convert(tmp_path / "run", tmp_path / "out.pth")
-    found = torch.load(tmp_path / "out.pth", weights_only=False)
+    convert(run, tmp_path / "out.pth")
+    with torch.serialization.safe_globals([argparse.Namespace]):
+        found = torch.load(tmp_path / "out.pth", weights_only=True, mmap=True)
     assert list(found) == list(content)
     assert found["epoch"] == 0
     args = content["args"].settings
@@ -271,10 +269,8 @@ def test_a_run_of_this_project_becomes_a_file_of_the_authors(torch, jit_file, ru
     assert vars(found["args"]) == args | {"model": "custom", "epochs": 1}
     twin = torch_jit.of_config(sampling.load(run).config)
     for key in SETS.values():
-        assert list(found[key]) == list(content[key])
+        close_positions(found[key], content[key])
         twin.load_state_dict({name.removeprefix("net."): tensor for name, tensor in found[key].items()}, strict=True)
-        for name, tensor in content[key].items():
-            np.testing.assert_allclose(found[key][name], tensor, atol=1e-6 * name.endswith("pos_embed"), rtol=0)
     trained = [(name, p) for name, p in twin.named_parameters() if p.requires_grad]
     vector = lambda name, p: p.ndim <= 1 or name.endswith(".bias")
     adamw = torch.optim.AdamW([{"params": [p for n, p in trained if vector(n, p) is first]} for first in (True, False)])

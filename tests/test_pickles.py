@@ -39,31 +39,30 @@ def test_only_stand_ins_are_called_and_only_their_state_is_set():
 
 
 class Object:
-    """Pickled by a call with arguments or keywords, a state, items and keys, as protocol and methods have it."""
+    """Pickled by a call with arguments, a state, items and keys."""
 
-    def __init__(self, *new, **keywords):
-        self.new, self.keywords = new, keywords
+    def __init__(self, *new):
+        self.new = new
 
-    def __getnewargs_ex__(self):
-        return self.new, self.keywords
+    def __getnewargs__(self):
+        return self.new
 
     def __reduce_ex__(self, protocol):
         make, args, state, *_ = super().__reduce_ex__(protocol)
         return make, args, state, iter([1, 2]), iter([("a", 1)])
 
 
-@pytest.mark.parametrize("protocol", [2, 4, 5])
-def test_objects_without_a_stand_in_are_skipped_on_demand(protocol):
-    value = [Object(), Object(1, b=2), {3}, frozenset([4]), {(5, (6,)): 7}, Object, 8]
-    read = pickles.load(pickle.dumps(value, protocol), {}, skip=True)
+def test_objects_without_a_stand_in_are_skipped_on_demand():
+    value = [Object(), Object(1), {3}, frozenset([4]), {(5, (6,)): 7}, Object, 8]
+    read = pickles.load(pickle.dumps(value, 2), {}, skip=True)
     assert read[6] == 8
-    kinds = [one.kind for one in (*read[:4], *read[4], read[5])]
-    sets = ["__builtin__.set", "__builtin__.frozenset"] if protocol == 2 else ["set", "frozenset"]
     made = f"{__name__}.Object"
-    partial = "functools.partial" if protocol == 2 else made
-    assert kinds == [made, partial, *sets, "tuple", made]
-    with pytest.raises(pickle.UnpicklingError, match="Object|partial"):
-        pickles.load(pickle.dumps(value, protocol), {})
+    kinds = [one.kind for one in (*read[:4], *read[4], read[5])]
+    assert kinds == [made, made, "__builtin__.set", "__builtin__.frozenset", "tuple", made]
+    with pytest.raises(pickle.UnpicklingError, match="Object"):
+        pickles.load(pickle.dumps(value, 2), {})
+    with pytest.raises(pickle.UnpicklingError, match="is not one that plain values need"):
+        pickles.load(pickle.dumps({3}, 4), {}, skip=True)
 
 
 @pytest.mark.parametrize(

@@ -141,11 +141,10 @@ def test_what_is_not_a_tensor_or_container_is_skipped_by_name(tmp_path, monkeypa
     assert os.listdir() == ["x.pt"], "nothing was executed"
 
 
-@pytest.mark.parametrize("protocol", [2, 4])
-def test_what_is_skipped_in_a_dict_leaves_the_rest(tmp_path, protocol):
+def test_what_is_skipped_in_a_dict_leaves_the_rest(tmp_path):
     value = {"sets": [{1}, frozenset([2])], (1, 2): 3, "rng": ("MT19937", np.arange(3)), "last": 4.5, b"k": b"v"}
     value |= {"default": collections.defaultdict(int, a=1), "fid": np.float64(3.2), "n": np.int64(7), "ok": np.bool_(1)}
-    torch.save(value, tmp_path / "x.pt", pickle_protocol=protocol)
+    torch.save(value, tmp_path / "x.pt")
     read = torch_file.read(tmp_path / "x.pt")
     assert [(read[key], type(read[key])) for key in ("fid", "n", "ok")] == [(3.2, float), (7, int), (True, bool)]
     assert (read["default"], read["last"], read[b"k"]) == ({"a": 1}, 4.5, b"v")
@@ -169,10 +168,10 @@ def archive(path, data=b"", compress=zipfile.ZIP_STORED, **entries):
             file.writestr(f"a/{name}".replace("__", "/"), content)
 
 
-def tensor_pickle(shape=(2,), stride=(1,), offset=0, size=2, key="0", storage="FloatStorage"):
+def tensor_pickle(shape=(2,), stride=(1,), offset=0, size=2, key="0", storage="FloatStorage", view=b""):
     out = b"\x80\x02ctorch._utils\n_rebuild_tensor_v2\n((X\x07\x00\x00\x00storagectorch\n" + storage.encode() + b"\n"
     number = lambda n: b"\x8a\x08" + struct.pack("<q", n)
-    out += b"X" + struct.pack("<I", len(key)) + key.encode() + b"X\x03\x00\x00\x00cpu" + number(size) + b"tQ"
+    out += b"X" + struct.pack("<I", len(key)) + key.encode() + b"X\x03\x00\x00\x00cpu" + number(size) + view + b"tQ"
     out += number(offset) + b"(" + b"".join(map(number, shape)) + b"t(" + b"".join(map(number, stride)) + b"t\x89}tR."
     return out
 
@@ -188,6 +187,7 @@ def tensor_pickle(shape=(2,), stride=(1,), offset=0, size=2, key="0", storage="F
         (dict(shape=(2, 1)), "description is damaged"),
         (dict(size=10**15), "has 8 bytes, not 1000000000000000 numbers"),
         (dict(key="../x"), "is missing"),
+        (dict(view=b"K\x00K\x00K\x02\x87"), "a storage is a view of another one"),
     ],
 )
 def test_impossible_tensors_are_refused(tmp_path, pickled, message):
@@ -203,21 +203,17 @@ def test_archives_that_unfold_are_refused(tmp_path):
     archive(path, tensor_pickle(size=10**7), zipfile.ZIP_DEFLATED, data__0=bytes(4 * 10**7))
     with pytest.raises(TorchFileError, match="is compressed; PyTorch never does that"):
         torch_file.read(path)
-    archive(path, b"\x80\x02}" + b"q\x00" + b"X\x01\x00\x00\x00ah\x00s.")
-    with pytest.raises(TorchFileError, match="contains itself"):
-        torch_file.read(path)
-    archive(path, b"\x80\x02" + b"]" * 5000 + b"a" * 4999 + b".")
-    with pytest.raises(TorchFileError, match="nested more than 64 deep"):
-        torch_file.read(path)
-    # A chain of lists whose end comes first, so that every list is shallow when it is first met.
-    content = b"\x80\x02]q\x00" + b"".join(b"]h%ca" % i + b"q%c" % (i + 1) for i in range(100))
-    archive(path, content + b"](" + b"".join(b"h%c" % i for i in range(100)) + b"e.")
-    with pytest.raises(TorchFileError, match="nested more than 64 deep"):
-        torch_file.read(path)
     # Each list holds the one before it ten times: 10^60 items if it were unfolded.
     archive(path, b"\x80\x02]q\x00" + b"".join(b"](" + b"h%c" % i * 10 + b"eq%c" % (i + 1) for i in range(60)) + b".")
     read = torch_file.read(path)
     assert read[0] is read[9], "it is not unfolded, which would take forever"
+
+
+@pytest.mark.parametrize("content", [b"}q\x00X\x01\x00\x00\x00ah\x00s", b"]" * 5000 + b"a" * 4999])
+def test_content_without_end_or_bottom_is_no_checkpoint(tmp_path, content):
+    archive(tmp_path / "x.pt", b"\x80\x02" + content + b".")
+    with pytest.raises(TorchFileError, match="x.pt: it holds (a list|no tensors)"):
+        official.read(tmp_path / "x.pt")
 
 
 @pytest.mark.parametrize("call", [b"h\x00h\x01h\x02\x86R", b"h\x03h\x01\x85R", b"h\x01h\x01\x93"])

@@ -119,6 +119,11 @@ def test_generate(made, code):
     ):
         with pytest.raises(ValueError, match=message):
             sample.generate(model, 1, **changes)
+    with pytest.raises(ValueError, match="n is 0; it must be at least 1"):
+        sample.generate(model, 0)
+    if model.config["model"]["wavelet_scale"]:
+        with pytest.raises(ValueError, match="labels is None; a wavelet model with classes has no token for that"):
+            sample.from_noise(model, torch.zeros(1, *sample.noise_shape(model)), None)
     with pytest.raises(ValueError, match="weak is 'shallow'; with guidance, it must be 'unlabelled' here"):
         sample.generate(model, 1, guidance=1.0, weak="shallow")
     model.config |= dict(guidable=False, classes=[])

@@ -16,7 +16,6 @@ from maskdm_jax import config as config_lib
 from maskdm_jax.build import make_network
 from maskdm_jax.config import Config
 from maskdm_jax.errors import CheckpointError, ConfigError, TorchFileError, prefixed
-from maskdm_jax.interop import jit_file
 from maskdm_jax.interop import official as official_file
 from maskdm_jax.interop.names import NETWORKS
 from maskdm_jax.interop.official import Moment, Official
@@ -29,8 +28,6 @@ from maskdm_jax.training.start import abstract_state, compare_settings, meaning
 from maskdm_jax.training.state import TrainState, ema_decays, ema_names, learning_rate, make_optimizer
 
 _TORCH_FILES = (".pt", ".pth", ".ckpt", ".bin")
-# What a checkpoint keeps of the file that it was made from, for the way back.
-_KEPT = ("ema_step", "ema_initted", "group", "groups", "scaler", "epoch", "args", "keys")
 _OTHER_FILES = (".npz", ".npy", ".h5", ".msgpack", ".pkl", ".onnx", ".zip", ".tar", ".json")
 
 
@@ -71,7 +68,7 @@ def convert(
 
     Args:
       src: a run folder or one of its checkpoints; an official `.pt` of a U-ViT or `.pth` of a JiT (or another file with
-        such weights); or a `.safetensors`, the index of several, or their folder.
+        such weights); or a `.safetensors`, or a folder with `model.safetensors`.
       dst: a run folder with one checkpoint, a `.pt` or a `.safetensors`; must not exist yet.
       heads: attention heads of a U-ViT, which its tensors do not show. Where neither it nor a config is known,
         width / 64 is assumed, as in the official models.
@@ -92,20 +89,22 @@ def convert(
     """
     src, dst = map(location, (src, dst))
     kinds = [_kind(src), "torch" if for_torch else _kind(dst)]
-    if kinds[0] == kinds[1]:
+    if kinds[0] == kinds[1] != "safetensors":  # whose weights can take another dtype
         raise ConfigError(f"{src} and {dst} are of the same kind; there is nothing to convert")
     given = None if config is None else config_lib.parse(config)
-    writers = {"folder": _to_folder, "pt": _to_pt, "safetensors": functools.partial(_to_safetensors, dtype=dtype)}
-    writers["torch"] = functools.partial(_to_torch, src, dtype=dtype)
-    if dtype != "float32" and kinds[1] not in ("safetensors", "torch"):
-        raise ConfigError(f"--dtype={dtype} is for .safetensors; {dst} always holds float32")
+    chosen = dict(weights=weights, dtype=dtype)
+    writers = {"folder": _to_folder, "pt": _to_pt, "safetensors": functools.partial(_to_safetensors, **chosen)}
+    writers["torch"] = functools.partial(_to_torch, src, **chosen)
+    unused = [f"--dtype={dtype}"] * (dtype != "float32") + [f"--weights={weights}"] * (weights != "ema")
+    if unused and kinds[1] not in ("safetensors", "torch"):
+        raise ConfigError(f"{unused[0]} is for a .safetensors or --for=torch; {dst} holds all weights, in float32")
     with prefixed(TorchFileError, f"{src}: "):
         source = _read(src, dict(heads=heads, class_tokens_from=class_tokens_from), given, stage)
         with prefixed(CheckpointError, f"{dst} cannot be written: ", OSError):
             there = dst.exists() if is_remote(dst) else os.path.lexists(dst)  # a link to nothing, too
             if there and not (kinds[1] in ("folder", "torch") and dst.is_dir() and not any(dst.iterdir())):
                 raise ConfigError(f"{dst} exists already; give another --dst or move it away")
-            lines = writers[kinds[1]](dst, source, weights)
+            lines = writers[kinds[1]](dst, source)
     return [*lines, *source.official.notes]
 
 
@@ -119,7 +118,7 @@ def read_weights(path, *, weights: str = "ema", heads: int | None = None) -> tup
 
 
 def is_file(path) -> bool:
-    """Whether a path is of a file with weights, or of a folder with the index of several; else of a run."""
+    """Whether a path is of a file with weights, or of a folder with a .safetensors; else of a run."""
     return _kind(location(path)) != "folder"
 
 
@@ -141,8 +140,7 @@ def _read(path: pathlib.Path, flags: dict, given: Config | None = None, stage: s
         if not is_folder and not path.exists():
             raise CheckpointError(f"{path} does not exist")
         source = _from_folder(path) if is_folder else _from_file(path)
-    _settle_config(source, path, flags, given, stage)
-    return source
+    return _settle_config(source, path, flags, given, stage)
 
 
 def _from_file(path: pathlib.Path) -> _Source:
@@ -192,32 +190,11 @@ def _from_folder(path: pathlib.Path) -> _Source:
         group=_group(stage) | {"lr": float(learning_rate(stage)(done))},
         step=step,
     )
-    official.moments = {name: official.moments[name] for name in official.model if name in official.moments}
     if config.model.returning == "token":
         official.notes.append("left out: the learned token of hidden patches; the config says returning='itself'")
         model = dataclasses.replace(config.model, returning="itself")
         source = dataclasses.replace(source, config=dataclasses.replace(config, model=model))
-    return dataclasses.replace(source, official=_with_kept(official, meta.get("official"), config))
-
-
-def _kept(official: Official, config: Config) -> dict:
-    """What the way back needs of a file, for JSON."""
-    tagged = lambda value: {"tuple": list(value)} if isinstance(value, tuple) else value
-    args = official.args and {name: tagged(value) for name, value in official.args.items()}
-    kept = {name: getattr(official, name) for name in _KEPT} | {"args": args}
-    return kept | {"fixed": jit_file.pack(official.fixed, config)}
-
-
-def _with_kept(official: Official, kept: dict | None, config: Config) -> Official:
-    """Inverse of `_kept`; a checkpoint of training here has none."""
-    if not kept:
-        return official
-    untagged = lambda value: tuple(value["tuple"]) if isinstance(value, dict) else value
-    group, args = kept["group"], kept.get("args")
-    group = group and group | {"betas": tuple(group["betas"])}
-    args = args and {name: untagged(value) for name, value in args.items()}
-    fixed = jit_file.unpack(kept.get("fixed", {}), config)
-    return dataclasses.replace(official, **kept | dict(group=group, args=args, fixed=fixed))
+    return dataclasses.replace(source, official=official)
 
 
 def _moments(opt_state, named) -> dict[str, Moment]:
@@ -244,38 +221,42 @@ def _group(stage) -> dict:
 # --- The config ---------------------------------------------------------------------------------
 
 
-def _settle_config(source: _Source, path: pathlib.Path, flags: dict, given: Config | None, stage: str | None) -> None:
-    """Find the config of the run: the one given, the source's own, or one made from the file."""
+def _settle_config(
+    source: _Source, path: pathlib.Path, flags: dict, given: Config | None, stage: str | None
+) -> _Source:
+    """The source with the config of its run: the one given, its own, or one made from the file."""
     official, own = source.official, source.config
     shown = official.format.shown(official) if own is None else meaning(own)
+    if (given or own) and any(value is not None for value in flags.values()):
+        has_them = "--config" if given else path
+        raise ConfigError(f"--num_heads and --class_tokens_from are for files without settings; {has_them} has them")
+    if stage is not None and given is None:
+        raise ConfigError("--stage names a stage of a --config; give both")
     if given is not None:
         compare_settings(given, shown, path)
-        source.config, source.stage, source.goes_on = given, stage or given.stages[0], True
-        if source.stage not in given.stages:
-            raise ConfigError(f"--stage {source.stage!r} is not one of config.stages {given.stages}")
-    elif stage is not None:
-        raise ConfigError("--stage names a stage of a --config; give both")
-    elif own is None:
-        source.config, source.stage = _config_of(official, shown, flags), "stage"
-    model = source.config.model
-    for flag, value, name, used in (
-        ("num_heads", flags["heads"], "heads", model.heads),
-        ("class_tokens_from", flags["class_tokens_from"], "jit.class_tokens_from", model.jit.class_tokens_from),
-    ):
-        if value not in (None, used):
-            raise ConfigError(
-                f"--{flag} is {value}, but {f'config.model.{name}' if given else 'the source'} has {used}"
-            )
-    steps = source.config.stage[source.stage].steps
+        config, stage = given, stage or given.stages[0]
+    elif own is not None:
+        config, stage = own, source.stage
+    else:
+        config, stage = _config_of(official, shown, flags), "stage"
+    _check_fit(official, config, stage, path)
+    if own is None:
+        official.notes += official.format.differences(official, config, stage)
+    classes = source.classes or [str(i) for i in range(shown["model.num_classes"])]
+    return dataclasses.replace(source, config=config, stage=stage, classes=classes, goes_on=given is not None)
+
+
+def _check_fit(official: Official, config: Config, stage: str, path: pathlib.Path) -> None:
+    """Raise an error if weights or step do not fit a stage of a config."""
+    if stage not in config.stages:
+        raise ConfigError(f"--stage {stage!r} is not one of config.stages {config.stages}")
+    steps = config.stage[stage].steps
     if official.step > steps:
         raise ConfigError(
-            f"the file is at step {official.step}, but config.{source.stage}.steps is {steps}; give the stage "
-            f"that it belongs to with --stage (config.stages is {source.config.stages}) or a config with enough steps"
+            f"the file is at step {official.step}, but config.{stage}.steps is {steps}; give the stage "
+            f"that it belongs to with --stage (config.stages is {config.stages}) or a config with enough steps"
         )
-    source.classes = source.classes or [str(i) for i in range(shown["model.num_classes"])]
-    if own is None:
-        official.notes += official.format.differences(official, source.config, source.stage)
-    params, wanted = official.names.params(official.model), make_network(source.config).abstract_params()
+    params, wanted = official.names.params(official.model), make_network(config).abstract_params()
     checkpoint.compare(f"the weights in {path} are not those of a whole {official.names.network}", params, wanted)
 
 
@@ -297,7 +278,7 @@ def _config_of(official: Official, shown: dict, flags: dict) -> Config:
 # --- Writing ------------------------------------------------------------------------------------
 
 
-def _to_folder(dst: pathlib.Path, source: _Source, weights: str) -> list[str]:
+def _to_folder(dst: pathlib.Path, source: _Source) -> list[str]:
     official, config, name = source.official, source.config, source.stage
     index, stage = config.stages.index(name), config.stage[name]
     params, emas = official.names.params(official.model), _emas(official, stage)
@@ -314,7 +295,6 @@ def _to_folder(dst: pathlib.Path, source: _Source, weights: str) -> list[str]:
         classes=source.classes,
         card={},
         config=config_lib.to_dict(config),
-        official=_kept(official, config),
     )
     step = stage_ends(config)[index] - stage.steps + official.step
     with _whole(dst) as folder:
@@ -344,7 +324,7 @@ def _ema_words(official: Official) -> list[str]:
 
 def _emas(official: Official, stage) -> tuple:
     """The EMAs of a stage; notes say where the file has more or fewer."""
-    names, count = ema_names(len(official.emas)) if official.emas else [], len(ema_decays(stage))
+    names, count = ema_names(len(official.emas)), len(ema_decays(stage))
     if not names:
         official.notes.append("note: the file has one set of weights; it serves as raw weights and as EMA")
     elif len(names) < count:
@@ -390,35 +370,41 @@ def _optimizer_state(fresh, source: _Source):
 
 
 def _filled(fresh, source: _Source, moments: dict[str, Moment]):
-    official, done = source.official, source.official.step + config_lib.steps_before(source.config, source.stage)
-    names, name_of = official.names, lambda path: official.names.their_name(tuple(part.key for part in path))
+    """A fresh optimizer state with these moments, by name in PyTorch.
+
+    Raises:
+      ValueError: the tensors have done different numbers of steps.
+    """
+    names, done = source.official.names, source.official.step + config_lib.steps_before(source.config, source.stage)
+
+    def moment(path, zeros):
+        name = names.their_name(tuple(part.key for part in path))
+        if name not in moments:
+            return Moment(0, zeros, zeros)
+        step, mu, nu = moments[name]
+        return Moment(step, names.our_layout(name, mu), names.our_layout(name, nu))
 
     def fill(node):
         if isinstance(node, optax.ScaleByScheduleState):  # the rate follows the training step
             return optax.ScaleByScheduleState(np.int32(done))
         if not _is_adam(node):
             return node
+        found = jax.tree_util.tree_map_with_path(moment, node.mu)
+        field = lambda name: jax.tree.map(lambda m: getattr(m, name), found, is_leaf=lambda m: isinstance(m, Moment))
         # The tensors have counts of their own: half-precision training skips steps, and a tensor may rest in one.
-        paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(node.mu)]
-        steps = {moments[name].step if name in moments else 0 for name in map(name_of, paths)}
+        steps = set(jax.tree.leaves(field("step")))
         if len(steps) > 1:
             raise ValueError(f"it has done {sorted(steps)} steps on different tensors; one number is wanted")
-
-        def values(field):
-            def value(path, leaf):
-                name = name_of(path)
-                return names.our_layout(name, getattr(moments[name], field)) if name in moments else leaf
-
-            return jax.tree_util.tree_map_with_path(value, getattr(node, field))
-
-        return optax.ScaleByAdamState(np.int32(max(steps, default=0)), values("mu"), values("nu"))
+        return optax.ScaleByAdamState(np.int32(max(steps, default=0)), field("mu"), field("nu"))
 
     wanted = optax.ScaleByAdamState | optax.ScaleByScheduleState
     return jax.tree.map(fill, fresh, is_leaf=lambda node: isinstance(node, wanted))
 
 
-def _to_pt(dst: pathlib.Path, source: _Source, weights: str) -> list[str]:
+def _to_pt(dst: pathlib.Path, source: _Source) -> list[str]:
     official, config = source.official, source.config
+    if problem := official.format.unknown(config):
+        raise ConfigError(f"{problem}; convert it with --for=torch to sample in PyTorch, or to a .safetensors")
     group = official.group or _group(config.stage[source.stage])
     official_file.write(dst, dataclasses.replace(official, group=group), config)
     for name in ema_names(len(official.emas))[official.format.EMAS :]:
@@ -438,7 +424,7 @@ def _only_here(config: Config) -> typing.Iterator[str]:
         yield f"note: other code has no guidance of sampling.weak={config.sampling.weak!r}; it samples without guidance"
 
 
-def _to_safetensors(dst: pathlib.Path, source: _Source, weights: str, *, dtype: str) -> list[str]:
+def _to_safetensors(dst: pathlib.Path, source: _Source, *, weights: str, dtype: str) -> list[str]:
     official, config = source.official, source.config
     asked, (weights, name) = weights, source.chosen(weights)
     if name != asked:
@@ -446,14 +432,13 @@ def _to_safetensors(dst: pathlib.Path, source: _Source, weights: str, *, dtype: 
     noted = dict(config=config_lib.to_dict(config), stage=source.stage, classes=source.classes, weights=name)
     fixed = {name: official.format.positions(config) for name in official.names.fixed}
     trained = {name: tensor.astype(dtype) for name, tensor in official.weights[weights].items()}
-    tensors = fixed | official.fixed.get(weights, {}) | trained
-    official_file.write_safetensors(dst, tensors, noted)
+    official_file.write_safetensors(dst, fixed | trained, noted)
     return [f"{dst} holds the {'raw weights' if name == 'params' else name.replace('ema', 'EMA')} (--weights chooses)"]
 
 
-def _to_torch(src, dst: pathlib.Path, source: _Source, weights: str, *, dtype: str) -> list[str]:
+def _to_torch(src, dst: pathlib.Path, source: _Source, *, weights: str, dtype: str) -> list[str]:
     with _whole(dst) as folder:
-        _to_safetensors(folder / "model.safetensors", source, weights, dtype=dtype)
+        _to_safetensors(folder / "model.safetensors", source, weights=weights, dtype=dtype)
         name = source.chosen(weights)[1]
         torch_folder.write(folder, dst.name, source.config, source.classes, name, src)
     text = f"{dst} holds the weights ({name}), sample.py for PyTorch, and README.md, a model card to complete"

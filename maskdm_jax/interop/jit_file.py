@@ -5,39 +5,28 @@ groups: vectors and biases first), `epoch`, and `args`, an argparse.Namespace of
 """
 
 import argparse
-import base64
 import collections
 import functools
 import math
 import re
 import typing
-import zlib
 
 import numpy as np
 
-from maskdm_jax.config import Config
+from maskdm_jax.config import Config, Data, Flow, Jit
 from maskdm_jax.diffusion.process import CLAMP
 from maskdm_jax.errors import ConfigError
 from maskdm_jax.interop.names import shape_of
 from maskdm_jax.models.jit import sine_cosine
 
 EMAS = 2  # that the authors' code keeps
-DECAYS = (0.9999, 0.9996)  # of theirs
-PARTS = ("model", "optimizer", "epoch", "args", "model_ema1", "model_ema2")  # keys of a file
-KEYS = ("args", "epoch")  # those besides weights and optimizer
+KEYS = ("args", "epoch")  # of a file, besides those of weights and optimizer
 UNSEEN = ("model.jit.class_tokens_from", "diffusion.flow.noise_scale")  # settings that a file may not show
 POSITIONS = "pos_embed"
-_SETS = {"params": "model", "ema": "model_ema1", "ema2": "model_ema2"}  # name of a set of weights -> key of a file
-_SIZES = {(768, 12): ("B", 4), (1024, 24): ("L", 8), (1280, 32): ("H", 10)}  # width, depth: class tokens from a block
-_SETTINGS = {  # name in `args` -> our setting
-    "label_drop_prob": "data.label_dropout",
-    "proj_dropout": "model.jit.dropout",
-    "P_mean": "diffusion.flow.mean",
-    "P_std": "diffusion.flow.std",
-    "num_sampling_steps": "sampling.steps",
-    "interval_min": "sampling.guidance_from",
-    "interval_max": "sampling.guidance_to",
-    "lr": "stage.learning_rate",
+_SIZES = {  # of the authors: width, depth, heads, width of the bottleneck, block before which the class tokens join
+    "B": (768, 12, 12, 128, 4),
+    "L": (1024, 24, 16, 128, 8),
+    "H": (1280, 32, 16, 256, 10),
 }
 
 
@@ -52,14 +41,12 @@ def optimizer_groups(model: dict) -> list[int]:
 
 def content(official, config: Config, optimizer: dict) -> dict:
     """The content of a file that the authors' code resumes from and samples from."""
-    weights, computed = {"ema": official.model} | official.weights, positions(config)
+    weights, fixed = {"ema": official.model} | official.weights, {POSITIONS: positions(config)}
     weights = {"ema2": weights["ema"]} | weights
-    parts = {"optimizer": optimizer, "epoch": official.epoch or 0, "args": argparse.Namespace()}
-    vars(parts["args"]).update(official.args or _args(config))
-    for name, key in _SETS.items():
-        tensors = {POSITIONS: computed} | official.fixed.get(name, {}) | weights[name]
-        parts[key] = collections.OrderedDict((f"net.{name}", tensor) for name, tensor in tensors.items())
-    return {key: parts[key] for key in dict.fromkeys([*(official.keys or PARTS), *_SETS.values()])}
+    named = lambda tensors: collections.OrderedDict((f"net.{name}", tensor) for name, tensor in tensors.items())
+    model, ema, ema2 = (named(fixed | weights[name]) for name in ("params", "ema", "ema2"))
+    args = argparse.Namespace(**_args(config))
+    return dict(model=model, optimizer=optimizer, epoch=0, args=args, model_ema1=ema, model_ema2=ema2)
 
 
 def positions(config: Config) -> np.ndarray:
@@ -67,12 +54,16 @@ def positions(config: Config) -> np.ndarray:
     return sine_cosine(config.model.width, config.data.image_size // config.model.patch_size)[None]
 
 
+def unknown(config: Config) -> str:
+    """What the authors' code cannot do with a run's weights; "" if nothing."""
+    process, objective = config.diffusion.process, config.diffusion.objective
+    if (process, objective) == ("flow", "x0"):
+        return ""
+    return f"the authors' code knows flow matching with x0 alone, and this run is {process} with {objective}"
+
+
 def described(config: Config) -> typing.Iterator[str]:
     """What a user of an exported file should know."""
-    diffusion = config.diffusion
-    if (diffusion.process, diffusion.objective) != ("flow", "x0"):
-        what = f"{diffusion.process} with the objective {diffusion.objective}"
-        yield f"note: the authors' code knows flow matching with x0 alone; this run is {what}"
     yield "its network in the authors' terms:"
     jit = config.model.jit
     found = dict(
@@ -90,10 +81,9 @@ def described(config: Config) -> typing.Iterator[str]:
 def _args(config: Config) -> dict:
     """The authors' settings of a run that was trained here."""
     model, sampling, stage = config.model, config.sampling, config.stage[config.stages[-1]]
-    letter, _ = _SIZES.get((model.width, model.depth), ("", 0))
     decays, flow = (stage.ema_decay, *stage.more_ema_decays), config.diffusion.flow
     return dict(
-        model=f"JiT-{letter}/{model.patch_size}" if letter else "custom",
+        model=_name(model),
         img_size=config.data.image_size,
         class_num=model.num_classes,
         attn_dropout=0.0,
@@ -115,6 +105,14 @@ def _args(config: Config) -> dict:
     )
 
 
+def _name(model) -> str:
+    """The authors' name of a network, if it is one of theirs."""
+    size = (model.width, model.depth, model.heads, model.jit.bottleneck, model.jit.class_tokens_from)
+    letter = next((letter for letter, theirs in _SIZES.items() if theirs == size), None)
+    usual = (model.jit.class_tokens, model.mlp_ratio) == (32, 4.0)
+    return f"JiT-{letter}/{model.patch_size}" if letter and usual else "custom"
+
+
 # --- The settings that a file shows -------------------------------------------------------------
 
 
@@ -124,16 +122,15 @@ def shown(official) -> dict:
     Raises:
       ValueError: the tensors do not make a JiT; the message names one.
     """
-    args = official.args or {}
-    found = _architecture(official.model | official.fixed.get("params", {}))
-    for fixed in official.fixed.values():
-        _check_positions(fixed, found)
+    args = official.args
+    found = _architecture(official.model | official.fixed)
+    _check_positions(official.fixed[POSITIONS], found)
     found |= {"diffusion.process": "flow", "diffusion.objective": "x0"}
-    if _is_number(args.get("noise_scale")):
+    if is_number(args.get("noise_scale")):
         found["diffusion.flow.noise_scale"] = args["noise_scale"]
-    size = re.fullmatch(r"JiT-([BLH])/\d+", str(args.get("model")))
-    if size and found["model.jit.class_tokens"]:
-        found["model.jit.class_tokens_from"] = dict(_SIZES.values())[size[1]]
+    known = re.fullmatch(r"JiT-([BLH])/\d+", str(args.get("model")))
+    if known and found["model.jit.class_tokens"]:
+        found["model.jit.class_tokens_from"] = _SIZES[known[1]][-1]
     return found
 
 
@@ -141,49 +138,63 @@ def settings(official, shown: dict, heads: int | None, class_tokens_from: int | 
     """Settings for a config made from a file, besides those in `shown`; notes say what is assumed.
 
     Raises:
-      ConfigError: the block before which the class tokens join cannot be told.
+      ConfigError: the block before which the class tokens join cannot be told, or a flag tells what the file shows.
     """
-    del heads  # the tensors show them
-    args, notes = official.args or {}, official.notes
-    found = {"sampling.method": "heun", "sampling.steps": 50, "sampling.guidance_from": 0.1}
-    found |= {"stage.learning_rate": (official.group or {}).get("lr", 0.0), "stage.weight_decay": 0.0}
-    found |= {setting: args[name] for name, setting in _SETTINGS.items() if _is_number(args.get(name))}
-    if args.get("sampling_method") in ("heun", "euler"):
-        found["sampling.method"] = args["sampling_method"]
-    found |= {"stage.clip_norm": 0.0, "stage.ema_law": "plain"}
-    decays = {name: args.get(name) for name in ("ema_decay1", "ema_decay2")}
-    decays = [decays[name] if _is_number(decays[name]) else usual for name, usual in zip(decays, DECAYS, strict=True)]
-    found |= {"stage.ema_decay": decays[0], "stage.more_ema_decays": tuple(decays[1 : len(official.emas)])}
-    if _is_number(args.get("cfg")) and shown["model.num_classes"]:
-        found["sampling.guidance"] = max(args["cfg"] - 1, 0.0)
+    if heads is not None:
+        raise ConfigError("--num_heads is for a U-ViT; the file holds a JiT, whose tensors show its heads")
+    args, group, notes = official.args, official.group or {}, official.notes
+    number = lambda name, default: args[name] if is_number(args.get(name)) else default
+    found = {
+        "data.label_dropout": number("label_drop_prob", Data.label_dropout),
+        "model.jit.dropout": number("proj_dropout", Jit.dropout),
+        "diffusion.flow.mean": number("P_mean", Flow.mean),
+        "diffusion.flow.std": number("P_std", Flow.std),
+        "sampling.method": "euler" if args.get("sampling_method") == "euler" else "heun",
+        "sampling.steps": round(number("num_sampling_steps", 50)),
+        "sampling.guidance": max(number("cfg", 1.0) - 1, 0.0) * bool(shown["model.num_classes"]),
+        "sampling.guidance_from": number("interval_min", 0.1),
+        "sampling.guidance_to": number("interval_max", 1.0),
+        "stage.learning_rate": number("lr", group.get("lr", 0.0)),
+        "stage.weight_decay": group.get("weight_decay", 0.0),
+        "stage.clip_norm": 0.0,
+        "stage.ema_law": "plain",
+        "stage.ema_decay": number("ema_decay1", 0.9999),
+        "stage.more_ema_decays": (number("ema_decay2", 0.9996),)[: max(len(official.emas) - 1, 0)],
+        "model.jit.class_tokens_from": _class_tokens_from(args, shown, class_tokens_from, notes),
+    }
     if "diffusion.flow.noise_scale" not in shown:
-        scale = shown["data.image_size"] / 256
+        scale = found["diffusion.flow.noise_scale"] = shown["data.image_size"] / 256
         notes.append(f"note: the file does not show its noise scale; {scale:g} = image side / 256 is assumed")
-        found["diffusion.flow.noise_scale"] = scale
-    if not shown["model.jit.class_tokens"]:
-        found["model.jit.class_tokens_from"] = 0
-    elif "model.jit.class_tokens_from" not in shown:
-        size = _SIZES.get((shown["model.width"], shown["model.depth"]))
-        if class_tokens_from is None and size is None:
-            raise ConfigError(
-                "the block before which the class tokens join the patches cannot be seen in the file: pass "
-                "--class_tokens_from=N (the authors' JiT-B has 4, JiT-L 8, JiT-H 10)"
-            )
-        if class_tokens_from is None:
-            notes.append(f"note: class tokens are assumed to join before block {size[1]}, as in the authors' JiT")
-        found["model.jit.class_tokens_from"] = size[1] if class_tokens_from is None else class_tokens_from
     return found
 
 
-def _is_number(value) -> bool:
-    return type(value) in (int, float)
+def _class_tokens_from(args: dict, shown: dict, flag: int | None, notes: list[str]) -> int:
+    """The block before which the class tokens join: what the file shows, the flag, or that of the authors' size."""
+    known = shown.get("model.jit.class_tokens_from") if shown["model.jit.class_tokens"] else 0
+    if known is not None and flag is not None:
+        raise ConfigError(f"--class_tokens_from is {flag}, but the file shows that it is {known}; leave it out")
+    if known is not None or flag is not None:
+        return flag if known is None else known
+    size = next((size for size in _SIZES.values() if size[:2] == (shown["model.width"], shown["model.depth"])), None)
+    if size is None or "model" in args:  # the name of another network
+        raise ConfigError(
+            "the block before which the class tokens join the patches cannot be seen in the file: pass "
+            "--class_tokens_from=N (the authors' JiT-B has 4, JiT-L 8, JiT-H 10)"
+        )
+    notes.append(f"note: class tokens are assumed to join before block {size[-1]}, as in the authors' JiT")
+    return size[-1]
+
+
+def is_number(value) -> bool:
+    """Whether a value of a file is a number of a sensible size."""
+    return type(value) in (int, float) and abs(value) < 1e300
 
 
 def differences(official, config: Config, stage: str) -> typing.Iterator[str]:
     """Notes about the parts of a file that training here does not use as they are."""
-    args = official.args or {}
+    args = official.args
     for name, value in (("t_eps", CLAMP), ("attn_dropout", 0.0)):
-        if args.get(name, value) != value:
+        if is_number(args.get(name)) and args[name] != value:
             yield f"note: the file was trained with {name} {args[name]}; training here has {value}"
 
 
@@ -213,31 +224,11 @@ def _architecture(tensors: dict[str, np.ndarray]) -> dict:
     }
 
 
-# --- The position embedding ---------------------------------------------------------------------
-#
-# It is computed here. An EMA's, which the authors average like a weight, differs by rounding: kept for the way back.
-
-
-def _check_positions(fixed: dict, found: dict) -> None:
+def _check_positions(theirs: np.ndarray, found: dict) -> None:
+    """It is computed here. An EMA's, which the authors average like a weight, differs by rounding."""
     width, side = found["model.width"], found["data.image_size"] // found["model.patch_size"]
     if width % 4:
         raise ValueError(f"its width is {width}; a JiT has a multiple of 4")
-    ours, theirs = sine_cosine(width, side)[None], fixed[POSITIONS]
+    ours = sine_cosine(width, side)[None]
     if theirs.shape != ours.shape or not np.abs(theirs - ours).max() < 0.01:
         raise ValueError(f"{POSITIONS!r} is not the sine-cosine embedding of a grid of {side} x {side} patches")
-
-
-def pack(fixed: dict, config: Config) -> dict[str, str]:
-    """Position embeddings of sets of weights, where they differ from ours, as text for JSON."""
-    ours = positions(config).view(np.uint32)
-    bits = {name: tensors[POSITIONS].view(np.uint32) ^ ours for name, tensors in fixed.items()}
-    return {name: base64.b64encode(zlib.compress(b.tobytes())).decode() for name, b in bits.items() if b.any()}
-
-
-def unpack(packed: dict[str, str], config: Config) -> dict:
-    """Inverse of `pack`."""
-    ours = positions(config)
-    bits = {name: np.frombuffer(zlib.decompress(base64.b64decode(text)), np.uint32) for name, text in packed.items()}
-    return {
-        name: {POSITIONS: (ours.view(np.uint32) ^ b.reshape(ours.shape)).view(np.float32)} for name, b in bits.items()
-    }

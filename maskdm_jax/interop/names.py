@@ -66,7 +66,7 @@ class Names:
 
     def rank(self, name: str) -> tuple:
         """Sorts names as PyTorch's network lists them; an optimizer numbers its tensors in this order."""
-        order = list(self.table)
+        order = [*self.fixed, *self.table]
         pattern, number = self.pattern(name)
         start = pattern.partition("*")[0]
         return next(i for i, other in enumerate(order) if other.startswith(start)), number, order.index(pattern)

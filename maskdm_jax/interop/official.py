@@ -28,8 +28,9 @@ from maskdm_jax.training.state import ema_names
 
 _FORMATS = {"uvit": uvit_file, "jit": jit_file}  # by `config.model.network`
 _METADATA = "maskdm_jax"  # key in the header of a .safetensors file
-INDEX = ".safetensors.index.json"  # ending of the file that says which of several files holds a tensor
+_IN_FOLDER = "model.safetensors"  # the file that is read of a folder
 _READABLE = ("F64", "F32", "F16", "BF16", "I64", "I32", "I16", "I8", "U8", "BOOL")  # types of safetensors
+_EPS = 1e-8  # of `training.state.make_optimizer`
 _WANTED = (
     "a checkpoint of the official trainer is a dict of step, model, opt, ema and scaler, one of the JiT's authors of "
     "model, model_ema1, model_ema2, optimizer, epoch and args"
@@ -56,20 +57,16 @@ class Official:
     emas: list[dict] = dataclasses.field(default_factory=list)  # averaged weights; the first is that to sample from
     moments: dict[str, Moment] | None = None  # tensors that never had a gradient have none
     group: dict | None = None  # AdamW's settings, without `params`
-    groups: list[int] | None = None  # numbers of tensors in its groups, which share these settings
     step: int = 0
     optimizer_problem: str = ""  # why the file's optimizer was not read, if it has one
     notes: list[str] = dataclasses.field(default_factory=list)  # lines for the user: what was left out or changed
+    fixed: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)  # tensors of the network, not trained
     # Of the U-ViT's official trainer:
-    ema_step: int = 0  # calls of the EMA
+    ema_step: int | None = None  # calls of the EMA, if the file counts them
     ema_initted: bool = False  # whether the EMA holds weights; without it the next call copies
-    scaler: dict | None = None
     buffers: dict[str, np.ndarray] | None = None  # of the noise schedule, `betas` at least
     # Of the JiT's authors:
-    epoch: int | None = None
-    args: dict | None = None
-    keys: list[str] = dataclasses.field(default_factory=list)  # of the file, in its order
-    fixed: dict[str, dict] = dataclasses.field(default_factory=dict)  # tensors that are not trained, by set of weights
+    args: dict = dataclasses.field(default_factory=dict)  # settings: numbers and words
 
     @property
     def names(self) -> Names:
@@ -89,7 +86,7 @@ class Official:
     @property
     def weights(self) -> dict[str, dict]:
         """All sets of weights by name: params, ema, ema2, ..."""
-        return dict(zip(["params", *ema_names(len(self.emas))], [self.model, *self.emas], strict=False))
+        return dict(zip(["params", *ema_names(len(self.emas))], [self.model, *self.emas], strict=True))
 
 
 def read(path) -> Official:
@@ -109,9 +106,8 @@ def read(path) -> Official:
         optimizer = next((key for key, value in content.items() if is_optimizer(value)), None)
         step = next((key for key in ("step", "global_step") if key in content), None)
         official = _find_weights(content, {optimizer, step})
-        official.keys = [key for key in content if key in jit_file.PARTS]
-        for key in official.format.KEYS:
-            setattr(official, key, _plain(official, key, content.get(key)))
+        if isinstance(args := content.get("args"), torch_file.Namespace):
+            official.args = {key: value for key, value in args.settings.items() if isinstance(value, (int, float, str))}
         if optimizer is not None:
             try:
                 _read_optimizer(official, content[optimizer])
@@ -121,7 +117,6 @@ def read(path) -> Official:
             official.step = _count(content[step], step)
         elif official.moments:
             official.step = max(moment.step for moment in official.moments.values())
-        official.ema_step = official.step if official.ema_step < 0 else official.ema_step
         return official
 
 
@@ -130,67 +125,49 @@ def _find_weights(content: dict, known: set) -> Official:
     leaves = _leaves(content)
     divided = {key: {name: names.divide(name) for name in leaves} for key, names in NETWORKS.items()}
     network = max(divided, key=lambda key: sum(tensor is not None for _, tensor in divided[key].values()))
-    known = known | set(_FORMATS[network].KEYS)
-    others, sets, keys = {}, {}, set(known)
-    for name, (key, value) in leaves.items():
-        prefix, tensor_name = divided[network][name]
-        if tensor_name:
-            sets.setdefault(prefix, {})[tensor_name] = value
-            keys.add(key)
-        else:
-            others[name] = (key, value)
-    roles = _roles(sets)
-    if not roles:
-        raise ValueError(f"it holds no tensors of a U-ViT or a JiT; {_WANTED}")
-    weights = {role: {n: _float32(prefix + n, t) for n, t in sets[prefix].items()} for role, prefix in roles.items()}
-    fixed = {
-        role: {n: tensors.pop(n) for n in NETWORKS[network].fixed if n in tensors} for role, tensors in weights.items()
-    }
-    raw = next(iter(roles))
+    names, known, sets = NETWORKS[network], known | set(_FORMATS[network].KEYS), {}
+    used = set(known)
 
     def take(name):
-        key, value = others.pop(name, (None, None))
-        keys.add(key)
+        key, value = leaves.pop(name, (None, None))
+        used.add(key)
         return value
 
-    buffers = {role: _take_buffers(take, prefix) for role, prefix in roles.items()}
-    official = Official(network, weights[raw], buffers=buffers[raw])
+    for name, (prefix, tensor_name) in divided[network].items():
+        if tensor_name:
+            sets.setdefault(prefix, {})[tensor_name] = take(name)
+    raw, averaged = _raw_and_averaged(sets)
+    buffers = {prefix: _take_buffers(take, prefix) for prefix in sets}
+    weights = [{n: _float32(p + n, sets[p][n]) for n in sorted(sets[p], key=names.rank)} for p in (raw, *averaged)]
+    fixed = [{n: tensors.pop(n) for n in names.fixed if n in tensors} for tensors in weights]
+    official = Official(network, weights[0], weights[1:], fixed=fixed[0], buffers=buffers[raw])
     broken = [name for name, tensor in official.model.items() if not np.isfinite(tensor).all()]
     if broken:
         official.notes.append(f"note: {len(broken)} tensors hold NaN or infinity, such as {broken[0]}")
-    if raw == "online":
+    if "online_model." in raw:
         official.notes.append("note: the file has no 'model'; the raw weights are those of the EMA's online_model")
-    emas = [role for role in roles if role.startswith("ema") and (role != raw or "ema2" in roles)]
-    if raw in emas:
-        official.notes.append(f"note: the file has no raw weights; those of {roles[raw]}* serve")
-    for role in emas:
-        _add_ema(official, weights[role], roles[role], take)
-    official.fixed = {
-        name: fixed[role] for name, role in zip(official.weights, [raw, *emas], strict=True) if fixed[role]
-    }
-    online = weights.get("online", official.model)
-    if not all(np.array_equal(online.get(name), tensor, equal_nan=True) for name, tensor in official.model.items()):
-        official.notes.append("left out: ema.online_model, which differs from the weights of 'model' here")
-    if any(tensor.dtype == np.float64 for found in sets.values() for tensor in found.values()):
+    if raw in averaged:
+        official.notes.append(f"note: the file has no raw weights; those of {raw}* serve")
+    if any(getattr(tensor, "dtype", None) == np.float64 for found in sets.values() for tensor in found.values()):
         official.notes.append("note: float64 weights are rounded to float32")
-    official.notes += _left_out(content, others, sets, keys, known, official.names)
+    _check_averages(official, averaged)
+    if averaged:
+        _count_calls(official, averaged[0], take)
+    official.notes += _left_out(content, leaves, sets, used, known, names)
     return official
 
 
-def _roles(sets: dict) -> dict[str, str]:
-    """{role: prefix} of sets of weights: model, online, ema, ema2, ..., in this order."""
-    roles, emas = {}, []
-    for prefix in sets:
-        role = "online" if "online_model." in prefix else "ema" if _EMA.search(prefix) else "model"
-        if role == "ema":
-            emas.append(prefix)
-        elif role in roles:
-            both = " and ".join(f"{found + '*'!r} ({len(sets[found])} tensors)" for found in (roles[role], prefix))
-            raise ValueError(f"it holds several networks, {both}; save the one that is meant in a file of its own")
-        else:
-            roles[role] = prefix
-    roles |= dict(zip(ema_names(len(emas)), sorted(emas), strict=True)) if emas else {}
-    return {role: roles[role] for role in sorted(roles, key=lambda role: {"model": 0, "online": 1}.get(role, 2))}
+def _raw_and_averaged(sets: dict) -> tuple[str, list[str]]:
+    """The prefix of the raw weights, and those of averages. A file of several averages alone has its first for both."""
+    copies = [prefix for prefix in sets if "online_model." in prefix]
+    emas = sorted(prefix for prefix in sets if prefix not in copies and _EMA.search(prefix))
+    plain = [prefix for prefix in sets if prefix not in (*copies, *emas)] or copies
+    if len(plain) > 1:
+        both = " and ".join(f"{prefix + '*'!r} ({len(sets[prefix])} tensors)" for prefix in plain[:2])
+        raise ValueError(f"it holds several networks, {both}; save the one that is meant in a file of its own")
+    if not plain and not emas:
+        raise ValueError(f"it holds no tensors of a U-ViT or a JiT; {_WANTED}")
+    return (plain[0], emas) if plain else (emas[0], emas if len(emas) > 1 else [])
 
 
 def _leaves(content: dict) -> dict:
@@ -227,29 +204,29 @@ def _take_buffers(take, prefix: str) -> dict | None:
     return buffers if "betas" in buffers else None
 
 
-def _add_ema(official: Official, ema: dict, prefix: str, take) -> None:
-    """Add averaged weights, and for the first the calls of the EMA where the file counts them (else -1)."""
+def _check_averages(official: Official, prefixes: list[str]) -> None:
     shapes = lambda weights: {(name, tensor.shape) for name, tensor in weights.items()}
-    wrong = sorted(shapes(ema) ^ shapes(official.model))
-    if wrong:
-        raise ValueError(f"{prefix}* and the raw weights differ in names or shapes: {wrong[:3]}")
-    official.emas.append(ema)
-    if len(official.emas) > 1:
-        return
+    for prefix, ema in zip(prefixes, official.emas, strict=True):
+        if wrong := sorted(shapes(ema) ^ shapes(official.model)):
+            raise ValueError(f"{prefix}* and the raw weights differ in names or shapes: {wrong[:3]}")
+
+
+def _count_calls(official: Official, prefix: str, take) -> None:
+    """Read how often the EMA with this prefix was called."""
     wrapper = prefix.partition("ema_model.")[0]
     step, initted = take(f"{wrapper}step"), take(f"{wrapper}initted")
-    official.ema_step = -1 if step is None else _count(step, f"{wrapper}step")
+    official.ema_step = None if step is None else _count(step, f"{wrapper}step")
     official.ema_initted = True if initted is None else bool(_count(initted, f"{wrapper}initted"))
 
 
-def _left_out(content: dict, others: dict, sets: dict, keys: set, known: set, names: Names) -> list[str]:
+def _left_out(content: dict, leaves: dict, sets: dict, used: set, known: set, names: Names) -> list[str]:
     """Notes about content that is not used. Tensors beside a network's own mean that it is another network."""
-    for name, (_, value) in others.items():
+    for name, (_, value) in leaves.items():
         if isinstance(value, np.ndarray) and value.size > 1 and any(name.startswith(prefix) for prefix in sets):
             raise ValueError(f"{name!r} is not the name of a {names.network} tensor")
-    found = {name: value for name, (key, value) in others.items() if key in keys and key not in known}
+    found = {name: value for name, (key, value) in leaves.items() if key in used and key not in known}
     empty = lambda value: value is None or (isinstance(value, (dict, list, tuple)) and not value)
-    found |= {key: value for key, value in content.items() if key not in keys and not empty(value)}
+    found |= {key: value for key, value in content.items() if key not in used and not empty(value)}
     notes = [f"left out: {reprlib.repr(name)} of the file ({_kind(value)})" for name, value in found.items()]
     return notes[:20] + [f"left out: {len(notes) - 20} more parts of the file"] * (len(notes) > 20)
 
@@ -269,13 +246,14 @@ def _read_optimizer(official: Official, opt: dict) -> None:
         raise ValueError("it lacks state or param_groups")
     lists = [group.get("params") for group in groups]
     lists = [params for params in lists if isinstance(params, list)]
-    numbers, sizes = [number for params in lists for number in params], list(map(len, lists))
+    sizes = list(map(len, lists))
     names = _numbered(official.model, sizes)
-    if len(numbers) != len(names) or not all(type(number) is int for number in numbers):
-        raise ValueError(f"it knows {len(numbers)} tensors, the network has {len(names)}")
-    settings = [_read_group(official, group) for group in groups]
+    if sum(sizes) != len(names) or not all(type(number) is int for params in lists for number in params):
+        raise ValueError(f"it knows {sum(sizes)} tensors, the network has {len(names)}")
+    settings = [_read_group(group) for group in groups]
     if any(group != settings[0] for group in settings):
         raise ValueError(f"its {len(groups)} groups of tensors have different settings; here all tensors share one")
+    numbers = [number for params in lists for number in params]
     moments = {}
     for name, entry in ((name, state[number]) for name, number in zip(names, numbers, strict=True) if number in state):
         if not isinstance(entry, dict) or entry.keys() != {"step", "exp_avg", "exp_avg_sq"}:
@@ -285,7 +263,7 @@ def _read_optimizer(official: Official, opt: dict) -> None:
             if tensor.shape != official.model[name].shape:
                 raise ValueError(f"a moment of {name} is {tensor.shape}, the tensor {official.model[name].shape}")
         moments[name] = Moment(_count(entry["step"], f"the step of {name}"), *pair)
-    official.moments, official.group, official.groups = moments, settings[0], sizes
+    official.moments, official.group = moments, settings[0]
 
 
 def _numbered(model: dict, groups: list[int]) -> list[str]:
@@ -300,7 +278,7 @@ def _numbered(model: dict, groups: list[int]) -> list[str]:
 
 def _optimizer(official: Official) -> dict:
     """The state dict of PyTorch's AdamW; without moments it starts anew."""
-    sizes = official.groups or official.format.optimizer_groups(official.model)
+    sizes = official.format.optimizer_groups(official.model)
     names, moments = _numbered(official.model, sizes), official.moments or {}
     state = {
         i: {"step": np.float32(moments[name].step), "exp_avg": moments[name].mu, "exp_avg_sq": moments[name].nu}
@@ -312,21 +290,29 @@ def _optimizer(official: Official) -> dict:
     return {"state": state, "param_groups": groups}
 
 
-def _read_group(official: Official, group: dict) -> dict:
-    """AdamW's settings, as plain numbers and text."""
+def _read_group(group: dict) -> dict:
+    """AdamW's settings in a group of tensors, as numbers.
+
+    Raises:
+      ValueError: some are not, or training here has other ones.
+    """
     betas = group.get("betas")
     if not isinstance(betas, (tuple, list)) or len(betas) != 2:
         raise ValueError(f"its betas is {reprlib.repr(betas)}; two numbers are wanted")
-    plain = {}
-    for key in (key for key in group if key != "params"):
-        value = tuple(map(_scalar, betas)) if key == "betas" else _plain(official, f"the optimizer's {key}", group[key])
-        if value is not None or group[key] is None:
-            plain[key] = value
-    numbers = [(name, plain.get(name, 0.0)) for name in ("lr", "initial_lr", "weight_decay")]
-    for name, value in [*numbers, *(("betas", beta) for beta in plain["betas"])]:
-        if not isinstance(value, (int, float)) or isinstance(value, bool) or not abs(value) < 1e300:
+
+    def number(name, value):
+        if not jit_file.is_number(_scalar(value)):
             raise ValueError(f"its {name} is {reprlib.repr(value)}, which is not a number")
-    return plain
+        return _scalar(value)
+
+    rates = {name: number(name, group[name]) for name in ("lr", "initial_lr", "weight_decay") if name in group}
+    fixed = dict(eps=_EPS, amsgrad=False, maximize=False)
+    fixed |= {"decoupled_weight_decay": True} if rates.get("weight_decay") else {}  # not in Adam
+    for name, ours in fixed.items():
+        value = _scalar(group.get(name, ours))
+        if isinstance(value, np.ndarray) or value != ours:
+            raise ValueError(f"its {name} is {reprlib.repr(value)}; training here has {ours}")
+    return rates | {"betas": tuple(number("betas", beta) for beta in betas)}
 
 
 def write(path, official: Official, config: Config) -> None:
@@ -337,48 +323,26 @@ def write(path, official: Official, config: Config) -> None:
 def read_safetensors(path) -> tuple[Official, dict]:
     """Read weights, with the schedule's buffers if they are there, and the notes of `write_safetensors`.
 
-    path: a file, the `.safetensors.index.json` of several, or the folder of either.
+    path: a file, or a folder with a `model.safetensors`.
 
     Raises:
-      TorchFileError: a file is damaged, or not of a known network.
+      TorchFileError: it is damaged, not of a known network, or weights in several files.
       OSError: it cannot be opened.
     """
+    path = pathlib.Path(path)
+    file = path / _IN_FOLDER if path.is_dir() else path
+    if file.suffix == ".json" or (path.is_dir() and not file.exists()):
+        raise TorchFileError(f"{path}: weights in several files are not read; merge them into one {_IN_FOLDER}")
     damage = (safetensors.SafetensorError, ValueError, TypeError, AttributeError, RecursionError)
-    tensors, noted = {}, {}
     with prefixed(TorchFileError, f"{path}: it is damaged or not a .safetensors file (", damage, ")"):
-        files, wanted = _shards(pathlib.Path(path))
-        for file in files:
-            torch_file.check_head(file)  # raises the ordinary errors of a missing or forbidden file, too
-            with safetensors.safe_open(file, framework="numpy") as opened:
-                noted |= json.loads((opened.metadata() or {}).get(_METADATA, "{}"))
-                for name in list(opened.keys()):
-                    if name in tensors:
-                        raise TorchFileError(f"{path}: two of its files hold {name!r}; give the one that is meant")
-                    kind = opened.get_slice(name).get_dtype()
-                    tensors[name] = opened.get_tensor(name) if kind in _READABLE else Skipped(f"{kind} tensor")
+        torch_file.check_head(file)  # raises the ordinary errors of a missing or forbidden file, too
+        with safetensors.safe_open(file, framework="numpy") as opened:
+            tensors, noted = {}, {} | json.loads((opened.metadata() or {}).get(_METADATA, "{}"))
+            for name in list(opened.keys()):
+                kind = opened.get_slice(name).get_dtype()
+                tensors[name] = opened.get_tensor(name) if kind in _READABLE else Skipped(f"{kind} tensor")
     with prefixed(TorchFileError, f"{path}: "):
-        missing = sorted(wanted - tensors.keys())
-        if missing:
-            raise ValueError(f"its index names {missing[:3]}, which are in none of the files")
-        official = _find_weights(tensors, set())
-        official.model = {name: official.model[name] for name in sorted(official.model, key=official.names.rank)}
-        return official, noted
-
-
-def _shards(path: pathlib.Path) -> tuple[list[pathlib.Path], set[str]]:
-    """The files that make up a `.safetensors`, and names of tensors that must be in them."""
-    if path.is_dir():
-        indices = sorted(path.glob(f"*{INDEX}"))
-        if not indices:
-            return sorted(path.glob("*.safetensors")), set()
-        path = indices[0]
-    if not path.name.endswith(INDEX):
-        return [path], set()
-    where = json.loads(path.read_bytes())["weight_map"]
-    names = sorted(set(where.values()))
-    if any(pathlib.Path(name).name != name for name in names):
-        raise ValueError("its index names files of other folders")
-    return [path.with_name(name) for name in names], set(where)
+        return _find_weights(tensors, set()), noted
 
 
 def write_safetensors(path, model: dict[str, np.ndarray], noted: dict) -> None:
@@ -394,11 +358,13 @@ def load(path: pathlib.Path) -> tuple[Official, dict]:
 
 
 def is_safetensors(path: pathlib.Path) -> bool:
-    """Whether `read_safetensors` reads this path."""
+    """Whether `read_safetensors` reads this path, or says that its weights are in several files."""
     name = path.name.lower()
     is_dir = path.is_dir() if is_remote(path) else os.path.isdir(path)  # Path.is_dir raises if a name is too long
     is_run = is_dir and (path / checkpoint.FOLDER).is_dir()  # which may hold exports, too
-    return name.endswith((".safetensors", INDEX)) or (is_dir and not is_run and any(path.glob("*.safetensors")))
+    return name.endswith((".safetensors", ".safetensors.index.json")) or (
+        is_dir and not is_run and any(path.glob("*.safetensors"))
+    )
 
 
 def _float32(name: str, tensor) -> np.ndarray:
@@ -419,26 +385,3 @@ def _count(value, name: str) -> int:
 
 def _scalar(value):
     return value.item() if isinstance(value, np.ndarray) and value.size == 1 else value
-
-
-def _plain(official: Official, name: str, value):
-    """A setting, or a dict of settings, as JSON keeps it. What is of another kind is left out, and None."""
-    if isinstance(value, torch_file.Namespace):
-        plain = {key: item for key, item in value.settings.items() if isinstance(key, str) and _is_setting(item)}
-        if odd := [key for key in value.settings if key not in plain]:
-            odd = reprlib.repr(odd)
-            official.notes.append(f"left out: {odd} of {name}, which are not made of plain numbers and words")
-        return plain
-    plain = {key: _scalar(item) for key, item in value.items()} if isinstance(value, dict) else _scalar(value)
-    if all(map(_is_scalar, [*plain, *plain.values()] if isinstance(plain, dict) else [plain])):
-        return plain
-    official.notes.append(f"left out: {name}, which is not made of plain numbers and words")
-    return None
-
-
-def _is_scalar(item) -> bool:
-    return item is None or isinstance(item, (bool, int, float, str))
-
-
-def _is_setting(item) -> bool:
-    return all(map(_is_scalar, item)) if isinstance(item, (list, tuple)) else _is_scalar(item)

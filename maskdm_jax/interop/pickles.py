@@ -19,14 +19,14 @@ _OPCODES = (
     "PROTO FRAME STOP MARK NONE NEWTRUE NEWFALSE BININT BININT1 BININT2 LONG1 BINFLOAT BINSTRING SHORT_BINSTRING "
     "BINUNICODE SHORT_BINUNICODE BINUNICODE8 BINBYTES SHORT_BINBYTES BINBYTES8 EMPTY_TUPLE TUPLE TUPLE1 TUPLE2 TUPLE3 "
     "EMPTY_LIST APPEND APPENDS EMPTY_DICT BINGET LONG_BINGET BINPUT LONG_BINPUT MEMOIZE GLOBAL STACK_GLOBAL REDUCE "
-    "BINPERSID ADDITEMS"
+    "BINPERSID"
 )
 # What random bytes make the standard library's methods raise.
 _DAMAGE = (AttributeError, EOFError, LookupError, OverflowError, TypeError, ValueError, struct.error)
 
 
 class Skipped:
-    """Takes the place of a class or function that a pickle names, of what it would return, and of a set.
+    """Takes the place of a class or function that a pickle names, and of what it would return.
 
     kind: the name. A `Skipped` can be called and filled, which does nothing.
     """
@@ -46,7 +46,7 @@ class Skipped:
     def ignore(self, _) -> None:
         """Take an item or a state, and forget it."""
 
-    append = extend = add = set_state = ignore
+    append = extend = set_state = ignore
 
 
 def load(content, stand_ins: dict, *, persistent_load=None, encoding: str = "ASCII", skip: bool = False):
@@ -94,17 +94,6 @@ class _Unpickler(pickle._Unpickler):
             return Skipped(name)
         raise pickle.UnpicklingError(f"it names {name}, which is not an array or a plain container; refused")
 
-    def _new_object_with_keywords(self):
-        self.stack.pop()
-        self.load_reduce()
-
-    def _empty_set(self):
-        self.append(Skipped("set"))
-
-    def _frozen_set(self):
-        self.pop_mark()
-        self.append(Skipped("frozenset"))
-
     def _set_item(self):
         value, key = self.stack.pop(), self.stack.pop()
         self._update([key, value])
@@ -132,6 +121,4 @@ class _Unpickler(pickle._Unpickler):
             target.set_state(state)
 
     dispatch |= {pickle.SETITEM[0]: _set_item, pickle.SETITEMS[0]: _set_items, pickle.BUILD[0]: _set_state}
-    dispatch |= {pickle.EMPTY_SET[0]: _empty_set, pickle.FROZENSET[0]: _frozen_set}
-    # An object is made as a function is called: by its stand-in.
-    dispatch |= {pickle.NEWOBJ[0]: pickle._Unpickler.load_reduce, pickle.NEWOBJ_EX[0]: _new_object_with_keywords}
+    dispatch |= {pickle.NEWOBJ[0]: pickle._Unpickler.load_reduce}  # an object is made as a function is called

@@ -41,7 +41,6 @@ STORAGES = {
 _STORAGE_NAMES = {dtype: name for name, dtype in STORAGES.items()}
 _STREAM_MAGIC, _STREAM_VERSION = 0x1950A86A20F9469CFC6C, 1001
 _ALIGNMENT = 64  # bytes
-MAX_DEPTH = 64  # of nested containers; checkpoints have 4 or 5
 # What random bytes make `zipfile` and NumPy raise.
 _DAMAGE = (zipfile.BadZipFile, EOFError, LookupError, TypeError, ValueError, struct.error, OverflowError, RuntimeError)
 
@@ -50,7 +49,7 @@ def read(path):
     """Read a `.pt` file: nested dicts, lists, tuples, numbers, strings, None, NumPy arrays, and `Skipped` for the rest.
 
     Arrays are read-only views of the file's content; bfloat16 comes as `ml_dtypes.bfloat16`. NumPy's numbers come as
-    Python's.
+    Python's. Containers can be nested deeply, or contain themselves.
 
     Raises:
       TorchFileError: the message names the file and what is wrong with it.
@@ -60,9 +59,7 @@ def read(path):
     damaged = prefixed(TorchFileError, f"{path} is damaged or not a PyTorch checkpoint (", _DAMAGE, ")")
     with damaged, prefixed(TorchFileError, f"{path}: ", pickle.UnpicklingError):
         is_zip = check_head(path).startswith(b"PK\x03\x04")
-        value = _read_zip(path) if is_zip else _read_stream(path.read_bytes())
-        _check(value, 0, {})
-        return value
+        return _read_zip(path) if is_zip else _read_stream(path.read_bytes())
 
 
 def check_head(path: pathlib.Path) -> bytes:
@@ -82,22 +79,6 @@ def check_head(path: pathlib.Path) -> bytes:
 def _need(ok, message: str) -> None:
     if not ok:
         raise pickle.UnpicklingError(message)
-
-
-def _check(value, depth: int, heights: dict) -> int:
-    """Refuse containers that are nested too deeply, as a loop is; return how deeply `value` is nested itself."""
-    if not isinstance(value, (dict, list, tuple)):
-        return 0
-    # A container is visited once: a few nested references would unfold without end.
-    height = heights.get(id(value), 0)
-    _need(height is not None, "a container contains itself")
-    _need(depth + height < MAX_DEPTH, f"containers are nested more than {MAX_DEPTH} deep")
-    if not height:
-        heights[id(value)] = None
-        items = value.values() if isinstance(value, dict) else value
-        height = 1 + max((_check(item, depth + 1, heights) for item in items), default=0)
-        heights[id(value)] = height
-    return height
 
 
 # --- Reading ------------------------------------------------------------------------------------
@@ -181,7 +162,7 @@ _STAND_INS = {
 
 
 def _load(content, find_storage, make_tensor=_tensor):
-    """Read a pickle of containers and tensors; `find_storage(dtype, key, size, view)` gives a `_Storage`."""
+    """Read a pickle of containers and tensors; `find_storage(dtype, key, size)` gives a `_Storage`."""
     tensors = {f"torch._utils._rebuild_tensor{version}": make_tensor for version in ("", "_v2")}
     # Of types that NumPy lacks, such as 8-bit floating point.
     tensors["torch._utils._rebuild_tensor_v3"] = lambda *args: Skipped(f"{getattr(args[6], 'kind', '')} tensor")
@@ -194,7 +175,8 @@ def _load(content, find_storage, make_tensor=_tensor):
             return dtype
         sound = isinstance(dtype, np.dtype) and isinstance(key, str) and type(size) is int and size >= 0
         _need(sound, "a storage's description is damaged")
-        return find_storage(dtype, key, size, view[0] if view else None)
+        _need(not any(view), "a storage is a view of another one, which is not supported")
+        return find_storage(dtype, key, size)
 
     return pickles.load(content, _STAND_INS | tensors, persistent_load=persistent_load, skip=True)
 
@@ -218,7 +200,7 @@ def _read_zip(path: pathlib.Path):
         _need(little, "it was written on a big-endian machine, which is not supported")
         storages = {}
 
-        def find_storage(dtype, key, size, _):
+        def find_storage(dtype, key, size):
             if key not in storages:
                 name = f"{prefix}data/{key}"
                 _need(name in entries, f"entry {name!r} is missing")
@@ -240,14 +222,8 @@ def _read_stream(content: bytes):
     """The format before PyTorch 1.6: pickles of a magic number, version, system, content and keys; then numbers."""
     file, storages = io.BytesIO(content), {}
 
-    def find_storage(dtype, key, size, view):
-        whole = _same(storages.setdefault(key, _Storage(dtype, size)), key, dtype, size)
-        if view is None or whole.numbers is None:
-            return whole
-        _, offset, length = view
-        sound = all(type(n) is int and n >= 0 for n in (offset, length)) and offset + length <= size
-        _need(sound, "a storage's description is damaged")
-        return _Storage(dtype, length, whole.numbers[offset : offset + length])
+    def find_storage(dtype, key, size):
+        return _same(storages.setdefault(key, _Storage(dtype, size)), key, dtype, size)
 
     message = "it is no PyTorch checkpoint: it starts neither as a zip nor as the older format"
     _need(content.startswith(pickle.PROTO) and _load(file, None) == _STREAM_MAGIC, message)

@@ -13,7 +13,7 @@ import ml_dtypes
 import numpy as np
 
 from maskdm_jax.build import noise_schedule
-from maskdm_jax.config import Config, Stage, steps_before
+from maskdm_jax.config import Config, steps_before
 from maskdm_jax.diffusion.gaussian import Schedule, cosine_betas, linear_betas
 from maskdm_jax.errors import ConfigError
 from maskdm_jax.interop.names import shape_of
@@ -36,7 +36,7 @@ BUFFERS = {  # of the official diffusion wrapper, in its order, from a `gaussian
 }
 FLOATS = (np.float16, ml_dtypes.bfloat16, np.float32, np.float64)
 EMAS = 1  # that the trainer keeps
-KEYS = ("scaler",)  # of a file, besides those of weights, optimizer and step
+KEYS = ()  # of a file, besides those of weights, optimizer and step
 UNSEEN = ("model.heads", "diffusion.objective", "diffusion.schedule")  # settings that a file may not show
 
 
@@ -50,7 +50,8 @@ def content(official, config: Config, optimizer: dict) -> dict:
     buffers = schedule_buffers(noise_schedule(config))
     wrapper = buffers | {f"model.{name}": tensor for name, tensor in official.model.items()}
     averaged = buffers | {f"model.{name}": tensor for name, tensor in (official.ema or official.model).items()}
-    ema = {"initted": np.bool_(official.ema_initted), "step": np.int64(official.ema_step)}
+    calls = official.step if official.ema_step is None else official.ema_step
+    ema = {"initted": np.bool_(official.ema_initted), "step": np.int64(calls)}
     ema |= {f"online_model.{name}": tensor for name, tensor in wrapper.items()}  # the same arrays: stored once
     ema |= {f"ema_model.{name}": tensor for name, tensor in averaged.items()}
     return {
@@ -58,7 +59,7 @@ def content(official, config: Config, optimizer: dict) -> dict:
         "model": collections.OrderedDict(wrapper),
         "opt": optimizer,
         "ema": collections.OrderedDict(ema),
-        "scaler": official.scaler,
+        "scaler": None,
     }
 
 
@@ -96,25 +97,20 @@ def settings(official, shown: dict, heads: int | None, class_tokens_from: int | 
     if official.buffers is None:
         official.notes.append("note: the file does not show its noise schedule; cosine is assumed (or give --config)")
     official.notes.append("note: the file does not show its objective; noise is assumed (or give --config)")
-    found = {"model.heads": heads or width // 64}
-    if official.group:
-        found["stage.weight_decay"] = official.group.get("weight_decay", Stage.weight_decay)
-    return found
+    return {"model.heads": heads or width // 64}
 
 
 def differences(official, config: Config, stage: str) -> typing.Iterator[str]:
     """Notes about the parts of a file that training here does not use as they are."""
-    ours, heads = schedule_buffers(noise_schedule(config)), config.model.heads
-    if config.model.width != 64 * heads:
-        yield f"note: {heads} attention heads are taken as given; official models have width / 64"
+    ours = schedule_buffers(noise_schedule(config))
     if official.buffers is not None and not all(np.array_equal(ours[k], official.buffers.get(k)) for k in ours):
         yield "note: the file's schedule buffers are incomplete or differ by rounding; ours are used"
     done = official.step + steps_before(config, stage)
-    rests = official.ema_step != done or (done > EMA_COPY_STEPS and not official.ema_initted)
+    rests = official.ema_step not in (None, done) or (done > EMA_COPY_STEPS and not official.ema_initted)
     if official.emas and rests:
         yield (
             f"note: the file's EMA says step {official.ema_step}, initted {official.ema_initted} at training step "
-            f"{done}; this is kept for the way back, but training here goes by the training step"
+            f"{done}; training here goes by the training step"
         )
 
 
@@ -170,10 +166,14 @@ def _schedule_settings(buffers: dict | None) -> dict:
     raise ValueError("its betas are those of no noise schedule that is known here (linear, cosine, shifted cosine)")
 
 
+def unknown(config: Config) -> str:
+    """What the official code cannot do with a run's weights; "" if nothing."""
+    process = config.diffusion.process
+    return "" if process == "ddpm" else f"the official code knows DDPM alone, and this run is of the process {process}"
+
+
 def described(config: Config) -> typing.Iterator[str]:
     """What a user of an exported file should know: the `network` section of an official config file."""
-    if config.diffusion.process != "ddpm":
-        yield f"note: the official code knows DDPM alone; this run is of the process {config.diffusion.process}"
     model, wavelet = config.model, bool(config.model.wavelet_scale)
     yield "its network in the official code's terms:"
     yield "network:"

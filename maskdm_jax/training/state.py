@@ -33,8 +33,8 @@ class TrainState:
 
 
 def ema_names(count: int) -> list[str]:
-    """Names of the EMAs: ema, ema2, ..."""
-    return ["ema", *(f"ema{i}" for i in range(2, count + 1))]
+    """Names of so many EMAs: ema, ema2, ..."""
+    return ["ema", *(f"ema{i}" for i in range(2, count + 1))][:count]
 
 
 def make_optimizer(stage) -> optax.GradientTransformation:

@@ -229,6 +229,8 @@ def generate(model, n: int, labels=None, seed: int = 0, batch_size: int = 64, **
       labels: class numbers or names to cycle through; None means all classes of a conditional model.
       settings: replace those of config.json's `sampling`, such as steps=20 or guidance=1.5.
     """
+    if n < 1:
+        raise ValueError(f"n is {n}; it must be at least 1")
     labels, device = class_numbers(model.config["classes"], labels), next(model.parameters()).device
     images = []
     for start in range(0, n, batch_size):
@@ -254,6 +256,8 @@ def from_noise(model, x, noise, labels=None, **settings) -> np.ndarray:
     """
     s, wavelet = checked(model.config, settings), model.config["model"]["wavelet_scale"]
     process = PROCESSES[model.config["diffusion"]["process"]](model.config["diffusion"])
+    if wavelet and labels is None and model.config["model"]["num_classes"]:
+        raise ValueError("labels is None; a wavelet model with classes has no token for that: give class numbers")
     high = torch.ones(1, x.shape[1], 1, 1, device=x.device)
     if wavelet:
         high[:, : x.shape[1] // 4] = 3  # the approximation
