@@ -74,7 +74,7 @@ def test_leaving_and_coming_back(token):
         seen.append((i, inner, np.asarray(h)))
         return h + 1 if inner else h
 
-    back = routing.through_blocks(run, jnp.asarray(tokens), 4, 1, 2, jnp.asarray(visible), None, token)
+    back = routing.through_blocks(run, jnp.asarray(tokens), 4, 1, jnp.asarray(visible), None, patches=7, token=token)
     assert [(i, inner) for i, inner, _ in seen] == [(0, False), (1, True), (2, True), (3, False)]
     for b in range(2):
         expected = [*(tokens[b, :2] + 1 + 1)]

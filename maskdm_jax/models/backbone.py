@@ -93,7 +93,8 @@ class Backbone(nnx.Module):
             outputs[i] = block(h, *skip)
             return outputs[i]
 
-        h = through_blocks(run, h, len(blocks), self.outer, self.extras, visible, shallow, self.mask_token)
+        options = dict(patches=patch_tokens.shape[1], token=self.mask_token)
+        h = through_blocks(run, h, len(blocks), self.outer, visible, shallow, **options)
         return self.norm(h[:, self.extras :])
 
     def _extra_tokens(self, t, labels):

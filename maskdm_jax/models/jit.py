@@ -116,20 +116,21 @@ class JiT(nnx.Module):
         inner_angles = angles if visible is None else take(angles, visible)
         label = self._label(labels, len(h))
         c = jax.nn.silu(self._time(t) + label).astype(self.dtype)
-        extras = 0
-        if self.class_positions is not None:
-            extras = self.class_positions.shape[0]
-            h = jnp.concatenate([(label[:, None] + self.class_positions[None]).astype(h.dtype), h], axis=1)
+
+        def with_classes(h):
+            classes = label[:, None] + self.class_positions[None]
+            return jnp.concatenate([classes.astype(h.dtype), h], axis=1)
 
         def run(i, h, inner):
-            waiting = extras if i < self.class_tokens_from else 0  # class tokens that have not joined the patches yet
+            h = with_classes(h) if i == joins_at else h
             keys = None if dropout is None else jax.vmap(jax.random.fold_in, (0, None))(dropout, i)
             block = jax.checkpoint(lambda *a: self.blocks[i](*a)) if self.remat else self.blocks[i]
-            joined = block(h[:, waiting:], c, inner_angles if inner else angles, keys)
-            return jnp.concatenate([h[:, :waiting], joined], axis=1)
+            return block(h, c, inner_angles if inner else angles, keys)
 
-        blocks = len(self.blocks), self.outer
-        h = through_blocks(run, h, *blocks, extras, visible, shallow, self.mask_token, self.join)[:, extras:]
+        blocks, joins_at = len(self.blocks), -1 if self.class_positions is None else self.class_tokens_from
+        options = dict(patches=h.shape[1], token=self.mask_token, join=self.join)
+        options |= dict(skip=with_classes if self.outer <= joins_at < blocks - self.outer else None)
+        h = through_blocks(run, h, blocks, self.outer, visible, shallow, **options)[:, -h.shape[1] :]
         shift, scale = jnp.split(self.modulation(c)[:, None], 2, axis=-1)
         out = self.head(modulate(self.norm(h), shift, scale)).astype(jnp.float32)
         return unpatchify(out, self.patch_size, self.grid) if whole else out

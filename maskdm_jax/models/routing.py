@@ -7,26 +7,34 @@ import jax
 import jax.numpy as jnp
 
 
-def through_blocks(run, h, blocks: int, outer: int, extras: int, visible, shallow, token=None, join=None):
+def through_blocks(
+    run, h, blocks: int, outer: int, visible, shallow, *, patches: int, token=None, join=None, skip=None
+):
     """Run all blocks on h [B, extras + N, D]; hidden patches skip all but the first and last `outer` blocks.
 
     Args:
-      run: (number of a block, tokens, whether it is an inner block) -> tokens.
+      run: (number of a block, tokens, whether it is an inner block) -> tokens, perhaps with more extras, which come
+        first.
       visible: [B, V], row-major indices of the patches in the inner blocks; None for all. With V = 0, all tokens skip
         the inner blocks.
       shallow: [B] bool, the images of which all tokens skip the inner blocks; None for none.
+      patches: N.
       token: [D], learned; hidden patches re-enter as this token instead of their own features.
       join: Linear 2 D -> D, which joins all patches with their features from before the inner blocks (SPRINT).
+      skip: tokens -> tokens that skip the inner blocks; None if those blocks add no extras.
     """
     inner = range(outer, max(outer, blocks - outer))
     if not inner:
         visible = shallow = None
     for i in range(inner.start):
         h = run(i, h, False)
-    before = h
-    if visible is not None:
-        h = jnp.concatenate([h[:, :extras], take(h[:, extras:], visible)], axis=1)
-    if visible is None or visible.shape[1]:
+    before = h if skip is None else skip(h)
+    extras = before.shape[1] - patches
+    if visible is not None and not visible.shape[1]:
+        h = before[:, :extras]
+    else:
+        if visible is not None:
+            h = jnp.concatenate([h[:, :-patches], take(h[:, -patches:], visible)], axis=1)
         for i in inner:
             h = run(i, h, True)
     skipped = before if token is None else before.at[:, extras:].set(token.astype(h.dtype))
@@ -36,8 +44,8 @@ def through_blocks(run, h, blocks: int, outer: int, extras: int, visible, shallo
     if shallow is not None:
         h = jnp.where(shallow[:, None, None], skipped, h)
     if join is not None:
-        patches = join(jnp.concatenate([h[:, extras:], before[:, extras:]], axis=-1))
-        h = jnp.concatenate([h[:, :extras], patches], axis=1)
+        joined = join(jnp.concatenate([h[:, extras:], before[:, extras:]], axis=-1))
+        h = jnp.concatenate([h[:, :extras], joined], axis=1)
     for i in range(inner.stop, blocks):
         h = run(i, h, False)
     return h
