@@ -91,7 +91,7 @@ def _uvit(model: Model):
     return functools.partial(of_bands or UViT, qv_bias=model.qv_bias, time_mlp=model.time_mlp)
 
 
-# By `config.model.network`: `config.model` -> nnx.Module, whose other arguments all networks have.
+# By `config.model.network`: `config.model` -> the network, without the arguments that all networks have.
 NETWORKS = {"uvit": _uvit, "jit": lambda model: functools.partial(JiT, **dataclasses.asdict(model.jit))}
 
 

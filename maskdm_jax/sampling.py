@@ -160,7 +160,7 @@ class TrainedModel:
           ValueError: a shape is wrong.
         """
         process, x = make_process(self.config), jnp.asarray(x, jnp.float32)
-        t = jnp.broadcast_to(jnp.asarray(t, jnp.int32 if process.schedule else jnp.float32), len(x))
+        t = jnp.broadcast_to(jnp.asarray(t, jnp.float32 if isinstance(process, Continuous) else jnp.int32), len(x))
         labels = None if labels is None else jnp.asarray(np.resize(label_cycle(self, labels), len(x)), jnp.int32)
         return process.x0(self.network.apply(self.params, *process.network_inputs(x, t), labels, None), x, t)
 

@@ -176,6 +176,8 @@ def test_a_number_of_sampling_steps_with_a_point(content, written, options, tmp_
     args = argparse.Namespace(**content["args"].settings | {"num_sampling_steps": 40.0})
     convert(written(args=args), tmp_path / "run", **options)
     assert sampling.load(tmp_path / "run").config.sampling.steps == 40
+    convert(written(args=vars(args)), tmp_path / "of_dict", **options)  # as people save it for `weights_only=True`
+    assert sampling.load(tmp_path / "of_dict").config.sampling.steps == 40
 
 
 class Attack:

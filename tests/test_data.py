@@ -649,7 +649,7 @@ def test_worker_processes_report_why_an_image_is_unreadable(tmp_path):
         (tmp_path / name).write_bytes(content)
     data = TrainingData(dataclasses.replace(colour(str(tmp_path)), workers=1))
     take(data.batches(batch_size=100, seed=0), 1)
-    assert data.unreadable == {7: "0007.png: not an image of a known kind"}
+    assert data.unreadable == {7: "0007.png: not an image of a known kind, or damaged"}
 
 
 def test_a_worker_process_that_dies_is_an_error_and_not_a_wait_without_end(monkeypatch):
@@ -731,7 +731,7 @@ def test_some_images_are_read_to_see_what_they_are(tmp_path):
         (tmp_path / name).write_bytes(content)
     found = pipeline.probe(open_source(str(tmp_path)), Framing(9), 100)
     assert found.images == 6
-    assert found.unreadable == ["0003.png: not an image of a known kind"]
+    assert found.unreadable == ["0003.png: not an image of a known kind, or damaged"]
     assert found.notes == [
         "4 of 6 images read are smaller than 9 x 9 pixels, so they are enlarged",
         "1 of 6 images read are animated or of several pages, so the first alone is used",

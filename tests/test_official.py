@@ -204,6 +204,22 @@ def test_numbers_of_8_bits_are_refused_by_name(official, tmp_path, torch):
         official_file.read_safetensors(tmp_path / "x.safetensors")
 
 
+def test_moments_follow_the_order_of_the_files_own_tensors(official, tmp_path):
+    """PyTorch numbers tensors in the order of the network that wrote the file, which may be another one."""
+    base, expected = torch_file.read(official), official_file.read(official)
+    names = [name for name in base["model"] if name.removeprefix("model.") in expected.model]
+    numbers = {name: number for number, name in enumerate(names)}
+    state, last = base["opt"]["state"], len(names) - 1
+    others = {name: tensor for name, tensor in base["model"].items() if name not in names}
+    model = others | {name: base["model"][name] for name in reversed(names)}
+    changed = base | {"model": model, "ema": None}
+    changed["opt"] = base["opt"] | {"state": {last - n: state[n] for n in numbers.values() if n in state}}
+    torch_file.write(tmp_path / "x.pt", changed)
+    found = official_file.read(tmp_path / "x.pt")
+    assert list(found.model) == list(reversed(expected.model))
+    jax.tree.map(np.testing.assert_array_equal, found.moments, expected.moments)
+
+
 def test_an_object_in_place_of_weights_is_named(tmp_path, torch):
     torch.save(torch.nn.Linear(1, 1), tmp_path / "x.pt")
     with pytest.raises(TorchFileError, match="x.pt: it holds a torch.nn.modules.linear.Linear; a checkpoint of the"):
@@ -212,7 +228,9 @@ def test_an_object_in_place_of_weights_is_named(tmp_path, torch):
 
 def test_a_folder_is_read_if_its_weights_are_in_one_file(official, tmp_path):
     weights = bare(torch_file.read(official)["model"])
-    save_file(weights, tmp_path / "model-00001-of-00002.safetensors")
+    save_file(weights, tmp_path / "mine.safetensors")
+    jax.tree.map(np.testing.assert_array_equal, official_file.load(tmp_path)[0].model, weights)
+    save_file(weights, tmp_path / "model-00002-of-00002.safetensors")
     index = tmp_path / "model.safetensors.index.json"
     index.write_text("{}")
     for given in (tmp_path, index):

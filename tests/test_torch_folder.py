@@ -71,7 +71,9 @@ TRAJECTORIES = {
     "uvit": [
         dict(sampling__steps=37, diffusion__objective="v", sampling__eta=0.5),
         dict(sampling__steps=7, sampling__guidance=1.5, sampling__guidance_from=0.3, sampling__guidance_to=0.8),
-        dict(sampling__method="ddpm", diffusion__schedule="linear"),
+        dict(
+            sampling__method="ddpm", diffusion__schedule="linear", sampling__guidance=8.0, sampling__guidance_from=0.3
+        ),
         dict(sampling__method="dpm_solver", sampling__order=3, sampling__steps=7, diffusion__objective="x0"),
         dict(sampling__method="dpm_solver", sampling__spacing="time_quadratic", sampling__steps=5),
         dict(diffusion__schedule="shifted_cosine", diffusion__shift_size=256, sampling__method="dpm_solver"),

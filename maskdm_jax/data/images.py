@@ -118,7 +118,7 @@ def _read_file(content: bytes, max_pixels: int) -> Image.Image:
     try:
         image = Image.open(io.BytesIO(content))
     except UnidentifiedImageError:  # its message names a memory address
-        raise ValueError(foreign_kind(content[:64]) or "not an image of a known kind") from None
+        raise ValueError(foreign_kind(content[:64]) or "not an image of a known kind, or damaged") from None
     if image.width * image.height > max_pixels:
         raise ValueError(
             f"it has {image.width} x {image.height} pixels, more than data.max_pixels {max_pixels}, the limit "

@@ -126,7 +126,7 @@ def _celebahq(place, split, labels):
 
 
 def _vggface2(place, split, labels):
-    tars = [f"vggface2_{split}.{suffix}" for suffix in ("tar", "tar.gz")]
+    tars = [f"vggface2_{split}.{suffix}" for suffix in ("tar", "tar.gz")]  # the latter for an error that names it
     return open_source(str(_find(place, split, *tars) or place), labels)
 
 

@@ -126,8 +126,7 @@ def index_path(file: str, suffix: str) -> pathlib.Path:
 def kept_index(file: str, build) -> dict:
     """`build(file)`, a dict for JSON, kept in the cache until the file's size or modification time changes.
 
-    `copied`, if the dict has it, is the size of a further file that `build` writes, at
-    `index_path(file, ".images")`.
+    `copied`, if the dict has it, is the size of a further file that `build` writes, `index_path(file, ".images")`.
     """
     stamp = file_stamp(file)
     with contextlib.suppress(OSError, ValueError, LookupError, TypeError, RecursionError):

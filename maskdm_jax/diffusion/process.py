@@ -4,7 +4,7 @@
 patches alone. All processes mix data and noise as x_t = alpha(t) x0 + sigma(t) eps. Times t [B] are in the unit of the
 process: 0..T-1 for DDPM (int32), 0 (noise) to 1 (data) for flow matching, and the noise level sigma for EDM.
 
-To add a process, write a function that returns a `Process`, and add it to `PROCESSES`.
+To add a process, write a function that returns a `Discrete` or `Continuous` process, and add it to `PROCESSES`.
 """
 
 import dataclasses

@@ -29,7 +29,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from maskdm_jax.diffusion.gaussian import Schedule, predictions, q_posterior
-from maskdm_jax.diffusion.process import Continuous, Discrete, Process
+from maskdm_jax.diffusion.process import Continuous, Discrete
 
 
 def image_noise(key, index, shape: tuple[int, ...]):
@@ -139,8 +139,10 @@ def _half_log_snr(log_alpha):
     return log_alpha - 0.5 * np.log(-np.expm1(2 * log_alpha))
 
 
-def dpm_solver(predict, x, noise, process: Process, *, clip=None, steps=20, order=2, spacing="time_uniform"):
-    """`multistep`, which calls `predict` `steps` times: for DDPM at fractional time steps, else at `process.levels`."""
+def dpm_solver(
+    predict, x, noise, process: Discrete | Continuous, *, clip=None, steps=20, order=2, spacing="time_uniform"
+):
+    """`multistep`, at fractional time steps of DDPM, or at the `levels` of a continuous process."""
     if isinstance(process, Continuous):
         t = process.levels(steps)
         alpha, sigma = (np.asarray(values, np.float64) for values in process.alpha_sigma(t))
@@ -247,7 +249,7 @@ class Sampler:
     """An entry of `SAMPLERS`."""
 
     run: typing.Callable  # see the module
-    process: type  # kind of process: `Discrete`, `Continuous`, or `Process` for both
+    process: type  # kind of process: `Discrete`, `Continuous`, or both
     settings: tuple[str, ...] = ()  # names of the settings of `config.sampling` that `run` takes
     calls: typing.Callable = lambda steps, timesteps: steps  # -> how often it calls the network
     starts_anywhere: bool = True  # whether `start` may be given, to denoise a noisy image
@@ -257,7 +259,7 @@ CHURN = ("churn", "churn_low", "churn_high", "churn_scale")
 SAMPLERS = {  # by `config.sampling.method`
     "ddim": Sampler(ddim, Discrete, ("steps", "eta")),
     "ddpm": Sampler(ddpm, Discrete, calls=lambda steps, timesteps: timesteps),
-    "dpm_solver": Sampler(dpm_solver, Process, ("steps", "order", "spacing"), starts_anywhere=False),
+    "dpm_solver": Sampler(dpm_solver, Discrete | Continuous, ("steps", "order", "spacing"), starts_anywhere=False),
     "heun": Sampler(ode, Continuous, ("steps", *CHURN), calls=lambda steps, timesteps: 2 * steps - 1),
     "euler": Sampler(functools.partial(ode, heun=False), Continuous, ("steps", *CHURN)),
 }

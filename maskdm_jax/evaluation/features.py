@@ -5,6 +5,7 @@ import dataclasses
 import io
 import itertools
 import json
+import logging
 import pathlib
 import typing
 
@@ -23,13 +24,15 @@ from maskdm_jax.sampling import TrainedModel, generate_batches, label_cycle, loa
 from maskdm_jax.storage import location, write_atomically
 from maskdm_jax.training import checkpoint
 
+log = logging.getLogger(__name__)
+
 NETWORKS = {"inception": inception, "lite0": efficientnet}
 PICTURES = 64  # images of a set that are kept for the report
 
 
 @dataclasses.dataclass(frozen=True)
 class Images:
-    """A set of images in order, read or generated when needed, or the statistics of one, or both.
+    """A set of images in order, read or generated when needed; its statistics; or both.
 
     Images are uint8 [H, W, 3 or 1]; sizes may differ.
 
@@ -201,8 +204,20 @@ def sampled(loaded: TrainedModel, n: int, *, seed: int, batch_size: int) -> Imag
 
 
 def transform(name: str, source, framing: Framing) -> Images:
-    """Images of a source as training sees them: neighbours replace unreadable ones."""
-    get = lambda i: read_or_neighbour(source, i, framing)[0]
+    """Images of a source as training sees them: neighbours replace unreadable ones.
+
+    Raises (while iterating):
+      DataError: an image of a prepared set is unreadable, so that the set is not the one that its card describes.
+    """
+
+    def get(i):
+        image, _, reason = read_or_neighbour(source, i, framing)
+        if reason and hasattr(source, "card"):
+            raise DataError(f"{source.names[i]} cannot be read ({reason}); copy the prepared set again")
+        if reason:
+            log.warning("unreadable image %s: %s; replaced by its neighbour", source.names[i], reason)
+        return image
+
     return Images(name, len(source), _iterate(get), get, card_of(source, framing))
 
 
@@ -232,6 +247,8 @@ def _moments(path, arrays: dict) -> Moments:
             raise ValueError(f"mu {mu.shape} and sigma {sigma.shape} must be a vector and a square matrix")
         if not (np.isfinite(mu).all() and np.isfinite(sigma).all()):
             raise ValueError("mu and sigma must be finite")
+        if not np.allclose(sigma, sigma.T, rtol=0, atol=1e-3 * np.abs(sigma).max()):
+            raise ValueError("sigma is no covariance, for it is not symmetric")
         return Moments(int(arrays.get("n", 0)), mu, sigma)
 
 
@@ -287,6 +304,7 @@ def _from_npz(path: pathlib.Path, n: int | None) -> Images:
         raise EvaluationError(f"{path}: images are {images.dtype} {images.shape}; uint8 [n, H, W, 3 or 1] is wanted")
     images = images[: _enough(path, len(images), n)]
     made_by, card = _samples_settings(path.parent) if path.name == "samples.npz" else ({}, {})
-    moments = _moments(path, arrays) if "mu" in arrays and len(images) == len(arrays["images"]) else None
+    whole = arrays.keys() >= {"mu", "sigma"} and len(images) == len(arrays["images"])
+    moments = _moments(path, arrays) if whole else None
     iterate = lambda start, stop: iter(images[start:stop])
     return Images(str(path), len(images), iterate, lambda i: images[i], card, made_by, moments)

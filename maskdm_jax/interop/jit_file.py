@@ -225,7 +225,10 @@ def _architecture(tensors: dict[str, np.ndarray]) -> dict:
 
 
 def _check_positions(theirs: np.ndarray, found: dict) -> None:
-    """It is computed here. An EMA's, which the authors average like a weight, differs by rounding."""
+    """Compare a file's position embedding with ours, which is computed.
+
+    That of an EMA, which the authors average like a weight, differs by rounding.
+    """
     width, side = found["model.width"], found["data.image_size"] // found["model.patch_size"]
     if width % 4:
         raise ValueError(f"its width is {width}; a JiT has a multiple of 4")

@@ -106,8 +106,9 @@ def read(path) -> Official:
         optimizer = next((key for key, value in content.items() if is_optimizer(value)), None)
         step = next((key for key in ("step", "global_step") if key in content), None)
         official = _find_weights(content, {optimizer, step})
-        if isinstance(args := content.get("args"), torch_file.Namespace):
-            official.args = {key: value for key, value in args.settings.items() if isinstance(value, (int, float, str))}
+        args = content.get("args")
+        args = args.settings if isinstance(args, torch_file.Namespace) else args if isinstance(args, dict) else {}
+        official.args = {key: value for key, value in args.items() if isinstance(value, (int, float, str))}
         if optimizer is not None:
             try:
                 _read_optimizer(official, content[optimizer])
@@ -138,7 +139,7 @@ def _find_weights(content: dict, known: set) -> Official:
             sets.setdefault(prefix, {})[tensor_name] = take(name)
     raw, averaged = _raw_and_averaged(sets)
     buffers = {prefix: _take_buffers(take, prefix) for prefix in sets}
-    weights = [{n: _float32(p + n, sets[p][n]) for n in sorted(sets[p], key=names.rank)} for p in (raw, *averaged)]
+    weights = [{n: _float32(p + n, sets[p][n]) for n in sets[p]} for p in (raw, *averaged)]
     fixed = [{n: tensors.pop(n) for n in names.fixed if n in tensors} for tensors in weights]
     official = Official(network, weights[0], weights[1:], fixed=fixed[0], buffers=buffers[raw])
     broken = [name for name, tensor in official.model.items() if not np.isfinite(tensor).all()]
@@ -158,7 +159,10 @@ def _find_weights(content: dict, known: set) -> Official:
 
 
 def _raw_and_averaged(sets: dict) -> tuple[str, list[str]]:
-    """The prefix of the raw weights, and those of averages. A file of several averages alone has its first for both."""
+    """The prefix of the raw weights, and those of averages.
+
+    Without raw weights, the first average serves as them; if it is the only one, it is not listed as an average.
+    """
     copies = [prefix for prefix in sets if "online_model." in prefix]
     emas = sorted(prefix for prefix in sets if prefix not in copies and _EMA.search(prefix))
     plain = [prefix for prefix in sets if prefix not in (*copies, *emas)] or copies
@@ -323,26 +327,31 @@ def write(path, official: Official, config: Config) -> None:
 def read_safetensors(path) -> tuple[Official, dict]:
     """Read weights, with the schedule's buffers if they are there, and the notes of `write_safetensors`.
 
-    path: a file, or a folder with a `model.safetensors`.
+    path: a file, or a folder with a `model.safetensors` or a single other one.
 
     Raises:
       TorchFileError: it is damaged, not of a known network, or weights in several files.
       OSError: it cannot be opened.
     """
     path = pathlib.Path(path)
-    file = path / _IN_FOLDER if path.is_dir() else path
-    if file.suffix == ".json" or (path.is_dir() and not file.exists()):
+    files = [path]
+    if path.is_dir():
+        files = [path / _IN_FOLDER] if (path / _IN_FOLDER).exists() else list(path.glob("*.safetensors"))
+    if len(files) > 1 or path.suffix == ".json":
         raise TorchFileError(f"{path}: weights in several files are not read; merge them into one {_IN_FOLDER}")
     damage = (safetensors.SafetensorError, ValueError, TypeError, AttributeError, RecursionError)
     with prefixed(TorchFileError, f"{path}: it is damaged or not a .safetensors file (", damage, ")"):
-        torch_file.check_head(file)  # raises the ordinary errors of a missing or forbidden file, too
-        with safetensors.safe_open(file, framework="numpy") as opened:
+        torch_file.check_head(files[0])  # raises the ordinary errors of a missing or forbidden file, too
+        with safetensors.safe_open(files[0], framework="numpy") as opened:
             tensors, noted = {}, {} | json.loads((opened.metadata() or {}).get(_METADATA, "{}"))
             for name in list(opened.keys()):
                 kind = opened.get_slice(name).get_dtype()
                 tensors[name] = opened.get_tensor(name) if kind in _READABLE else Skipped(f"{kind} tensor")
     with prefixed(TorchFileError, f"{path}: "):
-        return _find_weights(tensors, set()), noted
+        official = _find_weights(tensors, set())
+    in_order = lambda weights: {name: weights[name] for name in sorted(weights, key=official.names.rank)}
+    official.model, official.emas = in_order(official.model), list(map(in_order, official.emas))
+    return official, noted
 
 
 def write_safetensors(path, model: dict[str, np.ndarray], noted: dict) -> None:
@@ -358,7 +367,7 @@ def load(path: pathlib.Path) -> tuple[Official, dict]:
 
 
 def is_safetensors(path: pathlib.Path) -> bool:
-    """Whether `read_safetensors` reads this path, or says that its weights are in several files."""
+    """Whether a path is for `read_safetensors`, be it only to say that its weights are in several files."""
     name = path.name.lower()
     is_dir = path.is_dir() if is_remote(path) else os.path.isdir(path)  # Path.is_dir raises if a name is too long
     is_run = is_dir and (path / checkpoint.FOLDER).is_dir()  # which may hold exports, too

@@ -1,6 +1,6 @@
 """Token routing (TREAD, SPRINT): hidden patches skip the inner blocks of a network.
 
-Tokens are [B, extras + N, D]: the extras (label, time, class tokens), which are never hidden, and N patches.
+Tokens are [B, extras + N, D]: the extras (label, time, class tokens), which are never hidden, then N patches.
 """
 
 import jax
@@ -21,7 +21,8 @@ def through_blocks(
       patches: N.
       token: [D], learned; hidden patches re-enter as this token instead of their own features.
       join: Linear 2 D -> D, which joins all patches with their features from before the inner blocks (SPRINT).
-      skip: tokens -> tokens that skip the inner blocks; None if those blocks add no extras.
+      skip: applied to tokens that skip the inner blocks: adds the extras that these blocks would add; None if they add
+        none.
     """
     inner = range(outer, max(outer, blocks - outer))
     if not inner:

@@ -206,7 +206,7 @@ def stop_run(run: Run, at: Moment) -> typing.NoReturn:
     """Save and raise `Preempted`."""
     log.info("SIGTERM received; saving step %d to %s", at.step, run.checkpoints.folder)
     if at.last:
-        log.warning("the preview and evaluation at the end of stage %s are left out", at.stage)
+        log.warning("what the run does at the end of stage %s, such as its preview, is left out", at.stage)
     Save(run)(at)
     run.checkpoints.wait()
     processes.barrier("saved")  # a process that exits may abort the others

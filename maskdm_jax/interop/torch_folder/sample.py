@@ -267,10 +267,8 @@ def from_noise(model, x, noise, labels=None, **settings) -> np.ndarray:
         scaled, time = process.network_inputs(x, t)
         time = torch.full((len(x),), time, device=x.device)
         out, along = model(scaled, time, labels), np.float32(process.progress(t))
-        acts = (along > np.float32(s["guidance_from"]) or not s["guidance_from"]) and along < np.float32(
-            s["guidance_to"]
-        )
-        if not s["guidance"] or not (acts or (s["guidance_from"], s["guidance_to"]) == (0, 1)):
+        low, high = np.float32(s["guidance_from"]), np.float32(s["guidance_to"])
+        if not s["guidance"] or not ((along > low or low == 0) and (along < high or high == 1)):
             return out
         return (1 + s["guidance"]) * out - s["guidance"] * model(scaled, time, None)
 
