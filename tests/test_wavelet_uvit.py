@@ -73,8 +73,8 @@ def test_bad_calls_are_refused(net):
     at = (jnp.zeros((3, 4), int), jnp.zeros((3, 4), int))
     for call, message in [
         ((x, t), "no token for 'no label'; give labels"),
-        ((x, t, labels, at), "coefficients .* take none"),
-        (((approx[:, :5], detail), t, labels), "got 5 and 16 patches, but .* have 64 and 16"),
+        ((x, t, labels, at), "positions go with patches .*; a whole image takes none"),
+        (((approx[:, :5], detail), t, labels), "got 5 and 16 patches, but the model.s grid has 64 and 16"),
     ]:
         with pytest.raises(ValueError, match=message):
             jax.eval_shape(network.apply, params, *call)
