@@ -1,5 +1,6 @@
 """Report of a study: curves of quality against compute, a table, samples. Drawing needs matplotlib."""
 
+import itertools
 import pathlib
 import statistics
 
@@ -148,8 +149,8 @@ def _draw(found, path: pathlib.Path) -> None:
     first, ends = next(iter(_ends(found).items()))
     colors = pyplot.get_cmap("tab10" if len(found) <= 10 else "tab20").colors
     base = [statistics.mean(level) for level in zip(*(row["denoising"] for row in ends), strict=True)]
-    for i, (name, seeds) in enumerate(found.items()):
-        style = dict(color=colors[i % len(colors)], marker="o", markersize=4, label=f"{name} ({len(seeds)} seeds)")
+    for color, (name, seeds) in zip(itertools.cycle(colors), found.items(), strict=False):
+        style = dict(color=color, marker="o", markersize=4, label=f"{name} ({len(seeds)} seeds)")
         if len(seeds) == 1:
             style |= dict(linestyle="--", linewidth=1, label=f"{name} (1 seed)")
         by_point = list(zip(*seeds.values(), strict=True))
@@ -157,15 +158,13 @@ def _draw(found, path: pathlib.Path) -> None:
             x = [rows[0]["flops"] for rows in by_point]
             y = [[value(row) for row in rows] for rows in by_point]
             axis.plot(x, [statistics.mean(values) for values in y], **style)
-            axis.fill_between(
-                x, list(map(min, y)), list(map(max, y)), color=colors[i % len(colors)], alpha=0.15, linewidth=0
-            )
+            axis.fill_between(x, list(map(min, y)), list(map(max, y)), color=color, alpha=0.15, linewidth=0)
         ratios = [[a / b for a, b in zip(row["denoising"], base, strict=True)] for row in by_point[-1]]
         by_level = list(zip(*ratios, strict=True))
         x = [(level + 0.5) / len(base) for level in range(len(base))]
         axes[2].plot(x, [100 * (statistics.mean(values) - 1) for values in by_level], **style)
         low, high = ([100 * (pick(values) - 1) for values in by_level] for pick in (min, max))
-        axes[2].fill_between(x, low, high, color=colors[i % len(colors)], alpha=0.15, linewidth=0)
+        axes[2].fill_between(x, low, high, color=color, alpha=0.15, linewidth=0)
     axes[0].set(xlabel="training, FLOPs", ylabel=DISTANCES[distance], yscale="log")
     axes[1].set(xlabel="training, FLOPs", ylabel="held-out denoising loss", yscale="log")
     axes[2].set(xlabel="noise level, as a part of the diffusion's time", ylabel=f"loss at the end, % from {first}")

@@ -87,8 +87,10 @@ def _network(model: Model, image_size: int, channels: int, remat: bool) -> Netwo
 
 
 def _uvit(model: Model):
-    of_bands = model.wavelet_scale and functools.partial(WaveletUViT, scale=model.wavelet_scale)
-    return functools.partial(of_bands or UViT, qv_bias=model.qv_bias, time_mlp=model.time_mlp)
+    options = dict(qv_bias=model.qv_bias, time_mlp=model.time_mlp)
+    if model.wavelet_scale:
+        return functools.partial(WaveletUViT, scale=model.wavelet_scale, **options)
+    return functools.partial(UViT, **options)
 
 
 # By `config.model.network`: `config.model` -> the network, without the arguments that all networks have.

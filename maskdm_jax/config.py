@@ -195,7 +195,7 @@ class Sampling:
     order: typing.Annotated[int, _one_of(1, 2, 3)] = 2  # order of dpm_solver
     spacing: typing.Annotated[str, _key_of("diffusion.samplers", "DPM_SPACINGS")] = "log_snr"  # dpm_solver's, for ddpm
     guidance: NonNegative = 0.0  # weight w of guidance, (1 + w) prediction - w weak prediction; 0: off
-    weak: typing.Annotated[str, _one_of("unlabelled", "shallow", "sparse")] = "unlabelled"  # see `build.weak_inputs`
+    weak: typing.Annotated[str, _one_of("unlabelled", "shallow", "sparse")] = "unlabelled"  # the weak prediction
     weak_rate: typing.Annotated[float, Rule(lambda value: 0 < value < 1, "in (0, 1)")] = 0.5  # what weak=sparse hides
     guidance_from: Probability = 0.0  # part of the way from noise (0) to image (1) in which guidance acts
     guidance_to: Probability = 1.0

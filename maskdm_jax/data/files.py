@@ -157,7 +157,8 @@ def read_range(path: str, start: int, size: int) -> bytes:
         file = os.open(path, os.O_RDONLY)  # for each read: a set may have more files than a process may open
         try:
             found = b""
-            while part := os.pread(file, size - len(found), start + len(found)):  # of 2 GiB at most
+            # A call reads 2 GiB at most.
+            while len(found) < size and (part := os.pread(file, size - len(found), start + len(found))):
                 found += part
         finally:
             os.close(file)

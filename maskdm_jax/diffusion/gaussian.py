@@ -14,7 +14,7 @@ import numpy as np
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Schedule:
-    """Noise schedule: one value per time step, float64 [T]. Formulas round their coefficients to float32 last."""
+    """Noise schedule: one value per time step, float64 [T]. Coefficients are rounded to float32 when they are used."""
 
     betas: np.ndarray
     alpha_bar: np.ndarray
@@ -36,7 +36,7 @@ class Schedule:
 
 
 class Posterior(typing.NamedTuple):
-    """Mean x0 * `x0` + x_t * `xt` and variance of a step back, float64 [T]; the variance is 0 at t = 0."""
+    """Coefficients of x0 and x_t in the mean of a step back, and its variance (0 at t = 0), float64 [T]."""
 
     x0: np.ndarray
     xt: np.ndarray

@@ -214,8 +214,9 @@ def multistep(denoise, x, t, alpha, sigma, order: int, clip):
 def ode(predict, x, noise, process: Continuous, *, clip=None, start=None, steps=50, heun=True, **churn):
     """Solve the probability flow ODE by Euler's method, or by Heun's with a last step of Euler's.
 
-    Heun's method calls the network twice per step, but for the last. For EDM, `churn` is noise added before each step
-    (Karras et al. 2022, algorithm 2): S_churn, `churn_low` S_min, `churn_high` S_max, `churn_scale` S_noise.
+    Heun's method calls the network twice per step, but for the last. Predictions are not clipped. For EDM, `churn` is
+    noise added before each step (Karras et al. 2022, algorithm 2): S_churn, `churn_low` S_min, `churn_high` S_max,
+    `churn_scale` S_noise.
     """
     times = process.times(steps, 0.0 if start is None else start)
     if start is None:

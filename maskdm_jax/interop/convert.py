@@ -89,7 +89,7 @@ def convert(
     """
     src, dst = map(location, (src, dst))
     kinds = [_kind(src), "torch" if for_torch else _kind(dst)]
-    if kinds[0] == kinds[1] and kinds[0] != "safetensors":  # one of these can become one of another dtype
+    if kinds[0] == kinds[1] and kinds[0] != "safetensors":  # these can be converted to another dtype
         raise ConfigError(f"{src} and {dst} are of the same kind; there is nothing to convert")
     given = None if config is None else config_lib.parse(config)
     chosen = dict(weights=weights, dtype=dtype)

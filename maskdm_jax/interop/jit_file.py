@@ -55,7 +55,7 @@ def positions(config: Config) -> np.ndarray:
 
 
 def unknown(config: Config) -> str:
-    """What the authors' code cannot do with a run's weights; "" if nothing."""
+    """Why the authors' code cannot use a run's weights; "" if it can."""
     process, objective = config.diffusion.process, config.diffusion.objective
     if (process, objective) == ("flow", "x0"):
         return ""

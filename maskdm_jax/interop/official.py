@@ -367,7 +367,7 @@ def load(path: pathlib.Path) -> tuple[Official, dict]:
 
 
 def is_safetensors(path: pathlib.Path) -> bool:
-    """Whether a path is for `read_safetensors`, be it only to say that its weights are in several files."""
+    """Whether `read_safetensors` handles a path, if only to refuse weights in several files."""
     name = path.name.lower()
     is_dir = path.is_dir() if is_remote(path) else os.path.isdir(path)  # Path.is_dir raises if a name is too long
     is_run = is_dir and (path / checkpoint.FOLDER).is_dir()  # which may hold exports, too

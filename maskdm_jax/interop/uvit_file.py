@@ -167,7 +167,7 @@ def _schedule_settings(buffers: dict | None) -> dict:
 
 
 def unknown(config: Config) -> str:
-    """What the official code cannot do with a run's weights; "" if nothing."""
+    """Why the official code cannot use a run's weights; "" if it can."""
     process = config.diffusion.process
     return "" if process == "ddpm" else f"the official code knows DDPM alone, and this run is of the process {process}"
 

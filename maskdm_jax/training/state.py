@@ -33,7 +33,7 @@ class TrainState:
 
 
 def ema_names(count: int) -> list[str]:
-    """Names of so many EMAs: ema, ema2, ..."""
+    """Names of `count` EMAs: ema, ema2, ..."""
     return ["ema", *(f"ema{i}" for i in range(2, count + 1))][:count]
 
 
