@@ -16,25 +16,20 @@ NAMES = [
     "celeba64_finetune",
     "celeba64_pretrain",
     "celebahq",
-    "celebahq_edm_finetune",
-    "celebahq_edm_pretrain",
+    "celebahq_edm",
     "celebahq_finetune",
-    "celebahq_l_finetune",
-    "celebahq_l_pretrain",
+    "celebahq_l",
     "celebahq_pretrain",
     "celebahq_pretrain_50",
     "celebahq_s_finetune",
     "celebahq_s_pretrain",
-    "cifar10_finetune",
-    "cifar10_pretrain",
+    "cifar10",
     "demo",
     "emoji64",
     "imagenet256_jit",
-    "imagenet256_jit_finetune",
-    "imagenet256_jit_pretrain",
+    "imagenet256_jit_masked",
     "imagenet512_jit",
-    "imagenet64_jit_finetune",
-    "imagenet64_jit_pretrain",
+    "imagenet64_jit_masked",
     "lsun_church_finetune",
     "own_images",
     "vggface2_pretrain",
@@ -86,8 +81,10 @@ RECIPES = {
     "celebahq_s_pretrain": [("pretrain", S, 256, 256, 2e-4, 0, 1.0, 0.999, "cosine", 416, 0)],
     "celebahq_s_finetune": [("finetune", S, 256, 64, 5e-5, 0, 0.0, 0.999, "cosine", 4096, 0.5)],
     "celeba64_pretrain": [("pretrain", S, 64, 256, 2e-4, 0, 0.0, 0.999, "linear", 128, 0)],
-    "celebahq_l_pretrain": [("pretrain", L, 256, 128, 1e-4, 0, 1.0, 0.999, "cosine", 2 * 320, 0.5)],
-    "celebahq_l_finetune": [("finetune", L, 256, 16, 5e-5, 0, 1.0, 0.999, "cosine", 2 * 1024, 0.5)],
+    "celebahq_l": [
+        ("pretrain", L, 256, 128, 1e-4, 0, 1.0, 0.999, "cosine", 2 * 320, 0.5),
+        ("finetune", L, 256, 16, 5e-5, 0, 1.0, 0.999, "cosine", 2 * 1024, 0.5),
+    ],
     "celeba64_finetune": [("finetune", S, 64, 128, 2e-4, 0, 0.0, 0.999, "linear", 256, 0)],
 }
 
@@ -114,20 +111,22 @@ def test_recipes(root, name):
             "l2",
         )
         assert sum(plan.visible for plan in mask_plans(config, stage_name)) == visible
-        assert stage.steps == (550_000 if name == "celebahq_l_finetune" else 200_000)
+        assert stage.steps == (550_000 if (size, stage_name) == (L, "finetune") else 200_000)
         assert (stage.ema_every, config.model.qv_bias, config.model.wavelet_scale) == (
             (10, True, 1) if size == L else (1, False, 0)
         )
 
 
-@pytest.mark.parametrize("name", ["imagenet256_jit", "imagenet512_jit", "imagenet64_jit_pretrain"])
+@pytest.mark.parametrize(
+    "name", ["imagenet256_jit", "imagenet256_jit_masked", "imagenet512_jit", "imagenet64_jit_masked"]
+)
 def test_jit_recipes(root, name):
     """Those of the JiT paper: batch, rate, warm-up, betas, EMAs, times, noise and guidance."""
     config = config_lib.parse(load(root, name))
-    (stage,) = config.stage.values()
-    assert (stage.batch_size, stage.learning_rate, stage.warmup_steps) == (1024, 2e-4, 6255)
-    assert (stage.b1, stage.b2, stage.weight_decay, stage.clip_norm) == (0.9, 0.95, 0.0, 0.0)
-    assert (stage.ema_decay, stage.more_ema_decays, stage.ema_law) == (0.9999, (0.9996,), "plain")
+    for stage in config.stage.values():
+        assert (stage.batch_size, stage.learning_rate, stage.warmup_steps) == (1024, 2e-4, 6255)
+        assert (stage.b1, stage.b2, stage.weight_decay, stage.clip_norm) == (0.9, 0.95, 0.0, 0.0)
+        assert (stage.ema_decay, stage.more_ema_decays, stage.ema_law) == (0.9999, (0.9996,), "plain")
     flow, sampling = config.diffusion.flow, config.sampling
     assert (flow.times, flow.mean, flow.std, flow.noise_scale) == (
         "logit_normal", -0.8, 0.8, config.data.image_size / 256

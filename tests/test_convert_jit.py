@@ -156,8 +156,8 @@ def test_without_settings_the_noise_scale_is_assumed_and_said(written, options, 
 
 
 def test_only_a_network_of_the_authors_gets_their_name():
-    config = maskdm_jax.recipe("imagenet256_jit_pretrain")
-    other = maskdm_jax.recipe("imagenet256_jit_pretrain", {"model.jit.class_tokens_from": 2})
+    config = maskdm_jax.recipe("imagenet256_jit_masked")
+    other = maskdm_jax.recipe("imagenet256_jit_masked", {"model.jit.class_tokens_from": 2})
     assert [jit_file._args(config_lib.parse(c))["model"] for c in (config, other)] == ["JiT-B/16", "custom"]
 
 
