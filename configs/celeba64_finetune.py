@@ -4,9 +4,9 @@ r"""CelebA 64, MaskDM-S: fine-tuning, or training from scratch, with nothing hid
         --config.init_from=runs/celeba64_block2_50
 
 Data: python launch/prepare_data.py --dataset=celeba --src=DOWNLOADS --out=data/celeba64
-Hardware: one accelerator of 16 GB; fewer or smaller ones with micro_batches or remat.
+Hardware: one accelerator of 16 GB, or a smaller one with micro_batches or remat.
 Expected cost, computed, not measured: 200k x 128 images x 0.0733 TFLOP
-= 1.88 EFLOP, about 1.74 hours of one H100 at 300 TFLOP/s; docs/speed.md measures 228 and 312.
+= 1.88 EFLOP, about 1.74 hours of one H100 at 300 TFLOP/s; docs/speed.md measures 228 and 312 TFLOP/s.
 From scratch: leave init_from out.
 """
 

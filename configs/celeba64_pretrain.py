@@ -4,9 +4,9 @@ r"""CelebA 64, MaskDM-S: masked pre-training with one of the masks that the pape
         --workdir=runs/celeba64_block2_50
 
 Data: python launch/prepare_data.py --dataset=celeba --src=DOWNLOADS --out=data/celeba64
-Hardware: one accelerator of 16 GB; fewer or smaller ones with micro_batches or remat.
+Hardware: one accelerator of 16 GB, or a smaller one with micro_batches or remat.
 Expected cost, computed, not measured: 200k x 256 images x 0.0355 TFLOP
-= 1.82 EFLOP, about 1.69 hours of one H100 at 300 TFLOP/s; docs/speed.md measures 228 and 312. (50% hidden)
+= 1.82 EFLOP, about 1.69 hours of one H100 at 300 TFLOP/s; docs/speed.md measures 228 and 312 TFLOP/s. (50% hidden)
 The name after the colon is one of MASKS below; the default is block2_50.
 """
 

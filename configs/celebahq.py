@@ -7,7 +7,7 @@ Hardware: one accelerator of 80 GB or 4 of 16 GB; fewer or smaller ones with mic
 Expected cost, computed, not measured: 200k x 256 images x 0.269 TFLOP
  + 200k x 64 images x 1.72 TFLOP
  + 200k x 32 images x 4.45 TFLOP
-= 64.3 EFLOP, about 59.5 hours of one H100 at 300 TFLOP/s; docs/speed.md measures 228 and 312.
+= 64.3 EFLOP, about 59.5 hours of one H100 at 300 TFLOP/s; docs/speed.md measures 228 and 312 TFLOP/s.
 """
 
 from maskdm_jax import config

@@ -6,7 +6,7 @@ Data: python launch/prepare_data.py --dataset=celebahq --src=DOWNLOADS --out=dat
 Hardware: one accelerator of 80 GB or 4 of 16 GB; fewer or smaller ones with micro_batches or remat.
 Expected cost, computed, not measured: 200k x 256 images x 0.27 TFLOP
  + 200k x 32 images x 4.49 TFLOP
-= 42.5 EFLOP, about 39.4 hours of one H100 at 300 TFLOP/s; docs/speed.md measures 228 and 312.
+= 42.5 EFLOP, about 39.4 hours of one H100 at 300 TFLOP/s; docs/speed.md measures 228 and 312 TFLOP/s.
 The paper announces score-based models, without a recipe: these are the settings of its first and last stage.
 """
 

@@ -5,7 +5,7 @@
 Data: python launch/prepare_data.py --dataset=celebahq --src=DOWNLOADS --out=data/celebahq256
 Hardware: one accelerator of 80 GB or 4 of 16 GB; fewer or smaller ones with micro_batches or remat.
 Expected cost, computed, not measured: 200k x 32 images x 4.45 TFLOP
-= 28.5 EFLOP, about 26.4 hours of one H100 at 300 TFLOP/s; docs/speed.md measures 228 and 312.
+= 28.5 EFLOP, about 26.4 hours of one H100 at 300 TFLOP/s; docs/speed.md measures 228 and 312 TFLOP/s.
 """
 
 from maskdm_jax import config

@@ -6,7 +6,7 @@ Data: python launch/prepare_data.py --dataset=celebahq --src=DOWNLOADS --out=dat
 Hardware: one accelerator of 80 GB or 8 of 16 GB; fewer or smaller ones with micro_batches or remat.
 Expected cost, computed, not measured: 200k x 128 images x 0.973 TFLOP
  + 550k x 16 images x 3.71 TFLOP
-= 57.6 EFLOP, about 53.3 hours of one H100 at 300 TFLOP/s; docs/speed.md measures 228 and 312.
+= 57.6 EFLOP, about 53.3 hours of one H100 at 300 TFLOP/s; docs/speed.md measures 228 and 312 TFLOP/s.
 """
 
 from maskdm_jax import config

@@ -5,7 +5,7 @@
 Data: python launch/prepare_data.py --dataset=celebahq --src=DOWNLOADS --out=data/celebahq256
 Hardware: one accelerator of 80 GB or 4 of 16 GB; fewer or smaller ones with micro_batches or remat.
 Expected cost, computed, not measured: 200k x 256 images x 0.269 TFLOP
-= 13.8 EFLOP, about 12.8 hours of one H100 at 300 TFLOP/s; docs/speed.md measures 228 and 312.
+= 13.8 EFLOP, about 12.8 hours of one H100 at 300 TFLOP/s; docs/speed.md measures 228 and 312 TFLOP/s.
 Next: configs/celebahq_pretrain_50.py, then configs/celebahq_finetune.py; configs/celebahq.py runs all three.
 """
 

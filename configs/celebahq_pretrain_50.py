@@ -5,7 +5,7 @@
 Data: python launch/prepare_data.py --dataset=celebahq --src=DOWNLOADS --out=data/celebahq256
 Hardware: one accelerator of 80 GB or 4 of 16 GB; fewer or smaller ones with micro_batches or remat.
 Expected cost, computed, not measured: 200k x 64 images x 1.72 TFLOP
-= 22 EFLOP, about 20.4 hours of one H100 at 300 TFLOP/s; docs/speed.md measures 228 and 312.
+= 22 EFLOP, about 20.4 hours of one H100 at 300 TFLOP/s; docs/speed.md measures 228 and 312 TFLOP/s.
 """
 
 from maskdm_jax import config

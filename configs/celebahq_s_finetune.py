@@ -5,7 +5,7 @@
 Data: python launch/prepare_data.py --dataset=celebahq --src=DOWNLOADS --out=data/celebahq256
 Hardware: one accelerator of 80 GB or 8 of 16 GB; fewer or smaller ones with micro_batches or remat.
 Expected cost, computed, not measured: 200k x 64 images x 2.42 TFLOP
-= 31 EFLOP, about 28.7 hours of one H100 at 300 TFLOP/s; docs/speed.md measures 228 and 312.
+= 31 EFLOP, about 28.7 hours of one H100 at 300 TFLOP/s; docs/speed.md measures 228 and 312 TFLOP/s.
 The images are drawn by data.fraction_seed; the 1% are a subset of the 10%.
 From scratch for comparison: --config.init_from="".
 """

@@ -5,7 +5,7 @@
 Data: python launch/prepare_data.py --dataset=celebahq --src=DOWNLOADS --out=data/celebahq256
 Hardware: one accelerator of 40 GB or 2 of 16 GB; fewer or smaller ones with micro_batches or remat.
 Expected cost, computed, not measured: 200k x 256 images x 0.124 TFLOP
-= 6.36 EFLOP, about 5.89 hours of one H100 at 300 TFLOP/s; docs/speed.md measures 228 and 312.
+= 6.36 EFLOP, about 5.89 hours of one H100 at 300 TFLOP/s; docs/speed.md measures 228 and 312 TFLOP/s.
 """
 
 from maskdm_jax import config

@@ -3,10 +3,10 @@
     python launch/train.py --config=configs/cifar10.py --config.data.path=DIR_OR_ZIP
 
 Data: python launch/prepare_data.py --dataset=cifar10 --src=DOWNLOADS --out=data/cifar10
-Hardware: one accelerator of 16 GB; fewer or smaller ones with micro_batches or remat.
+Hardware: one accelerator of 16 GB, or a smaller one with micro_batches or remat.
 Expected cost, computed, not measured: 200k x 256 images x 0.0361 TFLOP
  + 200k x 128 images x 0.0741 TFLOP
-= 3.75 EFLOP, about 3.47 hours of one H100 at 300 TFLOP/s; docs/speed.md measures 228 and 312.
+= 3.75 EFLOP, about 3.47 hours of one H100 at 300 TFLOP/s; docs/speed.md measures 228 and 312 TFLOP/s.
 The paper has no such recipe: its masks and rates for 64 x 64 images, which have as many patches, serve here.
 """
 

@@ -5,7 +5,7 @@
 Data: python launch/prepare_data.py --dataset=lsun_church --src=DOWNLOADS --out=data/lsun_church256
 Hardware: 2 accelerators of 80 GB or 8 of 16 GB; fewer or smaller ones with micro_batches or remat.
 Expected cost, computed, not measured: 200k x 64 images x 4.45 TFLOP
-= 56.9 EFLOP, about 52.7 hours of one H100 at 300 TFLOP/s; docs/speed.md measures 228 and 312.
+= 56.9 EFLOP, about 52.7 hours of one H100 at 300 TFLOP/s; docs/speed.md measures 228 and 312 TFLOP/s.
 Before: python launch/train.py --config=configs/celebahq_pretrain.py --config.data.path=DIR_OR_ZIP
  --config.diffusion.schedule=linear --workdir=runs/lsun_church_pretrain
 """

@@ -2,10 +2,10 @@
 
     python launch/train.py --config=configs/own_images.py --config.data.path=DIR_OR_ZIP
 
-Hardware: one accelerator of 16 GB; fewer or smaller ones with micro_batches or remat.
+Hardware: one accelerator of 16 GB, or a smaller one with micro_batches or remat.
 Expected cost, computed, not measured: 50k x 256 images x 0.0355 TFLOP
  + 50k x 128 images x 0.0733 TFLOP
-= 0.923 EFLOP, about 0.855 hours of one H100 at 300 TFLOP/s; docs/speed.md measures 228 and 312.
+= 0.923 EFLOP, about 0.855 hours of one H100 at 300 TFLOP/s; docs/speed.md measures 228 and 312 TFLOP/s.
 Class-conditional, with one folder per class: --config.data.labels=True --config.model.num_classes=N.
 `own_images.py:cpu` trains 1.1 million parameters at 32 x 32, for two CPU cores.
 """

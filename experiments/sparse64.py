@@ -3,9 +3,9 @@
     python experiments/run_study.py --config=experiments/sparse64.py:gpu --config.sets.both=EMOJI64.zip --seeds=0
     python experiments/run_study.py --config=experiments/sparse64.py:cpu --config.sets.noto=NOTO.zip --seeds=0
 
-A sparse phase takes 50, 80 or 95% of the budget, and a dense phase the rest, with the same optimizer and EMA. The three
-runs of a method have one sparse phase, of which they branch off, so that it is trained once. Each seed repeats all
-runs; `--only=PATTERN --seeds=1,2` repeats the most interesting ones.
+A sparse phase, with hidden patches, takes 50, 80 or 95% of the budget, and a dense phase, without, the rest, with the
+same optimizer and EMA. The three runs of a method share the sparse phase, from which they branch off, so that it is
+trained once. Each seed repeats all runs; `--only=PATTERN --seeds=1,2` repeats the most interesting ones.
 
 `cpu` has the networks, the process and the images of `emoji64.py`, whose dense runs have twice the budget. `gpu` has
 larger networks and budgets, and the images of both makers. Several processes use a GPU better than one, because each
@@ -41,15 +41,15 @@ LARGER = {  # 6 and 22 million parameters
 }
 
 
-def phases(common: dict, both: dict, mask: dict, share: float, data: str) -> tuple:
+def phases(settings: dict, mask: dict, share: float, data: str) -> tuple:
     """The phases of a run. The sparse one is cut where runs with a lower share branch off."""
     hidden = {f"train.mask.{key}": value for key, value in mask.items()}
     cuts = [0.0] + [cut for cut in SHARES if cut <= share]
     sparse = [
-        dict(share=end - begin, points=0, data=data, settings=common | both | hidden, continues=begin > 0)
+        dict(share=end - begin, points=0, data=data, settings=settings | hidden, continues=begin > 0)
         for begin, end in itertools.pairwise(cuts)
     ]
-    return (*sparse, dict(share=1 - share, points=1, data=data, settings=common | both, continues=True))
+    return (*sparse, dict(share=1 - share, points=1, data=data, settings=settings, continues=True))
 
 
 def runs_of(name: str, network: dict, data: str) -> list[dict]:
@@ -57,8 +57,9 @@ def runs_of(name: str, network: dict, data: str) -> list[dict]:
     common = network | PROCESSES["flow, x0"] | {"sampling.steps": 12}
     dense = dict(name=f"{name}, dense", phases=(dict(share=1.0, points=4, data=data, settings=common),))
     sparse = [
-        dict(name=f"{name}, {method}, {share:.0%} sparse", phases=phases(common, *METHODS[method], share, data))
-        for method, share in itertools.product(METHODS, SHARES)
+        dict(name=f"{name}, {method}, {share:.0%} sparse", phases=phases(common | more, mask, share, data))
+        for method, (more, mask) in METHODS.items()
+        for share in SHARES
     ]
     return [run | dict(seeds=(0, 1, 2)) for run in (dense, *sparse)]
 

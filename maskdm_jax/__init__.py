@@ -9,7 +9,8 @@ From Python:
     model = maskdm_jax.load("runs/photos")
     images = model.sample(16, seed=1)  # uint8 [16, S, S, C]
 
-The programs in `launch/` do the same from the command line.
+The programs in `launch/` do the same from the command line. Outside of `evaluation/`,
+"the reference" in a docstring is the authors' PyTorch code, github.com/jiachenlei/maskdm.
 """
 
 __version__ = "0.1.0"

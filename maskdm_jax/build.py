@@ -29,7 +29,7 @@ class Network:
     """A network without its parameters, which are a nested dict of float32 arrays."""
 
     init: typing.Callable  # key -> initial parameters; call it under `jax.jit` to place them
-    apply: typing.Callable  # (params, x, t, labels=None, positions=None) -> output; see `UViT.__call__`
+    apply: typing.Callable  # (params, x, t, labels=None, positions=None, **options) -> output; see `UViT.__call__`
     dtype: jnp.dtype  # of the computation
     shapes: dict = dataclasses.field(compare=False)  # ShapeDtypeStructs of the parameters
 
@@ -40,7 +40,7 @@ class Network:
         return jax.tree_util.tree_map_with_path(cast, params)
 
     def abstract_params(self) -> dict:
-        """ShapeDtypeStructs of the parameters; nothing is computed."""
+        """A copy of `shapes`, which callers may change."""
         return jax.tree.map(lambda leaf: leaf, self.shapes)
 
 
@@ -174,7 +174,7 @@ def make_process(config: Config) -> Process:
 
 
 def time_scale(model: Model) -> float:
-    """Factor between the time of a process and the time input of a network: 1 for a JiT, 1,000 for the others."""
+    """Factor of the time input of a network for flow matching and EDM: 1 for a JiT, 1,000 for the others."""
     return 1.0 if model.network == "jit" else 1000.0
 
 

@@ -57,7 +57,9 @@ NonNegative = typing.Annotated[float, Rule(lambda value: value >= 0, "at least 0
 Probability = typing.Annotated[float, Rule(lambda value: 0 <= value <= 1, "0 to 1")]
 Decay = typing.Annotated[float, Rule(lambda value: 0 <= value < 1, "in [0, 1)")]
 Fraction = typing.Annotated[float, Rule(lambda value: 0 < value <= 1, "in (0, 1]")]
+Rate = typing.Annotated[float, Rule(lambda value: 0 < value < 1, "in (0, 1)")]
 Dtype = typing.Annotated[str, _one_of("auto", "float32", "bfloat16")]
+EmaLaw = typing.Annotated[str, _one_of("reference", "plain")]
 Seed = typing.Annotated[int, Rule(lambda value: 0 <= value < 2**31, "in [0, 2^31)")]
 WideSeed = typing.Annotated[int, Rule(lambda value: 0 <= value < 2**32, "in [0, 2^32)")]
 
@@ -74,7 +76,7 @@ class Data:
     fraction: Fraction = 1.0  # share of the images to use, drawn by fraction_seed
     fraction_seed: WideSeed = 0  # seed of that draw; the seed of the run does not affect it
     labels: bool = False  # read class labels: of dataset.json or metadata.csv/.jsonl, else of the folders' names
-    label_dropout: Decay = 0.0  # probability of hiding a label in training; above 0 allows guidance
+    label_dropout: Decay = 0.0  # probability of hiding a label in training; above 0 allows classifier-free guidance
     flip: Probability = 0.0  # probability of a horizontal flip
     threads: Count = 16  # reading threads per process
     workers: Natural = 0  # reading processes; 0: the main process reads
@@ -87,7 +89,7 @@ class Jit:
 
     bottleneck: Count = 128  # width between the two layers that embed a patch
     class_tokens: Natural = 32  # number of class tokens
-    class_tokens_from: Natural = 4  # block before which they join the patches
+    class_tokens_from: Natural = 4  # block before which class tokens join the patches
     dropout: Decay = 0.0  # rate of dropout in the middle half of the blocks
 
 
@@ -102,13 +104,13 @@ class Model:
     depth: typing.Annotated[int, _between(1, 1_000)] = 13  # blocks; for a U-ViT, 2k and 2k + 1 are the same network
     heads: Count = 8  # attention heads
     mlp_ratio: float = 4.0  # hidden width of an MLP divided by width
-    qv_bias: bool = False  # give queries and values a bias
+    qv_bias: bool = False  # give queries and values a bias; U-ViT only
     num_classes: Natural = 0  # 0: unconditional
-    time_mlp: bool = False  # pass the time embedding through an MLP
+    time_mlp: bool = False  # pass the time embedding through an MLP; U-ViT only
     jit: Jit = Jit()
     dtype: Dtype = "auto"  # of the computation; auto: bfloat16 on TPUs and GPUs, float32 on CPU
     outer_blocks: Natural = 0  # k: hidden patches skip all but the first and last k blocks; 0: they are dropped
-    returning: typing.Annotated[str, _one_of("itself", "token")] = "itself"  # with which features they re-enter
+    returning: typing.Annotated[str, _one_of("itself", "token")] = "itself"  # what hidden patches re-enter as
     attention: typing.Annotated[str, _key_of("models.ops.attention", "KERNELS")] = "auto"  # auto: by platform
 
 
@@ -131,7 +133,7 @@ class Edm:
     sigma_data: Positive = 0.5  # standard deviation of the data
     sigma_min: Positive = 0.002  # lowest noise level of sampling
     sigma_max: Positive = 80.0  # highest noise level of sampling
-    rho: Positive = 7.0  # exponent of their spacing; 1: equal steps
+    rho: Positive = 7.0  # exponent of the spacing of noise levels; 1: equal steps
 
 
 @dataclasses.dataclass(frozen=True)
@@ -178,7 +180,7 @@ class Stage:
     clip_norm: NonNegative = 1.0  # global gradient norm; 0: off
     ema_decay: Decay = 0.999
     ema_every: Count = 1  # steps between updates of the EMA
-    ema_law: typing.Annotated[str, _one_of("reference", "plain")] = "reference"  # plain: constant decay from step 0
+    ema_law: EmaLaw = "reference"  # reference: equal to the weights up to step 100; plain: averages from the first step
     more_ema_decays: tuple[float, ...] = ()  # decays of further EMAs, named ema2, ema3, ...
     mask: Mask = Mask()
     detail_mask: Mask | None = None  # for the details of a wavelet model; None: the settings of mask
@@ -193,12 +195,12 @@ class Sampling:
     steps: Count = 250  # of all but ddpm, which takes all time steps; heun calls the network twice per step
     eta: Probability = 1.0  # noise of ddim: 0 is deterministic, 1 is like ddpm
     order: typing.Annotated[int, _one_of(1, 2, 3)] = 2  # order of dpm_solver
-    spacing: typing.Annotated[str, _key_of("diffusion.samplers", "DPM_SPACINGS")] = "log_snr"  # dpm_solver's, for ddpm
+    spacing: typing.Annotated[str, _key_of("diffusion.samplers", "DPM_SPACINGS")] = "log_snr"  # of dpm_solver, for ddpm
     guidance: NonNegative = 0.0  # weight w of guidance, (1 + w) prediction - w weak prediction; 0: off
     weak: typing.Annotated[str, _one_of("unlabelled", "shallow", "sparse")] = "unlabelled"  # the weak prediction
-    weak_rate: typing.Annotated[float, Rule(lambda value: 0 < value < 1, "in (0, 1)")] = 0.5  # what weak=sparse hides
-    guidance_from: Probability = 0.0  # part of the way from noise (0) to image (1) in which guidance acts
-    guidance_to: Probability = 1.0
+    weak_rate: Rate = 0.5  # share of the patches that skip the inner blocks with weak=sparse
+    guidance_from: Probability = 0.0  # progress, 0 (noise) to 1 (image), from which guidance acts
+    guidance_to: Probability = 1.0  # progress up to which it acts
     churn: NonNegative = 0.0  # of heun and euler with edm: noise added per step, S_churn; 0: none
     churn_low: NonNegative = 0.0  # lowest noise level at which churn acts
     churn_high: NonNegative = 1e6  # highest noise level at which churn acts
@@ -220,7 +222,7 @@ class Evaluation:
 
     every: Natural = 0  # steps; also at the end of each stage; 0: never
     n: Count = 10_000  # samples
-    metrics: tuple[str, ...] = ("fid",)  # keys of `evaluation.metrics.METRICS`
+    metrics: tuple[str, ...] = ("fid",)  # of fid, kid, is, pr; or of fd_lite0, kid_lite0, pr_lite0
     reference: str = ""  # images or statistics to compare with; "": the training images
     inception_weights: str = ""  # path; "": downloaded once
 
@@ -541,10 +543,9 @@ def describe(config: Config) -> str:
                 add(value, f"{prefix}{name}.")
             elif name != "stage":
                 line = f"--{prefix}{name}={value!r}"
-                about = [
-                    _text(rule) for rule in typing.get_args(kind)[1:] if isinstance(rule, Rule) and callable(rule.text)
-                ]
-                about = "; ".join(([comments[name]] if name in comments else []) + about)
+                rules = [_text(rule) for rule in typing.get_args(kind)[1:] if isinstance(rule, Rule)]
+                choices = [text for text in rules if text.startswith("one of")]
+                about = "; ".join(([comments[name]] if name in comments else []) + choices)
                 lines.append(f"{line:48}# {about}" if about else line)
 
     add(config, "config.")

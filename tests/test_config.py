@@ -144,7 +144,7 @@ def test_every_setting_is_shown_as_it_is_given_on_the_command_line():
     assert {"pretrain.mask.rate", "finetune.steps", "stages", "seed", "data.path"} <= keys
     assert len(keys) == len(lines)
     (rate,) = (line for line in lines if line.startswith("--config.sampling.weak_rate="))
-    assert "# what weak=sparse hides" in rate, "a comment that the formatter moved would be lost"
+    assert "skip the inner blocks with weak=sparse" in rate, "a comment that the formatter moved would be lost"
 
 
 def test_differences():

@@ -86,7 +86,7 @@ def make_plan(kind: str, grid: tuple[int, int], *, tile: int = 0, extras: int = 
 def sample_positions(plan: MaskPlan, key) -> jax.Array:
     """Draw the visible patches of one image: int32 [visible], row-major indices in ascending order.
 
-    Every set of units (patches, blocks, or windows) is equally likely. For a batch, use `jax.vmap` over keys; a sharded
+    Every mask of the plan's kind is equally likely. For a batch, use `jax.vmap` over keys; a sharded
     batch needs no collective.
     """
     if plan.hides_nothing:

@@ -84,7 +84,7 @@ def flow(
     std: float = 0.8,
     noise_scale: float = 1.0,
     time_scale: float = 1.0,
-) -> Process:
+) -> Continuous:
     """Flow matching on straight lines: x_t = t x0 + (1 - t) noise_scale eps, and a loss on the velocity dx/dt.
 
     Args:
@@ -137,7 +137,7 @@ def edm(
     sigma_max: float = 80.0,
     rho: float = 7.0,
     time_scale: float = 1.0,
-) -> Process:
+) -> Continuous:
     """EDM (Karras et al. 2022): x = x0 + sigma eps, a preconditioned network, t = sigma.
 
     The prediction of x0 is c_skip x + c_out output; the network's inputs are c_in x and time_scale * log(sigma) / 4.

@@ -61,7 +61,8 @@ def ddim(predict, x, noise, process: Discrete, *, clip=(-1.0, 1.0), start=None, 
 
     As in the reference, the predicted noise is not recomputed from the clipped x0 (noise objective).
     """
-    schedule, last = process.schedule, process.schedule.timesteps - 1 if start is None else start
+    schedule = process.schedule
+    last = schedule.timesteps - 1 if start is None else start
     steps = min(steps, last + 1)
     times = ddim_times(last + 1, steps)
     # float32 throughout, as in the reference: differences lose digits, so float64 would give other coefficients.
@@ -87,7 +88,8 @@ def ddim(predict, x, noise, process: Discrete, *, clip=(-1.0, 1.0), start=None, 
 
 def ddpm(predict, x, noise, process: Discrete, *, clip=(-1.0, 1.0), start=None):
     """DDPM: ancestral sampling over all time steps from the posterior with x0 clipped (Ho et al. 2020, algorithm 2)."""
-    schedule, last = process.schedule, process.schedule.timesteps - 1 if start is None else start
+    schedule = process.schedule
+    last = schedule.timesteps - 1 if start is None else start
 
     def step(x, t):
         ts = jnp.full((x.shape[0],), t)
@@ -139,10 +141,8 @@ def _half_log_snr(log_alpha):
     return log_alpha - 0.5 * np.log(-np.expm1(2 * log_alpha))
 
 
-def dpm_solver(
-    predict, x, noise, process: Discrete | Continuous, *, clip=None, steps=20, order=2, spacing="time_uniform"
-):
-    """`multistep`, at fractional time steps of DDPM, or at the `levels` of a continuous process."""
+def dpm_solver(predict, x, noise, process: Discrete | Continuous, *, clip=None, steps=20, order=2, spacing="log_snr"):
+    """DPM-Solver++ (`multistep`), at fractional time steps of DDPM, or at the `levels` of a continuous process."""
     if isinstance(process, Continuous):
         t = process.levels(steps)
         alpha, sigma = (np.asarray(values, np.float64) for values in process.alpha_sigma(t))
@@ -183,13 +183,13 @@ def multistep(denoise, x, t, alpha, sigma, order: int, clip):
         h = half_log_snr[i + 1] - half_log_snr[i]
         phi1 = np.expm1(-h)
         c = np.array([-phi1, 0.0, 0.0])
-        own = min(order, i + 1)
-        if own > 1:
+        step_order = min(order, i + 1)
+        if step_order > 1:
             r0 = (half_log_snr[i] - half_log_snr[i - 1]) / h
             first = np.array([1.0, -1.0, 0.0]) / r0  # first difference of the predictions
-        if own == 2:
+        if step_order == 2:
             c -= 0.5 * phi1 * first
-        if own == 3:
+        if step_order == 3:
             r1 = (half_log_snr[i - 1] - half_log_snr[i - 2]) / h
             before = np.array([0.0, 1.0, -1.0]) / r1
             phi2 = phi1 / h + 1
@@ -232,8 +232,8 @@ def ode(predict, x, noise, process: Continuous, *, clip=None, start=None, steps=
     def step(x, c, heun=heun):
         x = x + c["extra"] * noise(c["i"]) if extra.any() else x
         width, first = c["after"] - c["t"], slope(x, c["t"])
-        there = x + width * first
-        return x + width * (first + slope(there, c["after"])) / 2 if heun else there, None
+        euler = x + width * first
+        return x + width * (first + slope(euler, c["after"])) / 2 if heun else euler, None
 
     x, _ = jax.lax.scan(step, x, {name: column[:-1] for name, column in columns.items()})
     return step(x, {name: column[-1] for name, column in columns.items()}, heun=False)[0]

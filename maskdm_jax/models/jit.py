@@ -92,7 +92,7 @@ class JiT(nnx.Module):
 
         Args:
           x: noisy image [B, H, W, C], or noisy visible patches [B, V, p*p*C].
-          t: [B] float32, the time input of `Process.network_inputs`: 0..1 for flow matching, as in JiT.
+          t: [B] float32, the time input of `Process.network_inputs`; for flow matching 0..1, as in the JiT paper.
           labels: [B] int32 in 0..num_classes-1, -1 for "no label"; None is no label for all.
           positions: [B, V] int32, row-major index of each visible patch in the grid; only with patches. None with
             patches means that they are the whole grid in order. With `outer` blocks as in `UViT`.
@@ -117,6 +117,8 @@ class JiT(nnx.Module):
         label = self._label(labels, len(h))
         c = jax.nn.silu(self._time(t) + label).astype(self.dtype)
 
+        blocks, joins_at = len(self.blocks), -1 if self.class_positions is None else self.class_tokens_from
+
         def with_classes(h):
             classes = label[:, None] + self.class_positions[None]
             return jnp.concatenate([classes.astype(h.dtype), h], axis=1)
@@ -127,9 +129,9 @@ class JiT(nnx.Module):
             block = jax.checkpoint(lambda *a: self.blocks[i](*a)) if self.remat else self.blocks[i]
             return block(h, c, inner_angles if inner else angles, keys)
 
-        blocks, joins_at = len(self.blocks), -1 if self.class_positions is None else self.class_tokens_from
+        join_inside = self.outer <= joins_at < blocks - self.outer
         options = dict(patches=h.shape[1], token=self.mask_token, join=self.join)
-        options |= dict(skip=with_classes if self.outer <= joins_at < blocks - self.outer else None)
+        options |= dict(add_extras=with_classes if join_inside else None)
         h = through_blocks(run, h, blocks, self.outer, visible, shallow, **options)[:, -h.shape[1] :]
         shift, scale = jnp.split(self.modulation(c)[:, None], 2, axis=-1)
         out = self.head(modulate(self.norm(h), shift, scale)).astype(jnp.float32)
@@ -205,9 +207,9 @@ def sine_cosine(width: int, side: int) -> np.ndarray:
     return np.concatenate(parts, axis=1).astype(np.float32)
 
 
-def _drop(x, rate: float, keys, layer: int):
-    """Dropout, drawn per image, so that it does not depend on the other images of the batch."""
+def _drop(x, rate: float, keys, number: int):
+    """The dropout of this number in its block, drawn per image: it does not depend on the other images of the batch."""
     if keys is None or not rate:
         return x
-    keep = jax.vmap(lambda key: jax.random.bernoulli(jax.random.fold_in(key, layer), 1 - rate, x.shape[1:]))(keys)
+    keep = jax.vmap(lambda key: jax.random.bernoulli(jax.random.fold_in(key, number), 1 - rate, x.shape[1:]))(keys)
     return jnp.where(keep, x / (1 - rate), 0)

@@ -8,30 +8,34 @@ import jax.numpy as jnp
 
 
 def through_blocks(
-    run, h, blocks: int, outer: int, visible, shallow, *, patches: int, token=None, join=None, skip=None
+    run, h, blocks: int, outer: int, visible, shallow, *, patches: int, token=None, join=None, add_extras=None
 ):
     """Run all blocks on h [B, extras + N, D]; hidden patches skip all but the first and last `outer` blocks.
 
     Args:
       run: (number of a block, tokens, whether it is an inner block) -> tokens, perhaps with more extras, which come
         first.
+      blocks, outer: numbers of all blocks, and of those at either end that process all patches.
       visible: [B, V], row-major indices of the patches in the inner blocks; None for all. With V = 0, all tokens skip
         the inner blocks.
       shallow: [B] bool, the images of which all tokens skip the inner blocks; None for none.
       patches: N.
       token: [D], learned; hidden patches re-enter as this token instead of their own features.
       join: Linear 2 D -> D, which joins all patches with their features from before the inner blocks (SPRINT).
-      skip: applied to tokens that skip the inner blocks: adds the extras that these blocks would add; None if they add
+      add_extras: adds to tokens that skip the inner blocks the extras that these blocks would add; None if they add
         none.
+
+    Returns:
+      [B, extras + N, D].
     """
     inner = range(outer, max(outer, blocks - outer))
-    if not inner:
+    if not inner:  # no block to skip
         visible = shallow = None
     for i in range(inner.start):
         h = run(i, h, False)
-    before = h if skip is None else skip(h)
+    before = h if add_extras is None else add_extras(h)
     extras = before.shape[1] - patches
-    if visible is not None and not visible.shape[1]:
+    if visible is not None and not visible.shape[1]:  # the extras skip, too
         h = before[:, :extras]
     else:
         if visible is not None:
@@ -40,7 +44,7 @@ def through_blocks(
             h = run(i, h, True)
     skipped = before if token is None else before.at[:, extras:].set(token.astype(h.dtype))
     if visible is not None:
-        put = jax.vmap(lambda patches, at, values: patches.at[at].set(values))
+        put = jax.vmap(lambda features, at, values: features.at[at].set(values))
         h = jnp.concatenate([h[:, :extras], put(skipped[:, extras:], visible, h[:, extras:])], axis=1)
     if shallow is not None:
         h = jnp.where(shallow[:, None, None], skipped, h)

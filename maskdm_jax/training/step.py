@@ -32,7 +32,7 @@ class Inputs(typing.NamedTuple):
 
 
 def draw_inputs(config: Config, stage: str, key, batch) -> Inputs:
-    """Draw flip, mask, time, noise and label dropout of each image, by the key and the image's global index only.
+    """Draw flip, mask, time, noise and label dropout of each image, by the step's key and its global index only.
 
     batch: image uint8 [B, S, S, C], label int32 [B], index uint32 [B].
     """
@@ -51,6 +51,7 @@ def draw_inputs(config: Config, stage: str, key, batch) -> Inputs:
             all_seen = plan.hides_nothing or config.model.outer_blocks
             patches.append(band[0] if all_seen else band[0][positions[-1]])
             eps.append(jax.random.normal(jax.random.fold_in(eps_key, i), patches[-1].shape))
+        # Not from the split above: one more key there would change all other draws.
         shallow = jax.random.bernoulli(jax.random.fold_in(label_key, 1), skipping)
         label = jnp.where(jax.random.bernoulli(label_key, config.data.label_dropout) | shallow, -1, label)
         restore = lambda parts: jax.tree.unflatten(structure, parts)
