@@ -37,7 +37,7 @@ class Images:
     Images are uint8 [H, W, 3 or 1]; sizes may differ.
 
     Raises:
-      EvaluationError: the card says that they have another number of channels.
+      EvaluationError: there are fewer than two images, or the card says that they have another number of channels.
     """
 
     name: str
@@ -52,6 +52,8 @@ class Images:
         channels = self.card.get("image", {}).get("channels", 3)
         if channels not in (1, 3):
             raise EvaluationError(f"{self.name}: the metrics compare images of 1 or 3 channels, not {channels}")
+        if self.iterate is not None and self.n < 2:
+            raise EvaluationError(f"{self.name} has {self.n} images; at least 2 are needed")
 
     @property
     def statistics_alone(self) -> bool:
@@ -99,12 +101,7 @@ class Extractor:
 
         keep: return features and logits besides the moments (12 KB per image).
         progress: called after each batch with the number of images that this process has done.
-
-        Raises:
-          EvaluationError: there are fewer than two images.
         """
-        if images.n < 2:
-            raise EvaluationError(f"{images.name} has {images.n} images; at least 2 are needed")
         share = -(-images.n // (jax.process_count() * self._batch_size)) * self._batch_size
         start = min(jax.process_index() * share, images.n)
         sums, pictures, done = MomentSums(self._widths[0]), [], 0
