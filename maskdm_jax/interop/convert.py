@@ -372,8 +372,7 @@ def _filled(fresh, source: _Source, moments: dict[str, Moment]):
             return optax.ScaleByScheduleState(np.int32(done))
         if not _is_adam(node):
             return node
-        found = jax.tree_util.tree_map_with_path(moment, node.mu)
-        field = lambda name: jax.tree.map(lambda m: getattr(m, name), found, is_leaf=lambda m: isinstance(m, Moment))
+        field = lambda name: jax.tree_util.tree_map_with_path(lambda *at: getattr(moment(*at), name), node.mu)
         # The tensors have counts of their own: half-precision training skips steps, and a tensor may rest in one.
         steps = set(jax.tree.leaves(field("step")))
         if len(steps) > 1:

@@ -80,11 +80,6 @@ class Official:
         return _FORMATS[self.network]
 
     @property
-    def ema(self) -> dict | None:
-        """The first of the averaged weights."""
-        return self.emas[0] if self.emas else None
-
-    @property
     def weights(self) -> dict[str, dict]:
         """All sets of weights by name: params, ema, ema2, ..."""
         return dict(zip(["params", *ema_names(len(self.emas))], [self.model, *self.emas], strict=True))
@@ -108,8 +103,9 @@ def read(path) -> Official:
         step = next((key for key in ("step", "global_step") if key in content), None)
         official = _find_weights(content, {optimizer, step})
         args = content.get("args")
-        args = args.settings if isinstance(args, torch_file.Namespace) else args if isinstance(args, dict) else {}
-        official.args = {key: value for key, value in args.items() if isinstance(value, (int, float, str))}
+        args = getattr(args, "settings", args)  # of a namespace
+        settings = args.items() if isinstance(args, dict) else ()
+        official.args = {key: value for key, value in settings if isinstance(value, (int, float, str))}
         if optimizer is not None:
             try:
                 _read_optimizer(official, content[optimizer])

@@ -49,7 +49,8 @@ def content(official, config: Config, stage: str, optimizer: dict) -> dict:
     """The content of a file that the official trainer resumes from, fine-tunes from and samples from."""
     buffers = schedule_buffers(noise_schedule(config))
     wrapper = buffers | {f"model.{name}": tensor for name, tensor in official.model.items()}
-    averaged = buffers | {f"model.{name}": tensor for name, tensor in (official.ema or official.model).items()}
+    averaged = official.weights.get("ema", official.model)
+    averaged = buffers | {f"model.{name}": tensor for name, tensor in averaged.items()}
     calls = official.step if official.ema_step is None else official.ema_step
     ema = {"initted": np.bool_(official.ema_initted), "step": np.int64(calls)}
     ema |= {f"online_model.{name}": tensor for name, tensor in wrapper.items()}  # the same arrays: stored once
