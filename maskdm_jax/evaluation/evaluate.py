@@ -45,7 +45,7 @@ class Evaluator:
         weights = inception_weights if name == "inception" else ""
         path = location(weights) if weights else NETWORKS[name].fetch_weights()
         self._wanted, self._digest, self.batch_size = wanted, file_hash(path), batch_size
-        self._extractor = Extractor(NETWORKS[name].load_weights(path), NETWORKS[name], batch_size=batch_size)
+        self._extractor = Extractor(path, NETWORKS[name], batch_size=batch_size)
 
     def reference(self, images: Images, keep: bool = False) -> ImageSet:
         """Compute what the metrics need of a reference. Statistics of a prepared set are cached on disk.
