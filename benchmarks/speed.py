@@ -235,7 +235,7 @@ def evaluation_subjects(settings) -> list[Subject]:
         print(f"evaluation is left out: {path} is not there; give config.evaluation.inception_weights")
         return []
     n = 16 if jax.default_backend() == "cpu" else 512
-    extract = features.Extractor(inception.load_weights(path), batch_size=n)
+    extract = features.Extractor(path, batch_size=n)
     size = settings.data.image_size
     pictures = np.random.default_rng(0).integers(0, 256, (n, size, size, settings.data.channels), np.uint8)
     images = features.Images("random", n, lambda start, stop: iter(pictures[start:stop]))

@@ -313,6 +313,8 @@ def test_safetensors_go_both_ways(official, converted, tmp_path):
     convert(tmp_path / "ema.safetensors", tmp_path / "half_again.safetensors", dtype="bfloat16")
     once, again = (load_file(tmp_path / f"half{name}.safetensors") for name in ("", "_again"))
     torch.testing.assert_close(again, once, rtol=0, atol=0)
+    with pytest.raises(ConfigError, match="the source has no weights 'params'; it has ema$"):
+        convert(tmp_path / "ema.safetensors", tmp_path / "raw.safetensors", weights="params")
     convert(tmp_path / "ema.safetensors", tmp_path / "ema.pt")
     back = torch_file.read(tmp_path / "ema.pt")
     golden.same(
@@ -695,6 +697,8 @@ def test_a_file_given_as_a_run_names_the_command_that_makes_it_one(official, con
     lines = convert(src, tmp_path / dst)
     assert any("width / 64 = 1 is assumed" in line for line in lines)
     assert sampling.load(tmp_path / dst).config.model.heads == 1
+    with pytest.raises(ConfigError, match="config.model.heads is 0"):
+        convert(src, tmp_path / "no_heads", heads=0)
     shards = tmp_path / "shards"
     shards.mkdir()
     convert(converted, shards / "model.safetensors")

@@ -158,7 +158,7 @@ def test_without_settings_the_noise_scale_is_assumed_and_said(written, options, 
 def test_only_a_network_of_the_authors_gets_their_name():
     config = maskdm_jax.recipe("imagenet256_jit_masked")
     other = maskdm_jax.recipe("imagenet256_jit_masked", {"model.jit.class_tokens_from": 2})
-    assert [jit_file._args(config_lib.parse(c))["model"] for c in (config, other)] == ["JiT-B/16", "custom"]
+    assert [jit_file._name(config_lib.parse(c).model) for c in (config, other)] == ["JiT-B/16", "custom"]
 
 
 def test_another_objective_is_not_exported(run, tmp_path):
@@ -278,6 +278,14 @@ def test_a_run_of_this_project_becomes_a_file_of_the_authors(torch, jit_file, ru
     adamw = torch.optim.AdamW([{"params": [p for n, p in trained if vector(n, p) is first]} for first in (True, False)])
     adamw.load_state_dict(found["optimizer"])
     golden.same(torch.load(jit_file, weights_only=False)["optimizer"]["state"], adamw.state_dict()["state"])
+
+
+def test_an_exported_file_has_the_settings_of_its_own_stage(jit_file, further, tmp_path):
+    further["stage"]["learning_rate"] = 0.25
+    further |= dict(stages=["stage", "second"], second=further["stage"] | dict(learning_rate=0.5))
+    convert(jit_file, tmp_path / "run", config=further)
+    convert(tmp_path / "run", tmp_path / "out.pth")
+    assert torch_file.read(tmp_path / "out.pth")["args"].settings["lr"] == 0.25
 
 
 def test_init_from_takes_all_kinds(jit_file, run, further, tmp_path, caplog):

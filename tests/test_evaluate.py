@@ -43,7 +43,7 @@ def weights(inception_weights):
 
 @pytest.fixture(scope="module")
 def extractor(weights):
-    return Extractor(inception.load_weights(weights), batch_size=8, mesh=make_mesh(devices=jax.devices()[:2]))
+    return Extractor(weights, batch_size=8, mesh=make_mesh(devices=jax.devices()[:2]))
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from maskdm_jax.errors import EvaluationError, TorchFileError
-from maskdm_jax.evaluation import efficientnet, inception
+from maskdm_jax.evaluation import efficientnet, features, inception
 from maskdm_jax.interop import torch_file
 
 
@@ -55,26 +55,27 @@ def test_weights_from_a_file_of_either_format(torch, case, tmp_path):
     expected = inception.prepare(case[1])
     for new in (True, False):
         torch.save(state_dict, tmp_path / "w.pth", _use_new_zipfile_serialization=new)
-        jax.tree.map(np.testing.assert_array_equal, inception.load_weights(tmp_path / "w.pth"), expected)
+        jax.tree.map(np.testing.assert_array_equal, features.load_weights(tmp_path / "w.pth"), expected)
 
 
 def test_other_files_are_refused(torch, case, tmp_path):
     torch.save({"a": torch.zeros(3)}, tmp_path / "other.pth")
     with pytest.raises(TorchFileError, match=r"other.pth does not hold the weights of FID's Inception network"):
-        inception.load_weights(tmp_path / "other.pth")
+        features.load_weights(tmp_path / "other.pth")
     lacking = {k: v for k, v in case[1].items() if not k.startswith("Mixed_7c.branch1x1")}
     torch_file.write(tmp_path / "lacking.pth", {k: np.asarray(v) for k, v in lacking.items()})
     with pytest.raises(TorchFileError, match=r"Mixed_7c.branch1x1"):
-        inception.load_weights(tmp_path / "lacking.pth")
+        features.load_weights(tmp_path / "lacking.pth")
 
 
 def test_efficientnet_features(monkeypatch):
     arrays, _ = golden.load(pathlib.Path(__file__).parent / "golden" / "efficientnet_lite0.npz")
     groups = images_of({key: value.transpose(0, 3, 1, 2) for key, value in arrays.items() if key.endswith("/images")})
     ready = np.stack([efficientnet.resize_on_host(image) for images in groups.values() for image in images])
-    features, scores = jax.jit(efficientnet.apply)(efficientnet.load_weights(efficientnet.fetch_weights()), ready)
+    weights = features.load_weights(efficientnet.fetch_weights(), efficientnet)
+    found, scores = jax.jit(efficientnet.apply)(weights, ready)
     expected = np.concatenate([arrays[f"{name}/features"] for name in groups])
-    assert np.abs(features - expected).max() < 2e-4 * expected.std()
+    assert np.abs(found - expected).max() < 2e-4 * expected.std()
     assert scores.shape == (6, 1000)
     grey = efficientnet.resize_on_host(np.full((8, 9, 1), 191, np.uint8))
     np.testing.assert_array_equal(grey, np.full((224, 224, 3), 0.5))

@@ -15,7 +15,6 @@ from PIL import Image
 from maskdm_jax import sampling
 from maskdm_jax.build import make_network
 from maskdm_jax.errors import CheckpointError, ConfigError, SamplingError
-from maskdm_jax.evaluation import inception
 from maskdm_jax.evaluation.features import Extractor, sampled
 from maskdm_jax.parallel.sharding import make_mesh
 from maskdm_jax.run import check, train
@@ -78,12 +77,11 @@ jax.config.update("jax_num_cpu_devices", 2)
 jax.distributed.initialize(f"127.0.0.1:{port}", 2, int(host))
 from maskdm_jax import sampling
 from maskdm_jax.evaluation.features import Extractor, sampled
-from maskdm_jax.evaluation import inception
 loaded = sampling.load(run)
 sampling.generate_to_folder(loaded, out, 10, batch_size=2)
 sampling.generate_to_folder(loaded, out + "npz", 10, batch_size=2, file_format="npz")
 import numpy as np
-found = Extractor(inception.load_weights(weights), batch_size=2)(sampled(loaded, 10, seed=0, batch_size=2))
+found = Extractor(weights, batch_size=2)(sampled(loaded, 10, seed=0, batch_size=2))
 np.savez(f"{out}-{host}.npz", features=found.features, sigma=found.moments.sigma)
 """
 
@@ -105,9 +103,7 @@ def test_hosts_share_the_work(run, loaded, inception_weights, tmp_path, child_en
     np.testing.assert_array_equal(images_of(out, 10), images_of(alone, 10))
     packed = np.load(tmp_path / "outnpz" / "samples.npz")["images"]
     np.testing.assert_array_equal(packed[..., 0], images_of(alone, 10))
-    extractor = Extractor(
-        inception.load_weights(inception_weights), batch_size=2, mesh=make_mesh(devices=jax.devices()[:2])
-    )
+    extractor = Extractor(inception_weights, batch_size=2, mesh=make_mesh(devices=jax.devices()[:2]))
     expected = extractor(sampled(loaded, 10, seed=0, batch_size=1))
     for host in range(2):
         found = np.load(f"{out}-{host}.npz")

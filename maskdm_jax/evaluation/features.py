@@ -16,9 +16,10 @@ import numpy as np
 from maskdm_jax.data.images import Framing, open_image
 from maskdm_jax.data.pipeline import read_or_neighbour
 from maskdm_jax.data.sources import card_of, open_source, read_patiently
-from maskdm_jax.errors import CheckpointError, DataError, EvaluationError, prefixed
+from maskdm_jax.errors import CheckpointError, DataError, EvaluationError, TorchFileError, prefixed
 from maskdm_jax.evaluation import efficientnet, inception
 from maskdm_jax.evaluation.metrics import Moments, MomentSums, combine
+from maskdm_jax.interop import torch_file
 from maskdm_jax.parallel import processes, sharding
 from maskdm_jax.sampling import TrainedModel, generate_batches, label_cycle, load
 from maskdm_jax.storage import location, write_atomically
@@ -37,7 +38,7 @@ class Images:
     Images are uint8 [H, W, 3 or 1]; sizes may differ.
 
     Raises:
-      EvaluationError: the card says that they have another number of channels.
+      EvaluationError: there are fewer than two images, or the card says that they have another number of channels.
     """
 
     name: str
@@ -52,6 +53,8 @@ class Images:
         channels = self.card.get("image", {}).get("channels", 3)
         if channels not in (1, 3):
             raise EvaluationError(f"{self.name}: the metrics compare images of 1 or 3 channels, not {channels}")
+        if self.iterate is not None and self.n < 2:
+            raise EvaluationError(f"{self.name} has {self.n} images; at least 2 are needed")
 
     @property
     def statistics_alone(self) -> bool:
@@ -80,11 +83,23 @@ class ImageSet:
         return self.moments.n
 
 
+def load_weights(path, network=inception) -> dict:
+    """Read the parameters of a network, a value of `NETWORKS`, from a file of PyTorch in either format.
+
+    Raises:
+      TorchFileError: the file is damaged or holds another network.
+    """
+    content, causes = torch_file.read(path), (KeyError, ValueError, TypeError, AttributeError)
+    with prefixed(TorchFileError, f"{path} does not hold the weights of {network.NAME} (", causes, ")"):
+        return network.prepare(content)
+
+
 class Extractor:
     """A network on all devices of a process: uint8 images to features and logits."""
 
-    def __init__(self, params: dict, network=inception, *, batch_size: int = 64, mesh=None):
-        """network: a value of `NETWORKS`; params: from its `load_weights`; batch_size: rounded up to the devices."""
+    def __init__(self, path, network=inception, *, batch_size: int = 64, mesh=None):
+        """path, network: see `load_weights`; batch_size: rounded up to the devices; mesh: of local devices, or all."""
+        params = load_weights(path, network)
         mesh = sharding.make_mesh(devices=jax.local_devices()) if mesh is None else mesh
         self._widths = params["fc"].shape  # of features and logits
         self._place, everywhere = sharding.batch_sharding(mesh), sharding.replicated(mesh)
@@ -99,12 +114,7 @@ class Extractor:
 
         keep: return features and logits besides the moments (12 KB per image).
         progress: called after each batch with the number of images that this process has done.
-
-        Raises:
-          EvaluationError: there are fewer than two images.
         """
-        if images.n < 2:
-            raise EvaluationError(f"{images.name} has {images.n} images; at least 2 are needed")
         share = -(-images.n // (jax.process_count() * self._batch_size)) * self._batch_size
         start = min(jax.process_index() * share, images.n)
         sums, pictures, done = MomentSums(self._widths[0]), [], 0

@@ -14,10 +14,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from maskdm_jax.errors import TorchFileError, prefixed
-from maskdm_jax.interop import torch_file
+from maskdm_jax.errors import prefixed
 from maskdm_jax.storage import atomic_path, cache_dir
 
+NAME = "FID's Inception network"
 SIZE = 299  # side of the images that the network sees
 FILE = "pt_inception-2015-12-05-6726825d.pth"
 URL = f"https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/{FILE}"
@@ -51,18 +51,6 @@ def file_hash(path) -> str:
     """SHA-256 of a file."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def load_weights(path) -> dict:
-    """Read `pt_inception-2015-12-05-6726825d.pth`, in either of PyTorch's formats; see `prepare`.
-
-    Raises:
-      TorchFileError: the file is damaged or holds another network.
-    """
-    content = torch_file.read(path)
-    causes = (KeyError, ValueError, TypeError, AttributeError)
-    with prefixed(TorchFileError, f"{path} does not hold the weights of FID's Inception network (", causes, ")"):
-        return prepare(content)
 
 
 def prepare(state_dict: dict) -> dict:

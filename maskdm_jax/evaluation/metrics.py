@@ -129,29 +129,36 @@ def inception_score(logits, *, splits: int = 10, seed: int = 0) -> tuple[float, 
     return float(np.mean(scores)), float(np.std(scores))
 
 
+def squared_distances(a, b, block: int = 2**25) -> typing.Iterator[np.ndarray]:
+    """Squared distances of features a [n, d] from b [m, d], float64: some rows of [n, m] at a time.
+
+    block: the most distances, and numbers of `a` in float64, that are held at a time.
+    """
+    b = np.asarray(b, np.float64)
+    norms, rows = (b**2).sum(axis=1), max(1, block // max(b.shape))
+    for start in range(0, len(a), rows):
+        part = np.asarray(a[start : start + rows], np.float64)
+        yield np.maximum((part**2).sum(axis=1)[:, None] - 2 * part @ b.T + norms[None], 0)
+
+
 def precision_recall(reference, samples, *, neighbours: int = 3, block: int = 2**25) -> tuple[float, float]:
     """Improved precision and recall (Kynkaanniemi et al. 2019): shares of samples within the reference, and vice versa.
 
     A set's manifold is the union of balls around its features, each as large as the distance to its k-th neighbour.
 
-    block: distances that are computed at a time.
+    block: of `squared_distances`.
     """
     reference, samples = np.asarray(reference, np.float64), np.asarray(samples, np.float64)
     if min(len(reference), len(samples)) <= neighbours:
         raise ValueError(f"precision and recall need more than {neighbours} images on either side")
 
-    def distances(a, b):
-        """Squared distances, some rows of a at a time."""
-        norms, rows = (b**2).sum(axis=1), max(1, block // len(b))
-        for start in range(0, len(a), rows):
-            part = a[start : start + rows]
-            yield np.maximum((part**2).sum(axis=1)[:, None] - 2 * part @ b.T + norms[None], 0)
-
     def radii(x):
-        return np.concatenate([np.partition(d, neighbours, axis=1)[:, neighbours] for d in distances(x, x)])
+        parts = squared_distances(x, x, block)
+        return np.concatenate([np.partition(d, neighbours, axis=1)[:, neighbours] for d in parts])
 
     def covered(points, x, radius):
-        return float(np.concatenate([(d <= radius[None]).any(axis=1) for d in distances(points, x)]).mean())
+        parts = squared_distances(points, x, block)
+        return float(np.concatenate([(d <= radius[None]).any(axis=1) for d in parts]).mean())
 
     return covered(samples, reference, radii(reference)), covered(reference, samples, radii(samples))
 

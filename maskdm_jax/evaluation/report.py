@@ -11,7 +11,7 @@ from PIL import Image, ImageOps
 
 from maskdm_jax.data.images import sample_grid, to_pil
 from maskdm_jax.evaluation.features import ImageSet
-from maskdm_jax.evaluation.metrics import METRICS
+from maskdm_jax.evaluation.metrics import METRICS, squared_distances
 from maskdm_jax.evaluation.page import img, plot, png, style_axis, write_page
 from maskdm_jax.training import logs
 
@@ -54,10 +54,7 @@ def write_report(path, result: dict, reference: ImageSet, samples: ImageSet, *, 
 
 def nearest(features: np.ndarray, reference: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
     """Numbers and distances [n, k] of the k reference features nearest to each of `features`, nearest first."""
-    a, b = np.asarray(features, np.float64), reference
-    squares = np.concatenate([(part.astype(np.float64) ** 2).sum(axis=1) for part in np.array_split(b, 32)])
-    products = np.concatenate([a @ part.astype(np.float64).T for part in np.array_split(b, 32)], axis=1)
-    distances = np.sqrt(np.maximum((a**2).sum(axis=1)[:, None] - 2 * products + squares, 0))
+    distances = np.sqrt(np.concatenate([*squared_distances(reference, features)])).T
     order = np.argsort(distances, axis=1)[:, :k]
     return order, np.take_along_axis(distances, order, axis=1)
 

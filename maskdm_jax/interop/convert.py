@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import functools
 import json
 import os
 import pathlib
@@ -35,6 +34,7 @@ _OTHER_FILES = (".npz", ".npy", ".h5", ".msgpack", ".pkl", ".onnx", ".zip", ".ta
 class _Source:
     """The content of a source of any kind."""
 
+    path: pathlib.Path
     official: Official
     config: Config | None = None  # of the run; None if the file does not say
     stage: str = ""  # of the config
@@ -42,14 +42,13 @@ class _Source:
     goes_on: bool = False  # whether a config was given, to train further
     only: str = "params"  # name of the weights, if there is one set of them
 
-    def chosen(self, weights: str) -> tuple[str, str]:
-        """The key of the weights to use in `official.weights`: those asked for, or the only ones; and their name."""
-        official = self.official
-        if weights == "ema" and not official.emas:
-            return "params", self.only
-        if weights not in official.weights:
-            raise ConfigError(f"the source has no weights {weights!r}; it has {', '.join(official.weights)}")
-        return weights, weights
+    def chosen(self, weights: str) -> tuple[str, dict]:
+        """Name and tensors of the weights asked for; a single set of weights serves as `ema`, under its own name."""
+        sets = self.official.weights if self.official.emas else {self.only: self.official.model}
+        name = self.only if weights == "ema" and "ema" not in sets else weights
+        if name not in sets:
+            raise ConfigError(f"the source has no weights {name!r}; it has {', '.join(sets)}")
+        return name, sets[name]
 
 
 def convert(
@@ -88,23 +87,22 @@ def convert(
       TorchFileError, CheckpointError, ConfigError: nothing was written; the message says why.
     """
     src, dst = map(location, (src, dst))
-    kinds = [_kind(src), "torch" if for_torch else _kind(dst)]
-    if kinds[0] == kinds[1] and kinds[0] != "safetensors":  # these can be converted to another dtype
+    kind = "torch" if for_torch else _kind(dst)
+    if kind == _kind(src) != "safetensors":  # these can be converted to another dtype
         raise ConfigError(f"{src} and {dst} are of the same kind; there is nothing to convert")
     given = None if config is None else config_lib.parse(config)
-    chosen = dict(weights=weights, dtype=dtype)
-    writers = {"folder": _to_folder, "pt": _to_pt, "safetensors": functools.partial(_to_safetensors, **chosen)}
-    writers["torch"] = functools.partial(_to_torch, src, **chosen)
+    writers = dict(folder=_to_folder, pt=_to_pt, safetensors=_to_safetensors, torch=_to_torch)
+    options = dict(weights=weights, dtype=dtype) if kind in ("safetensors", "torch") else {}
     unused = [f"--dtype={dtype}"] * (dtype != "float32") + [f"--weights={weights}"] * (weights != "ema")
-    if unused and kinds[1] not in ("safetensors", "torch"):
+    if unused and not options:
         raise ConfigError(f"{unused[0]} is for a .safetensors or --for=torch; {dst} holds all weights, in float32")
     with prefixed(TorchFileError, f"{src}: "):
         source = _read(src, dict(heads=heads, class_tokens_from=class_tokens_from), given, stage)
         with prefixed(CheckpointError, f"{dst} cannot be written: ", OSError):
             there = dst.exists() if is_remote(dst) else os.path.lexists(dst)  # a link to nothing, too
-            if there and not (kinds[1] in ("folder", "torch") and dst.is_dir() and not any(dst.iterdir())):
+            if there and not (kind in ("folder", "torch") and dst.is_dir() and not any(dst.iterdir())):
                 raise ConfigError(f"{dst} exists already; give another --dst or move it away")
-            lines = writers[kinds[1]](dst, source)
+            lines = writers[kind](dst, source, **options)
     return [*lines, *source.official.notes]
 
 
@@ -113,8 +111,7 @@ def read_weights(path, *, weights: str = "ema", heads: int | None = None) -> tup
     path = location(path)
     with prefixed(TorchFileError, f"{path}: "):
         source = _read(path, dict(heads=heads, class_tokens_from=None))
-        official = source.official
-        return source.config, source.classes, official.names.params(official.weights[source.chosen(weights)[0]])
+        return source.config, source.classes, source.official.names.params(source.chosen(weights)[1])
 
 
 def is_file(path) -> bool:
@@ -140,46 +137,43 @@ def _read(path: pathlib.Path, flags: dict, given: Config | None = None, stage: s
         if not is_folder and not path.exists():
             raise CheckpointError(f"{path} does not exist")
         source = _from_folder(path) if is_folder else _from_file(path)
-    return _settle_config(source, path, flags, given, stage)
+    return _settle_config(source, flags, given, stage)
 
 
 def _from_file(path: pathlib.Path) -> _Source:
     official, noted = official_file.load(path)
     if not noted:
-        return _Source(official)
+        return _Source(path, official)
     with prefixed(ValueError, "its header does not hold a config of this project (", (LookupError, TypeError), ")"):
-        return _source_of(official, noted, "its header")
+        return _Source(path, official, *_origin(noted, "its header"), only=str(noted.get("weights", "params")))
 
 
-def _source_of(official: Official, meta: dict, where) -> _Source:
-    """A source that comes with its config, stage and classes."""
+def _origin(meta: dict, where) -> tuple[Config, str, list[str]]:
+    """Config, stage and classes of the run that a source is from."""
     config, stage = config_lib.parse(meta["config"]), meta["stage"]
     if stage not in config.stages:
         raise CheckpointError(f"{where} is damaged: its stage {stage!r} is not in its config")
-    classes = [str(name) for name in meta["classes"]]
-    return _Source(official, config, stage, classes, only=meta.get("weights", "params"))
+    return config, stage, [str(name) for name in meta["classes"]]
 
 
 def _from_folder(path: pathlib.Path) -> _Source:
     found = checkpoint.find(path)
-    meta = checkpoint.load_meta(found)
-    source = _source_of(Official("", {}), meta, found)
-    config, stage = source.config, source.config.stage[source.stage]
-    network = config.model.network
-    if config.model.returning == "token" and network == "jit":
+    config, stage, classes = _origin(checkpoint.load_meta(found), found)
+    network, has_token = config.model.network, config.model.returning == "token"
+    if has_token and network == "jit":
         raise CheckpointError(f"{found} is a JiT with config.model.returning='token', which no other format can hold")
     if network not in NETWORKS:
         raise CheckpointError(f"{found} is of {network}, a network that PyTorch code has no counterpart of")
-    index, mesh = config.stages.index(source.stage), make_mesh(devices=jax.devices()[:1])
+    index, mesh = config.stages.index(stage), make_mesh(devices=jax.devices()[:1])
     state = checkpoint.load_state(found, abstract_state(config, index, make_network(config), mesh))
 
     def named(tree):
-        if config.model.returning == "token":  # which only hidden patches use
+        if has_token:  # which only hidden patches use
             tree = tree | {"backbone": {key: part for key, part in tree["backbone"].items() if key != "mask_token"}}
         return NETWORKS[network].state_dict(tree, config.model.patch_size, config.model.wavelet_scale)
 
     step = int(state.step)
-    done = step + config_lib.steps_before(config, source.stage)
+    done = step + config_lib.steps_before(config, stage)
     official = Official(
         network,
         named(state.params),
@@ -187,14 +181,13 @@ def _from_folder(path: pathlib.Path) -> _Source:
         ema_step=done,
         ema_initted=done > 0,
         moments=_moments(state.opt_state, named),
-        group=_group(stage) | {"lr": float(learning_rate(stage)(done))},
+        group=_group(config.stage[stage]) | {"lr": float(learning_rate(config.stage[stage])(done))},
         step=step,
     )
-    if config.model.returning == "token":
+    if has_token:
         official.notes.append("left out: the learned token of hidden patches; the config says returning='itself'")
-        model = dataclasses.replace(config.model, returning="itself")
-        source = dataclasses.replace(source, config=dataclasses.replace(config, model=model))
-    return dataclasses.replace(source, official=official)
+        config = dataclasses.replace(config, model=dataclasses.replace(config.model, returning="itself"))
+    return _Source(path, official, config, stage, classes)
 
 
 def _moments(opt_state, named) -> dict[str, Moment]:
@@ -221,11 +214,9 @@ def _group(stage) -> dict:
 # --- The config ---------------------------------------------------------------------------------
 
 
-def _settle_config(
-    source: _Source, path: pathlib.Path, flags: dict, given: Config | None, stage: str | None
-) -> _Source:
+def _settle_config(source: _Source, flags: dict, given: Config | None, stage: str | None) -> _Source:
     """The source with the config of its run: the one given, its own, or one made from the file."""
-    official, own = source.official, source.config
+    path, official, own = source.path, source.official, source.config
     shown = official.format.shown(official) if own is None else meaning(own)
     if (given or own) and any(value is not None for value in flags.values()):
         has_them = "--config" if given else path
@@ -298,7 +289,11 @@ def _to_folder(dst: pathlib.Path, source: _Source) -> list[str]:
     )
     step = stage_ends(config)[index] - stage.steps + official.step
     with _whole(dst) as folder:
-        _save(folder, step, state, meta)
+        try:
+            with contextlib.closing(checkpoint.Checkpoints(folder, keep=1)) as checkpoints:
+                checkpoints.save(step, state, meta)
+        except CheckpointError as error:  # to be said of `dst`
+            raise OSError(str(error)) from error
         write_atomically(folder / "config.json", json.dumps(meta["config"], indent=2).encode())
     parts = ", ".join(["weights", *_ema_words(official), *["optimizer"] * bool(official.moments)])
     return [f"{dst} holds checkpoint {step}: {parts}, step {official.step} of stage {name!r}"]
@@ -335,18 +330,6 @@ def _emas(official: Official, stage) -> tuple:
         official.notes.append(f"left out: {name} of the file; more_ema_decays of its stage would make room for it")
     emas = [official.names.params(tensors) for tensors in official.emas or [official.model]][:count]
     return tuple(emas + emas[-1:] * (count - len(emas)))
-
-
-def _save(folder: pathlib.Path, step: int, state: TrainState, meta: dict) -> None:
-    checkpoints = checkpoint.Checkpoints(folder, keep=1)
-    try:
-        checkpoints.save(step, state, meta)
-        checkpoints.wait()
-    except CheckpointError as error:
-        raise OSError(str(error)) from error
-    finally:
-        with contextlib.suppress(CheckpointError):
-            checkpoints.close()
 
 
 def _optimizer_state(fresh, source: _Source):
@@ -389,8 +372,7 @@ def _filled(fresh, source: _Source, moments: dict[str, Moment]):
             return optax.ScaleByScheduleState(np.int32(done))
         if not _is_adam(node):
             return node
-        found = jax.tree_util.tree_map_with_path(moment, node.mu)
-        field = lambda name: jax.tree.map(lambda m: getattr(m, name), found, is_leaf=lambda m: isinstance(m, Moment))
+        field = lambda name: jax.tree_util.tree_map_with_path(lambda *at: getattr(moment(*at), name), node.mu)
         # The tensors have counts of their own: half-precision training skips steps, and a tensor may rest in one.
         steps = set(jax.tree.leaves(field("step")))
         if len(steps) > 1:
@@ -406,7 +388,7 @@ def _to_pt(dst: pathlib.Path, source: _Source) -> list[str]:
     if problem := official.format.unknown(config):
         raise ConfigError(f"{problem}; convert it with --for=torch to sample in PyTorch, or to a .safetensors")
     group = official.group or _group(config.stage[source.stage])
-    official_file.write(dst, dataclasses.replace(official, group=group), config)
+    official_file.write(dst, dataclasses.replace(official, group=group), config, source.stage)
     for name in ema_names(len(official.emas))[official.format.EMAS :]:
         official.notes.append(
             f"left out: {name}; such files have no place for it, a .safetensors does (--weights={name})"
@@ -426,20 +408,20 @@ def _only_here(config: Config) -> typing.Iterator[str]:
 
 def _to_safetensors(dst: pathlib.Path, source: _Source, *, weights: str, dtype: str) -> list[str]:
     official, config = source.official, source.config
-    asked, (weights, name) = weights, source.chosen(weights)
-    if name != asked:
+    name, tensors = source.chosen(weights)
+    if (weights, name) == ("ema", "params"):
         official.notes.append("note: the source has one set of weights, no EMA")
     noted = dict(config=config_lib.to_dict(config), stage=source.stage, classes=source.classes, weights=name)
-    fixed = {name: official.format.positions(config) for name in official.names.fixed}
-    trained = {name: tensor.astype(dtype) for name, tensor in official.weights[weights].items()}
+    fixed = {key: official.format.positions(config) for key in official.names.fixed}
+    trained = {key: tensor.astype(dtype) for key, tensor in tensors.items()}
     official_file.write_safetensors(dst, fixed | trained, noted)
     return [f"{dst} holds the {'raw weights' if name == 'params' else name.replace('ema', 'EMA')} (--weights chooses)"]
 
 
-def _to_torch(src, dst: pathlib.Path, source: _Source, *, weights: str, dtype: str) -> list[str]:
+def _to_torch(dst: pathlib.Path, source: _Source, *, weights: str, dtype: str) -> list[str]:
     with _whole(dst) as folder:
         _to_safetensors(folder / "model.safetensors", source, weights=weights, dtype=dtype)
-        name = source.chosen(weights)[1]
-        torch_folder.write(folder, dst.name, source.config, source.classes, name, src)
+        name, _ = source.chosen(weights)
+        torch_folder.write(folder, dst.name, source.config, source.classes, name, source.path)
     text = f"{dst} holds the weights ({name}), sample.py for PyTorch, and README.md, a model card to complete"
     return [text, *_only_here(source.config)]

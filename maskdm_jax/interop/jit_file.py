@@ -13,7 +13,7 @@ import typing
 
 import numpy as np
 
-from maskdm_jax.config import Config, Data, Flow, Jit
+from maskdm_jax.config import Config, Data, Flow, Jit, Stage
 from maskdm_jax.diffusion.process import CLAMP
 from maskdm_jax.errors import ConfigError
 from maskdm_jax.interop.names import shape_of
@@ -33,19 +33,19 @@ _SIZES = {  # of the authors: width, depth, heads, width of the bottleneck, bloc
 # --- Writing ------------------------------------------------------------------------------------
 
 
-def optimizer_groups(model: dict) -> list[int]:
-    """Numbers of tensors in the groups of the authors' optimizer: vectors and biases, and the rest."""
-    vectors = sum(tensor.ndim <= 1 or name.endswith(".bias") for name, tensor in model.items())
-    return [vectors, len(model) - vectors]
+def optimizer_groups(model: dict) -> list[list[str]]:
+    """Names of the tensors in the groups of the authors' optimizer: vectors and biases, and the rest."""
+    is_vector = lambda name: model[name].ndim <= 1 or name.endswith(".bias")
+    return [[name for name in model if is_vector(name)], [name for name in model if not is_vector(name)]]
 
 
-def content(official, config: Config, optimizer: dict) -> dict:
+def content(official, config: Config, stage: str, optimizer: dict) -> dict:
     """The content of a file that the authors' code resumes from and samples from."""
     weights, fixed = {"ema": official.model} | official.weights, {POSITIONS: positions(config)}
     weights = {"ema2": weights["ema"]} | weights
     named = lambda tensors: collections.OrderedDict((f"net.{name}", tensor) for name, tensor in tensors.items())
     model, ema, ema2 = (named(fixed | weights[name]) for name in ("params", "ema", "ema2"))
-    args = argparse.Namespace(**_args(config))
+    args = argparse.Namespace(**_args(config, config.stage[stage]))
     return dict(model=model, optimizer=optimizer, epoch=0, args=args, model_ema1=ema, model_ema2=ema2)
 
 
@@ -78,10 +78,10 @@ def described(config: Config) -> typing.Iterator[str]:
         yield f"  {name}: {value}"
 
 
-def _args(config: Config) -> dict:
-    """The authors' settings of a run that was trained here."""
-    model, sampling, stage = config.model, config.sampling, config.stage[config.stages[-1]]
-    decays, flow = (stage.ema_decay, *stage.more_ema_decays), config.diffusion.flow
+def _args(config: Config, stage: Stage) -> dict:
+    """The authors' settings of a stage that was trained here."""
+    model, sampling, flow = config.model, config.sampling, config.diffusion.flow
+    decays = (stage.ema_decay, *stage.more_ema_decays)
     return dict(
         model=_name(model),
         img_size=config.data.image_size,

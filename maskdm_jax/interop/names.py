@@ -4,7 +4,6 @@ Conversion renames, transposes and reshapes, nothing else, so it is exact in bot
 """
 
 import dataclasses
-import functools
 import re
 import typing
 
@@ -28,15 +27,10 @@ class Names:
     sides: typing.Callable  # (patch size, scale of the detail patches) -> side of each convolution's kernel, by name
     fixed: tuple[str, ...] = ()  # names of tensors that are computed here, and neither trained nor parameters
 
-    @functools.cached_property
-    def _parts(self) -> int:
-        """Parts between dots of the longest name."""
-        return max(name.count(".") for name in self.table) + 1
-
     def divide(self, name: str) -> tuple[str, str | None]:
         """Prefix of a name in a file, and the name of a tensor of the network that it ends with, or None."""
         parts = name.split(".")
-        for i in range(max(0, len(parts) - self._parts), len(parts)):
+        for i in range(len(parts)):
             ending = ".".join(parts[i:])
             if ending in self.fixed or self.pattern(ending)[0] in self.table:
                 return name.removesuffix(ending), ending
@@ -121,24 +115,24 @@ class Names:
         return {name: tensors[name] for name in sorted(tensors, key=self.rank)}
 
 
-def tensors(theirs: str, ours: str, weight: str = "kernel", bias: str | None = "bias") -> dict:
+def _layer(theirs: str, ours: str, weight: str = "kernel", bias: str | None = "bias") -> dict:
     """Entries of a `Names.table` for the weight and the bias of a layer."""
     names = {f"{theirs}.weight": f"{ours}.{weight}"}
     return names | ({f"{theirs}.bias": f"{ours}.{bias}"} if bias else {})
 
 
 def _scale(theirs: str, ours: str) -> dict:
-    return tensors(theirs, ours, "scale", None)
+    return _layer(theirs, ours, "scale", None)
 
 
 def _block(theirs: str, ours: str) -> dict:
-    names = tensors(f"{theirs}.norm1", f"{ours}.norm1", "scale")
+    names = _layer(f"{theirs}.norm1", f"{ours}.norm1", "scale")
     names |= {f"{theirs}.attn.{bias}": f"{ours}.attn.{bias}" for bias in ("q_bias", "v_bias")}
-    names |= tensors(f"{theirs}.attn.qkv", f"{ours}.attn.qkv", bias=None)
-    names |= tensors(f"{theirs}.attn.proj", f"{ours}.attn.proj")
-    names |= tensors(f"{theirs}.norm2", f"{ours}.norm2", "scale")
+    names |= _layer(f"{theirs}.attn.qkv", f"{ours}.attn.qkv", bias=None)
+    names |= _layer(f"{theirs}.attn.proj", f"{ours}.attn.proj")
+    names |= _layer(f"{theirs}.norm2", f"{ours}.norm2", "scale")
     for linear in ("mlp.fc1", "mlp.fc2", "skip_linear"):
-        names |= tensors(f"{theirs}.{linear}", f"{ours}.{linear}")
+        names |= _layer(f"{theirs}.{linear}", f"{ours}.{linear}")
     return names
 
 
@@ -146,19 +140,19 @@ def _block(theirs: str, ours: str) -> dict:
 UVIT = Names(
     "U-ViT",
     {"encoder.uncond_embed": "backbone.uncond_embed", "encoder.encoder_pos_embed": "pos_embed"}
-    | tensors("encoder.patch_embed.proj", "patch_embed")
-    | tensors("encoder.approx_patch_embed.proj", "approx_patch_embed")
-    | tensors("encoder.detail_patch_embed.proj", "detail_patch_embed")
-    | tensors("encoder.label_emb", "backbone.label_embed", "embedding", bias=None)
-    | tensors("encoder.time_embed.0", "backbone.time_mlp.fc1")
-    | tensors("encoder.time_embed.2", "backbone.time_mlp.fc2")
+    | _layer("encoder.patch_embed.proj", "patch_embed")
+    | _layer("encoder.approx_patch_embed.proj", "approx_patch_embed")
+    | _layer("encoder.detail_patch_embed.proj", "detail_patch_embed")
+    | _layer("encoder.label_emb", "backbone.label_embed", "embedding", bias=None)
+    | _layer("encoder.time_embed.0", "backbone.time_mlp.fc1")
+    | _layer("encoder.time_embed.2", "backbone.time_mlp.fc2")
     | _block("encoder.in_blocks.*", "backbone.in_blocks.*")
     | _block("encoder.mid_block", "backbone.mid_block")
     | _block("encoder.out_blocks.*", "backbone.out_blocks.*")
-    | tensors("encoder.norm", "backbone.norm", "scale")
-    | tensors("encoder_to_output", "head")
-    | tensors("approx_to_output", "approx_head")
-    | tensors("detail_to_output", "detail_head"),
+    | _layer("encoder.norm", "backbone.norm", "scale")
+    | _layer("encoder_to_output", "head")
+    | _layer("approx_to_output", "approx_head")
+    | _layer("detail_to_output", "detail_head"),
     embeddings=("encoder.label_emb.weight",),
     batched=("encoder.encoder_pos_embed", "encoder.uncond_embed"),
     sides=lambda patch, scale: {
@@ -172,23 +166,23 @@ UVIT = Names(
 JIT = Names(
     "JiT",
     {"in_context_posemb": "class_positions"}
-    | tensors("t_embedder.mlp.0", "time1")
-    | tensors("t_embedder.mlp.2", "time2")
-    | tensors("y_embedder.embedding_table", "label_table", "embedding", None)
-    | tensors("x_embedder.proj1", "embed1", bias=None)
-    | tensors("x_embedder.proj2", "embed2")
+    | _layer("t_embedder.mlp.0", "time1")
+    | _layer("t_embedder.mlp.2", "time2")
+    | _layer("y_embedder.embedding_table", "label_table", "embedding", None)
+    | _layer("x_embedder.proj1", "embed1", bias=None)
+    | _layer("x_embedder.proj2", "embed2")
     | _scale("blocks.*.norm1", "blocks.*.norm1")
     | _scale("blocks.*.attn.q_norm", "blocks.*.q_norm")
     | _scale("blocks.*.attn.k_norm", "blocks.*.k_norm")
-    | tensors("blocks.*.attn.qkv", "blocks.*.qkv")
-    | tensors("blocks.*.attn.proj", "blocks.*.proj")
+    | _layer("blocks.*.attn.qkv", "blocks.*.qkv")
+    | _layer("blocks.*.attn.proj", "blocks.*.proj")
     | _scale("blocks.*.norm2", "blocks.*.norm2")
-    | tensors("blocks.*.mlp.w12", "blocks.*.w12")
-    | tensors("blocks.*.mlp.w3", "blocks.*.w3")
-    | tensors("blocks.*.adaLN_modulation.1", "blocks.*.modulation")
+    | _layer("blocks.*.mlp.w12", "blocks.*.w12")
+    | _layer("blocks.*.mlp.w3", "blocks.*.w3")
+    | _layer("blocks.*.adaLN_modulation.1", "blocks.*.modulation")
     | _scale("final_layer.norm_final", "norm")
-    | tensors("final_layer.linear", "head")
-    | tensors("final_layer.adaLN_modulation.1", "modulation"),
+    | _layer("final_layer.linear", "head")
+    | _layer("final_layer.adaLN_modulation.1", "modulation"),
     embeddings=("y_embedder.embedding_table.weight",),
     batched=("in_context_posemb",),
     sides=lambda patch, _: {"x_embedder.proj1.weight": patch, "x_embedder.proj2.weight": 1},

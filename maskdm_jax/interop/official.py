@@ -5,6 +5,7 @@ such tensors: those whose names differ from the official ones by the same prefix
 """
 
 import dataclasses
+import itertools
 import json
 import os
 import pathlib
@@ -79,11 +80,6 @@ class Official:
         return _FORMATS[self.network]
 
     @property
-    def ema(self) -> dict | None:
-        """The first of the averaged weights."""
-        return self.emas[0] if self.emas else None
-
-    @property
     def weights(self) -> dict[str, dict]:
         """All sets of weights by name: params, ema, ema2, ..."""
         return dict(zip(["params", *ema_names(len(self.emas))], [self.model, *self.emas], strict=True))
@@ -107,8 +103,9 @@ def read(path) -> Official:
         step = next((key for key in ("step", "global_step") if key in content), None)
         official = _find_weights(content, {optimizer, step})
         args = content.get("args")
-        args = args.settings if isinstance(args, torch_file.Namespace) else args if isinstance(args, dict) else {}
-        official.args = {key: value for key, value in args.items() if isinstance(value, (int, float, str))}
+        args = getattr(args, "settings", args)  # of a namespace
+        settings = args.items() if isinstance(args, dict) else ()
+        official.args = {key: value for key, value in settings if isinstance(value, (int, float, str))}
         if optimizer is not None:
             try:
                 _read_optimizer(official, content[optimizer])
@@ -270,28 +267,25 @@ def _read_optimizer(official: Official, opt: dict) -> None:
     official.moments, official.group = moments, settings[0]
 
 
-def _numbered(model: dict, groups: list[int]) -> list[str]:
+def _numbered(model: dict, sizes: list[int]) -> list[str]:
     """Names of the tensors in the order in which an optimizer with groups of these sizes numbers them.
 
-    Two groups whose sizes fit are those of timm's `add_weight_decay`: vectors and biases, and the rest.
+    Two groups whose sizes fit are those of timm's `add_weight_decay`, which the JiT's authors use.
     """
-    if groups != jit_file.optimizer_groups(model):
-        return list(model)
-    return sorted(model, key=lambda name: model[name].ndim > 1 and not name.endswith(".bias"))
+    groups = jit_file.optimizer_groups(model)
+    return [*itertools.chain(*groups)] if sizes == list(map(len, groups)) else list(model)
 
 
 def _optimizer(official: Official) -> dict:
     """The state dict of PyTorch's AdamW; without moments it starts anew."""
-    sizes = official.format.optimizer_groups(official.model)
-    names, moments = _numbered(official.model, sizes), official.moments or {}
+    groups, moments = official.format.optimizer_groups(official.model), official.moments or {}
+    numbers = {name: number for number, name in enumerate(itertools.chain(*groups))}
     state = {
-        i: {"step": np.float32(moments[name].step), "exp_avg": moments[name].mu, "exp_avg_sq": moments[name].nu}
-        for i, name in enumerate(names)
+        number: {"step": np.float32(moments[name].step), "exp_avg": moments[name].mu, "exp_avg_sq": moments[name].nu}
+        for name, number in numbers.items()
         if name in moments
     }
-    ends = np.cumsum(sizes).tolist()
-    groups = [official.group | {"params": list(range(end - n, end))} for end, n in zip(ends, sizes, strict=True)]
-    return {"state": state, "param_groups": groups}
+    return {"state": state, "param_groups": [official.group | {"params": [numbers[n] for n in g]} for g in groups]}
 
 
 def _read_group(group: dict) -> dict:
@@ -319,9 +313,9 @@ def _read_group(group: dict) -> dict:
     return rates | {"betas": tuple(number("betas", beta) for beta in betas)}
 
 
-def write(path, official: Official, config: Config) -> None:
-    """Write a `.pt` file as the network's authors do, whole or not at all; `official` must have `group`."""
-    torch_file.write(path, official.format.content(official, config, _optimizer(official)))
+def write(path, official: Official, config: Config, stage: str) -> None:
+    """Write a `.pt` file of a stage as the network's authors do, whole or not at all; `official` must have `group`."""
+    torch_file.write(path, official.format.content(official, config, stage, _optimizer(official)))
 
 
 def read_safetensors(path) -> tuple[Official, dict]:

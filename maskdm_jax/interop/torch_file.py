@@ -133,7 +133,7 @@ def _numpy_number(dtype, content=b""):
     return np.frombuffer(content, dtype.code)[0].item() if known else Skipped("numpy.scalar")
 
 
-class Namespace(Skipped):
+class _Namespace(Skipped):
     """The stand-in for `argparse.Namespace`, in which programs keep settings; their values are of any kind."""
 
     __slots__ = ("settings",)
@@ -149,7 +149,7 @@ class Namespace(Skipped):
 
 _NUMBERS = ("f8", "f4", "f2", "i8", "i4", "i2", "i1", "u8", "u4", "u2", "u1", "b1")
 _STAND_INS = {
-    "argparse.Namespace": Namespace,
+    "argparse.Namespace": _Namespace,
     "collections.OrderedDict": lambda: {},
     "collections.defaultdict": lambda *_: {},
     "_codecs.encode": _encoded,

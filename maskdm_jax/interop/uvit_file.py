@@ -45,11 +45,12 @@ def schedule_buffers(schedule: Schedule) -> dict[str, np.ndarray]:
     return {name: column(schedule).astype(np.float32) for name, column in BUFFERS.items()}
 
 
-def content(official, config: Config, optimizer: dict) -> dict:
+def content(official, config: Config, stage: str, optimizer: dict) -> dict:
     """The content of a file that the official trainer resumes from, fine-tunes from and samples from."""
     buffers = schedule_buffers(noise_schedule(config))
     wrapper = buffers | {f"model.{name}": tensor for name, tensor in official.model.items()}
-    averaged = buffers | {f"model.{name}": tensor for name, tensor in (official.ema or official.model).items()}
+    averaged = official.weights.get("ema", official.model)
+    averaged = buffers | {f"model.{name}": tensor for name, tensor in averaged.items()}
     calls = official.step if official.ema_step is None else official.ema_step
     ema = {"initted": np.bool_(official.ema_initted), "step": np.int64(calls)}
     ema |= {f"online_model.{name}": tensor for name, tensor in wrapper.items()}  # the same arrays: stored once
@@ -63,9 +64,9 @@ def content(official, config: Config, optimizer: dict) -> dict:
     }
 
 
-def optimizer_groups(model: dict) -> list[int]:
-    """Numbers of tensors in the groups of the trainer's optimizer."""
-    return [len(model)]
+def optimizer_groups(model: dict) -> list[list[str]]:
+    """Names of the tensors in the groups of the trainer's optimizer."""
+    return [list(model)]
 
 
 def shown(official) -> dict:
@@ -97,7 +98,7 @@ def settings(official, shown: dict, heads: int | None, class_tokens_from: int | 
     if official.buffers is None:
         official.notes.append("note: the file does not show its noise schedule; cosine is assumed (or give --config)")
     official.notes.append("note: the file does not show its objective; noise is assumed (or give --config)")
-    return {"model.heads": heads or width // 64}
+    return {"model.heads": width // 64 if heads is None else heads}
 
 
 def differences(official, config: Config, stage: str) -> typing.Iterator[str]:

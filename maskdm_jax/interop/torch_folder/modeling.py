@@ -149,11 +149,9 @@ class Encoder(nn.Module):
         if self.uncond_embed is None:  # the wavelet model has no token for "no label"
             return self.label_emb(labels)
         unlabelled = self.uncond_embed.expand(n, -1)
-        return (
-            unlabelled
-            if labels is None
-            else torch.where(labels[:, None] < 0, unlabelled, self.label_emb(labels.clamp(0)))
-        )
+        if labels is None:
+            return unlabelled
+        return torch.where(labels[:, None] < 0, unlabelled, self.label_emb(labels.clamp(0)))
 
 
 class UViT(nn.Module):

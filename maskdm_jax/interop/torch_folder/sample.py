@@ -42,14 +42,14 @@ class Ddpm:
     def progress(self, t):
         return 1 - t / max(self.timesteps - 1, 1)
 
-    def x0(self, output, x, alpha, sigma):
+    def x0(self, output, x, t, alpha, sigma):
         """The clean image, from the output for x = alpha x0 + sigma noise."""
         return {"noise": (x - sigma * output) / alpha, "v": alpha * x - sigma * output, "x0": output}[self.objective]
 
     def predictions(self, output, x, t: int, clip):
         """The clean image, clipped, and the noise, from the output at time step t."""
         alpha, sigma = math.sqrt(self.alpha_bar[t]), math.sqrt(1 - self.alpha_bar[t])
-        x0 = clip(self.x0(output, x, alpha, sigma))
+        x0 = clip(self.x0(output, x, t, alpha, sigma))
         return x0, output if self.objective == "noise" else (x - alpha * x0) / sigma
 
 
@@ -68,7 +68,7 @@ class Flow:
     def progress(self, t):
         return t
 
-    def x0(self, output, x, t):
+    def x0(self, output, x, t, *_):
         return output if self.predicts == "x0" else x + (1 - t) * output
 
     def slope(self, output, x, t):
@@ -99,7 +99,7 @@ class Edm:
     def progress(self, s):
         return (self.ends[0] - s ** (1 / self.rho)) / (self.ends[0] - self.ends[1])
 
-    def x0(self, output, x, s):
+    def x0(self, output, x, s, *_):
         total = s**2 + self.data**2
         return self.data**2 / total * x + s * self.data / math.sqrt(total) * output
 
@@ -156,8 +156,8 @@ def dpm_solver(predict, x, noise, process, s, clip):
         x = float(sigma[0]) * x
     levels, earlier = np.log(alpha / sigma), []  # predictions of x0, newest first
     for i in range(s["steps"]):
-        out, now = predict(x, float(t[i])), (alpha[i], sigma[i]) if isinstance(process, Ddpm) else (float(t[i]),)
-        earlier = [clip(process.x0(out, x, *map(float, now))), *earlier[:2]]
+        now = float(t[i]), float(alpha[i]), float(sigma[i])
+        earlier = [clip(process.x0(predict(x, now[0]), x, *now)), *earlier[:2]]
         before = [levels[j] - levels[j - 1] for j in (i, i - 1) if j > 0]
         weights = multistep_weights(levels[i + 1] - levels[i], before, min(s["order"], i + 1))
         x = float(sigma[i + 1] / sigma[i]) * x
