@@ -29,7 +29,7 @@ class StudyEvaluator:
           path: a Python file with `features(images, batch)` -> float [n, d], `frechet(a, b)`, `kid(a, b)` and
             `manifold(reference, samples)` -> dict of floats; "" takes the metrics of EfficientNet-Lite0.
           study: a study config, of which `sets` and `evaluation` are used.
-          configs: of all phases. The held-out images are those images of the set that no phase trains on.
+          configs: of all phases of the study. The held-out images are those of the set that no phase trains on.
 
         Raises:
           ConfigError, DataError: the file or the set does not exist, or no image is held out.

@@ -49,6 +49,12 @@ class Phase:
         return self.config.stage[self.config.stages[-1]]
 
     @property
+    def sampling(self) -> dict:
+        """Its settings of sampling that differ from the defaults."""
+        chosen, default = (dataclasses.asdict(settings) for settings in (self.config.sampling, config_lib.Sampling()))
+        return {name: value for name, value in chosen.items() if value != default[name]}
+
+    @property
     def start(self) -> int:
         """Steps of the phases that it continues; its checkpoints and logs count on from there."""
         return sum(self.config.stage[name].steps for name in self.config.stages[:-1])
@@ -78,19 +84,24 @@ def plan(study, *, unit: str = "flops", seconds_of=None, only: str = "*", seeds=
       seeds: those to plan; all when empty.
 
     Raises:
-      ConfigError: a setting is unknown or invalid, a phase is too short for its points, or no run is selected.
+      ConfigError: a setting is unknown or invalid, two runs have one name, a phase is too short for its points, or no
+        run is selected.
     """
     budget = study.budget[unit]
     if not budget > 0:
         raise ConfigError(f"config.budget.{unit} is {budget}; it must be above 0")
+    names = [run["name"] for run in study.runs]
+    if len(set(names)) < len(names):
+        raise ConfigError(f"two runs of config.runs have one name: {', '.join(names)}")
     known_seeds = dict.fromkeys(seed for run in study.runs for seed in run["seeds"])
     chosen = [run for run in study.runs if fnmatch.fnmatchcase(run["name"], only)]
     wanted = [
         (run, seed) for seed in known_seeds if not seeds or seed in seeds for run in chosen if seed in run["seeds"]
     ]
     if not wanted:
-        names = "; ".join(run["name"] for run in study.runs)
-        raise ConfigError(f"--only and --seeds leave no run; this study has {names}; seeds {list(known_seeds)}")
+        raise ConfigError(
+            f"--only and --seeds leave no run; this study has {'; '.join(names)}; seeds {list(known_seeds)}"
+        )
     flops = {}  # of a step, by the phase's settings: counting takes seconds
     return [_plan_run(study, run, seed, budget, unit, seconds_of, flops) for run, seed in wanted]
 
@@ -114,9 +125,10 @@ def _plan_run(study, run: dict, seed: int, budget: float, unit: str, seconds_of,
             raise ConfigError(f"{where}: {str(error).splitlines()[0]}") from None
         parts = max(1, phase["points"]) * _SAVES
         steps = round(phase["share"] * budget / price / parts) * parts
-        if not steps:
+        if steps <= 0 or phase["points"] < 0:
             raise ConfigError(
-                f"{where}: a share of {phase['share']} pays for fewer than {parts} steps, too few to evaluate"
+                f"{where}: a share of {phase['share']} pays for fewer than {parts} steps, too few for "
+                f"{phase['points']} points"
             )
         config = dataclasses.replace(
             _with_steps(config, steps), checkpoint=config_lib.Checkpoint(steps // parts, keep=2)
@@ -140,7 +152,10 @@ def _phase_config(study, phase: dict, seed: int) -> Config:
     raw.update_from_flattened_dict(phase["settings"])
     raw.seed, raw.data.path = seed, study.sets[phase["data"]]
     raw.evaluation.every = raw.preview.every = 0
-    return config_lib.parse(raw)
+    config = config_lib.parse(raw)
+    if config.model.num_classes:
+        raise ConfigError("config.model.num_classes must be 0: the held-out images have no labels")
+    return config
 
 
 def _with_steps(config: Config, steps: int) -> Config:
@@ -154,11 +169,13 @@ def _continue(config: Config, planned: list[Phase]) -> Config:
     """`config`, of one stage, as the continuation of the last phase.
 
     Raises:
-      ConfigError: there is none, or the optimizer or the EMA differ.
+      ConfigError: there is none, or the network, the process, the optimizer or the EMA differ.
     """
     if not planned:
         raise ConfigError("the first phase continues none")
     before, stage = planned[-1].config, dataclasses.replace(config.stage[config.stages[0]], continues=True)
+    if (config.model, config.diffusion) != (before.model, before.diffusion):
+        raise ConfigError("it continues the phase before, whose config.model and config.diffusion must be the same")
     name = f"{config.stages[0]}{len(before.stages) + 1}"
     both = dataclasses.replace(config, stages=(*before.stages, name), stage=before.stage | {name: stage})
     return config_lib.parse(config_lib.to_dict(both))
@@ -229,7 +246,7 @@ class Results:
     """A file of evaluated points, one line of JSON each. Several processes can append to it.
 
     Its keys are those of recorded files: `leg` is the number of the phase; `judged` contains the settings of the
-    evaluation, with the name of the evaluator as `judge`.
+    evaluation, with the name of the evaluator as `judge`, and `Phase.sampling`.
     """
 
     def __init__(self, path):
@@ -247,8 +264,10 @@ class Results:
     def add(self, row: dict) -> None:
         """Append a point."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.path.open("a") as file:
-            file.write(json.dumps(row) + "\n")
+        with self.path.open("ab+") as file:
+            file.seek(max(0, file.tell() - 1))
+            torn = file.read(1) not in (b"", b"\n")  # a line that a killed process did not finish
+            file.write(b"\n" * torn + json.dumps(row).encode() + b"\n")
 
 
 def picture_name(run: str, seed: int) -> str:
@@ -285,16 +304,18 @@ def run_study(runs: list[Run], study, workdir, results: Results, evaluator_path:
     """
     workdir = run_folder(workdir)
     name = pathlib.Path(evaluator_path).stem if evaluator_path else "lite0"
-    judged = dict(study.evaluation.to_dict(), judge=name)
+    judged = lambda phase: dict(study.evaluation.to_dict(), judge=name, sampling=phase.sampling)
     made_by = provenance()  # now, because the files may change during the study
     missing = lambda run: [
         number
         for number, phase in enumerate(run.phases)
         for step in phase.points
-        if not results.has(phase.key, step, judged)
+        if not results.has(phase.key, step, judged(phase))
     ]
     if any(map(missing, runs)):  # before training, so that an invalid evaluator costs no time
-        evaluate = StudyEvaluator(evaluator_path, study, [phase.config for run in runs for phase in run.phases])
+        # Of all runs, also those that are not selected: the held-out images must be the same.
+        every = [_phase_config(study, phase, 0) for run in study.runs for phase in run["phases"]]
+        evaluate = StudyEvaluator(evaluator_path, study, every)
     for i, run in enumerate(runs):
         todo = missing(run)
         say(f"run {i + 1} of {len(runs)}: {run.name}, seed {run.seed}{'' if todo else ': done before'}")
@@ -302,12 +323,13 @@ def run_study(runs: list[Run], study, workdir, results: Results, evaluator_path:
         for number, phase in enumerate(run.phases[: max(todo, default=-1) + 1]):
             folder = workdir / "phases" / phase.key
             for step in phase.points:
-                if results.has(phase.key, step, judged):
+                if results.has(phase.key, step, judged(phase)):
                     continue
                 found = _train_to(phase, step, folder, before)
                 last = number == len(run.phases) - 1 and step == phase.stage.steps
                 numbers = evaluate(found, results.pictures / picture_name(run.name, run.seed) if last else None)
-                row = _row(run, number, step) | dict(judged=judged, train_seconds=_seconds(workdir, run, number, step))
+                seconds = _seconds(workdir, run, number, step)
+                row = _row(run, number, step) | dict(judged=judged(phase), train_seconds=seconds)
                 results.add(row | numbers | made_by)
                 told = ", ".join(f"{name} {numbers[name]:.4g}" for name in evaluate.names)
                 say(f"{run.name}, seed {run.seed} at {row['flops']:.3g} FLOPs: {told}")

@@ -1,6 +1,7 @@
 """Report of a study: curves of quality against compute, a table, samples. Drawing needs matplotlib."""
 
 import itertools
+import json
 import pathlib
 import statistics
 
@@ -60,10 +61,13 @@ def write(runs: list[Run], rows: list[dict], folder, pictures, command: str) -> 
 
 def _by_run(runs, rows) -> dict[str, dict[int, list[dict]]]:
     """Name -> seed -> rows by increasing cost, for completed runs."""
-    points = {(row["key"], row["step"]): row for row in rows if row["judged"] == rows[-1]["judged"]}
+    name = lambda judged: json.dumps(judged, sort_keys=True)
+    points = {(row["key"], row["step"], name(row["judged"])): row for row in rows}
+    latest = rows[-1]["judged"] if rows else {}
     found = {}
     for run in runs:
-        wanted = [(phase.key, step) for phase in run.phases for step in phase.points]
+        judged = [name(latest | dict(sampling=phase.sampling)) for phase in run.phases]
+        wanted = [(phase.key, step, by) for phase, by in zip(run.phases, judged, strict=True) for step in phase.points]
         if all(point in points for point in wanted):
             # Name, seed and cost come from the plan, because runs that share a phase share its results.
             costs = [(phase.before[0] + step * phase.flops) for phase in run.phases for step in phase.points]

@@ -186,6 +186,11 @@ class Stage:
     detail_mask: Mask | None = None  # for the details of a wavelet model; None: the settings of mask
     shallow: Decay = 0.0  # share of the images that skip the inner blocks, without a label; for weak=shallow
 
+    @property
+    def hides(self) -> bool:
+        """Whether it has a mask."""
+        return any(mask is not None and mask.kind != "none" for mask in (self.mask, self.detail_mask))
+
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
@@ -279,7 +284,7 @@ class Config:
         trained = {
             "unlabelled": (self.data.label_dropout, "data.label_dropout above 0, such as 0.1"),
             "shallow": (any(stage.shallow for stage in stages), "a stage with shallow above 0, such as 0.1"),
-            "sparse": (any(stage.mask.kind != "none" for stage in stages), "a stage with a mask"),
+            "sparse": (any(stage.hides for stage in stages), "a stage with a mask"),
         }
         enough, wanted = trained[weak]
         return "" if enough or self.init_from or self.data.path == UNKNOWN else wanted

@@ -165,10 +165,15 @@ def warnings_of(config: Config) -> list[str]:
             "represent the noise of a patch; use a smaller patch_size or a larger width"
         )
     stages = [config.stage[name] for name in config.stages]
-    if config.model.outer_blocks and not any(stage.mask.kind != "none" or stage.shallow for stage in stages):
+    if config.model.outer_blocks and not any(stage.hides or stage.shallow for stage in stages):
         lines.append(f"model.outer_blocks={config.model.outer_blocks} has no effect in training: nothing is hidden")
     if config.sampling.weak != "unlabelled" and not config.sampling.guidance:
         lines.append(f"sampling.weak={config.sampling.weak} has no effect: sampling.guidance is 0")
+    if config.sampling.guidance_from >= config.sampling.guidance_to:
+        lines.append(
+            f"guidance has no effect from sampling.guidance_from={config.sampling.guidance_from} to "
+            f"sampling.guidance_to={config.sampling.guidance_to}"
+        )
     for name in config.stages:
         stage = config.stage[name]
         if stage.warmup_steps > stage.steps / 3 and not stage.continues:

@@ -119,6 +119,18 @@ def test_settings_that_nobody_wants_are_named():
         "model.outer_blocks=1 has no effect in training: nothing is hidden",
         "sampling.weak=sparse has no effect: sampling.guidance is 0",
     ]
+    details = tiny.config(
+        **tiny.WAVELET,
+        model__outer_blocks=1,
+        sampling__guidance_from=0.8,
+        sampling__guidance_to=0.2,
+        pretrain__mask__kind="none",
+        pretrain__detail_mask=dict(kind="patch", rate=0.5),
+    )
+    assert warnings_of(details)[0] == (
+        "guidance has no effect from sampling.guidance_from=0.8 to sampling.guidance_to=0.2"
+    )
+    assert not details.untrained("sparse")
     assert warnings_of(config) == [
         "preview.every=10000 is beyond the end: each stage has one preview, at its end",
         "checkpoint.every=5000 is beyond the end: a failure loses a whole stage",

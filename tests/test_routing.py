@@ -63,6 +63,13 @@ def test_all_blocks_process_all_patches_if_nothing_is_hidden_or_all_blocks_are_o
             jax.tree.map(np.testing.assert_array_equal, outputs(with_outer(k), params, inputs, None), dense)
 
 
+def test_class_tokens_may_join_after_the_inner_blocks():
+    _, network, params, inputs = built("jit", model__outer_blocks=1, model__jit__class_tokens_from=2)
+    every = jnp.broadcast_to(jnp.arange(16), (3, 16))
+    dense = outputs(network, params, inputs, None)
+    np.testing.assert_array_equal(outputs(network, params, inputs, every), dense)
+
+
 @pytest.mark.parametrize("token", [None, jnp.arange(4.0)])
 def test_leaving_and_coming_back(token):
     """Against loops in NumPy: two extras, then seven patches, of which three are visible."""

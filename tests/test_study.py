@@ -34,7 +34,7 @@ from maskdm_jax.diffusion.gaussian import at, make_schedule
 from maskdm_jax.errors import ConfigError, DataError
 from maskdm_jax.parallel.sharding import make_mesh
 from maskdm_jax.run import train
-from maskdm_jax.sampling import TrainedModel
+from maskdm_jax.sampling import TrainedModel, load
 from maskdm_jax.training import checkpoint
 from maskdm_jax.training.start import abstract_state
 
@@ -78,7 +78,7 @@ def make(*runs, **changes):
     """A study of tiny networks on the digits."""
     base = tiny.raw(model__num_classes=0, data__labels=False, data__fraction=0.9, stages=("train",), log__every=16)
     base["model"] |= dict(depth=1, time_mlp=False, qv_bias=False)  # quick to compile
-    base["train"] = dict(base.pop("finetune"))
+    base["train"] = dict(base.pop("finetune"), ema_law="plain")  # the EMA differs from the weights at once
     del base["pretrain"]
     c = ConfigDict(dict(base=base, sets=dict(digits="digits", copy="digits"), budget=dict(flops=BUDGET, seconds=1.0)))
     c.evaluation = dict(samples=8, on="digits", held_out=5, levels=2)
@@ -165,12 +165,19 @@ def test_what_cannot_be_planned_is_named():
     fails("run 'mine', phase 1: .*learning_rate", phase(1.0, **{"train.learning_rate": "high"}))
     fails(r"phase 1: there is no set 'cats' in config.sets, only \['copy', 'digits'\]", phase(1.0) | dict(data="cats"))
     fails("phase 2: a share of 0.0001 pays for fewer than 4 steps", phase(0.9999), phase(0.0001))
+    fails("phase 2: a share of -0.5 pays for fewer than 4 steps", phase(1.5), phase(-0.5))
+    fails("phase 1: .* too few for -1 points", phase(1.0, -1))
+    fails("phase 1: config.model.num_classes must be 0", phase(1.0, **{"model.num_classes": 10, "data.labels": True}))
     fails("config.budget.flops is -1", phase(1.0), **{"budget.flops": -1.0})
     fails("phase 1: .*mask rate 2.0", phase(1.0, **{"train.mask.kind": "patch", "train.mask.rate": 2.0}))
     fails("phase 1: the first phase continues none", phase(1.0) | dict(continues=True))
     other = phase(0.5, **{"train.learning_rate": 0.5}) | dict(continues=True)
     fails("phase 2: .*train2.learning_rate is 0.5; it must be 0.001 as in train", phase(0.5), other)
+    other = phase(0.5, **{"diffusion.objective": "x0"}) | dict(continues=True)
+    fails("phase 2: it continues the phase before, whose config.model and config.diffusion", phase(0.5), other)
     fails("phase 1: a phase has no continued", phase(1.0) | dict(continued=True))
+    with pytest.raises(ConfigError, match="two runs of config.runs have one name: mine, mine"):
+        study.plan(make(*(dict(name="mine", seeds=(0,), phases=(phase(1.0),)) for _ in range(2))))
     fails(r"--only and --seeds leave no run; this study has mine; seeds \[0\]", phase(1.0), only="x*")
 
 
@@ -195,6 +202,45 @@ def done(tmp_path_factory, planned, one_device):
     (folder / "evaluator.py").write_text(EVALUATOR)
     results = study.Results(folder / "res" / "mine.jsonl")
     return folder, results, run_study(planned[2:], folder, results)
+
+
+def test_the_ema_is_evaluated_on_images_that_no_run_trains_on(done, planned):
+    folder, results, _ = done
+    phase, row = planned[-1].phases[-1], results.rows()[-1]
+    trained_on, held_out = (select(Digits(), (), 0.9, 0, rest=rest) for rest in (False, True))
+    assert not set(trained_on.names) & set(held_out.names)
+    images = np.stack([held_out.image(i) for i in range(5)])
+    of = lambda weights: load(folder / "phases" / phase.key / "checkpoints" / str(row["step"]), weights=weights)
+    ema, raw = (denoising_by_level(of(weights), images, levels=2) for weights in ("ema", "params"))
+    np.testing.assert_allclose(row["denoising"], ema, atol=1e-6)
+    assert np.abs(raw - ema).min() > 1e-4
+
+
+def test_seconds_of_phases_that_continue(tmp_path):
+    phases = hidden(0.5, 0), phase(0.5) | dict(continues=True)
+    (run,) = study.plan(make(dict(name="continued", seeds=(1,), phases=phases)))
+    first, last = run.phases
+    for one, rates in (
+        (first, {first.stage.steps: 2.0}),
+        (last, {first.stage.steps + 10: 4.0, first.stage.steps + 20: 8.0}),
+    ):
+        folder = tmp_path / "phases" / one.key
+        folder.mkdir(parents=True)
+        lines = [json.dumps(dict(step=step, images_per_second=rate)) for step, rate in rates.items()]
+        (folder / "metrics.jsonl").write_text("\n".join(lines))
+    images = lambda steps: 8 * steps
+    expected = images(first.stage.steps) / 2 + images(10) / 4
+    assert study._seconds(tmp_path, run, 1, 10) == pytest.approx(expected)
+
+
+def test_a_line_that_was_not_finished_costs_no_other(tmp_path):
+    results = study.Results(tmp_path / "results.jsonl")
+    results.add(dict(step=1))
+    with results.path.open("a") as file:
+        file.write('{"step": 2')
+    results.add(dict(step=3))
+    results.add(dict(step=4))
+    assert [row["step"] for row in results.rows()] == [1, 3, 4]
 
 
 def test_every_point_is_evaluated_once(done, planned):
@@ -233,12 +279,13 @@ def test_what_is_done_is_not_done_again(done, planned, monkeypatch, tmp_path):
     rows, again = results.rows(), study.Results(tmp_path / "again.jsonl")
     for row in rows[:-1]:
         again.add(row)
-    run_study(planned[2:], folder, again)
+    run_study(planned[-1:], folder, again)  # the images held out are those of all runs
     same = lambda row: {key: value for key, value in row.items() if key not in ("train_seconds", "date", "commit")}
     assert same(again.rows()[-1]) == same(rows[-1])
     # With another evaluation, all points are evaluated anew, but only those whose checkpoints remain can be.
-    with pytest.raises(ConfigError, match=r"is at step \d+, but step \d+ has no result and its checkpoint is gone"):
-        run_study(planned[2:], folder, results, make(**{"evaluation.samples": 4}))
+    for other in (make(**{"evaluation.samples": 4}), make(**{"base.sampling.steps": 2})):
+        with pytest.raises(ConfigError, match=r"is at step \d+, but step \d+ has no result and its checkpoint is gone"):
+            run_study(study.plan(other)[2:], folder, results, other)
 
 
 def test_stopped_in_a_phase_it_ends_like_an_uninterrupted_study(done, planned, monkeypatch, tmp_path):
@@ -306,11 +353,12 @@ def test_the_report_says_what_ranges_allow(planned, tmp_path):
     values = {("unmasked", 0): 10.0, ("unmasked", 1): 12.0, ("half hidden", 0): 8.0, ("half hidden", 1): 9.0}
     rows, pictures = [], tmp_path / "pictures"
     judged = dict(samples=2000, on="digits", judge="inception", held_out=5)
-    about = dict(judged=judged, commit="abc", device="1 x cpu", images=10**6, train_seconds=90.0)
+    about = dict(commit="abc", device="1 x cpu", images=10**6, train_seconds=90.0)
     for run in planned:
         for phase in run.phases:
             for step in phase.points:
                 row = dict(key=phase.key, step=step, denoising=[0.5, 0.25], date=f"2026-01-0{run.seed + 1}")
+                row["judged"] = judged | dict(sampling=phase.sampling)
                 rows.append(about | row | dict(fd=values.get((run.name, run.seed), 11.0), kid=1.0))
         if (run.name, run.seed) != ("half hidden", 0):  # the next seed's is shown instead
             save_png(pictures / study.picture_name(run.name, run.seed), Image.new("RGB", (96, 16)))
@@ -325,8 +373,9 @@ def test_the_report_says_what_ranges_allow(planned, tmp_path):
     for name, size in (("curves.png", (1430, 506)), ("samples.png", (768, 3 * (8 * 16 + 26)))):
         with Image.open(tmp_path / name) as picture:
             assert picture.size == size
-    with pytest.raises(ConfigError, match="no run of this study has all its results yet"):
-        study_report.write(planned, rows[:1], tmp_path, pictures, "")
+    for others in (planned, rows[:1]), (planned, []), (study.plan(make(**{"base.sampling.steps": 2})), rows):
+        with pytest.raises(ConfigError, match="no run of this study has all its results yet"):
+            study_report.write(*others, tmp_path, pictures, "")
 
 
 def test_denoising_by_level():

@@ -274,7 +274,10 @@ def resumed_stage(config: Config, meta: dict, where: pathlib.Path) -> int:
     theirs = config_lib.parse(meta["config"])
     for setting, before, now in (
         ("model.outer_blocks", theirs.model.outer_blocks, config.model.outer_blocks),
-        (f"{name}.continues", theirs.stage[name].continues, config.stage[name].continues),
+        *(
+            (f"{stage}.continues", theirs.stage[stage].continues, config.stage[stage].continues)
+            for stage in config.stages[: index + 1]
+        ),
     ):
         if now != before:
             raise ConfigError(
