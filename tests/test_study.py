@@ -279,7 +279,7 @@ def test_what_is_done_is_not_done_again(done, planned, monkeypatch, tmp_path):
     rows, again = results.rows(), study.Results(tmp_path / "again.jsonl")
     for row in rows[:-1]:
         again.add(row)
-    run_study(planned[-1:], folder, again)  # the images held out are those of all runs
+    run_study(planned[2:], folder, again)
     same = lambda row: {key: value for key, value in row.items() if key not in ("train_seconds", "date", "commit")}
     assert same(again.rows()[-1]) == same(rows[-1])
     # With another evaluation, all points are evaluated anew, but only those whose checkpoints remain can be.
@@ -346,6 +346,15 @@ def test_an_evaluator_that_cannot_work_is_named_before_training(planned, monkeyp
     everything = make(dict(name="greedy", seeds=(0,), phases=(phase(1.0, **{"data.fraction": 1.0}),)))
     with pytest.raises(DataError, match="a fraction of 1.0 leaves none of 1797 images out"):
         study.run_study(study.plan(everything), everything, tmp_path, results, "poor.py", say=lambda text: None)
+
+
+def test_a_part_of_a_study_holds_out_what_all_runs_hold_out(planned, monkeypatch, tmp_path):
+    seen = []
+    monkeypatch.setattr(study, "StudyEvaluator", lambda path, settings, configs: seen.extend(configs))
+    monkeypatch.setattr(study, "_train_to", lambda *args: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        run_study(planned[:1], tmp_path, study.Results(tmp_path / "results.jsonl"))
+    assert {config.data.fraction for config in seen} == {0.9, 0.5}
 
 
 def test_the_report_says_what_ranges_allow(planned, tmp_path):
