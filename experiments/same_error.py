@@ -3,8 +3,8 @@
     python experiments/same_error.py --dense="U-ViT, dense" --dense="U-ViT, flow, x0" --runs="U-ViT, SPRINT*" \\
         docs/studies/sparse64.jsonl docs/studies/processes.jsonl
 
-Prints the median and the range over the noise levels. The errors of dense runs with the same FLOPs, of several seeds,
-are averaged (geometric mean). Between them, the error at a noise level is interpolated as a power of the FLOPs. An
+Prints the median and the range over the noise levels. The errors of dense runs with equal FLOPs, to two digits, are
+averaged (geometric mean). Between them, the error at a noise level is interpolated as a power of the FLOPs. An
 error below that of all of them gives infinity, above that of all of them 0.
 """
 
@@ -33,17 +33,23 @@ def main(argv):
 
 
 def averaged(rows) -> list[dict]:
-    """Points with the average error of the rows with the same FLOPs, by FLOPs."""
-    errors = collections.defaultdict(list)
+    """Points with the average error of the rows with equal FLOPs, to two digits, by FLOPs."""
+    groups = collections.defaultdict(list)
     for row in rows:
-        errors[row["flops"]].append(np.log(row["denoising"]))
-    return [dict(flops=flops, denoising=np.exp(np.mean(errors[flops], 0))) for flops in sorted(errors)]
+        groups[float(f"{row['flops']:.1e}")].append(row)
+    average = lambda group: np.exp(np.mean([np.log(row["denoising"]) for row in group], 0))
+    return [
+        dict(flops=statistics.mean(row["flops"] for row in groups[flops]), denoising=average(groups[flops]))
+        for flops in sorted(groups)
+    ]
 
 
 def ratios(row: dict, dense: list[dict]) -> list[float]:
     """FLOPs of dense training with the error of a row, divided by its own, for each noise level."""
     flops = np.log([point["flops"] for point in dense])
     errors = np.log([point["denoising"] for point in dense]).T  # [level, point]
+    if (np.diff(errors) >= 0).any():
+        raise app.UsageError("the error of dense training must fall with its FLOPs at every noise level")
     ends = dict(left=-np.inf, right=np.inf)
     at = [np.interp(-np.log(e), -of, flops, **ends) for e, of in zip(row["denoising"], errors, strict=True)]
     return list(np.exp(at) / row["flops"])
