@@ -7,14 +7,12 @@ uploaded whole (`mirrored`), and an object with a heartbeat replaces the lock of
 import contextlib
 import errno
 import fcntl
-import functools
 import importlib.util
 import itertools
 import json
 import logging
 import os
 import pathlib
-import shutil
 import socket
 import sys
 import tempfile
@@ -22,6 +20,7 @@ import threading
 import time
 import uuid
 
+import fsspec
 from etils import epath
 
 from maskdm_jax.errors import ConfigError, first_line
@@ -64,8 +63,6 @@ def location(path):
     """
     if not is_remote(path):
         return pathlib.Path(os.path.expanduser(path)).absolute()
-    import fsspec
-
     scheme, _, rest = os.fspath(path).partition("://")
     if scheme not in STORES or not rest.strip("/"):
         raise ConfigError(f"{path}: give a path on a disk or an address gs://BUCKET/... or s3://BUCKET/...")
@@ -83,6 +80,11 @@ def location(path):
     return epath.Path(f"{scheme}://{rest.rstrip('/')}")
 
 
+def _store(path):
+    """The fsspec file system of an address."""
+    return fsspec.url_to_fs(os.fspath(path))[0]
+
+
 @contextlib.contextmanager
 def local_copy(path):
     """Yield a path on this machine with the content of `path`, a file or folder: itself, if it is on a disk.
@@ -93,12 +95,10 @@ def local_copy(path):
     if not is_remote(path):
         yield path
         return
-    import fsspec
-
     with tempfile.TemporaryDirectory(prefix="maskdm-") as scratch:
         target = os.path.join(scratch, path.name)
         try:
-            fsspec.url_to_fs(os.fspath(path))[0].get(os.fspath(path), target, recursive=path.is_dir())
+            _store(path).get(os.fspath(path), target, recursive=path.is_dir())
         except OSError as error:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT):
                 raise
@@ -110,15 +110,12 @@ def read(path) -> bytes:
     """The content of a file, which another process may replace meanwhile."""
     if not is_remote(path):
         return location(path).read_bytes()
-    import fsspec
-
-    return fsspec.url_to_fs(os.fspath(path))[0].cat_file(os.fspath(path))  # open() at s3:// fails on a new version
+    return _store(path).cat_file(os.fspath(path))  # open() at s3:// fails on a new version
 
 
 def remove_tree(folder) -> None:
     """Delete a folder with all that it holds, if it exists."""
-    with contextlib.suppress(FileNotFoundError):
-        (folder.rmtree if is_remote(folder) else functools.partial(shutil.rmtree, folder))()
+    epath.Path(folder).rmtree(missing_ok=True)
 
 
 def move(folder, target) -> None:
@@ -126,11 +123,8 @@ def move(folder, target) -> None:
     if not is_remote(folder):
         os.replace(folder, target)
         return
-    import fsspec
-
-    store, _ = fsspec.url_to_fs(os.fspath(folder))
-    store.copy(os.fspath(folder), os.fspath(target), recursive=True)
-    folder.rmtree()
+    _store(folder).copy(os.fspath(folder), os.fspath(target), recursive=True)
+    remove_tree(folder)
 
 
 @contextlib.contextmanager
@@ -181,10 +175,8 @@ def _upload(file: pathlib.Path, target) -> None:
     Raises:
       OSError: the store refuses it, or does not answer after the retries of its package.
     """
-    import fsspec
-
     try:
-        fsspec.url_to_fs(os.fspath(target))[0].put_file(os.fspath(file), os.fspath(target))
+        _store(target).put_file(os.fspath(file), os.fspath(target))
     except Exception as error:  # each package has types of its own
         raise OSError(f"{target} cannot be written ({first_line(error)})") from error
 
@@ -243,11 +235,10 @@ class _Mirror:
     def upload(self, *, all_files: bool = True) -> None:
         """Upload what has changed; not `all_files`: except large ones that were uploaded recently."""
         with self._lock:
-            for file in sorted(path for path in self._local.rglob("*") if path.is_file()):
+            # A temporary file may be gone before its turn comes.
+            for file in sorted(path for path in self._local.rglob("*") if path.suffix != ".tmp" and path.is_file()):
                 version = _version(file)
-                if self._seen.get(file) == version or file.suffix == ".tmp":
-                    continue
-                if all_files or time.monotonic() >= self._due.get(file, 0):
+                if self._seen.get(file) != version and (all_files or time.monotonic() >= self._due.get(file, 0)):
                     _upload(file, self._remote / str(file.relative_to(self._local)))
                     self._seen[file] = version
                     self._due[file] = time.monotonic() + version[0] / UPLOAD_RATE

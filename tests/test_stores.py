@@ -213,6 +213,16 @@ def test_a_watcher_sees_what_is_written(bucket, monkeypatch, server):
         assert (local / "metrics.jsonl").read_bytes() == (folder / "metrics.jsonl").read_bytes()
 
 
+def test_a_temporary_file_may_vanish_during_an_upload(bucket, monkeypatch):
+    folder, version = location(f"{bucket}/vanishing"), storage._version
+    monkeypatch.setattr(storage, "_version", lambda file: (file.suffix == ".tmp" and file.unlink()) or version(file))
+    with storage.mirrored(folder) as (local, upload):
+        (local / ".a.tmp").write_bytes(b"x")
+        (local / "b").write_bytes(b"x")
+        upload()
+    assert [path.name for path in folder.iterdir()] == ["b"]
+
+
 def test_a_store_that_refuses_ends_the_run_with_one_line(bucket, monkeypatch):
     def refuse(*args, **kwargs):
         raise PermissionError("the credentials have expired\nand so on")
