@@ -357,6 +357,17 @@ def test_patterns_name_the_files(tmp_path):
     assert open_source(str(tmp_path)).left_aside == {".tar": 12, ".parquet": 1}, "images come first"
 
 
+def test_suffixes_may_be_capitals(tmp_path):
+    for number, name in enumerate(("0.parquet", "1.PARQUET")):
+        write_parquet(tmp_path / "rows" / name, {"image": [png(number)]})
+    source = open_source(str(tmp_path / "rows"))
+    assert [source.image(i) for i in range(2)] == [png(0), png(1)]
+    write_parquet(tmp_path / "2.Parquet", {"image": [png(4)]})
+    write_tar(tmp_path / "3.TAR", {"0.png": png(4)})
+    for name in ("2.Parquet", "3.TAR"):
+        assert open_source(str(tmp_path / name)).image(0) == png(4)
+
+
 def test_splits_are_those_of_the_names(root, tmp_path):
     golden = root / "tests" / "golden" / "parquet"
     test = open_source(str(golden), labels=True, split="test")

@@ -26,19 +26,18 @@ _FORMAT = "1"  # of indexes
 def find_shards(path: str) -> list[str]:
     """The files of a set of shards, in order: the paths or addresses of `.parquet` files or of `.tar` files.
 
-    path: a `.parquet` file; a pattern such as `train-{000..012}.tar` or `data/train-*.parquet`; or a folder that holds
-      files of one of these kinds and no images, itself or in subfolders. [] for anything else.
+    path: a `.parquet` or `.tar` file; a pattern such as `train-{000..012}.tar` or `data/train-*.parquet`; or a folder
+      that holds files of one of these kinds and no images, itself or in subfolders. [] for anything else.
 
     Raises:
       DataError: a pattern fits no file, or a file of it is missing.
     """
     path = path if is_remote(path) else os.path.expanduser(path)
-    if not path.endswith(_KINDS) or os.path.isdir(path):
+    if not path.lower().endswith(_KINDS) or os.path.isdir(path):
         return _in_folder(path)
-    if not is_remote(path) and os.path.exists(path):
-        return [path] if path.endswith(".parquet") else []
-    expanded = _expand(path)
-    found = [file for part in expanded for file in (_glob(part) if glob.has_magic(part) else [part])]
+    if os.path.exists(path):  # though its name may look like a pattern
+        return [path]
+    found = [file for part in _expand(path) for file in (_glob(part) if glob.has_magic(part) else [part])]
     if not found:
         raise DataError(f"{path!r} fits no file")
     with concurrent.futures.ThreadPoolExecutor(_REQUESTS) as pool:
@@ -58,7 +57,7 @@ def _in_folder(path: str) -> list[str]:
             return []
         if kind in _KINDS and posixpath.basename(name) != "metadata.parquet":
             found.append(f"{path.rstrip('/')}/{name}")
-    if len({posixpath.splitext(name)[1] for name in found}) > 1:
+    if len({kind_of(name) for name in found}) > 1:
         raise DataError(f"{path} holds both .parquet and .tar files; give a pattern, such as {path}/*.parquet")
     return sorted(found)
 
@@ -89,8 +88,8 @@ def _exists(file: str) -> bool:
 
 def relative_names(files: list[str]) -> list[str]:
     """The names of files, relative to the folder that holds them all."""
-    shared = posixpath.commonpath([posixpath.dirname(file) for file in files]) if len(files) > 1 else None
-    return [posixpath.relpath(file, shared) if shared else posixpath.basename(file) for file in files]
+    shared = posixpath.commonpath([posixpath.dirname(file) for file in files])
+    return [posixpath.relpath(file, shared) for file in files]
 
 
 def of_split(path: str, files: list[str], split: str) -> list[str]:

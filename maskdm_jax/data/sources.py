@@ -8,6 +8,7 @@ import time
 
 import numpy as np
 
+from maskdm_jax.data import databases, files, parquet, prepared, shards, tars
 from maskdm_jax.data.base import CARD, LazySequence, Source, hash_texts
 from maskdm_jax.data.images import Framing
 from maskdm_jax.errors import DataError, first_line, prefixed
@@ -72,48 +73,40 @@ def open_source(path: str, labels: bool = False, split: str = "") -> Source:
     """
     with prefixed(DataError, f"{path!r} cannot be opened: ", RuntimeError):  # of an unknown user
         place = pathlib.Path(path).expanduser()
-    if (place / "dataset_info.json").exists() and not (place / CARD).exists() and not any(place.glob("*.parquet")):
-        from maskdm_jax.data.databases import TfdsImages
-
-        return TfdsImages(place, labels, split)
-    source = _open_shards(path, labels, split)
-    if source is not None:
-        return source
-    source = _open(path, place, labels)
-    if split:
+    if path == "digits":
+        source = Digits(labels)
+    elif is_remote(path):
+        missing = prefixed(DataError, f"{path} cannot be opened, a file is missing: ", FileNotFoundError)
+        with prefixed(DataError, f"{path} cannot be opened: ", Exception), missing:  # each store has types of its own
+            source = _open_shards(path, labels, split) or _open_remote(path, labels)
+    elif (place / "dataset_info.json").exists() and not (place / CARD).exists() and not any(place.glob("*.parquet")):
+        source = databases.TfdsImages(place, labels, split)
+    else:
+        source = _open_shards(path, labels, split) or _open_local(place, labels)
+    if split and not isinstance(source, databases.TfdsImages | parquet.ParquetImages | tars.TarImages):
         raise DataError(f"{path!r} has no splits; leave out split={split!r}")
     return source
 
 
 def _open_shards(path: str, labels: bool, split: str) -> Source | None:
-    from maskdm_jax.data import parquet, shards, tars  # a second to import
-
-    if path == "digits" or path.lower().endswith(".zip"):
+    """The images of the Parquet or tar files that a path means, at least one; None if it means no such files."""
+    found = shards.find_shards(path)
+    if not found:
         return None
-    causes = Exception if is_remote(path) else ()  # each store has types of its own
-    with prefixed(DataError, f"{path} cannot be opened: ", causes):
-        found = shards.find_shards(path)
-        if not found:
-            return None
-        found = shards.of_split(path, found, split)
-        kind = parquet.ParquetImages if found[0].endswith(".parquet") else tars.TarImages
-        return kind(path, found, labels)
+    kind = parquet.ParquetImages if found[0].lower().endswith(".parquet") else tars.TarImages
+    return kind(path, shards.of_split(path, found, split), labels)
 
 
-def _open(path: str, place: pathlib.Path, labels: bool) -> Source:
-    from maskdm_jax.data import databases, files, prepared, tars  # a second to import
+def _open_remote(path: str, labels: bool) -> Source:
+    if path.lower().endswith(".zip"):
+        return files.ZipImages(path, labels)
+    store, root = files.connect(path)
+    if store.exists(f"{root}/{CARD}"):
+        return prepared.PreparedImages(prepared.fetch(store, root), labels)
+    return files.RemoteFolder(path, labels)
 
-    if path == "digits":
-        return Digits(labels)
-    if is_remote(path):
-        missing = prefixed(DataError, f"{path} cannot be opened, a file is missing: ", FileNotFoundError)
-        with prefixed(DataError, f"{path} cannot be opened: ", Exception), missing:  # each store has types of its own
-            if path.lower().endswith(".zip"):
-                return files.ZipImages(path, labels)
-            store, root = files.connect(path)
-            if store.exists(f"{root}/{CARD}"):
-                return prepared.PreparedImages(prepared.fetch(store, root), labels)
-            return files.RemoteFolder(path, labels)
+
+def _open_local(place: pathlib.Path, labels: bool) -> Source:
     if (place / CARD).exists():
         return prepared.PreparedImages(place, labels)
     if next(place.glob("images-*-of-*.arrayrecord"), None):
@@ -125,17 +118,15 @@ def _open(path: str, place: pathlib.Path, labels: bool) -> Source:
         return databases.LmdbImages(place, labels)
     if place.is_dir():
         return files.ImageFolder(place, labels)
+    if not place.exists():
+        raise DataError(f"'{place}' does not exist; give a folder or .zip of images, a prepared set, or 'digits'")
     if place.is_file():
         with place.open("rb") as file:
             if kind := foreign_kind(file.read(64)):
                 raise DataError(f"{place} is {kind}")
         if place.suffix.lower() == ".zip":
             return files.ZipImages(place, labels)
-        if place.suffix.lower() == ".tar":
-            return tars.TarImages(place, [str(place)], labels)
-    if place.exists():
-        raise DataError(f"'{place}' is neither a folder nor a .zip or .tar of images")
-    raise DataError(f"'{place}' does not exist; give a folder or .zip of images, a prepared set, or 'digits'")
+    raise DataError(f"'{place}' is neither a folder nor a .zip or .tar of images")
 
 
 def select(source, classes=(), fraction: float = 1.0, seed: int = 0, labels: bool = True, rest: bool = False):
