@@ -1,7 +1,9 @@
 """The base class of all image sources."""
 
+import bisect
 import collections.abc
 import hashlib
+import itertools
 import logging
 
 CARD = "card.json"  # the data card, which a prepared set has; see `data.prepared`
@@ -82,3 +84,21 @@ class LazySequence(collections.abc.Sequence):
         if not 0 <= i < self._length:
             raise IndexError(i)
         return self._element(i)
+
+
+class RowNames(LazySequence):
+    """Names FILE[ROW] of images that are rows of files."""
+
+    def __init__(self, files: list[str], counts):
+        """counts: number of rows of each file."""
+        self._files, self._starts = files, [0, *itertools.accumulate(counts)]
+        super().__init__(self._starts[-1], self._name)
+
+    def locate(self, i: int) -> tuple[int, int]:
+        """(number of the file, row in it) of image i."""
+        file = bisect.bisect(self._starts, i) - 1
+        return file, i - self._starts[file]
+
+    def _name(self, i: int) -> str:
+        file, row = self.locate(i)
+        return f"{self._files[file]}[{row}]"

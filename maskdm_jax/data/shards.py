@@ -20,7 +20,7 @@ from maskdm_jax.storage import cache_dir, is_remote, write_atomically
 
 _KINDS = (".parquet", ".tar")
 _REQUESTS = 16  # to a store, at the same time
-_FORMAT = "1"  # of indexes
+_FORMAT = "2"  # of indexes
 
 
 def find_shards(path: str) -> list[str]:

@@ -9,7 +9,7 @@ import time
 import numpy as np
 
 from maskdm_jax.data import databases, files, parquet, prepared, shards, tars
-from maskdm_jax.data.base import CARD, LazySequence, Source, hash_texts
+from maskdm_jax.data.base import CARD, LazySequence, RowNames, Source, hash_texts
 from maskdm_jax.data.images import Framing
 from maskdm_jax.errors import DataError, first_line, prefixed
 from maskdm_jax.storage import foreign_kind, is_remote
@@ -26,7 +26,7 @@ class Digits(Source):
         with importlib.resources.files("maskdm_jax.data").joinpath("digits.npz").open("rb") as file:
             stored = np.load(io.BytesIO(file.read()))
         self._images = stored["images"]
-        names = [f"digits[{i}]" for i in range(len(self._images))]
+        names = RowNames(["digits"], [len(self._images)])
         numbers, classes = (stored["labels"].tolist(), map(str, range(10))) if labels else ([], [])
         super().__init__(names, numbers, classes, hash_texts(names))
 
