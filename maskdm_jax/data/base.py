@@ -25,9 +25,10 @@ class Source:
         found without reading images; empty if nothing is known.
       left_aside: suffix -> number of files that are no images.
       notes: lines about what a user may not expect, which were logged.
+      card: the data card of a prepared set; None for other sources.
     """
 
-    notes = ()
+    notes, card = (), None
 
     def __init__(self, names, labels=(), classes=(), files_hash: str = "", left_aside=()):
         self.names, self.labels, self.classes = names, labels, list(classes)
@@ -67,7 +68,7 @@ def hash_texts(texts) -> str:
 
 
 def counted(numbers: dict[str, int]) -> str:
-    """Such as "3 .txt, 1 .heic"."""
+    """Format numbers by name, the largest first, such as "3 .txt, 1 .heic"."""
     return ", ".join(f"{number} {name}" for name, number in sorted(numbers.items(), key=lambda item: -item[1]))
 
 

@@ -139,15 +139,14 @@ def is_image(content: bytes) -> bool:
 
 def surprises(image, framing: Framing) -> list[str]:
     """What `decode` does to an image, bytes or array as there, that its owner may not expect."""
-    if isinstance(image, np.ndarray):
-        size, animated = image.shape[1::-1], False
-    else:
-        opened = Image.open(io.BytesIO(image))
-        # The further frames of a photo in MPO format and of a PSD are previews and layers.
-        size, animated = opened.size, opened.format not in ("MPO", "PSD") and getattr(opened, "is_animated", False)
-    found = [f"smaller than {framing.size} x {framing.size} pixels, so they are enlarged"]
-    found = found if framing.square(size)[2] < framing.size else []
-    return found + ["animated or of several pages, so the first alone is used"] * animated
+    found, opened = [], None if isinstance(image, np.ndarray) else Image.open(io.BytesIO(image))
+    _, _, side = framing.square(opened.size if opened else image.shape[1::-1])
+    if side < framing.size:
+        found.append(f"smaller than {framing.size} x {framing.size} pixels, so they are enlarged")
+    # The further frames of a photo in MPO format and of a PSD are previews and layers.
+    if opened and opened.format not in ("MPO", "PSD") and getattr(opened, "is_animated", False):
+        found.append("animated or of several pages, so the first alone is used")
+    return found
 
 
 def decode(image, framing: Framing) -> np.ndarray:

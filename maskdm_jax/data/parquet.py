@@ -1,6 +1,5 @@
 """Images in Parquet files, as Hugging Face's `datasets` writes them."""
 
-import concurrent.futures
 import json
 import logging
 import os
@@ -13,7 +12,7 @@ import numpy as np
 from maskdm_jax.data.base import WITHOUT_LABELS, RowNames, Source, hash_texts
 from maskdm_jax.data.files import open_file, read_range
 from maskdm_jax.data.labels import number_labels
-from maskdm_jax.data.shards import index_path, kept_index, relative_names
+from maskdm_jax.data.shards import index_path, kept_indexes, relative_names
 from maskdm_jax.errors import DataError, prefixed
 from maskdm_jax.storage import atomic_path, foreign_kind
 
@@ -44,8 +43,7 @@ class ParquetImages(Source):
           DataError: PyArrow is missing, a file is damaged, there is no column of images, or labels are wanted and there
             is not one column of labels.
         """
-        with concurrent.futures.ThreadPoolExecutor(_READERS) as pool:
-            indexes = list(pool.map(lambda file: kept_index(file, _read_rows), files))
+        indexes = kept_indexes(files, _read_rows, _READERS)
         self._files, self._copies = files, [str(index_path(file, ".images")) for file in files]
         self._paths = [index["paths"] for index in indexes]
         joined = lambda key: np.concatenate([np.asarray(index[key], np.int64) for index in indexes])

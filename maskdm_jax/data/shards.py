@@ -122,11 +122,18 @@ def index_path(file: str, suffix: str) -> pathlib.Path:
     return cache_dir("shards") / f"{hash_texts([_FORMAT, place])[:32]}{suffix}"
 
 
-def kept_index(file: str, build) -> dict:
-    """`build(file)`, a dict for JSON, kept in the cache until the file's size or modification time changes.
+def kept_indexes(files: list[str], build, at_once: int) -> list[dict]:
+    """`build(file)` of each file, dicts for JSON, kept in the cache until a file's size or modification time changes.
 
     `copied`, if the dict has it, is the size of a further file that `build` writes, `index_path(file, ".images")`.
+
+    at_once: number of files whose index is built at the same time.
     """
+    with concurrent.futures.ThreadPoolExecutor(at_once) as pool:
+        return list(pool.map(lambda file: _kept_index(file, build), files))
+
+
+def _kept_index(file: str, build) -> dict:
     stamp = file_stamp(file)
     with contextlib.suppress(OSError, ValueError, LookupError, TypeError, RecursionError):
         found = json.loads(index_path(file, ".json").read_text())

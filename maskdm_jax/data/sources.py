@@ -1,7 +1,6 @@
 """Where images are: prepared sets, folders, archives, shards, databases, object stores."""
 
 import importlib.resources
-import io
 import logging
 import pathlib
 import time
@@ -24,7 +23,7 @@ class Digits(Source):
 
     def __init__(self, labels: bool = False):
         with importlib.resources.files("maskdm_jax.data").joinpath("digits.npz").open("rb") as file:
-            stored = np.load(io.BytesIO(file.read()))
+            stored = dict(np.load(file))
         self._images = stored["images"]
         names = RowNames(["digits"], [len(self._images)])
         numbers, classes = (stored["labels"].tolist(), map(str, range(10))) if labels else ([], [])
@@ -42,11 +41,11 @@ class Selection(Source):
         self._source, self._numbers = source, np.asarray(numbers)
         new = {source.classes.index(name): i for i, name in enumerate(classes)}
         labels = [new.get(source.labels[i], -1) for i in self._numbers] if new else []  # -1: it has none
-        files = hash_texts([source.files_hash, *map(str, self._numbers)]) if source.files_hash else ""
+        files_hash = hash_texts([source.files_hash, *map(str, self._numbers)]) if source.files_hash else ""
         names = LazySequence(len(self._numbers), self._name)
-        super().__init__(names, labels, classes, files, source.left_aside)
+        super().__init__(names, labels, classes, files_hash, source.left_aside)
         self.notes = source.notes
-        if hasattr(source, "card"):  # it holds for the selected images too, except for the content hash
+        if source.card:  # it holds for the selected images too, except for the content hash
             self.card = source.card | dict(source=f"part of {source.card['source']}", count=len(self), content_hash="")
 
     def _name(self, i: int) -> str:
@@ -169,11 +168,11 @@ def card_of(source, framing: Framing) -> dict:
       (see `Source`); for a prepared set also `source`, `split` and, if the framing does not change its images,
       `content_hash`.
     """
-    prepared, image = getattr(source, "card", None), framing.describe()
-    known = dict(count=len(source), files_hash=source.files_hash, left_aside=source.left_aside)
+    image, prepared = framing.describe(), source.card
+    known = dict(image=image, count=len(source), files_hash=source.files_hash, left_aside=source.left_aside)
     known |= dict(labels_hash=source.labels_hash())
     if prepared is None:
-        return known | dict(image=image)
+        return known
     before = prepared["image"]
     known |= dict(source=prepared["source"], split=prepared["split"])
     if (before["size"], before["channels"]) == (framing.size, framing.channels):
