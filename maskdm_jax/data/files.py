@@ -35,16 +35,15 @@ class Files(Source):
         """
         kinds = {name: kind_of(name) for name in sorted(sizes)}
         names = [name for name, kind in kinds.items() if kind in SUFFIXES]
-        others = [name for name, kind in kinds.items() if kind not in SUFFIXES and kind != "hidden"]
-        found = self.find_labels(path, names, others) if labels and names else ([], [], [], [])
-        numbers, classes, used, notes = found
-        left_aside = collections.Counter(
-            kinds[name] for name in kinds if kinds[name] not in SUFFIXES and name not in used
-        )
+        others = {name: kind for name, kind in kinds.items() if kind not in SUFFIXES}
         if not names:
-            raise DataError(
-                f"{path} holds no images that Pillow can decode; it holds {counted(left_aside) or 'no files'}"
-            )
+            found = counted(collections.Counter(others.values())) or "no files"
+            raise DataError(f"{path} holds no images that Pillow can decode; it holds {found}")
+        numbers, classes, used, notes = [], [], [], []
+        if labels:
+            visible = [name for name, kind in others.items() if kind != "hidden"]
+            numbers, classes, used, notes = self.find_labels(path, names, visible)
+        left_aside = collections.Counter(kind for name, kind in others.items() if name not in used)
         files_hash = hash_texts(f"{name} {sizes[name]}" for name in names)
         super().__init__(names, numbers, classes, files_hash, left_aside)
         shared, folders = level_of_difference(names)
