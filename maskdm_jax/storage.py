@@ -46,8 +46,9 @@ _HEADS = {
 
 def foreign_kind(start: bytes) -> str:
     """What a file is that should hold weights or images, if its first bytes show it; "" if they do not."""
-    found = [kind for head, kind in _HEADS.items() if start.lstrip().startswith(head)]
-    return "".join(found) if start else "an empty file"
+    if not start:
+        return "an empty file"
+    return next((kind for head, kind in _HEADS.items() if start.lstrip().startswith(head)), "")
 
 
 def is_remote(path) -> bool:

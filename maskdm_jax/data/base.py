@@ -21,9 +21,9 @@ class Source:
       names: one per image.
       labels: class numbers, one per image; empty without labels.
       classes: class names; empty without labels.
-      files_hash: SHA-256 of the files' names and sizes, in hex. It is equal for equal files wherever they are, and is
-        found without reading images; empty if nothing is known.
-      left_aside: suffix -> number of files that are no images.
+      files_hash: SHA-256 of the files' names and sizes, in hex, which copies of a set share. Computing it reads no
+        images. It is empty if nothing is known.
+      left_aside: number of files that are not images, by suffix.
       notes: lines about what a user may not expect, which were logged.
       card: the data card of a prepared set; None for other sources.
     """

@@ -78,8 +78,10 @@ class TfdsImages(Source):
     """A split of a TFDS data folder (.../NAME/VERSION), read without TensorFlow."""
 
     def __init__(self, path, labels: bool = False, split: str = ""):
-        """Raises:
-        DataError: the folder was prepared as TFRecords, or has no such split, image or label.
+        """Open a split, `train` when empty.
+
+        Raises:
+          DataError: the folder was prepared as TFRecords, or has no such split, image or label.
         """
         import tensorflow_datasets as tfds  # seconds to import
 

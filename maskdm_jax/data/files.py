@@ -202,10 +202,9 @@ class ZipImages(Files):
 
     def __init__(self, path, labels: bool = False):
         self._path, self._archive = str(path), None
-        broken = (zipfile.BadZipFile, NotImplementedError, UnicodeDecodeError)
-        with prefixed(
-            DataError, f"{path} is not a readable zip file (", broken, "); give a .zip or a folder of images"
-        ):
+        causes = (zipfile.BadZipFile, NotImplementedError, UnicodeDecodeError)
+        hint = "); give a .zip or a folder of images"
+        with prefixed(DataError, f"{path} is not a readable zip file (", causes, hint):
             entries = self._open().infolist()
         # Of entries with one name, the last one counts, as in unpacking.
         super().__init__(path, {entry.filename: entry.file_size for entry in entries if not entry.is_dir()}, labels)

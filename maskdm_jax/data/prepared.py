@@ -162,10 +162,8 @@ class PreparedImages(Source):
 
 
 def _read_labels(path: pathlib.Path, count: int, classes: int) -> np.ndarray:
-    broken = prefixed(
-        DataError, f"{path} is missing or damaged (", Exception, "); copy or prepare the set again"
-    )  # np.load raises many types
-    with broken, open(path, "rb") as file:
+    causes, hint = Exception, "); copy or prepare the set again"  # np.load raises many types
+    with prefixed(DataError, f"{path} is missing or damaged (", causes, hint), open(path, "rb") as file:
         labels = np.load(file, allow_pickle=False)
         if labels.dtype != np.int32 or labels.shape != (count,):
             raise ValueError(f"it holds {labels.dtype} {labels.shape}, not a label for each of {count} images")

@@ -123,11 +123,13 @@ def index_path(file: str, suffix: str) -> pathlib.Path:
 
 
 def kept_indexes(files: list[str], build, at_once: int) -> list[dict]:
-    """`build(file)` of each file, dicts for JSON, kept in the cache until a file's size or modification time changes.
+    """The index of each file, kept in the cache until the size or modification time of the file changes.
 
-    `copied`, if the dict has it, is the size of a further file that `build` writes, `index_path(file, ".images")`.
-
-    at_once: number of files whose index is built at the same time.
+    Args:
+      files: paths or addresses.
+      build: makes the index of a file, a dict for JSON. Its entry `copied`, if there is one, is the size of another
+        file that `build` writes, `index_path(file, ".images")`.
+      at_once: number of files whose index is built at the same time.
     """
     with concurrent.futures.ThreadPoolExecutor(at_once) as pool:
         return list(pool.map(lambda file: _kept_index(file, build), files))
