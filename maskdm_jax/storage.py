@@ -33,6 +33,8 @@ UPLOAD_RATE = 1e6  # ... and at most so many bytes per second of each
 HEARTBEAT, PATIENCE = 10.0, 30.0  # seconds between the signs of life of an owner, and until it counts as dead
 REQUEST_LIMIT = 300  # seconds that a request to a store may take, which else could wait for its answer for ever
 STALLED = "60"  # seconds without a byte after which TensorStore, which moves the checkpoints, repeats a request
+for _name in ("gcs", "gs"):  # for images too, which are read without `location`; s3fs has limits of its own
+    fsspec.config.conf.setdefault(_name, {}).setdefault("requests_timeout", REQUEST_LIMIT)
 
 _HEADS = {
     b"version https://git-lfs": "a pointer of Git LFS; `git lfs pull` fetches the file itself",
@@ -70,11 +72,8 @@ def location(path):
     package, extra = STORES[scheme]
     if importlib.util.find_spec(package) is None:
         raise ConfigError(f"{path}: reading and writing {scheme}:// needs {package}; pip install 'maskdm-jax[{extra}]'")
-    for name in ("gcs", *STORES):
-        options = fsspec.config.conf.setdefault(name, {})
-        options.setdefault("use_listings_cache", False)  # with it, what another process writes is not seen
-        if name != "s3":  # s3fs has limits of its own
-            options.setdefault("requests_timeout", REQUEST_LIMIT)
+    for name in ("gcs", *STORES):  # with that cache, what another process writes is not seen
+        fsspec.config.conf.setdefault(name, {}).setdefault("use_listings_cache", False)
     os.environ.setdefault("EPATH_USE_TF", "0")  # where TensorFlow is installed, it does not know s3://
     os.environ.setdefault("TENSORSTORE_CURL_LOW_SPEED_TIME_SECONDS", STALLED)
     os.environ.setdefault("TENSORSTORE_CURL_LOW_SPEED_LIMIT_BYTES", "1")

@@ -249,6 +249,13 @@ def test_an_upload_that_is_never_answered(bucket, monkeypatch, server):
     assert (folder / "a").read_bytes() == b"x", "it was repeated at the end"
 
 
+def test_images_are_not_waited_for_without_limit(root, child_env):
+    """Also if the run folder is on a disk, so that no other part of the program prepares for stores."""
+    show = "import fsspec, maskdm_jax.data.files as _; print(fsspec.filesystem('gs', token='anon').requests_timeout)"
+    done = subprocess.run([sys.executable, "-c", show], cwd=root, env=child_env, capture_output=True, text=True)
+    assert done.stdout.split() == [str(storage.REQUEST_LIMIT)], done.stderr
+
+
 @pytest.mark.parametrize(
     ("address", "message"),
     [
