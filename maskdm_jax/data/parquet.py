@@ -76,7 +76,7 @@ def _labels(path, names: list[str], indexes: list[dict]):
       DataError: the files have not one column of labels, or it holds neither numbers of classes nor texts alone.
     """
     labels, known = [label for index in indexes for label in index["labels"]], indexes[0]["classes"]
-    kinds = {str} if labels and isinstance(labels[0], str) else {int, type(None)}
+    kinds = {str} if isinstance(labels[0], str) else {int, type(None)}
     for name, index in zip(names, indexes, strict=True):
         columns = index["label_columns"]
         if len(columns) != 1:

@@ -142,17 +142,16 @@ def _imagenet64(place, split, labels):
 def _batches(place, archives: str, pattern: str, classes, first_label: int):
     """All files, or members of archives, whose names match the pattern, ordered by the numbers in their names."""
     places = [place] if place.is_file() else sorted(place.glob(archives))
-    found = [(str(path), name) for path in places for name in _members(path, pattern)]
+    found = {name: (str(path), name) for path in places for name in _members(path, pattern)}
     if place.is_dir():
-        near = [*place.glob("*"), *place.glob("*/*")]
-        loose = [path for path in near if path.is_file() and re.search(pattern, path.as_posix())]
-        found = [(str(path), "") for path in loose] or found
+        near = [str(path) for path in (*place.glob("*"), *place.glob("*/*")) if path.is_file()]
+        found = {name: (name, "") for name in near if re.search(pattern, name)} or found
     if not found:
         raise DataError(f"{place} holds no file that matches {pattern!r}, nor {archives} with such files")
-    number = lambda pair: int("".join(re.findall(r"\d+", re.search(pattern, pair[1] or pair[0]).group())) or 0)
-    # .bin files and pickles hold the same images.
-    once = {pathlib.PurePosixPath(pair[1] or pair[0]).stem: pair for pair in found}
-    return ArrayBatches(sorted(once.values(), key=number), classes, first_label=first_label)
+    number = lambda name: int("".join(re.findall(r"\d+", re.search(pattern, name).group())) or 0)
+    once = {pathlib.PurePosixPath(name).stem: name for name in found}  # .bin files and pickles hold the same images
+    files = [found[name] for name in sorted(once.values(), key=number)]
+    return ArrayBatches(files, classes, first_label=first_label)
 
 
 def _members(path: pathlib.Path, pattern: str) -> list[str]:
