@@ -12,7 +12,7 @@ import fsspec
 
 from maskdm_jax.data.base import Source, counted, hash_texts
 from maskdm_jax.data.images import SUFFIXES
-from maskdm_jax.data.labels import SPLITS, find_labels, level_of_difference
+from maskdm_jax.data.labels import SPLITS, differing_folders, find_labels
 from maskdm_jax.errors import DataError, prefixed
 from maskdm_jax.storage import STORES, is_remote
 
@@ -46,10 +46,9 @@ class Files(Source):
         left_aside = collections.Counter(kind for name, kind in others.items() if name not in used)
         files_hash = hash_texts(f"{name} {sizes[name]}" for name in names)
         super().__init__(names, numbers, classes, files_hash, left_aside)
-        shared, folders = level_of_difference(names)
-        first = {parts[shared] if len(parts) > shared else "" for parts in folders}
-        if len(first) > 1 and SPLITS.issuperset(map(str.lower, first)):
-            notes.append(f"the images of all splits are used: {', '.join(sorted(first))}; for one, give its path")
+        folders = set(differing_folders(names))
+        if len(folders) > 1 and SPLITS.issuperset(map(str.lower, folders)):
+            notes.append(f"the images of all splits are used: {', '.join(sorted(folders))}; for one, give its path")
         if left_aside:
             notes.append(f"left aside {counted(left_aside)}")
         self.note(path, notes)
