@@ -1,5 +1,6 @@
 """Images in Parquet files, as Hugging Face's `datasets` writes them."""
 
+import collections
 import json
 import logging
 import os
@@ -100,7 +101,8 @@ def _labels(path, names: list[str], indexes: list[dict]):
         order = np.argsort(known)
         labels = np.where(np.isin(labels, order), np.argsort(order)[labels % len(known)], labels)
         known = sorted(known)
-    return labels, [name if known.count(name) == 1 else f"{name} ({i})" for i, name in enumerate(known)]
+    times = collections.Counter(known)
+    return labels, [name if times[name] == 1 else f"{name} ({i})" for i, name in enumerate(known)]
 
 
 def _read_rows(file: str) -> dict:

@@ -39,7 +39,8 @@ class Selection(Source):
 
     def __init__(self, source, numbers, classes=()):
         self._source, self._numbers = source, np.asarray(numbers)
-        new = {source.classes.index(name): i for i, name in enumerate(classes)}
+        old = {name: i for i, name in enumerate(source.classes)}
+        new = {old[name]: i for i, name in enumerate(classes)}
         labels = [new.get(source.labels[i], -1) for i in self._numbers] if new else []  # -1: it has none
         files_hash = hash_texts([source.files_hash, *map(str, self._numbers)]) if source.files_hash else ""
         names = LazySequence(len(self._numbers), self._name)
