@@ -30,7 +30,7 @@ def main(_):
     data = TrainingData(
         Data(path=DATA.value, image_size=SIZE.value, channels=int(CHANNELS.value), threads=THREADS.value)
     )
-    data.keep = False  # decode every image again, like a set that does not fit into memory
+    data.kept = None  # decode every image again, like a set that does not fit into memory
     subjects = {"bare": bare, "loader": loader}
     for measure in subjects.values():  # fill the disk cache and finish imports
         measure(data, 1.0)

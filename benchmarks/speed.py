@@ -221,7 +221,7 @@ def loading_subjects(settings, stage: str) -> list[Subject]:
     except DataError as error:
         print(f"loading is left out: {error}")
         return []
-    data.keep = False  # decode every image again, like a set that does not fit into memory
+    data.kept = None  # decode every image again, like a set that does not fit into memory
     size = config.stage[stage].batch_size
     batches, number = data.batches(batch_size=size, seed=0), max(4, 4096 // size)
     read = lambda: [next(batches) for _ in range(number)] and None

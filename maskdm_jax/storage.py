@@ -7,14 +7,12 @@ uploaded whole (`mirrored`), and an object with a heartbeat replaces the lock of
 import contextlib
 import errno
 import fcntl
-import functools
 import importlib.util
 import itertools
 import json
 import logging
 import os
 import pathlib
-import shutil
 import socket
 import sys
 import tempfile
@@ -22,6 +20,7 @@ import threading
 import time
 import uuid
 
+import fsspec
 from etils import epath
 
 from maskdm_jax.errors import ConfigError, first_line
@@ -34,6 +33,8 @@ UPLOAD_RATE = 1e6  # ... and at most so many bytes per second of each
 HEARTBEAT, PATIENCE = 10.0, 30.0  # seconds between the signs of life of an owner, and until it counts as dead
 REQUEST_LIMIT = 300  # seconds that a request to a store may take, which else could wait for its answer for ever
 STALLED = "60"  # seconds without a byte after which TensorStore, which moves the checkpoints, repeats a request
+for _name in ("gcs", "gs"):  # for images too, which are read without `location`; s3fs has limits of its own
+    fsspec.config.conf.setdefault(_name, {}).setdefault("requests_timeout", REQUEST_LIMIT)
 
 _HEADS = {
     b"version https://git-lfs": "a pointer of Git LFS; `git lfs pull` fetches the file itself",
@@ -47,8 +48,9 @@ _HEADS = {
 
 def foreign_kind(start: bytes) -> str:
     """What a file is that should hold weights or images, if its first bytes show it; "" if they do not."""
-    found = [kind for head, kind in _HEADS.items() if start.lstrip().startswith(head)]
-    return "".join(found) if start else "an empty file"
+    if not start:
+        return "an empty file"
+    return next((kind for head, kind in _HEADS.items() if start.lstrip().startswith(head)), "")
 
 
 def is_remote(path) -> bool:
@@ -64,23 +66,23 @@ def location(path):
     """
     if not is_remote(path):
         return pathlib.Path(os.path.expanduser(path)).absolute()
-    import fsspec
-
     scheme, _, rest = os.fspath(path).partition("://")
     if scheme not in STORES or not rest.strip("/"):
         raise ConfigError(f"{path}: give a path on a disk or an address gs://BUCKET/... or s3://BUCKET/...")
     package, extra = STORES[scheme]
     if importlib.util.find_spec(package) is None:
         raise ConfigError(f"{path}: reading and writing {scheme}:// needs {package}; pip install 'maskdm-jax[{extra}]'")
-    for name in ("gcs", *STORES):
-        options = fsspec.config.conf.setdefault(name, {})
-        options.setdefault("use_listings_cache", False)  # with it, what another process writes is not seen
-        if name != "s3":  # s3fs has limits of its own
-            options.setdefault("requests_timeout", REQUEST_LIMIT)
+    for name in ("gcs", *STORES):  # with that cache, what another process writes is not seen
+        fsspec.config.conf.setdefault(name, {}).setdefault("use_listings_cache", False)
     os.environ.setdefault("EPATH_USE_TF", "0")  # where TensorFlow is installed, it does not know s3://
     os.environ.setdefault("TENSORSTORE_CURL_LOW_SPEED_TIME_SECONDS", STALLED)
     os.environ.setdefault("TENSORSTORE_CURL_LOW_SPEED_LIMIT_BYTES", "1")
     return epath.Path(f"{scheme}://{rest.rstrip('/')}")
+
+
+def _store(path):
+    """The fsspec file system of an address."""
+    return fsspec.url_to_fs(os.fspath(path))[0]
 
 
 @contextlib.contextmanager
@@ -93,12 +95,10 @@ def local_copy(path):
     if not is_remote(path):
         yield path
         return
-    import fsspec
-
     with tempfile.TemporaryDirectory(prefix="maskdm-") as scratch:
         target = os.path.join(scratch, path.name)
         try:
-            fsspec.url_to_fs(os.fspath(path))[0].get(os.fspath(path), target, recursive=path.is_dir())
+            _store(path).get(os.fspath(path), target, recursive=path.is_dir())
         except OSError as error:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT):
                 raise
@@ -110,15 +110,12 @@ def read(path) -> bytes:
     """The content of a file, which another process may replace meanwhile."""
     if not is_remote(path):
         return location(path).read_bytes()
-    import fsspec
-
-    return fsspec.url_to_fs(os.fspath(path))[0].cat_file(os.fspath(path))  # open() at s3:// fails on a new version
+    return _store(path).cat_file(os.fspath(path))  # open() at s3:// fails on a new version
 
 
 def remove_tree(folder) -> None:
     """Delete a folder with all that it holds, if it exists."""
-    with contextlib.suppress(FileNotFoundError):
-        (folder.rmtree if is_remote(folder) else functools.partial(shutil.rmtree, folder))()
+    epath.Path(folder).rmtree(missing_ok=True)
 
 
 def move(folder, target) -> None:
@@ -126,11 +123,8 @@ def move(folder, target) -> None:
     if not is_remote(folder):
         os.replace(folder, target)
         return
-    import fsspec
-
-    store, _ = fsspec.url_to_fs(os.fspath(folder))
-    store.copy(os.fspath(folder), os.fspath(target), recursive=True)
-    folder.rmtree()
+    _store(folder).copy(os.fspath(folder), os.fspath(target), recursive=True)
+    remove_tree(folder)
 
 
 @contextlib.contextmanager
@@ -181,10 +175,8 @@ def _upload(file: pathlib.Path, target) -> None:
     Raises:
       OSError: the store refuses it, or does not answer after the retries of its package.
     """
-    import fsspec
-
     try:
-        fsspec.url_to_fs(os.fspath(target))[0].put_file(os.fspath(file), os.fspath(target))
+        _store(target).put_file(os.fspath(file), os.fspath(target))
     except Exception as error:  # each package has types of its own
         raise OSError(f"{target} cannot be written ({first_line(error)})") from error
 
@@ -243,11 +235,10 @@ class _Mirror:
     def upload(self, *, all_files: bool = True) -> None:
         """Upload what has changed; not `all_files`: except large ones that were uploaded recently."""
         with self._lock:
-            for file in sorted(path for path in self._local.rglob("*") if path.is_file()):
+            # A temporary file may be gone before its turn comes.
+            for file in sorted(path for path in self._local.rglob("*") if path.suffix != ".tmp" and path.is_file()):
                 version = _version(file)
-                if self._seen.get(file) == version or file.suffix == ".tmp":
-                    continue
-                if all_files or time.monotonic() >= self._due.get(file, 0):
+                if self._seen.get(file) != version and (all_files or time.monotonic() >= self._due.get(file, 0)):
                     _upload(file, self._remote / str(file.relative_to(self._local)))
                     self._seen[file] = version
                     self._due[file] = time.monotonic() + version[0] / UPLOAD_RATE

@@ -236,6 +236,14 @@ def test_a_stop_loses_one_shard_at_most(folder, prepared, tmp_path):
     assert sorted(p.name for p in (tmp_path / "set").iterdir()) == sorted(p.name for p in prepared[0].iterdir())
 
 
+def test_killed_while_the_plan_is_written(folder, prepared, tmp_path):
+    out = tmp_path / "set"
+    out.mkdir()
+    (out / ".plan.json.host.7.tmp").write_text("{")
+    assert make(folder, out)["content_hash"] == prepared[1]["content_hash"]
+    assert not list(out.glob(".*"))
+
+
 def child(folder, out):
     make(folder, out, progress=lambda done: time.sleep(0.05 if done < 11 else 600))  # it never ends by itself
 

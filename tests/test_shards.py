@@ -145,7 +145,7 @@ def test_images_of_compressed_files_are_copied_once(tmp_path, options):
     path = write_parquet(tmp_path / "a.parquet", {"image": images}, row_group_size=3, **options)
     source = open_source(str(path))
     assert [source.image(i) for i in range(7)] == images
-    assert set(source._where) == {parquet._IN_COPY}
+    assert all(source._in_copy)
     copy = parquet.index_path(str(path), ".images")
     copy.unlink()
     assert open_source(str(path)).image(6) == images[6], "made again"
@@ -153,7 +153,7 @@ def test_images_of_compressed_files_are_copied_once(tmp_path, options):
     plain = write_parquet(tmp_path / "b.parquet", {"image": images}, compression="none", use_dictionary=False)
     source = open_source(str(plain))
     assert [source.image(i) for i in range(7)] == images
-    assert set(source._where) == {parquet._IN_FILE}
+    assert not any(source._in_copy)
 
 
 def test_no_copy_is_begun_that_does_not_fit(tmp_path, monkeypatch):
@@ -355,6 +355,17 @@ def test_patterns_name_the_files(tmp_path):
         open_source(str(tmp_path))
     (tmp_path / "0.png").write_bytes(png(0))
     assert open_source(str(tmp_path)).left_aside == {".tar": 12, ".parquet": 1}, "images come first"
+
+
+def test_suffixes_may_be_capitals(tmp_path):
+    for number, name in enumerate(("0.parquet", "1.PARQUET")):
+        write_parquet(tmp_path / "rows" / name, {"image": [png(number)]})
+    source = open_source(str(tmp_path / "rows"))
+    assert [source.image(i) for i in range(2)] == [png(0), png(1)]
+    write_parquet(tmp_path / "2.Parquet", {"image": [png(4)]})
+    write_tar(tmp_path / "3.TAR", {"0.png": png(4)})
+    for name in ("2.Parquet", "3.TAR"):
+        assert open_source(str(tmp_path / name)).image(0) == png(4)
 
 
 def test_splits_are_those_of_the_names(root, tmp_path):

@@ -213,6 +213,16 @@ def test_a_watcher_sees_what_is_written(bucket, monkeypatch, server):
         assert (local / "metrics.jsonl").read_bytes() == (folder / "metrics.jsonl").read_bytes()
 
 
+def test_a_temporary_file_may_vanish_during_an_upload(bucket, monkeypatch):
+    folder, version = location(f"{bucket}/vanishing"), storage._version
+    monkeypatch.setattr(storage, "_version", lambda file: (file.suffix == ".tmp" and file.unlink()) or version(file))
+    with storage.mirrored(folder) as (local, upload):
+        (local / ".a.tmp").write_bytes(b"x")
+        (local / "b").write_bytes(b"x")
+        upload()
+    assert [path.name for path in folder.iterdir()] == ["b"]
+
+
 def test_a_store_that_refuses_ends_the_run_with_one_line(bucket, monkeypatch):
     def refuse(*args, **kwargs):
         raise PermissionError("the credentials have expired\nand so on")
@@ -237,6 +247,13 @@ def test_an_upload_that_is_never_answered(bucket, monkeypatch, server):
         with pytest.raises(OSError, match=message):
             upload()
     assert (folder / "a").read_bytes() == b"x", "it was repeated at the end"
+
+
+def test_images_are_not_waited_for_without_limit(root, child_env):
+    """Also if the run folder is on a disk, so that no other part of the program prepares for stores."""
+    show = "import fsspec, maskdm_jax.data.files as _; print(fsspec.filesystem('gs', token='anon').requests_timeout)"
+    done = subprocess.run([sys.executable, "-c", show], cwd=root, env=child_env, capture_output=True, text=True)
+    assert done.stdout.split() == [str(storage.REQUEST_LIMIT)], done.stderr
 
 
 @pytest.mark.parametrize(

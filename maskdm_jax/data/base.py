@@ -1,7 +1,9 @@
 """The base class of all image sources."""
 
+import bisect
 import collections.abc
 import hashlib
+import itertools
 import logging
 
 CARD = "card.json"  # the data card, which a prepared set has; see `data.prepared`
@@ -19,13 +21,14 @@ class Source:
       names: one per image.
       labels: class numbers, one per image; empty without labels.
       classes: class names; empty without labels.
-      files_hash: SHA-256 of the files' names and sizes, in hex. It is equal for equal files wherever they are, and is
-        found without reading images; empty if nothing is known.
-      left_aside: suffix -> number of files that are no images.
+      files_hash: SHA-256 of the files' names and sizes, in hex, which copies of a set share. Computing it reads no
+        images. It is empty if nothing is known.
+      left_aside: number of files that are not images, by suffix.
       notes: lines about what a user may not expect, which were logged.
+      card: the data card of a prepared set; None for other sources.
     """
 
-    notes = ()
+    notes, card = (), None
 
     def __init__(self, names, labels=(), classes=(), files_hash: str = "", left_aside=()):
         self.names, self.labels, self.classes = names, labels, list(classes)
@@ -65,7 +68,7 @@ def hash_texts(texts) -> str:
 
 
 def counted(numbers: dict[str, int]) -> str:
-    """Such as "3 .txt, 1 .heic"."""
+    """Format numbers by name, the largest first, such as "3 .txt, 1 .heic"."""
     return ", ".join(f"{number} {name}" for name, number in sorted(numbers.items(), key=lambda item: -item[1]))
 
 
@@ -82,3 +85,21 @@ class LazySequence(collections.abc.Sequence):
         if not 0 <= i < self._length:
             raise IndexError(i)
         return self._element(i)
+
+
+class RowNames(LazySequence):
+    """Names FILE[ROW] of images that are rows of files."""
+
+    def __init__(self, files: list[str], counts):
+        """counts: number of rows of each file."""
+        self._files, self._starts = files, [0, *itertools.accumulate(counts)]
+        super().__init__(self._starts[-1], self._name)
+
+    def locate(self, i: int) -> tuple[int, int]:
+        """(number of the file, row in it) of image i."""
+        file = bisect.bisect(self._starts, i) - 1
+        return file, i - self._starts[file]
+
+    def _name(self, i: int) -> str:
+        file, row = self.locate(i)
+        return f"{self._files[file]}[{row}]"

@@ -13,7 +13,7 @@ import zipfile
 import lmdb
 import numpy as np
 
-from maskdm_jax.data.base import WITHOUT_LABELS, LazySequence, Source, hash_texts
+from maskdm_jax.data.base import WITHOUT_LABELS, RowNames, Source, hash_texts
 from maskdm_jax.data.images import is_image
 from maskdm_jax.errors import DataError, prefixed
 from maskdm_jax.interop import pickles
@@ -78,8 +78,10 @@ class TfdsImages(Source):
     """A split of a TFDS data folder (.../NAME/VERSION), read without TensorFlow."""
 
     def __init__(self, path, labels: bool = False, split: str = ""):
-        """Raises:
-        DataError: the folder was prepared as TFRecords, or has no such split, image or label.
+        """Open a split, `train` when empty.
+
+        Raises:
+          DataError: the folder was prepared as TFRecords, or has no such split, image or label.
         """
         import tensorflow_datasets as tfds  # seconds to import
 
@@ -99,7 +101,7 @@ class TfdsImages(Source):
         self._image, self._label = images[0], kinds[0] if labels else None
         known = builder.info.full_name, split, str(len(self._records)), str(int(builder.info.dataset_size))
         self.files_hash, self.left_aside = hash_texts(known), {}
-        self.names = [f"{pathlib.Path(path).parent.name}/{split}[{i}]" for i in range(len(self._records))]
+        self.names = RowNames([f"{pathlib.Path(path).parent.name}/{split}"], [len(self._records)])
         self.classes = list(features[self._label].names) if labels else []
 
     @functools.cached_property
@@ -140,39 +142,24 @@ class ArrayBatches(Source):
           DataError: a file is damaged or of another kind.
         """
         self._files, self._kept = files, {}
-        labels, self._starts = [], [0]  # starts: number of each file's first image, and the number of all images
-        for number in range(len(files)):
+        labels, counts, names = [], [], [pathlib.PurePosixPath(member or path).name for path, member in files]
+        for number, name in enumerate(names):
             data, found = self._load(number)
-            self._starts.append(self._starts[-1] + len(data))
+            counts.append(len(data))
             labels += [int(label) - first_label for label in found]
-            if len(labels) != self._starts[-1]:
-                raise DataError(
-                    f"{self._file_name(number)} has {len(data)} images and {len(found)} labels; copy it again"
-                )
+            if len(data) != len(found):
+                raise DataError(f"{name} has {len(data)} images and {len(found)} labels; copy it again")
         if classes and labels and not 0 <= min(labels) <= max(labels) < len(classes):
             raise DataError(f"{files[0][0]}: labels {min(labels)} to {max(labels)} are not {len(classes)} classes")
-        sizes = (f"{self._file_name(i)} {os.path.getsize(path)}" for i, (path, _) in enumerate(files))
-        names = LazySequence(self._starts[-1], self._name)
-        super().__init__(names, labels if classes else [], classes, hash_texts(sizes))
-
-    def _name(self, i: int) -> str:
-        number = self._number(i)
-        return f"{self._file_name(number)}[{i - self._starts[number]}]"
-
-    def _file_name(self, number: int) -> str:
-        path, member = self._files[number]
-        return pathlib.PurePosixPath(member or path).name
+        files_hash = hash_texts(f"{name} {os.path.getsize(path)}" for name, (path, _) in zip(names, files, strict=True))
+        super().__init__(RowNames(names, counts), labels if classes else [], classes, files_hash)
 
     def image(self, i: int):
         """uint8 [S, S, 3]."""
-        number = self._number(i)
-        row = self._load(number)[0][i - self._starts[number]]
+        number, row = self.names.locate(i)
+        row = self._load(number)[0][row]
         side = math.isqrt(row.size // 3)
         return np.ascontiguousarray(row.reshape(3, side, side).transpose(1, 2, 0))
-
-    def _number(self, i: int) -> int:
-        """Number of the file that holds image i."""
-        return int(np.searchsorted(self._starts, i, side="right")) - 1
 
     def _load(self, number: int):
         with _LOCK:

@@ -12,7 +12,7 @@ import fsspec
 
 from maskdm_jax.data.base import Source, counted, hash_texts
 from maskdm_jax.data.images import SUFFIXES
-from maskdm_jax.data.labels import SPLITS, find_labels, level_of_difference
+from maskdm_jax.data.labels import SPLITS, differing_folders, find_labels
 from maskdm_jax.errors import DataError, prefixed
 from maskdm_jax.storage import STORES, is_remote
 
@@ -35,22 +35,20 @@ class Files(Source):
         """
         kinds = {name: kind_of(name) for name in sorted(sizes)}
         names = [name for name, kind in kinds.items() if kind in SUFFIXES]
-        others = [name for name, kind in kinds.items() if kind not in SUFFIXES and kind != "hidden"]
-        found = self.find_labels(path, names, others) if labels and names else ([], [], [], [])
-        numbers, classes, used, notes = found
-        left_aside = collections.Counter(
-            kinds[name] for name in kinds if kinds[name] not in SUFFIXES and name not in used
-        )
+        others = {name: kind for name, kind in kinds.items() if kind not in SUFFIXES}
         if not names:
-            raise DataError(
-                f"{path} holds no images that Pillow can decode; it holds {counted(left_aside) or 'no files'}"
-            )
+            found = counted(collections.Counter(others.values())) or "no files"
+            raise DataError(f"{path} holds no images that Pillow can decode; it holds {found}")
+        numbers, classes, used, notes = [], [], [], []
+        if labels:
+            visible = [name for name, kind in others.items() if kind != "hidden"]
+            numbers, classes, used, notes = self.find_labels(path, names, visible)
+        left_aside = collections.Counter(kind for name, kind in others.items() if name not in used)
         files_hash = hash_texts(f"{name} {sizes[name]}" for name in names)
         super().__init__(names, numbers, classes, files_hash, left_aside)
-        shared, folders = level_of_difference(names)
-        first = {parts[shared] if len(parts) > shared else "" for parts in folders}
-        if len(first) > 1 and SPLITS.issuperset(map(str.lower, first)):
-            notes.append(f"the images of all splits are used: {', '.join(sorted(first))}; for one, give its path")
+        folders = set(differing_folders(names))
+        if len(folders) > 1 and SPLITS.issuperset(map(str.lower, folders)):
+            notes.append(f"the images of all splits are used: {', '.join(sorted(folders))}; for one, give its path")
         if left_aside:
             notes.append(f"left aside {counted(left_aside)}")
         self.note(path, notes)
@@ -203,10 +201,9 @@ class ZipImages(Files):
 
     def __init__(self, path, labels: bool = False):
         self._path, self._archive = str(path), None
-        broken = (zipfile.BadZipFile, NotImplementedError, UnicodeDecodeError)
-        with prefixed(
-            DataError, f"{path} is not a readable zip file (", broken, "); give a .zip or a folder of images"
-        ):
+        causes = (zipfile.BadZipFile, NotImplementedError, UnicodeDecodeError)
+        hint = "); give a .zip or a folder of images"
+        with prefixed(DataError, f"{path} is not a readable zip file (", causes, hint):
             entries = self._open().infolist()
         # Of entries with one name, the last one counts, as in unpacking.
         super().__init__(path, {entry.filename: entry.file_size for entry in entries if not entry.is_dir()}, labels)

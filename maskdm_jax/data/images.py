@@ -28,7 +28,7 @@ FILTERS = {name: Image.Resampling[name.upper()] for name in ("bicubic", "bilinea
 class Framing:
     """How an image becomes a square of `size` pixels with `channels` channels.
 
-    channels: 3 (RGB) or 1 (grey) for encoded images; any number for arrays that have exactly so many.
+    channels: 3 (RGB) or 1 (grey) for encoded images; any number for arrays with exactly that many.
     crop: `centre` resizes the short side to `size`, then crops the centre, as torchvision's Resize and CenterCrop do.
       `centre:SIDE` (the centred square) and `LEFT,TOP,SIDE`, in pixels, crop first and resize after. `adm` is the crop
       of guided-diffusion, see `_fit_adm`.
@@ -91,8 +91,8 @@ def open_image(image, channels: int, max_pixels: int = MAX_PIXELS) -> Image.Imag
     EXIF rotation is applied and transparency is composited on white.
 
     Raises:
-      ValueError: the bytes are no image, one of floating-point or 32-bit numbers, or one of more than `max_pixels`, or
-        the array has another number of channels than 1 or 3.
+      ValueError: the bytes are not an image, or one of floating-point or 32-bit numbers or of more than `max_pixels`;
+        or the array has another number of channels than 1 or 3.
     """
     if isinstance(image, np.ndarray):
         _check_channels(image, channels)
@@ -138,27 +138,26 @@ def is_image(content: bytes) -> bool:
 
 
 def surprises(image, framing: Framing) -> list[str]:
-    """What `decode` does to an image, bytes or array as there, that its owner may not expect."""
-    if isinstance(image, np.ndarray):
-        size, animated = image.shape[1::-1], False
-    else:
-        opened = Image.open(io.BytesIO(image))
-        # The further frames of a photo in MPO format and of a PSD are previews and layers.
-        size, animated = opened.size, opened.format not in ("MPO", "PSD") and getattr(opened, "is_animated", False)
-    found = [f"smaller than {framing.size} x {framing.size} pixels, so they are enlarged"]
-    found = found if framing.square(size)[2] < framing.size else []
-    return found + ["animated or of several pages, so the first alone is used"] * animated
+    """Describe what `decode` does to an image, encoded bytes or an array, that its owner may not expect."""
+    found, opened = [], None if isinstance(image, np.ndarray) else Image.open(io.BytesIO(image))
+    _, _, side = framing.square(opened.size if opened else image.shape[1::-1])
+    if side < framing.size:
+        found.append(f"smaller than {framing.size} x {framing.size} pixels, so they are enlarged")
+    # The further frames of a photo in MPO format and of a PSD are previews and layers.
+    if opened and opened.format not in ("MPO", "PSD") and getattr(opened, "is_animated", False):
+        found.append("animated or of several pages, so the first alone is used")
+    return found
 
 
 def decode(image, framing: Framing) -> np.ndarray:
     """Encoded bytes or uint8 [H, W, C] -> uint8 [size, size, channels].
 
-    For 1 or 3 channels the image is converted as in `open_image`. For other numbers it must be an array of exactly
-    so many channels, each of which is cropped and resized.
+    For 1 or 3 channels the image is converted as in `open_image`. For other numbers it must be an array with exactly
+    that many channels, each of which is cropped and resized.
 
     Raises:
-      ValueError: the bytes are no image, it has more than `framing.max_pixels` or another number of channels, or the
-        crop exceeds it.
+      ValueError: the bytes are not an image, it has more than `framing.max_pixels` or another number of channels, or
+        the crop exceeds it.
     """
     if framing.channels in (1, 3):
         fitted = np.asarray(_fit(open_image(image, framing.channels, framing.max_pixels), framing))

@@ -157,30 +157,28 @@ def _class_name(label) -> str | None:
     return text if number >= 0 and number.is_integer() else None
 
 
-def level_of_difference(names: list[str]) -> tuple[int, list[list[str]]]:
-    """(number of folders that all images share, the folders of each image)."""
+def differing_folders(names: list[str]) -> list[str]:
+    """The folder of each image at the first level at which the images' folders differ; "" if it has none there."""
     folders = [[part for part in name.split("/")[:-1] if part not in ("", ".")] for name in names]
     same = lambda level: len(set(level)) == 1
-    return sum(1 for _ in itertools.takewhile(same, zip(*folders, strict=False))), folders
+    shared = sum(1 for _ in itertools.takewhile(same, zip(*folders, strict=False)))
+    return [parts[shared] if len(parts) > shared else "" for parts in folders]
 
 
 def _labels_by_folder(path, names: list[str]) -> tuple[list[int], list[str]]:
     """The classes are the folders of the first level at which the images' folders differ."""
-    shared, folders = level_of_difference(names)
-    if folders[0] and all(parts == folders[0] for parts in folders):
+    folders, only = differing_folders(names), posixpath.dirname(posixpath.normpath(names[0]))
+    if only and not any(folders):
+        raise DataError(f"{path} has only one class folder, {only!r}; labels need two, or {WITHOUT_LABELS}")
+    if "" in folders:
         raise DataError(
-            f"{path} has only one class folder, {'/'.join(folders[0])!r}; labels need two, or {WITHOUT_LABELS}"
+            f"{path} has no class folder for {names[folders.index('')]!r}; put every image into a folder per class, at "
+            f"least two of them, add a {' or '.join(_LABEL_FILES)}, or {WITHOUT_LABELS}"
         )
-    stray = [name for name, parts in zip(names, folders, strict=True) if len(parts) <= shared]
-    if stray:
-        raise DataError(
-            f"{path} has no class folder for {stray[0]!r}; put every image into a folder per class, at least two of "
-            f"them, add a {' or '.join(_LABEL_FILES)}, or {WITHOUT_LABELS}"
-        )
-    classes = sorted({parts[shared] for parts in folders})
+    classes = sorted(set(folders))
     if SPLITS.issuperset(map(str.lower, classes)):
         raise DataError(
             f"{path} is divided into {', '.join(classes)}: splits, not classes; give the path of one of them"
         )
     number = {name: i for i, name in enumerate(classes)}
-    return [number[parts[shared]] for parts in folders], classes
+    return [number[folder] for folder in folders], classes

@@ -1,6 +1,6 @@
 """Images in Parquet files, as Hugging Face's `datasets` writes them."""
 
-import concurrent.futures
+import collections
 import json
 import logging
 import os
@@ -10,17 +10,16 @@ import shutil
 
 import numpy as np
 
-from maskdm_jax.data.base import WITHOUT_LABELS, LazySequence, Source, hash_texts
+from maskdm_jax.data.base import WITHOUT_LABELS, RowNames, Source, hash_texts
 from maskdm_jax.data.files import open_file, read_range
 from maskdm_jax.data.labels import number_labels
-from maskdm_jax.data.shards import index_path, kept_index, relative_names
+from maskdm_jax.data.shards import index_path, kept_indexes, relative_names
 from maskdm_jax.errors import DataError, prefixed
 from maskdm_jax.storage import atomic_path, foreign_kind
 
 _READERS = 4  # files that are read at the same time, for their index: each takes twice the memory of a row group
 _BATCH = 64  # rows that are read at a time
 _GAP = 1 << 16  # bytes before an image at most: its length, or the header of a page
-_IN_FILE, _IN_COPY, _AT_PATH, _NOWHERE = range(4)  # where an image is
 
 log = logging.getLogger(__name__)
 
@@ -45,44 +44,30 @@ class ParquetImages(Source):
           DataError: PyArrow is missing, a file is damaged, there is no column of images, or labels are wanted and there
             is not one column of labels.
         """
-        self._files, self._names = files, relative_names(files)
-        with concurrent.futures.ThreadPoolExecutor(_READERS) as pool:
-            indexes = list(pool.map(lambda file: kept_index(file, _read_rows), files))
-        self._copies = {file: str(index_path(file, ".images")) for file in files}
-        self._starts = np.cumsum([0] + [len(index["sizes"]) for index in indexes])
+        indexes = kept_indexes(files, _read_rows, _READERS)
+        self._files, self._copies = files, [str(index_path(file, ".images")) for file in files]
+        self._paths = [index["paths"] for index in indexes]
         joined = lambda key: np.concatenate([np.asarray(index[key], np.int64) for index in indexes])
-        self._where, self._offsets, self._sizes = map(joined, ("where", "offsets", "sizes"))
-        self._paths = {
-            int(start) + int(row): posixpath.join(posixpath.dirname(file), name)
-            for start, file, index in zip(self._starts, files, indexes, strict=False)
-            for row, name in index["paths"].items()
-        }
-        count = int(self._starts[-1])
-        if not count:
+        self._in_copy, self._offsets, self._sizes = map(joined, ("in_copy", "offsets", "sizes"))
+        if not len(self._sizes):
             raise DataError(f"{path} holds no rows")
-        numbers, classes = _labels(path, self._names, indexes) if labels else ([], [])
-        sizes = zip(self._names, np.diff(self._starts), indexes, strict=True)
-        files_hash = hash_texts(f"{name} {rows} {index['bytes']}" for name, rows, index in sizes)
-        super().__init__(LazySequence(count, self._name), numbers, classes, files_hash)
-
-    def _name(self, i: int) -> str:
-        number = self._number(i)
-        return f"{self._names[number]}[{i - self._starts[number]}]"
-
-    def _number(self, i: int) -> int:
-        """Number of the file that holds row i."""
-        return int(np.searchsorted(self._starts, i, side="right")) - 1
+        names, counts = relative_names(files), [len(index["sizes"]) for index in indexes]
+        numbers, classes = _labels(path, names, indexes) if labels else ([], [])
+        known = zip(names, counts, indexes, strict=True)
+        files_hash = hash_texts(f"{name} {rows} {index['bytes']}" for name, rows, index in known)
+        super().__init__(RowNames(names, counts), numbers, classes, files_hash)
 
     def image(self, i: int) -> bytes:
         """Encoded bytes."""
-        where, size = self._where[i], int(self._sizes[i])
-        if where == _NOWHERE:
+        number, row = self.names.locate(i)
+        file = self._files[number]
+        if path := self._paths[number].get(str(row)):
+            with open_file(posixpath.join(posixpath.dirname(file), path)) as opened:
+                return opened.read()
+        if not self._sizes[i]:
             raise DataError("the row holds no image")
-        if where == _AT_PATH:
-            with open_file(self._paths[i]) as file:
-                return file.read()
-        file = self._files[self._number(i)]
-        return read_range(file if where == _IN_FILE else self._copies[file], int(self._offsets[i]), size)
+        place = self._copies[number] if self._in_copy[i] else file
+        return read_range(place, int(self._offsets[i]), int(self._sizes[i]))
 
 
 def _labels(path, names: list[str], indexes: list[dict]):
@@ -92,7 +77,7 @@ def _labels(path, names: list[str], indexes: list[dict]):
       DataError: the files have not one column of labels, or it holds neither numbers of classes nor texts alone.
     """
     labels, known = [label for index in indexes for label in index["labels"]], indexes[0]["classes"]
-    kinds = {str} if labels and isinstance(labels[0], str) else {int, type(None)}
+    kinds = {str} if isinstance(labels[0], str) else {int, type(None)}
     for name, index in zip(names, indexes, strict=True):
         columns = index["label_columns"]
         if len(columns) != 1:
@@ -116,16 +101,17 @@ def _labels(path, names: list[str], indexes: list[dict]):
         order = np.argsort(known)
         labels = np.where(np.isin(labels, order), np.argsort(order)[labels % len(known)], labels)
         known = sorted(known)
-    return labels, [name if known.count(name) == 1 else f"{name} ({i})" for i, name in enumerate(known)]
+    times = collections.Counter(known)
+    return labels, [name if times[name] == 1 else f"{name} ({i})" for i, name in enumerate(known)]
 
 
 def _read_rows(file: str) -> dict:
     """The index of a file.
 
     Returns:
-      `where`, `offsets`, `sizes`: of each row's image; `paths`: by row, where only a path is given; `labels`: of each
-      row, a number, a text or None; `classes`: names, if known; `columns`, `label_columns`: names; `bytes`: size of the
-      file; `copied`: size of the copy of images in the cache.
+      `in_copy`, `offsets`, `sizes`: of each row's image, in the file or in a copy in the cache; `paths`: by row, where
+      only a path is given; `labels`: of each row, a number, a text or None; `classes`: names, if known; `columns`,
+      `label_columns`: names; `bytes`: size of the file; `copied`: size of the copy.
     """
     try:
         from pyarrow import parquet
@@ -138,16 +124,13 @@ def _read_rows(file: str) -> dict:
         with _broken(file):
             rows, size = parquet.ParquetFile(opened), opened.seek(0, os.SEEK_END)
         image, labels, classes = _columns(file, rows.schema_arrow)
-        index = dict(where=[], offsets=[], sizes=[], paths={}, labels=[], classes=classes)
+        index = dict(in_copy=[], offsets=[], sizes=[], paths={}, labels=[], classes=classes)
         index |= dict(columns=rows.schema_arrow.names, label_columns=labels, bytes=size)
         chunks = [_image_chunk(rows.metadata.row_group(i), image) for i in range(rows.num_row_groups)]
         _check_space(file, chunks)
         with atomic_path(index_path(file, ".images")) as copy, open(copy, "wb") as out:
             for group, chunk in enumerate(chunks):
-                stored, position = _as_stored(file, chunk), 0
-                for images, found in _batches(file, rows, group, image, labels):
-                    position = _place_all(images, stored, position, chunk, out, index)
-                    index["labels"] += found
+                _add(_rows(file, rows, group, image, labels), *_as_stored(file, chunk), out, index)
             index["copied"] = out.tell()
     return index
 
@@ -199,39 +182,38 @@ def _check_space(file: str, chunks) -> None:
         )
 
 
-def _as_stored(file: str, chunk) -> bytes:
-    """The images of a row group as the file stores them, one after the other; b"" if they are compressed."""
+def _as_stored(file: str, chunk) -> tuple[int, bytes]:
+    """(offset in the file, bytes) of a row group's images, one after the other; (0, b"") if they are compressed."""
     if chunk is None or chunk.compression != "UNCOMPRESSED":
-        return b""
+        return 0, b""
+    start = min(chunk.data_page_offset, chunk.dictionary_page_offset or chunk.data_page_offset)
     with _broken(file):
-        return read_range(file, _start(chunk), chunk.total_compressed_size)
+        return start, read_range(file, start, chunk.total_compressed_size)
 
 
-def _start(chunk) -> int:
-    return min(chunk.data_page_offset, chunk.dictionary_page_offset or chunk.data_page_offset)
-
-
-def _batches(file: str, rows, group: int, image: str, labels: list[str]):
-    """Yield (images, labels) of a few rows of a row group at a time."""
+def _rows(file: str, opened, group: int, image: str, labels: list[str]):
+    """Yield (image, label) of each row of a row group."""
     with _broken(file):
-        for batch in rows.iter_batches(_BATCH, row_groups=[group], columns=[image, *labels[:1]]):
-            yield batch.column(image).to_pylist(), batch.column(labels[0]).to_pylist() if labels else []
+        for batch in opened.iter_batches(_BATCH, row_groups=[group], columns=[image, *labels[:1]]):
+            images = batch.column(image).to_pylist()
+            yield from zip(images, batch.column(labels[0]).to_pylist() if labels else [None] * len(images), strict=True)
 
 
-def _place_all(images, stored: bytes, position: int, chunk, out, index: dict) -> int:
-    """Find images in the bytes of their row group, or copy them to `out`; returns the position after the last one."""
-    for image in images:
+def _add(rows, start: int, stored: bytes, out, index: dict) -> None:
+    """Add rows to an index: find their images in `stored`, which the file holds at `start`, or copy them to `out`."""
+    position = 0  # in `stored`, after the image before
+    for image, label in rows:
         content, path = (image.get("bytes"), image.get("path")) if isinstance(image, dict) else (image, None)
+        content = content or b""
         found = stored.find(content, position, position + len(content) + _GAP) if content else -1
-        where, offset = _NOWHERE, 0
         if found >= 0:
-            where, offset, position = _IN_FILE, _start(chunk) + found, found + len(content)
-        elif content:
-            where, offset = _IN_COPY, out.tell()
+            offset, position = start + found, found + len(content)
+        else:
+            offset = out.tell()
             out.write(content)
-        elif path:
-            where, index["paths"][str(len(index["sizes"]))] = _AT_PATH, path
-        index["where"].append(where)
+        if path and not content:
+            index["paths"][str(len(index["sizes"]))] = path
+        index["in_copy"].append(int(found < 0))
         index["offsets"].append(offset)
-        index["sizes"].append(len(content or b""))
-    return position
+        index["sizes"].append(len(content))
+        index["labels"].append(label)

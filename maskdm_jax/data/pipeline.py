@@ -49,8 +49,7 @@ class _ReadBatch:
     seed: int
     first: int  # element of the stream that batch 0 begins with
     size: int
-    keep: bool  # keep what was read in `kept`
-    kept: dict  # results of `read_or_neighbour` by record
+    kept: dict | None  # results of `read_or_neighbour` by record; None to decode every image again
 
     def __call__(self, batch: int) -> dict:
         """Decode a batch; `unreadable` holds the records that a neighbour replaces, with the reasons."""
@@ -63,11 +62,12 @@ class _ReadBatch:
             unreadable={},
         )
         for i, record in enumerate(self._records(start)):
-            image, label, reason = self.kept.get(record) or read_or_neighbour(self.source, record, self.framing)
+            found = (self.kept or {}).get(record) or read_or_neighbour(self.source, record, self.framing)
+            image, label, reason = found
             out["image"][i], out["label"][i] = image, label
             if reason:
                 out["unreadable"][record] = reason
-            elif self.keep and record not in self.kept:
+            elif self.kept is not None and record not in self.kept:
                 self.kept[record] = np.array(image), label, ""
         return out
 
@@ -155,8 +155,8 @@ class TrainingData:
         if empty := self.source.empty_classes():
             self.source.note(settings.path, [f"no image has the class {', '.join(empty[:8])} ({len(empty)} classes)"])
         each = settings.image_size**2 * settings.channels + 400  # bytes, of pixels and of Python's objects
-        self.keep = len(self) * each * max(1, settings.workers) <= KEPT_BYTES
-        self.kept = {}  # pixels and labels that were read, by record, if `keep`
+        fits = len(self) * each * max(1, settings.workers) <= KEPT_BYTES
+        self.kept = {} if fits else None  # pixels and labels that were read, by record
         self.unreadable = {}  # records found unreadable so far, over all stages: their names and the reasons
 
     def __len__(self):
@@ -275,7 +275,7 @@ class Batches:
         # (grain's ElasticIterator shares first: with worker processes it cannot resume between two of their rounds.)
         settings, local = self._data.settings, self._batch_size // self._hosts
         data, framing = self._data, Framing.of(settings)
-        read = _ReadBatch(data.source, framing, self._seed, self._next, local, data.keep, data.kept)
+        read = _ReadBatch(data.source, framing, self._seed, self._next, local, data.kept)
         if settings.workers:
             check_shared_memory(settings, local)
             folder = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)

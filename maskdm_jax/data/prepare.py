@@ -102,7 +102,7 @@ class _Preparation:
                     f"{out} holds an unfinished set of other images or settings ({changed}); remove it or give "
                     "another folder"
                 )
-        elif any(out.iterdir()):
+        elif any(path.suffix != ".tmp" for path in out.iterdir()):  # of a process that was killed in `atomic_path`
             raise DataError(f"{out} is not empty and holds no prepared set; give a new or empty folder")
         else:
             write_atomically(out / _PLAN, json.dumps(plan, indent=2).encode())

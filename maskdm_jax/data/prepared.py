@@ -78,17 +78,14 @@ def fetch(store, root: str) -> pathlib.Path:
     card = _parse_card(text, root)
     target = cache_dir("sets") / hashlib.sha256(text).hexdigest()
     target.mkdir(parents=True, exist_ok=True)
-    for i, expected in enumerate(card["shard_hashes"]):
-        path = target / shard_name(i, card["shards"])
-        if path.exists():
-            continue
-        with atomic_path(path) as temporary:
-            store.get_file(f"{root}/{path.name}", str(temporary))
-            if shard_hash(temporary) != expected:
-                raise DataError(f"{root}/{path.name} is not what its card says; copy the set there again")
-    if card["classes"] and not (target / LABELS).exists():
-        with atomic_path(target / LABELS) as temporary:
-            store.get_file(f"{root}/{LABELS}", str(temporary))
+    hashes = {shard_name(i, card["shards"]): expected for i, expected in enumerate(card["shard_hashes"])}
+    hashes |= {LABELS: None} if card["classes"] else {}
+    for name, expected in hashes.items():
+        if not (target / name).exists():
+            with atomic_path(target / name) as temporary:
+                store.get_file(f"{root}/{name}", str(temporary))
+                if expected and shard_hash(temporary) != expected:
+                    raise DataError(f"{root}/{name} is not what its card says; copy the set there again")
     if not (target / CARD).exists():
         write_atomically(target / CARD, text)
     return target
@@ -162,10 +159,8 @@ class PreparedImages(Source):
 
 
 def _read_labels(path: pathlib.Path, count: int, classes: int) -> np.ndarray:
-    broken = prefixed(
-        DataError, f"{path} is missing or damaged (", Exception, "); copy or prepare the set again"
-    )  # np.load raises many types
-    with broken, open(path, "rb") as file:
+    causes, hint = Exception, "); copy or prepare the set again"  # np.load raises many types
+    with prefixed(DataError, f"{path} is missing or damaged (", causes, hint), open(path, "rb") as file:
         labels = np.load(file, allow_pickle=False)
         if labels.dtype != np.int32 or labels.shape != (count,):
             raise ValueError(f"it holds {labels.dtype} {labels.shape}, not a label for each of {count} images")

@@ -4,6 +4,7 @@ import dataclasses
 import pathlib
 import re
 import tarfile
+import typing
 import zipfile
 
 from maskdm_jax.data.databases import ArrayBatches, TfdsImages
@@ -16,25 +17,14 @@ CIFAR10 = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "hors
 
 @dataclasses.dataclass(frozen=True)
 class Published:
-    """How a set is used in the literature, and what it must hold."""
+    """How a set is opened, how the literature uses it, and what it must hold."""
 
+    open: typing.Callable  # (path, split, whether to read labels) -> source
     framing: Framing
     counts: dict[str, int]  # number of images per split; the first split is the default
     classes: int = 0  # 0: without labels
 
 
-SETS = {
-    # The crop of DDIM (Song et al. 2021) and U-ViT: 128 x 128 pixels around (89, 121) of the aligned 178 x 218.
-    "celeba": Published(
-        Framing(64, crop="25,57,128", filter="bilinear"),
-        {"train": 162_770, "valid": 19_867, "test": 19_962, "all": 202_599},
-    ),
-    "celebahq": Published(Framing(256), {"all": 30_000, "train": 27_000, "valid": 3_000}),
-    "vggface2": Published(Framing(256), {"train": 3_141_890, "test": 169_396}, classes=8_631),
-    "lsun_church": Published(Framing(256), {"train": 126_227, "valid": 300}),
-    "cifar10": Published(Framing(32), {"train": 50_000, "test": 10_000}, classes=10),
-    "imagenet64": Published(Framing(64), {"train": 1_281_167, "valid": 50_000}, classes=1_000),
-}
 _OTHER_NAMES = {"valid": "validation"}  # of splits, in TFDS and in CelebA-HQ's databases
 
 
@@ -66,7 +56,7 @@ def open_published(dataset: str, src: str, *, split: str = "", labels: bool | No
         place = pathlib.Path(src).expanduser()
         if not place.exists():
             raise DataError(f"{src!r} does not exist; give the folder with the files of {dataset}")
-        source = _OPENERS[dataset](place, split, labels)
+        source = known.open(place, split, labels)
     if len(source) != known.counts[split] and not any_count:
         raise DataError(
             f"{src} holds {len(source)} images, but {dataset} ({split}) has {known.counts[split]}; give all of it, or "
@@ -152,17 +142,16 @@ def _imagenet64(place, split, labels):
 def _batches(place, archives: str, pattern: str, classes, first_label: int):
     """All files, or members of archives, whose names match the pattern, ordered by the numbers in their names."""
     places = [place] if place.is_file() else sorted(place.glob(archives))
-    found = [(str(path), name) for path in places for name in _members(path, pattern)]
+    found = {name: (str(path), name) for path in places for name in _members(path, pattern)}
     if place.is_dir():
-        near = [*place.glob("*"), *place.glob("*/*")]
-        loose = [path for path in near if path.is_file() and re.search(pattern, path.as_posix())]
-        found = [(str(path), "") for path in loose] or found
+        near = [str(path) for path in (*place.glob("*"), *place.glob("*/*")) if path.is_file()]
+        found = {name: (name, "") for name in near if re.search(pattern, name)} or found
     if not found:
         raise DataError(f"{place} holds no file that matches {pattern!r}, nor {archives} with such files")
-    number = lambda pair: int("".join(re.findall(r"\d+", re.search(pattern, pair[1] or pair[0]).group())) or 0)
-    # .bin files and pickles hold the same images.
-    once = {pathlib.PurePosixPath(pair[1] or pair[0]).stem: pair for pair in found}
-    return ArrayBatches(sorted(once.values(), key=number), classes, first_label=first_label)
+    number = lambda name: int("".join(re.findall(r"\d+", re.search(pattern, name).group())) or 0)
+    once = {pathlib.PurePosixPath(name).stem: name for name in found}  # .bin files and pickles hold the same images
+    files = [found[name] for name in sorted(once.values(), key=number)]
+    return ArrayBatches(files, classes, first_label=first_label)
 
 
 def _members(path: pathlib.Path, pattern: str) -> list[str]:
@@ -185,11 +174,16 @@ def _find(place: pathlib.Path, *names: str) -> pathlib.Path | None:
     return next(found, None)
 
 
-_OPENERS = {
-    "celeba": _celeba,
-    "celebahq": _celebahq,
-    "vggface2": _vggface2,
-    "lsun_church": _lsun_church,
-    "cifar10": _cifar10,
-    "imagenet64": _imagenet64,
+SETS = {
+    # The crop of DDIM (Song et al. 2021) and U-ViT: 128 x 128 pixels around (89, 121) of the aligned 178 x 218.
+    "celeba": Published(
+        _celeba,
+        Framing(64, crop="25,57,128", filter="bilinear"),
+        {"train": 162_770, "valid": 19_867, "test": 19_962, "all": 202_599},
+    ),
+    "celebahq": Published(_celebahq, Framing(256), {"all": 30_000, "train": 27_000, "valid": 3_000}),
+    "vggface2": Published(_vggface2, Framing(256), {"train": 3_141_890, "test": 169_396}, classes=8_631),
+    "lsun_church": Published(_lsun_church, Framing(256), {"train": 126_227, "valid": 300}),
+    "cifar10": Published(_cifar10, Framing(32), {"train": 50_000, "test": 10_000}, classes=10),
+    "imagenet64": Published(_imagenet64, Framing(64), {"train": 1_281_167, "valid": 50_000}, classes=1_000),
 }

@@ -20,25 +20,24 @@ from maskdm_jax.storage import cache_dir, is_remote, write_atomically
 
 _KINDS = (".parquet", ".tar")
 _REQUESTS = 16  # to a store, at the same time
-_FORMAT = "1"  # of indexes
+_FORMAT = "2"  # of indexes
 
 
 def find_shards(path: str) -> list[str]:
     """The files of a set of shards, in order: the paths or addresses of `.parquet` files or of `.tar` files.
 
-    path: a `.parquet` file; a pattern such as `train-{000..012}.tar` or `data/train-*.parquet`; or a folder that holds
-      files of one of these kinds and no images, itself or in subfolders. [] for anything else.
+    path: a `.parquet` or `.tar` file; a pattern such as `train-{000..012}.tar` or `data/train-*.parquet`; or a folder
+      that holds files of one of these kinds and no images, itself or in subfolders. [] for anything else.
 
     Raises:
       DataError: a pattern fits no file, or a file of it is missing.
     """
     path = path if is_remote(path) else os.path.expanduser(path)
-    if not path.endswith(_KINDS) or os.path.isdir(path):
+    if not path.lower().endswith(_KINDS) or os.path.isdir(path):
         return _in_folder(path)
-    if not is_remote(path) and os.path.exists(path):
-        return [path] if path.endswith(".parquet") else []
-    expanded = _expand(path)
-    found = [file for part in expanded for file in (_glob(part) if glob.has_magic(part) else [part])]
+    if os.path.exists(path):  # though its name may look like a pattern
+        return [path]
+    found = [file for part in _expand(path) for file in (_glob(part) if glob.has_magic(part) else [part])]
     if not found:
         raise DataError(f"{path!r} fits no file")
     with concurrent.futures.ThreadPoolExecutor(_REQUESTS) as pool:
@@ -58,7 +57,7 @@ def _in_folder(path: str) -> list[str]:
             return []
         if kind in _KINDS and posixpath.basename(name) != "metadata.parquet":
             found.append(f"{path.rstrip('/')}/{name}")
-    if len({posixpath.splitext(name)[1] for name in found}) > 1:
+    if len({kind_of(name) for name in found}) > 1:
         raise DataError(f"{path} holds both .parquet and .tar files; give a pattern, such as {path}/*.parquet")
     return sorted(found)
 
@@ -89,8 +88,8 @@ def _exists(file: str) -> bool:
 
 def relative_names(files: list[str]) -> list[str]:
     """The names of files, relative to the folder that holds them all."""
-    shared = posixpath.commonpath([posixpath.dirname(file) for file in files]) if len(files) > 1 else None
-    return [posixpath.relpath(file, shared) if shared else posixpath.basename(file) for file in files]
+    shared = posixpath.commonpath([posixpath.dirname(file) for file in files])
+    return [posixpath.relpath(file, shared) for file in files]
 
 
 def of_split(path: str, files: list[str], split: str) -> list[str]:
@@ -123,11 +122,20 @@ def index_path(file: str, suffix: str) -> pathlib.Path:
     return cache_dir("shards") / f"{hash_texts([_FORMAT, place])[:32]}{suffix}"
 
 
-def kept_index(file: str, build) -> dict:
-    """`build(file)`, a dict for JSON, kept in the cache until the file's size or modification time changes.
+def kept_indexes(files: list[str], build, at_once: int) -> list[dict]:
+    """The index of each file, kept in the cache until the size or modification time of the file changes.
 
-    `copied`, if the dict has it, is the size of a further file that `build` writes, `index_path(file, ".images")`.
+    Args:
+      files: paths or addresses.
+      build: makes the index of a file, a dict for JSON. Its entry `copied`, if there is one, is the size of another
+        file that `build` writes, `index_path(file, ".images")`.
+      at_once: number of files whose index is built at the same time.
     """
+    with concurrent.futures.ThreadPoolExecutor(at_once) as pool:
+        return list(pool.map(lambda file: _kept_index(file, build), files))
+
+
+def _kept_index(file: str, build) -> dict:
     stamp = file_stamp(file)
     with contextlib.suppress(OSError, ValueError, LookupError, TypeError, RecursionError):
         found = json.loads(index_path(file, ".json").read_text())

@@ -1,14 +1,14 @@
 """Where images are: prepared sets, folders, archives, shards, databases, object stores."""
 
 import importlib.resources
-import io
 import logging
 import pathlib
 import time
 
 import numpy as np
 
-from maskdm_jax.data.base import CARD, LazySequence, Source, hash_texts
+from maskdm_jax.data import databases, files, parquet, prepared, shards, tars
+from maskdm_jax.data.base import CARD, LazySequence, RowNames, Source, hash_texts
 from maskdm_jax.data.images import Framing
 from maskdm_jax.errors import DataError, first_line, prefixed
 from maskdm_jax.storage import foreign_kind, is_remote
@@ -23,9 +23,9 @@ class Digits(Source):
 
     def __init__(self, labels: bool = False):
         with importlib.resources.files("maskdm_jax.data").joinpath("digits.npz").open("rb") as file:
-            stored = np.load(io.BytesIO(file.read()))
+            stored = dict(np.load(file))
         self._images = stored["images"]
-        names = [f"digits[{i}]" for i in range(len(self._images))]
+        names = RowNames(["digits"], [len(self._images)])
         numbers, classes = (stored["labels"].tolist(), map(str, range(10))) if labels else ([], [])
         super().__init__(names, numbers, classes, hash_texts(names))
 
@@ -39,13 +39,14 @@ class Selection(Source):
 
     def __init__(self, source, numbers, classes=()):
         self._source, self._numbers = source, np.asarray(numbers)
-        new = {source.classes.index(name): i for i, name in enumerate(classes)}
+        old = {name: i for i, name in enumerate(source.classes)}
+        new = {old[name]: i for i, name in enumerate(classes)}
         labels = [new.get(source.labels[i], -1) for i in self._numbers] if new else []  # -1: it has none
-        files = hash_texts([source.files_hash, *map(str, self._numbers)]) if source.files_hash else ""
+        files_hash = hash_texts([source.files_hash, *map(str, self._numbers)]) if source.files_hash else ""
         names = LazySequence(len(self._numbers), self._name)
-        super().__init__(names, labels, classes, files, source.left_aside)
+        super().__init__(names, labels, classes, files_hash, source.left_aside)
         self.notes = source.notes
-        if hasattr(source, "card"):  # it holds for the selected images too, except for the content hash
+        if source.card:  # it holds for the selected images too, except for the content hash
             self.card = source.card | dict(source=f"part of {source.card['source']}", count=len(self), content_hash="")
 
     def _name(self, i: int) -> str:
@@ -72,48 +73,40 @@ def open_source(path: str, labels: bool = False, split: str = "") -> Source:
     """
     with prefixed(DataError, f"{path!r} cannot be opened: ", RuntimeError):  # of an unknown user
         place = pathlib.Path(path).expanduser()
-    if (place / "dataset_info.json").exists() and not (place / CARD).exists() and not any(place.glob("*.parquet")):
-        from maskdm_jax.data.databases import TfdsImages
-
-        return TfdsImages(place, labels, split)
-    source = _open_shards(path, labels, split)
-    if source is not None:
-        return source
-    source = _open(path, place, labels)
-    if split:
+    if path == "digits":
+        source = Digits(labels)
+    elif is_remote(path):
+        missing = prefixed(DataError, f"{path} cannot be opened, a file is missing: ", FileNotFoundError)
+        with prefixed(DataError, f"{path} cannot be opened: ", Exception), missing:  # each store has types of its own
+            source = _open_shards(path, labels, split) or _open_remote(path, labels)
+    elif (place / "dataset_info.json").exists() and not (place / CARD).exists() and not any(place.glob("*.parquet")):
+        source = databases.TfdsImages(place, labels, split)
+    else:
+        source = _open_shards(path, labels, split) or _open_local(place, labels)
+    if split and not isinstance(source, databases.TfdsImages | parquet.ParquetImages | tars.TarImages):
         raise DataError(f"{path!r} has no splits; leave out split={split!r}")
     return source
 
 
 def _open_shards(path: str, labels: bool, split: str) -> Source | None:
-    from maskdm_jax.data import parquet, shards, tars  # a second to import
-
-    if path == "digits" or path.lower().endswith(".zip"):
+    """The images of the Parquet or tar files that a path means, at least one; None if it means no such files."""
+    found = shards.find_shards(path)
+    if not found:
         return None
-    causes = Exception if is_remote(path) else ()  # each store has types of its own
-    with prefixed(DataError, f"{path} cannot be opened: ", causes):
-        found = shards.find_shards(path)
-        if not found:
-            return None
-        found = shards.of_split(path, found, split)
-        kind = parquet.ParquetImages if found[0].endswith(".parquet") else tars.TarImages
-        return kind(path, found, labels)
+    kind = parquet.ParquetImages if found[0].lower().endswith(".parquet") else tars.TarImages
+    return kind(path, shards.of_split(path, found, split), labels)
 
 
-def _open(path: str, place: pathlib.Path, labels: bool) -> Source:
-    from maskdm_jax.data import databases, files, prepared, tars  # a second to import
+def _open_remote(path: str, labels: bool) -> Source:
+    if path.lower().endswith(".zip"):
+        return files.ZipImages(path, labels)
+    store, root = files.connect(path)
+    if store.exists(f"{root}/{CARD}"):
+        return prepared.PreparedImages(prepared.fetch(store, root), labels)
+    return files.RemoteFolder(path, labels)
 
-    if path == "digits":
-        return Digits(labels)
-    if is_remote(path):
-        missing = prefixed(DataError, f"{path} cannot be opened, a file is missing: ", FileNotFoundError)
-        with prefixed(DataError, f"{path} cannot be opened: ", Exception), missing:  # each store has types of its own
-            if path.lower().endswith(".zip"):
-                return files.ZipImages(path, labels)
-            store, root = files.connect(path)
-            if store.exists(f"{root}/{CARD}"):
-                return prepared.PreparedImages(prepared.fetch(store, root), labels)
-            return files.RemoteFolder(path, labels)
+
+def _open_local(place: pathlib.Path, labels: bool) -> Source:
     if (place / CARD).exists():
         return prepared.PreparedImages(place, labels)
     if next(place.glob("images-*-of-*.arrayrecord"), None):
@@ -125,17 +118,15 @@ def _open(path: str, place: pathlib.Path, labels: bool) -> Source:
         return databases.LmdbImages(place, labels)
     if place.is_dir():
         return files.ImageFolder(place, labels)
+    if not place.exists():
+        raise DataError(f"'{place}' does not exist; give a folder or .zip of images, a prepared set, or 'digits'")
     if place.is_file():
         with place.open("rb") as file:
             if kind := foreign_kind(file.read(64)):
                 raise DataError(f"{place} is {kind}")
         if place.suffix.lower() == ".zip":
             return files.ZipImages(place, labels)
-        if place.suffix.lower() == ".tar":
-            return tars.TarImages(place, [str(place)], labels)
-    if place.exists():
-        raise DataError(f"'{place}' is neither a folder nor a .zip or .tar of images")
-    raise DataError(f"'{place}' does not exist; give a folder or .zip of images, a prepared set, or 'digits'")
+    raise DataError(f"'{place}' is neither a folder nor a .zip or .tar of images")
 
 
 def select(source, classes=(), fraction: float = 1.0, seed: int = 0, labels: bool = True, rest: bool = False):
@@ -178,11 +169,11 @@ def card_of(source, framing: Framing) -> dict:
       (see `Source`); for a prepared set also `source`, `split` and, if the framing does not change its images,
       `content_hash`.
     """
-    prepared, image = getattr(source, "card", None), framing.describe()
-    known = dict(count=len(source), files_hash=source.files_hash, left_aside=source.left_aside)
+    image, prepared = framing.describe(), source.card
+    known = dict(image=image, count=len(source), files_hash=source.files_hash, left_aside=source.left_aside)
     known |= dict(labels_hash=source.labels_hash())
     if prepared is None:
-        return known | dict(image=image)
+        return known
     before = prepared["image"]
     known |= dict(source=prepared["source"], split=prepared["split"])
     if (before["size"], before["channels"]) == (framing.size, framing.channels):

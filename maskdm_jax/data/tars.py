@@ -1,6 +1,5 @@
 """Images in tar archives: one archive with any layout, or the shards of a WebDataset."""
 
-import concurrent.futures
 import logging
 import posixpath
 import tarfile
@@ -10,7 +9,7 @@ import numpy as np
 from maskdm_jax.data.base import WITHOUT_LABELS
 from maskdm_jax.data.files import Files, open_file, read_range
 from maskdm_jax.data.labels import number_labels, read_label
-from maskdm_jax.data.shards import kept_index, relative_names
+from maskdm_jax.data.shards import kept_indexes, relative_names
 from maskdm_jax.errors import DataError, prefixed
 from maskdm_jax.storage import foreign_kind
 
@@ -39,8 +38,7 @@ class TarImages(Files):
           DataError: a file is damaged or compressed: a compressed archive can only be read from its start.
         """
         self._tars, self._many = tars, len(tars) > 1
-        with concurrent.futures.ThreadPoolExecutor(_READERS) as pool:
-            indexes = list(pool.map(lambda tar: kept_index(tar, _read_headers), tars))
+        indexes = kept_indexes(tars, _read_headers, _READERS)
         self._members, self._labels = {}, {}
         for number, (name, index) in enumerate(zip(relative_names(tars), indexes, strict=True)):
             prefix = f"{name}/" if self._many else ""

@@ -181,7 +181,7 @@ def open_images(path, *, n=None, seed: int = 0, weights: str = "ema", sampling=N
     source = open_source(str(path))
     count = _enough(path, len(source), n)
     made_by, card = _samples_settings(path)
-    if hasattr(source, "card"):
+    if source.card:
         image = source.card["image"]
         card = card_of(source, Framing(image["size"], image["channels"]))
         if count < len(source):
@@ -222,7 +222,7 @@ def transform(name: str, source, framing: Framing) -> Images:
 
     def get(i):
         image, _, reason = read_or_neighbour(source, i, framing)
-        if reason and hasattr(source, "card"):
+        if reason and source.card:
             raise DataError(f"{source.names[i]} cannot be read ({reason}); copy the prepared set again")
         if reason:
             log.warning("unreadable image %s: %s; replaced by its neighbour", source.names[i], reason)
