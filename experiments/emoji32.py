@@ -3,7 +3,8 @@
     python experiments/run_study.py --config=experiments/emoji32.py:convergence --config.sets.noto=NOTO.zip
 
 `convergence` trains on one set. `transfer` trains on that set and then on a tenth of the other. `rates` compares
-learning rates and batch sizes with and without masks. A run is a sequence of phases, each with a share of the budget.
+learning rates and batch sizes with and without masks. `own_images` compares masks for the recipe `own_images.py:cpu`,
+which has flow matching. A run is a sequence of phases, each with a share of the budget.
 Its settings are those of `base()`, except where a phase changes them. The report compares all runs with the first.
 """
 
@@ -12,6 +13,7 @@ from ml_collections import ConfigDict
 from maskdm_jax import config
 
 RATES = ((5e-4, 16), (1e-3, 16), (2e-3, 16), (1e-3, 32))  # learning rates and batch sizes tried
+FLOW = {"diffusion.process": "flow", "sampling.method": "heun", "sampling.steps": 12}
 HIGHER = {"train.learning_rate": 2e-3}  # the best of them without masks; with masks, the best is that of `base()`
 
 
@@ -81,7 +83,19 @@ def rates():
     return (*runs["unmasked"], *runs["half hidden"])
 
 
-STUDIES = dict(convergence=convergence, transfer=transfer, rates=rates)
+def own_images():
+    """The recipe, which hides half for a fifth of its FLOPs, and other masks."""
+    recipe = FLOW | {"train.batch_size": 64, "data.flip": 0.5}
+    masked = lambda share, **mask: (phase(share, points=0, **mask, **recipe), phase(1 - share, **recipe, **HIGHER))
+    return (
+        run("unmasked", phase(1.0, points=4, **recipe, **HIGHER)),
+        run("half hidden, 20%", *masked(0.2, hidden=0.5, block=2)),
+        run("half hidden, 50%", *masked(0.5, hidden=0.5)),
+        run("3/4 hidden, 50%", *masked(0.5, hidden=0.75)),
+    )
+
+
+STUDIES = dict(convergence=convergence, transfer=transfer, rates=rates, own_images=own_images)
 
 
 def get_config(name="convergence"):
