@@ -34,14 +34,12 @@ def main(argv):
 
 def averaged(rows) -> list[dict]:
     """Points with the average error of the rows with equal FLOPs, to two digits, by FLOPs."""
-    groups = collections.defaultdict(list)
+    groups = collections.defaultdict(dict)
     for row in rows:
-        groups[float(f"{row['flops']:.1e}")].append(row)
+        groups[float(f"{row['flops']:.1e}")][row["run"], row["seed"]] = row  # each seed counts once
     average = lambda group: np.exp(np.mean([np.log(row["denoising"]) for row in group], 0))
-    return [
-        dict(flops=statistics.mean(row["flops"] for row in groups[flops]), denoising=average(groups[flops]))
-        for flops in sorted(groups)
-    ]
+    points = [list(groups[flops].values()) for flops in sorted(groups)]
+    return [dict(flops=statistics.mean(row["flops"] for row in rows), denoising=average(rows)) for rows in points]
 
 
 def ratios(row: dict, dense: list[dict]) -> list[float]:
