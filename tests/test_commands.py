@@ -63,6 +63,8 @@ def in_small(line: list[str], weights) -> list[str]:
     sections |= {"model.jit": dict(class_tokens_from=0), "preview": dict(every=0, rows=1, columns=1)}
     sections |= {stage: dict(steps=steps, batch_size=2) for stage in c.stages}
     settings = [f"--config.{part}.{key}={value}" for part, more in sections.items() for key, value in more.items()]
+    if recipe.endswith(("_masked.py", "_edm.py")):  # whose second stage differs in its mask alone
+        settings.append(f"--config.stages={c.stages[0]}")
     return [*line, *settings, *CALLS.get(program, "").split()]
 
 
