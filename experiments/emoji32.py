@@ -4,16 +4,16 @@
 
 `convergence` trains on one set. `transfer` trains on that set and then on a tenth of the other. `rates` compares
 learning rates and batch sizes with and without masks. `own_images` compares masks for the recipe `own_images.py:cpu`,
-which has flow matching. A run is a sequence of phases, each with a share of the budget.
-Its settings are those of `base()`, except where a phase changes them. The report compares all runs with the first.
+which has flow matching. A run is a sequence of phases, each with a share of the budget. Its settings are those of
+`base()`, except where a phase changes them. The report compares all runs with the first.
 """
 
+from emoji64 import PROCESSES
 from ml_collections import ConfigDict
 
 from maskdm_jax import config
 
 RATES = ((5e-4, 16), (1e-3, 16), (2e-3, 16), (1e-3, 32))  # learning rates and batch sizes tried
-FLOW = {"diffusion.process": "flow", "sampling.method": "heun", "sampling.steps": 12}
 HIGHER = {"train.learning_rate": 2e-3}  # the best of them without masks; with masks, the best is that of `base()`
 
 
@@ -85,7 +85,7 @@ def rates():
 
 def own_images():
     """The recipe, which hides half for a fifth of its FLOPs, and other masks."""
-    recipe = FLOW | {"train.batch_size": 64, "data.flip": 0.5}
+    recipe = PROCESSES["flow, x0"] | {"sampling.steps": 12, "train.batch_size": 64, "data.flip": 0.5}
     masked = lambda share, **mask: (phase(share, points=0, **mask, **recipe), phase(1 - share, **recipe, **HIGHER))
     return (
         run("unmasked", phase(1.0, points=4, **recipe, **HIGHER)),

@@ -51,8 +51,7 @@ class Phase:
     @property
     def sampling(self) -> dict:
         """Its settings of sampling that differ from the defaults."""
-        chosen, default = (dataclasses.asdict(settings) for settings in (self.config.sampling, config_lib.Sampling()))
-        return {name: value for name, value in chosen.items() if value != default[name]}
+        return _keyed(self.config.sampling, "sampling")
 
     @property
     def start(self) -> int:

@@ -15,7 +15,6 @@ import struct
 
 import numpy as np
 from array_record.python.array_record_module import ArrayRecordReader
-from grain.sources import ArrayRecordDataSource
 
 from maskdm_jax.data.base import CARD, WITHOUT_LABELS, LazySequence, Source
 from maskdm_jax.errors import DataError, prefixed
@@ -128,6 +127,8 @@ class PreparedImages(Source):
         classes, count, shards = self.card["classes"], self.card["count"], self.card["shards"]
         if labels and not classes:
             raise DataError(f"{path} was prepared without labels; prepare it with --labels, or {WITHOUT_LABELS}")
+        from grain.sources import ArrayRecordDataSource  # most of a second to import, with JAX
+
         paths = [pathlib.Path(path) / shard_name(i, shards) for i in range(shards)]
         lost = [p.name for p in paths if not p.is_file()]
         if lost:
