@@ -70,10 +70,10 @@ def main(_):
         from maskdm_jax.evaluation.report import write_report
 
         made_by = result["made_by"].get("checkpoint")
-        run = location(made_by).parent.parent if made_by else None
-        sets, path = (reference, samples), location(REPORT.value)
+        command = shlex.join(["python", *sys.argv])
         try:
-            write_report(path, result, *sets, run=run, command=shlex.join(["python", *sys.argv]))
+            run = location(made_by).parent.parent if made_by else None
+            write_report(location(REPORT.value), result, reference, samples, run=run, command=command)
             print(f"report: {REPORT.value}")
         except Exception as error:  # the numbers must not be lost, for instance by a damaged metrics.jsonl
             failed = f"error: the report was not written: {error}"

@@ -33,12 +33,12 @@ def main(_):
     with runtime.program(distributed=False):
         loaded, ends = load(RUN.value, weights=WEIGHTS.value), []
         for path in IMAGES.value:
-            with prefixed(DataError, f"{path}: "):
+            with prefixed(DataError, f"{path}: ", (OSError, ValueError)):
                 ends.append(decode(location(path).read_bytes(), Framing.of(loaded.config.data)))
         options = dict(n=N.value, start=START.value, label=LABEL.value)
         rows = [sampling.interpolate(loaded, *ends, seed=seed, **options) for seed in range(SEEDS.value)]
-    images = np.concatenate([np.stack([ends[0], *row, ends[1]]) for row in rows])
-    save_png(OUT.value, sample_grid(images, N.value + 2))
+        images = np.concatenate([np.stack([ends[0], *row, ends[1]]) for row in rows])
+        save_png(location(OUT.value), sample_grid(images, N.value + 2))
     print(f"done: {OUT.value}, {SEEDS.value} rows of {N.value} images between the two outer ones")
 
 

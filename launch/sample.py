@@ -47,11 +47,13 @@ def main(_):
 
 
 def matching(path) -> list:
-    """Paths that match a pattern."""
+    """Paths that match a pattern; in a folder of checkpoints, those that are complete."""
     from maskdm_jax.storage import location
+    from maskdm_jax.training import checkpoint
 
     start = next(parent for parent in path.parents if "*" not in str(parent))
-    return [location(found) for found in start.glob(str(path.relative_to(start)))]
+    found = [location(found) for found in start.glob(str(path.relative_to(start)))]
+    return [path for path in found if path.parent.name != checkpoint.FOLDER or checkpoint.is_finished(path)]
 
 
 def places(runs: list[str], out: str | None) -> dict[pathlib.Path, pathlib.Path]:
@@ -76,7 +78,12 @@ def places(runs: list[str], out: str | None) -> dict[pathlib.Path, pathlib.Path]
         name = run.name if is_remote(run) else run.resolve().name
         return {found[0]: location(out or f"samples/{name}")}
     name = lambda path: path.stem if is_file(path) else f"{path.parent.parent.name}-{path.name}"
-    return {path: location(out or "samples") / name(path) for path in found}
+    folders = [location(out or "samples") / name(path) for path in found]
+    if twice := next((folder for folder in folders if folders.count(folder) > 1), None):
+        raise CheckpointError(
+            f"samples of several of {', '.join(runs)} would be written to {twice}; sample them one by one"
+        )
+    return dict(zip(found, folders, strict=True))
 
 
 def sample(path, out):

@@ -76,7 +76,7 @@ def _network(model: Model, image_size: int, channels: int, remat: bool) -> Netwo
     if model.network not in NETWORKS:
         if remat:
             raise ConfigError("a stage's remat must be False for a network of one's own, which can use jax.checkpoint")
-        network = _own_network(model, image_size, channels, dtype)
+        network = _own_network(model, image_size, channels)
         _check_shapes(network, model, image_size, channels)
         return network
     names = ("patch_size", "width", "depth", "heads", "mlp_ratio", "num_classes", "attention")
@@ -109,8 +109,8 @@ def _from_nnx(make, dtype) -> Network:
     return Network(init, apply, dtype, nnx.to_pure_dict(nnx.state(abstract, nnx.Param)))
 
 
-def _own_network(model: Model, image_size: int, channels: int, dtype) -> Network:
-    """The network of a user's file; see `make_network`.
+def _own_network(model: Model, image_size: int, channels: int) -> Network:
+    """The network of a user's file; see `make_network`. Its dtype is not known: `cast` keeps float32.
 
     Raises:
       ConfigError: there is no such file, it cannot be run, or has no such name.
@@ -126,11 +126,11 @@ def _own_network(model: Model, image_size: int, channels: int, dtype) -> Network
     make = names[name]
     with prefixed(ConfigError, f"config.model.network: {model.network} cannot be built (", Exception, ")"):
         if isinstance(make, type) and issubclass(make, nnx.Module):
-            return _from_nnx(functools.partial(make, model, image_size, channels), dtype)
+            return _from_nnx(functools.partial(make, model, image_size, channels), jnp.dtype("float32"))
         module = make(model, image_size, channels)
         labels = jnp.zeros(1, "int32") if model.num_classes else None
         init = lambda key: module.init(key, jnp.zeros((1, image_size, image_size, channels)), jnp.zeros(1), labels)
-        return Network(init, module.apply, dtype, jax.eval_shape(init, jax.random.key(0)))
+        return Network(init, module.apply, jnp.dtype("float32"), jax.eval_shape(init, jax.random.key(0)))
 
 
 def _check_shapes(network: Network, model: Model, image_size: int, channels: int) -> None:

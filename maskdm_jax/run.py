@@ -86,12 +86,13 @@ def check_processes(config: Config, workdir) -> None:
       ConfigError: they do not; the message says how process 0 and another differ.
     """
     code = hashlib.sha256()
-    for path in sorted(pathlib.Path(__file__).parent.rglob("*.py")):
+    own = pathlib.Path(config.model.network.rpartition(":")[0])
+    for path in [*sorted(pathlib.Path(__file__).parent.rglob("*.py")), *([own] if own.is_file() else [])]:
         code.update(path.read_bytes())
     about = to_dict(config) | {
         "--workdir": str(workdir),
         "JAX": jax.__version__,
-        "code of maskdm_jax": code.hexdigest(),
+        "code": code.hexdigest(),
     }
     about["data"] = {k: v for k, v in about["data"].items() if k not in ("path", "threads", "workers")}
     text = np.frombuffer(json.dumps(about).encode(), np.uint8)
@@ -140,8 +141,7 @@ def _open_everywhere(config: Config) -> TrainingData:
     if (counts < 0).any():
         raise DataError(f"process {np.argmin(counts)} cannot open the images; its message says why")
     identity = json.dumps([len(data), data.card["files_hash"], list(data.classes), data.card["labels_hash"]])
-    digests = processes.gather(np.frombuffer(hashlib.sha256(identity.encode()).digest(), np.uint8))
-    if (digests != digests[0]).any():
+    if processes.differ(identity):
         raise DataError(
             f"the processes see different images or labels (images by process: "
             f"{', '.join(f'{count:,}' for count in counts)}; here {data}); give all hosts the same files"

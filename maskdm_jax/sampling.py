@@ -284,6 +284,8 @@ def generate_to_folder(
     cycle = label_cycle(loaded, labels)
     of_image = None if cycle is None else np.resize(np.asarray(cycle, np.int32), n)
     folder = location(folder)
+    if processes.differ(str(loaded.checkpoint)):
+        raise SamplingError(f"the processes found different checkpoints, here {loaded.checkpoint}; give one of them")
     if processes.is_first():
         settings = dict(seed=seed, labels=cycle, batch_size=batch_size, format=file_format) | _settings_of(loaded)
         _claim(folder, settings)

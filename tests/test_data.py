@@ -409,6 +409,9 @@ def test_classes_and_fractions_are_selected():
     assert select(whole) is whole
     with pytest.raises(DataError, match=r"classes \['x'\] are not in the data; it has 0, 1, 2"):
         select(whole, ("7", "x"))
+    whole.classes = [*whole.classes, "ten"]
+    with pytest.raises(DataError, match="no image has one of the classes ten"):
+        select(whole, ("ten",))
     assert pickle.loads(pickle.dumps(odd)).read(3)[1] == odd.read(3)[1]
 
 

@@ -97,6 +97,8 @@ def test_a_network_in_nnx(tmp_path):
     config = tiny.config(model__network=f"{tmp_path}/own.py:Linear")
     network = make_network(config)
     params = network.init(jax.random.key(0))
+    half = make_network(tiny.config(model__network=f"{tmp_path}/own.py:Linear", model__dtype="bfloat16"))
+    assert half.cast(params)["layer"]["kernel"].dtype == "float32", "it may compute in float32"
     data = dict(
         image=np.zeros((2, 8, 8, 1), np.uint8), label=np.zeros(2, np.int32), index=np.arange(2, dtype=np.uint32)
     )

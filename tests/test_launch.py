@@ -4,6 +4,7 @@ import json
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,7 +13,7 @@ import time
 import numpy as np
 import pytest
 
-from maskdm_jax.errors import ConfigError, Interrupted, SamplingError
+from maskdm_jax.errors import CheckpointError, ConfigError, Interrupted, SamplingError
 from maskdm_jax.training import logs
 
 TINY = [
@@ -159,9 +160,16 @@ def test_samples_from_a_run(launch, demo, tmp_path):
     assert code == SamplingError.status
     assert "error: " in output
     assert "seed: 0 -> 1" in output
-    both = [f"--run={workdir}/checkpoints/*", f"--out={tmp_path / 'both'}", "--n=2", "--batch=2"]
+    again = tmp_path / "again" / workdir.name
+    shutil.copytree(workdir, again)
+    shutil.copytree(next((again / "checkpoints").iterdir()), again / "checkpoints" / "4.damaged")
+    (again / "checkpoints" / "9.orbax-checkpoint-tmp").mkdir()  # killed while saving
+    both = [f"--run={again}/checkpoints/*", f"--out={tmp_path / 'both'}", "--n=2", "--batch=2"]
     code, output = launch("sample", *both)
     assert code == 0, output
+    code, output = launch("sample", f"--run={workdir}/checkpoints/*,{again}/checkpoints/*", *both[1:])
+    assert code == CheckpointError.status
+    assert "would be written to" in output
     steps = sorted(int(path.name) for path in (workdir / "checkpoints").iterdir())
     assert len(steps) > 1
     for step in steps:

@@ -1,6 +1,7 @@
 """Each operation of `models.ops` agrees with its plain twin, in values and gradients; the choice of a kernel."""
 
 import functools
+import types
 
 import jax
 import jax.numpy as jnp
@@ -132,6 +133,18 @@ def test_the_gpu_kernel(monkeypatch, t):
             attention.jax.nn, "dot_product_attention", functools.partial(_by_xla, jax.nn.dot_product_attention)
         )
         assert_twins(attention.cudnn_attention, attention.plain_attention, qkv(t), atol=2e-6)
+
+
+@pytest.mark.parametrize(
+    ("capability", "fused"), [("9.0", True), ("10.3", True), ("8.0", False), ("7.5", False), ("gfx90a", False)]
+)
+def test_the_choice_on_a_gpu(monkeypatch, capability, fused):
+    """Heads of width 136 are too wide for an A100."""
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(jax, "local_devices", lambda: [types.SimpleNamespace(compute_capability=capability)])
+    monkeypatch.setattr(attention, "cudnn_attention", lambda q, k, v: "fused")
+    x = jnp.zeros((1, 4, 1, 136), jnp.bfloat16)
+    assert isinstance(attention.attention(x, x, x), str) == fused
 
 
 def _by_xla(original, *args, implementation=None, **more):

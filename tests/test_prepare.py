@@ -280,6 +280,8 @@ def test_unreadable_images_are_named_and_few(tmp_path):
     (root / "008.png").write_bytes(b"not an image")
     with pytest.raises(DataError, match=r"2 of 120 images are unreadable, more than 1% \(007.png: .*008.png"):
         prepare.prepare(source, tmp_path / "other", Framing(8), name="x")
+    (root / "008.png").write_bytes(encoded("RGB", seed=8))
+    assert prepare.prepare(source, tmp_path / "other", Framing(8), name="x")["content_hash"] == card["content_hash"]
 
 
 def test_a_full_disk_and_a_lying_one(folder, tmp_path, monkeypatch):

@@ -175,6 +175,9 @@ def test_it_runs_on_torch_alone(made, child_env):
 def test_card(made, tmp_path):
     convert(made[3].parent / "weights.safetensors", tmp_path / "of_file", for_torch=True)
     assert "The weights are the average `ema`. " in (tmp_path / "of_file" / "README.md").read_text()
+    convert(made[3].parent / "run", tmp_path / "raw", for_torch=True, weights="params")
+    assert "fd_lite0" not in (tmp_path / "raw" / "README.md").read_text(), "these are the EMA's"
+    assert not (tmp_path / "raw" / "samples.png").exists()
     card = (made[3] / "README.md").read_text()
     assert "![Samples](samples.png)" in card
     assert "trained on `digits` by MaskDM-JAX" in card

@@ -392,6 +392,19 @@ def test_a_non_finite_loss_stops_the_run(tmp_path, monkeypatch, bad_step, checkp
     assert checkpoint.Checkpoints(tmp_path, keep=2).latest() == checkpoint_step, "what diverged was not saved"
 
 
+def test_a_checkpoint_comes_before_what_may_take_hours(tmp_path):
+    """A kill during an evaluation must not cost the steps before it."""
+
+    def evaluate(at):
+        raise TimeoutError(f"killed at {at.step}")
+
+    evaluate.every = 2
+    config = tiny.config(checkpoint__every=2)
+    with pytest.raises(TimeoutError, match="killed at 2"):
+        loop.train(config, TrainingData(config.data), tmp_path, make_hooks=lambda run: (evaluate,), devices=ONE)
+    assert checkpoint.Checkpoints(tmp_path, keep=2).latest() == 2
+
+
 def test_classes_and_devices_must_fit(tmp_path):
     with pytest.raises(ConfigError, match=r"digits has 10 classes \(0, 1, .*\).*pass --config.model.num_classes=10"):
         train(tiny.config(model__num_classes=7), tmp_path, devices=ONE)

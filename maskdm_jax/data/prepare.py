@@ -120,9 +120,10 @@ class _Preparation:
         return self._out / f"shard-{i:05d}.json"
 
     def _read_note(self, i: int) -> dict | None:
-        """The note of an earlier call that finished shard i."""
+        """The note of an earlier call that finished shard i, if no image was left out: it may be readable now."""
         with contextlib.suppress(OSError, ValueError):
-            return json.loads(self._note_path(i).read_text())
+            note = json.loads(self._note_path(i).read_text())
+            return None if note["left_out"] else note
         return None
 
     def _write_shard(self, i: int) -> dict:

@@ -150,6 +150,8 @@ def select(source, classes=(), fraction: float = 1.0, seed: int = 0, labels: boo
             raise DataError(f"classes {unknown} are not in the data; it has {known or 'no labels'}")
         wanted = [source.classes.index(name) for name in classes]
         numbers = np.flatnonzero(np.isin(np.asarray(source.labels), wanted))
+        if not len(numbers):
+            raise DataError(f"no image has one of the classes {', '.join(classes)}")
     if fraction < 1 or rest:
         keep = max(1, round(fraction * len(numbers)))
         drawn = numbers[np.random.RandomState(seed).permutation(len(numbers))]

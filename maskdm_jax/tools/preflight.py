@@ -34,6 +34,7 @@ from maskdm_jax.training.start import (
     initial_weights,
     resumed_stage,
 )
+from maskdm_jax.training.state import ema_decays
 
 PROBED = 200  # images read, evenly spread over the data
 CLOCK_SKEW_LIMIT = 2.0  # seconds; a larger difference confuses logs and schedulers
@@ -72,8 +73,8 @@ def examine(config: Config, workdir, say) -> bool:
 
 
 def _config(config: Config, workdir) -> str:
+    check_processes(config, workdir)  # first, since all processes must take part
     check_settings(config)
-    check_processes(config, workdir)
     parts = []
     for name in config.stages:
         stage, plans = config.stage[name], mask_plans(config, name)
@@ -143,7 +144,8 @@ def _folder(config: Config, workdir) -> str:
     existing = next(path for path in (workdir, *workdir.parents) if path.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
         raise PreflightError(f"{existing} cannot be written to; give another --workdir")
-    one = 4 * sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(make_network(config).abstract_params()))
+    weights = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(make_network(config).abstract_params()))
+    one = weights * max(3 + len(ema_decays(stage)) for stage in config.stage.values())  # 3: weights and two moments
     needed, free = one * (config.checkpoint.keep + len(config.stages) + 1), shutil.disk_usage(existing).free
     if free < needed:
         raise PreflightError(

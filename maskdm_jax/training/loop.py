@@ -107,7 +107,7 @@ def train(config: Config, data, workdir, *, make_hooks=lambda run: (), devices=N
         run = Run(config, folder, workdir, upload, mesh, network, data, checkpoints, metrics, tracing)
         begun = time.perf_counter()
         try:
-            run_stages(run, start, (*make_hooks(run), Save(run)))
+            run_stages(run, start, (Save(run), *make_hooks(run)))  # saved before hooks that may take hours
         except KeyboardInterrupt:
             saved = checkpoints.latest()
             text = "nothing was saved yet" if saved is None else f"the same command resumes from step {saved}"

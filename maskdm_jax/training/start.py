@@ -13,7 +13,7 @@ from maskdm_jax import config as config_lib
 from maskdm_jax.build import Network
 from maskdm_jax.config import Config
 from maskdm_jax.errors import ConfigError, TorchFileError, first_line, prefixed
-from maskdm_jax.parallel import sharding
+from maskdm_jax.parallel import processes, sharding
 from maskdm_jax.storage import location
 from maskdm_jax.training import checkpoint, logs
 from maskdm_jax.training.state import TrainState, new_state
@@ -55,6 +55,8 @@ def begin(config: Config, network: Network, mesh, checkpoints: checkpoint.Checkp
         log.info("start: fresh weights, seed %d", config.seed)
         return Start(0, fresh_state(config, network, abstract), {})
     params, found = initial_weights(config, data.classes, abstract.params)
+    if processes.differ(str(found)):
+        raise ConfigError(f"the processes found different checkpoints, here {found}; set config.init_from to one")
     log.info("start: weights of %s, new optimizer", found)
     return Start(0, _first_state(config, 0, abstract, params), {})
 

@@ -77,12 +77,16 @@ def write(folder, title: str, config: Config, classes: list[str], weights: str, 
         diffusion=raw["diffusion"] | dict(time_scale=time_scale(config.model)),
         sampling=raw["sampling"] | ({} if config.sampling.weak == "unlabelled" else dict(guidance=0.0)),
         classes=classes,
-        guidable=not config.untrained("unlabelled"),
+        guidable=bool(
+            config.model.num_classes and not config.model.wavelet_scale and not config.untrained("unlabelled")
+        ),
     )
     write_atomically(folder / "config.json", json.dumps(settings, indent=2).encode())
     for name in CODE:
         write_atomically(folder / name, pathlib.Path(__file__).with_name(name).read_bytes())
     known = _known(src)
+    if weights != "ema":  # of which the run's evaluations and samples are
+        known |= dict(evaluated={}, grid=None)
     if known["grid"]:
         write_atomically(folder / "samples.png", known["grid"].read_bytes())
     write_atomically(folder / "README.md", _card(title, config, classes, weights, known).encode())

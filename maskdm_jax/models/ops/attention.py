@@ -29,11 +29,11 @@ def attention(q, k, v, kernel: str = "auto"):
 
 
 def choose_by_platform(q, k, v):
-    """`attention` on TPU by `splash` from `FUSED_FROM` tokens on; on NVIDIA GPUs by `cudnn` for half precision; on CPU
-    by `parallel_heads`; otherwise by `plain`.
+    """`attention` on TPU by `splash` from `FUSED_FROM` tokens on; on GPUs by `cudnn` where it can; on CPU by
+    `parallel_heads`; otherwise by `plain`.
     """
     t, d = q.shape[1], q.shape[3]
-    if jax.default_backend() == "gpu" and q.dtype in (jnp.bfloat16, jnp.float16) and d % 8 == 0:
+    if jax.default_backend() == "gpu" and q.dtype in (jnp.bfloat16, jnp.float16) and d % 8 == 0 and d <= cudnn_limit():
         return cudnn_attention(q, k, v)
     # The choice is made at compilation, because the program may be compiled for another platform than this machine's.
     on_tpu = dict(tpu=splash_attention) if t >= FUSED_FROM else {}
@@ -45,8 +45,15 @@ def plain_attention(q, k, v):
     return jax.nn.dot_product_attention(q, k, v)
 
 
+def cudnn_limit() -> int:
+    """The largest d of `cudnn_attention` on this machine's GPU; 0 for AMD, and for NVIDIA before Ampere."""
+    capability = str(jax.local_devices()[0].compute_capability)  # such as 9.0; AMD's are like gfx90a
+    major = int(capability.split(".")[0]) if capability[0].isdecimal() else 0
+    return 256 if major >= 9 else 128 if major == 8 else 0
+
+
 def cudnn_attention(q, k, v):
-    """`attention` by cuDNN: NVIDIA GPUs, bfloat16 or float16, d a multiple of 8."""
+    """`attention` by cuDNN: NVIDIA GPUs, bfloat16 or float16, d a multiple of 8 up to `cudnn_limit`."""
     fused = functools.partial(jax.nn.dot_product_attention, implementation="cudnn")
     b, t = q.shape[:2]
     if t % 2 == 0:
