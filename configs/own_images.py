@@ -5,7 +5,7 @@
 Hardware: one accelerator of 16 GB, or a smaller one with micro_batches or remat.
 Expected cost, computed, not measured: 100k x 256 images x 0.0176 TFLOP
  + 50k x 128 images x 0.0733 TFLOP
-= 0.923 EFLOP, about 0.855 hours of one H100 at 300 TFLOP/s; docs/speed.md measures 228 and 312 TFLOP/s.
+= 0.920 EFLOP, about 0.852 hours of one H100 at 300 TFLOP/s; docs/speed.md measures 228 and 312 TFLOP/s.
 Class-conditional, with one folder per class: --config.data.labels=True --config.model.num_classes=N.
 `own_images.py:cpu` trains 1.1 million parameters at 32 x 32, for two CPU cores.
 """
@@ -24,7 +24,7 @@ def get_config(size=""):
     c.sampling.update(method="heun", steps=50)
     c.stages = ("pretrain", "finetune")
     c.pretrain = config.stage(
-        steps=100_000,  # half of the FLOPs, which was the best share with this mask (docs/study.md)
+        steps=100_000,  # half of the FLOPs; of the masks and shares of docs/study.md, the best
         batch_size=256,
         learning_rate=2e-4,
         warmup_steps=1000,

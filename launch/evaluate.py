@@ -1,6 +1,6 @@
 """Compare images: python launch/evaluate.py --reference=DIR --samples=DIR [--report=report.html]
 
-Both can be a folder or .zip of images, a prepared set, an .npz (images, or statistics mu and sigma), or a run folder or
+Both can be images of any kind that training reads, an .npz (images, or statistics mu and sigma), or a run folder or
 checkpoint, from which --n images are generated. The last line of the output is a JSON object. The Inception weights
 are those of pytorch-fid, pt_inception-2015-12-05-6726825d.pth, downloaded once unless --inception_weights is given.
 """

@@ -32,7 +32,7 @@ ORDER = flags.DEFINE_integer("order", None, "Order of dpm_solver, 1 to 3.")
 SPACING = flags.DEFINE_string("spacing", None, "Spacing of dpm_solver's steps.")
 GUIDANCE = flags.DEFINE_float("guidance", None, "Weight of guidance.")
 WEAK = flags.DEFINE_string("weak", None, "Weak prediction of guidance: unlabelled, sparse or shallow.")
-WEAK_RATE = flags.DEFINE_float("weak_rate", None, "Share of the patches that --weak=sparse hides.")
+WEAK_RATE = flags.DEFINE_float("weak_rate", None, "Share of the patches that skip the inner blocks with --weak=sparse.")
 COLUMNS = flags.DEFINE_integer("columns", 10, "Columns of the grid.", lower_bound=1)
 GRID = flags.DEFINE_integer("grid", 100, "Maximum number of images in the grid; 0 for no grid.", lower_bound=0)
 

@@ -408,9 +408,9 @@ def test_from_the_command_line(root, folders, weights, child_env, tmp_path):
     options = (f"--inception_weights={weights}", "--metrics=fid,kid,pr", "--batch=8", f"--report={report}")
     marked = tmp_path / "marked"  # made from a checkpoint that this machine cannot see
     shutil.copytree(folders[1], marked)
-    (marked / "samples.json").write_text(json.dumps(dict(checkpoint="ftp://bucket/runs/a/checkpoints/7")))
+    (marked / "samples.json").write_text(json.dumps(dict(checkpoint="ftp://b/runs/a/checkpoints/7", card={})))
     done = run(f"--samples={marked}", *options)
-    assert "error: the report was not written: ftp://bucket" in done.stderr
+    assert "error: the report was not written: ftp://b" in done.stderr
     assert json.loads(done.stdout.splitlines()[-1])["n"] == 9
     done = run(f"--samples={folders[1]}", *options)
     assert done.returncode == 0, done.stderr
