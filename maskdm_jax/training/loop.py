@@ -277,7 +277,11 @@ def _cost(config: Config, name: str) -> float:
     """FLOPs of the blocks in a stage, up to a factor, an estimate of its time."""
     model, (visible, total) = config.model, _patches(config, name)
     outer = 2 * model.outer_blocks / model.depth  # share of the blocks that process hidden patches, too
-    flops = lambda tokens: tokens * (6 * model.width + tokens)  # products with weights, and attention
+    extra = model.jit.class_tokens * (1 - model.jit.class_tokens_from / model.depth) if model.network == "jit" else 0
+
+    def flops(patches):  # of products with weights, and of attention
+        return (patches + extra) * (6 * model.width + patches + extra)
+
     images = config.stage[name].steps * config.stage[name].batch_size
     return images * (outer * flops(total) + (1 - outer) * flops(visible))
 
