@@ -24,7 +24,7 @@ def get_config(size=""):
     c.sampling.update(method="heun", steps=50)
     c.stages = ("pretrain", "finetune")
     c.pretrain = config.stage(
-        steps=100_000,  # half of the FLOPs; of the masks and shares of docs/study.md, the best
+        steps=100_000,  # half of the FLOPs; this mask and share were the best in docs/study.md
         batch_size=256,
         learning_rate=2e-4,
         warmup_steps=1000,

@@ -52,7 +52,7 @@ def matching(path) -> list:
     from maskdm_jax.training import checkpoint
 
     start = next(parent for parent in path.parents if "*" not in str(parent))
-    found = [location(found) for found in start.glob(str(path.relative_to(start)))]
+    found = map(location, start.glob(str(path.relative_to(start))))
     return [path for path in found if path.parent.name != checkpoint.FOLDER or checkpoint.is_finished(path)]
 
 

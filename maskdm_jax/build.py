@@ -110,7 +110,7 @@ def _from_nnx(make, dtype) -> Network:
 
 
 def _own_network(model: Model, image_size: int, channels: int) -> Network:
-    """The network of a user's file; see `make_network`. Its dtype is not known: `cast` keeps float32.
+    """The network of a user's file; see `make_network`.
 
     Raises:
       ConfigError: there is no such file, it cannot be run, or has no such name.
@@ -123,14 +123,14 @@ def _own_network(model: Model, image_size: int, channels: int) -> Network:
     if name not in names:
         own = [key for key, value in names.items() if getattr(value, "__module__", "") == "<run_path>"]
         raise ConfigError(f"config.model.network: {file} defines no {name}, but {', '.join(own) or 'nothing'}")
-    make = names[name]
+    make, dtype = names[name], jnp.dtype("float32")  # it may compute in any dtype, so `cast` must not round
     with prefixed(ConfigError, f"config.model.network: {model.network} cannot be built (", Exception, ")"):
         if isinstance(make, type) and issubclass(make, nnx.Module):
-            return _from_nnx(functools.partial(make, model, image_size, channels), jnp.dtype("float32"))
+            return _from_nnx(functools.partial(make, model, image_size, channels), dtype)
         module = make(model, image_size, channels)
         labels = jnp.zeros(1, "int32") if model.num_classes else None
         init = lambda key: module.init(key, jnp.zeros((1, image_size, image_size, channels)), jnp.zeros(1), labels)
-        return Network(init, module.apply, jnp.dtype("float32"), jax.eval_shape(init, jax.random.key(0)))
+        return Network(init, module.apply, dtype, jax.eval_shape(init, jax.random.key(0)))
 
 
 def _check_shapes(network: Network, model: Model, image_size: int, channels: int) -> None:

@@ -349,7 +349,7 @@ def _newest(folder) -> int | None:
 def _finished(folder):
     """Steps of the checkpoints in a folder, the newest first."""
     steps = sorted((int(path.name) for path in _children(folder) if path.name.isdecimal()), reverse=True)
-    return (step for step in steps if is_finished(folder / str(step)))
+    return (step for step in steps if _is_checkpoint(folder / str(step)))
 
 
 def is_finished(path: pathlib.Path) -> bool:
