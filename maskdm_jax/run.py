@@ -1,6 +1,5 @@
 """A whole run: open the data, train, and make previews and metrics by hooks of the training loop."""
 
-import dataclasses
 import hashlib
 import importlib.util
 import json
@@ -13,10 +12,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from maskdm_jax.build import make_network, make_sampler, mask_plans
-from maskdm_jax.config import Config, Mask, differences, steps_before, to_dict
+from maskdm_jax.config import Config, differences, steps_before, to_dict
 from maskdm_jax.data.images import Framing, sample_grid, save_png
 from maskdm_jax.data.pipeline import TrainingData, probe
 from maskdm_jax.diffusion.masking import KINDS
+from maskdm_jax.diffusion.samplers import SAMPLERS
 from maskdm_jax.errors import ConfigError, DataError
 from maskdm_jax.models.representation import make_representation
 from maskdm_jax.parallel import processes
@@ -27,6 +27,13 @@ from maskdm_jax.training.step import make_loss
 
 log = logging.getLogger(__name__)
 
+# Settings that only one process or network uses; see `warnings_of`.
+PROCESS_SETTINGS = {
+    "ddpm": ("timesteps", "schedule", "shift_size", "loss_weight", "loss_weight_gamma"),
+    "flow": ("flow",),
+    "edm": ("edm",),
+}
+NETWORK_SETTINGS = {"uvit": ("qv_bias", "time_mlp"), "jit": ("jit",)}
 PROBED = 16  # images read at the start of a run, to warn of what they show
 
 
@@ -159,7 +166,8 @@ def warnings_of(config: Config) -> list[str]:
     space = make_representation(config)
     bands = jax.tree.leaves(jax.eval_shape(space.cut, jnp.zeros((1, *space.shape))))
     numbers = max(band.shape[-1] for band in bands)
-    if config.model.width < numbers:
+    outputs_data = config.diffusion.process != "edm" and config.diffusion.objective == "x0"  # and no noise
+    if config.model.width < numbers and not outputs_data:
         lines.append(
             f"a patch has {numbers} values but config.model.width is only {config.model.width}, too narrow to "
             "represent the noise of a patch; use a smaller patch_size or a larger width"
@@ -174,6 +182,11 @@ def warnings_of(config: Config) -> list[str]:
             f"guidance has no effect from sampling.guidance_from={config.sampling.guidance_from} to "
             f"sampling.guidance_to={config.sampling.guidance_to}"
         )
+    if config.data.label_dropout and not config.data.labels:
+        lines.append(f"data.label_dropout={config.data.label_dropout:g} has no effect: data.labels is False")
+    lines += _ignored("diffusion", config.diffusion, "process", PROCESS_SETTINGS)
+    lines += _ignored("model", config.model, "network", NETWORK_SETTINGS)
+    lines += _ignored("sampling", config.sampling, "method", _settings_of(SAMPLERS))
     for name in config.stages:
         stage = config.stage[name]
         if stage.warmup_steps > stage.steps / 3 and not stage.continues:
@@ -181,7 +194,7 @@ def warnings_of(config: Config) -> list[str]:
         if not 0 < stage.learning_rate < 0.1:
             lines.append(f"{name}.learning_rate={stage.learning_rate:g} is unusual; recipes have 1e-5 to 2e-3")
         for mask, settings in ((f"{name}.mask", stage.mask), (f"{name}.detail_mask", stage.detail_mask)):
-            lines += [f"{mask}.{unused} has no effect" for unused in _unused(settings)] if settings else []
+            lines += _ignored(mask, settings, "kind", _settings_of(KINDS)) if settings else []
         steps = stage.steps + steps_before(config, name)
         copied = EMA_COPY_STEPS if stage.ema_law == "reference" else 0
         share = stage.ema_decay ** (max(steps - copied, 0) / stage.ema_every)
@@ -193,11 +206,22 @@ def warnings_of(config: Config) -> list[str]:
     return lines
 
 
-def _unused(mask: Mask) -> list[str]:
-    """The settings of a mask that its kind ignores and that are not the defaults."""
-    used = KINDS[mask.kind].settings
-    others = {name: value for name, value in dataclasses.asdict(mask).items() if name not in ("kind", *used)}
-    return [f"{k}={v} (kind is {mask.kind!r})" for k, v in others.items() if v != getattr(Mask(), k)]
+def _ignored(path: str, settings, choice: str, used: dict[str, tuple[str, ...]]) -> list[str]:
+    """Name the settings of a section that are not the defaults, but that its choice ignores.
+
+    Args:
+      path: of the section.
+      choice: name of the setting that decides.
+      used: names of the settings that each of its values uses; values that are not listed may use all.
+    """
+    value, default = getattr(settings, choice), type(settings)()
+    others = set().union(*used.values()).difference(used[value]) if value in used else ()
+    changed = [name for name in sorted(others) if getattr(settings, name) != getattr(default, name)]
+    return [f"{path}.{name} has no effect: {path}.{choice} is {value!r}" for name in changed]
+
+
+def _settings_of(table) -> dict[str, tuple[str, ...]]:
+    return {name: entry.settings for name, entry in table.items()}
 
 
 class Previews:

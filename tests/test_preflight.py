@@ -139,8 +139,34 @@ def test_settings_that_nobody_wants_are_named():
         "83% of the EMA at the end of pretrain still come from the weights of step 100: lower "
         "pretrain.ema_decay=0.9999 or pretrain.ema_every=1, or train longer",
         "finetune.warmup_steps=2 is more than a third of its 2 steps",
-        "finetune.mask.rate=0.5 (kind is 'none') has no effect",
+        "finetune.mask.rate has no effect: finetune.mask.kind is 'none'",
     ]
+
+
+def test_settings_that_a_choice_ignores_are_named(tmp_path):
+    config = tiny.config(
+        data__labels=False,
+        data__label_dropout=0.1,
+        model__num_classes=0,
+        diffusion__process="flow",
+        diffusion__objective="x0",
+        diffusion__loss_weight_gamma=1.0,
+        diffusion__edm__mean=0.0,
+        model__jit__dropout=0.1,
+        sampling__method="heun",
+        sampling__eta=0.5,
+        pretrain__mask=dict(kind="patch", rate=0.5, crop=2),
+    )
+    assert [line for line in warnings_of(config) if "no effect" in line] == [
+        "data.label_dropout=0.1 has no effect: data.labels is False",
+        "diffusion.edm has no effect: diffusion.process is 'flow'",
+        "diffusion.loss_weight_gamma has no effect: diffusion.process is 'flow'",
+        "model.jit has no effect: model.network is 'uvit'",
+        "sampling.eta has no effect: sampling.method is 'heun'",
+        "pretrain.mask.crop has no effect: pretrain.mask.kind is 'patch'",
+    ]
+    own = dict(model__network=f"{tmp_path}/own.py:Own", model__jit__dropout=0.1)
+    assert not [line for line in warnings_of(tiny.config(**own)) if "model.jit" in line], "it may use any setting"
 
 
 def test_every_failure_is_named_and_stops_no_other_check(tmp_path, monkeypatch):

@@ -420,6 +420,7 @@ def test_a_network_too_narrow_for_its_patches_is_told():
     (line,) = told(tiny.config(model__patch_size=8))
     assert "a patch has 64 values but config.model.width is only 16" in line
     assert not told(tiny.config())
+    assert not told(tiny.config(model__patch_size=8, diffusion__objective="x0"))
 
 
 def test_bfloat16_trains(reference_losses):
