@@ -7,7 +7,8 @@ A sparse phase, with hidden patches, takes 50, 80 or 95% of the budget, and a de
 same optimizer and EMA. The three runs of a method share the sparse phase, from which they branch off, so that it is
 trained once. Each seed repeats all runs; `--only=PATTERN --seeds=1,2` repeats the most interesting ones.
 
-`cpu` has the networks, the process and the images of `emoji64.py`, whose dense runs have twice the budget. `gpu` has
+`cpu` has the networks, the process and the images of `emoji64.py`, whose dense runs have twice the budget. `rates` has
+dense training and the best sparse one at learning rates above the 1e-3 of `cpu`, which their names state. `gpu` has
 larger networks and budgets, and the images of both makers. Several processes use a GPU better than one, because each
 also compiles, saves and evaluates; after an interruption, the same command goes on:
 
@@ -35,6 +36,7 @@ METHODS = {  # settings of both phases, and the mask of the sparse one
     "SPRINT 75%": (TOKEN, dict(kind="patch", rate=0.75)),
     "SPRINT 75%, strided": (TOKEN, dict(kind="strided", block=2)),
 }
+RATES = (2e-3, 4e-3)
 LARGER = {  # 6 and 22 million parameters
     "U-ViT": UVIT | {"model.width": 256, "model.depth": 7},
     "JiT": JIT | {"model.width": 384, "model.depth": 8},
@@ -64,10 +66,16 @@ def runs_of(name: str, network: dict, data: str) -> list[dict]:
     return [run | dict(seeds=(0, 1, 2)) for run in (dense, *sparse)]
 
 
+def at_rate(run: dict, rate: float) -> dict:
+    """A run with another learning rate."""
+    phases = tuple(phase | dict(settings=phase["settings"] | {"train.learning_rate": rate}) for phase in run["phases"])
+    return run | dict(name=f"{run['name']}, {rate}", phases=phases)
+
+
 def get_config(size="cpu"):
-    """The study, for a machine of this size."""
-    if size not in ("cpu", "gpu"):
-        raise ValueError(f"there is no size {size!r}; choose cpu or gpu")
+    """The study, for a machine of this size, or the `rates` on a CPU."""
+    if size not in ("cpu", "gpu", "rates"):
+        raise ValueError(f"there is no size {size!r}; choose cpu, gpu or rates")
     c, data, networks = ConfigDict(), "noto", {"JiT": JIT, "U-ViT": UVIT}
     c.base = base()
     c.budget = dict(flops=1e14, seconds=1800.0)
@@ -79,5 +87,9 @@ def get_config(size="cpu"):
         c.budget = dict(flops=2e15, seconds=60.0)
     c.sets = {data: "data/emoji64.zip" if data == "both" else "data/emoji64_noto.zip"}
     c.evaluation = dict(samples=1000, on=data, held_out=400, levels=10)
-    c.runs = tuple(run for name, network in networks.items() for run in runs_of(name, network, data))
+    runs = [run for name, network in networks.items() for run in runs_of(name, network, data)]
+    if size == "rates":
+        best = [run for run in runs if run["name"].endswith(("dense", "MaskDM 75%, 50% sparse"))]
+        runs = [at_rate(run, rate) for rate in RATES for run in best]
+    c.runs = tuple(runs)
     return c

@@ -520,6 +520,20 @@ def test_the_study_of_routing_is_fair(root, monkeypatch, size):
         assert (run.phases[0].stage.mask.kind == "none") == ("dense" in run.name)
 
 
+def test_other_learning_rates_train_the_same_runs_otherwise(root, monkeypatch):
+    monkeypatch.setattr(study.cost, "count_flops", lambda config, stage, images: 1e11)
+    get_config = runpy.run_path(str(root / "experiments" / "sparse64.py"))["get_config"]
+    other = get_config("cpu")
+    other.base.train.learning_rate = 2e-3
+    named = {run.name: run for run in study.plan(get_config("rates"), seeds={0})}
+    for pattern in ("*, dense", "*, MaskDM 75%, 50% sparse"):
+        for run in study.plan(other, seeds={0}, only=pattern):
+            same = named[f"{run.name}, 0.002"]
+            assert [phase.key for phase in same.phases] == [phase.key for phase in run.phases]
+            assert named[f"{run.name}, 0.004"].phases[0].stage.learning_rate == 4e-3
+    assert len(named) == 2 * 2 * 2
+
+
 def test_the_compute_of_dense_training_with_the_same_error(root):
     """With errors that are a power of the FLOPs, one that dense training did not reach, and one that it never had."""
     script = runpy.run_path(str(root / "experiments" / "same_error.py"))
