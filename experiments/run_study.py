@@ -17,8 +17,12 @@ from maskdm_jax.parallel import runtime
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "Study file, such as experiments/emoji32.py:convergence.")
 BUDGET = flags.DEFINE_enum("budget", "flops", ["flops", "seconds"], "Unit of the budget: FLOPs or device time.")
-WORKDIR = flags.DEFINE_string("workdir", "runs/study", "Folder for runs; studies may share it.")
-RESULTS = flags.DEFINE_string("results", None, "File of results; default: WORKDIR/NAME.jsonl, after the study.")
+WORKDIR = flags.DEFINE_string(
+    "workdir", "runs/study", "Folder for runs; studies of the same images may share it, and no others."
+)
+RESULTS = flags.DEFINE_string(
+    "results", None, "File of results, for one set of images; default: WORKDIR/NAME.jsonl, after the study."
+)
 EVALUATOR = flags.DEFINE_string("evaluator", "", "Python file that compares images; default: EfficientNet-Lite0.")
 ONLY = flags.DEFINE_string("only", "*", "Pattern of run names, with * and ? as wildcards.")
 SEEDS = flags.DEFINE_list("seeds", [], "Seeds to run; default: all.")

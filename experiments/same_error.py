@@ -1,15 +1,17 @@
 """The compute with which dense training reaches the denoising error of other runs, divided by theirs:
 
-    python experiments/same_error.py --dense="U-ViT, dense" --dense="U-ViT, flow, x0" --runs="U-ViT, SPRINT*" \\
+    python experiments/same_error.py --dense="U-ViT, dense|U-ViT, flow, x0" --runs="U-ViT, SPRINT*" \\
         docs/studies/sparse64.jsonl docs/studies/processes.jsonl
 
 Prints the median and the range over the noise levels. The errors of dense runs with equal FLOPs, to two digits, are
-averaged (geometric mean). Between them, the error at a noise level is interpolated as a power of the FLOPs. An
-error below that of all of them gives infinity, above that of all of them 0.
+averaged (geometric mean); with several --dense, such as one for each learning rate, the lowest average at each noise
+level counts. Between the FLOPs of dense runs, the error is interpolated as a power of the FLOPs. An error below that
+of all of them gives infinity, above that of all of them 0.
 """
 
 import collections
 import fnmatch
+import itertools
 import statistics
 
 import numpy as np
@@ -17,16 +19,19 @@ from absl import app, flags
 
 from maskdm_jax.training.logs import read_metrics
 
-DENSE = flags.DEFINE_multi_string("dense", None, "Name of a dense run; may be repeated.", required=True)
+DENSE = flags.DEFINE_multi_string(
+    "dense", None, "Names of dense runs to average, separated by |; repeated: the lowest error counts.", required=True
+)
 RUNS = flags.DEFINE_string("runs", "*", "Pattern of the names of the others.")
 
 
 def main(argv):
     rows = [row for path in argv[1:] for row in read_metrics(path)]
-    dense = averaged(row for row in rows if row["run"] in DENSE.value)
+    names = [name for value in DENSE.value for name in value.split("|")]
+    dense = lowest([averaged(row for row in rows if row["run"] in value.split("|")) for value in DENSE.value])
     print("| run | seed | Fréchet distance | compute gain | range |\n|---|--:|--:|--:|--:|")
     for row in rows:
-        if fnmatch.fnmatchcase(row["run"], RUNS.value) and row["run"] not in DENSE.value:
+        if fnmatch.fnmatchcase(row["run"], RUNS.value) and row["run"] not in names:
             gains = ratios(row, dense)
             middle, low, high = (f(gains) for f in (statistics.median, min, max))
             print(f"| {row['run']} | {row['seed']} | {row['fd']:.1f} | {middle:.2f} | {low:.2f}-{high:.2f} |")
@@ -40,6 +45,18 @@ def averaged(rows) -> list[dict]:
     average = lambda group: np.exp(np.mean([np.log(row["denoising"]) for row in group], 0))
     points = [list(groups[flops].values()) for flops in sorted(groups)]
     return [dict(flops=statistics.mean(row["flops"] for row in rows), denoising=average(rows)) for rows in points]
+
+
+def lowest(curves: list[list[dict]]) -> list[dict]:
+    """The lowest error at each noise level, by FLOPs, of curves from `averaged`."""
+    groups = collections.defaultdict(list)
+    for point in itertools.chain(*curves):
+        groups[float(f"{point['flops']:.1e}")].append(point)
+    at = lambda group: dict(
+        flops=statistics.mean(point["flops"] for point in group),
+        denoising=np.min([point["denoising"] for point in group], 0),
+    )
+    return [at(groups[flops]) for flops in sorted(groups)]
 
 
 def ratios(row: dict, dense: list[dict]) -> list[float]:

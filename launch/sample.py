@@ -10,7 +10,9 @@ several checkpoints, each gets its own folder:
 """
 
 import io
+import math
 import pathlib
+import zipfile
 
 from absl import app, flags
 
@@ -120,8 +122,10 @@ def sample(path, out):
     shown = min(N.value, GRID.value)
     if shown:
         if FORMAT.value == "npz":
-            with (folder / "samples.npz").open("rb") as file:
-                images = np.load(file)["images"][:shown]
+            with (folder / "samples.npz").open("rb") as file, zipfile.ZipFile(file).open("images.npy") as content:
+                np.lib.format.read_magic(content)
+                (_, *shape), _, dtype = np.lib.format.read_array_header_1_0(content)
+                images = np.frombuffer(content.read(shown * math.prod(shape)), dtype).reshape(shown, *shape)
         else:
             read = lambda i: Image.open(io.BytesIO((folder / f"{i:06d}.png").read_bytes()))
             images = np.stack([np.asarray(read(i)) for i in range(shown)])

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from maskdm_jax.build import make_network, make_sampler, mask_plans
-from maskdm_jax.config import Config, differences, steps_before, to_dict
+from maskdm_jax.config import Config, Stage, differences, steps_before, to_dict
 from maskdm_jax.data.images import Framing, sample_grid, save_png
 from maskdm_jax.data.pipeline import TrainingData, probe
 from maskdm_jax.diffusion.masking import KINDS
@@ -22,7 +22,7 @@ from maskdm_jax.models.representation import make_representation
 from maskdm_jax.parallel import processes
 from maskdm_jax.sampling import make_generator
 from maskdm_jax.training import loop
-from maskdm_jax.training.state import EMA_COPY_STEPS
+from maskdm_jax.training.state import EMA_COPY_STEPS, ema_decays, ema_step_size
 from maskdm_jax.training.step import make_loss
 
 log = logging.getLogger(__name__)
@@ -77,6 +77,8 @@ def check(config: Config) -> None:
             f"trained; that needs {wanted}"
         )
     network = make_network(config)
+    for remat in {stage.remat for stage in config.stage.values()}:
+        make_network(config, remat=remat)
     make_loss(config, network)
     make_sampler(config, network)
     check_settings(config.evaluation)
@@ -166,11 +168,14 @@ def warnings_of(config: Config) -> list[str]:
     space = make_representation(config)
     bands = jax.tree.leaves(jax.eval_shape(space.cut, jnp.zeros((1, *space.shape))))
     numbers = max(band.shape[-1] for band in bands)
+    widths = {"width": config.model.width}
+    widths |= {"jit.bottleneck": config.model.jit.bottleneck} if config.model.network == "jit" else {}
+    narrowest = min(widths, key=widths.get)
     outputs_data = config.diffusion.process != "edm" and config.diffusion.objective == "x0"  # and no noise
-    if config.model.width < numbers and not outputs_data:
+    if widths[narrowest] < numbers and not outputs_data:
         lines.append(
-            f"a patch has {numbers} values but config.model.width is only {config.model.width}, too narrow to "
-            "represent the noise of a patch; use a smaller patch_size or a larger width"
+            f"a patch has {numbers} values but config.model.{narrowest} is only {widths[narrowest]}, too narrow to "
+            "represent the noise of a patch; use a smaller patch_size, a larger width, or the objective x0"
         )
     stages = [config.stage[name] for name in config.stages]
     if config.model.outer_blocks and not any(stage.hides or stage.shallow for stage in stages):
@@ -195,14 +200,26 @@ def warnings_of(config: Config) -> list[str]:
             lines.append(f"{name}.learning_rate={stage.learning_rate:g} is unusual; recipes have 1e-5 to 2e-3")
         for mask, settings in ((f"{name}.mask", stage.mask), (f"{name}.detail_mask", stage.detail_mask)):
             lines += _ignored(mask, settings, "kind", _settings_of(KINDS)) if settings else []
-        steps = stage.steps + steps_before(config, name)
-        copied = EMA_COPY_STEPS if stage.ema_law == "reference" else 0
-        share = stage.ema_decay ** (max(steps - copied, 0) / stage.ema_every)
-        if steps > copied and share > 1 / math.e:  # the stage is shorter than the memory of the EMA
+        lines += _long_emas(stage, name, stage.steps + steps_before(config, name))
+    return lines
+
+
+def _long_emas(stage: Stage, name: str, steps: int) -> list[str]:
+    """Describe the EMAs whose memory is longer than `steps`, the steps since their start, and those that are equal."""
+    lines, known, first = [], set(), EMA_COPY_STEPS if stage.ema_law == "reference" else 0
+    for number, decay in enumerate(ema_decays(stage), 1):
+        law = dict(every=stage.ema_every, law=stage.ema_law)
+        sizes = np.asarray(ema_step_size(np.arange(first, steps), decay=decay, **law))
+        share = np.prod(1 - sizes[1:].astype(float))
+        setting = f"{name}.ema_decay={decay}" if number == 1 else f"{decay} in {name}.more_ema_decays"
+        if steps > first and share > 1 / math.e:
             lines.append(
-                f"{share:.0%} of the EMA at the end of {name} still come from the weights of step {copied}: lower "
-                f"{name}.ema_decay={stage.ema_decay} or {name}.ema_every={stage.ema_every}, or train longer"
+                f"{share:.0%} of the EMA at the end of {name} still come from the weights of step {first}: lower "
+                f"{setting} or {name}.ema_every={stage.ema_every}, or train longer"
             )
+        if sizes.tobytes() in known:
+            lines.append(f"{setting} has no effect: the law 'reference' does not reach it in {steps} steps")
+        known.add(sizes.tobytes())
     return lines
 
 

@@ -88,16 +88,12 @@ def interpolate(
       label: class of a conditional model, by name or number; None is its "no label".
 
     Raises:
-      SamplingError: start, n or label is invalid, or the sampler can start only from pure noise.
+      SamplingError: start, n or label is invalid, a label is needed, or the sampler can start only from pure noise.
     """
     config, last = loaded.config, loaded.config.diffusion.timesteps - 1
     if not 0 <= start <= last or n < 1:
         raise SamplingError(f"start is {start} and n is {n}; they must be in 0..{last} and at least 1")
-    labels = None
-    if label is not None:
-        labels = jnp.full((n,), label_cycle(loaded, [label])[0])
-    elif config.model.num_classes and config.model.wavelet_scale:
-        raise SamplingError("a conditional wavelet model needs a label")
+    labels = _labels_of(loaded, label, n)
     space, sample, process = make_representation(config), make_sampler(config, loaded.network), make_process(config)
     time = start
     if isinstance(process, Continuous):
@@ -156,13 +152,28 @@ class TrainedModel:
           labels: classes of the images, by name or number, or None.
 
         Raises:
-          SamplingError: a label is invalid.
+          SamplingError: a label is invalid, or is needed.
           ValueError: a shape is wrong.
         """
         process, x = make_process(self.config), jnp.asarray(x, jnp.float32)
         t = jnp.broadcast_to(jnp.asarray(t, jnp.float32 if isinstance(process, Continuous) else jnp.int32), len(x))
-        labels = None if labels is None else jnp.asarray(np.resize(label_cycle(self, labels), len(x)), jnp.int32)
+        labels = _labels_of(self, labels, len(x))
         return process.x0(self.network.apply(self.params, *process.network_inputs(x, t), labels, None), x, t)
+
+
+def _labels_of(model: TrainedModel, labels, n: int) -> jax.Array | None:
+    """Class numbers of n images, int32 [n], of one or several classes to cycle through; None stays None.
+
+    Raises:
+      SamplingError: there is no such class, or None was given for a model that was trained with labels only.
+    """
+    if labels is not None:
+        return jnp.asarray(np.resize(label_cycle(model, labels), n), jnp.int32)
+    config = model.config
+    only_labelled = config.model.wavelet_scale or (not model.converted and config.untrained("unlabelled"))
+    if config.model.num_classes and only_labelled:
+        raise SamplingError(f"{model.checkpoint} was trained with labels only; give one of {model.classes}")
+    return None
 
 
 def with_sampling(model: TrainedModel, changes: dict) -> TrainedModel:

@@ -109,7 +109,9 @@ def test_settings_that_nobody_wants_are_named():
         preview__every=10_000,
         checkpoint__every=5000,
         pretrain__steps=2000,
-        pretrain__ema_decay=0.9999,
+        pretrain__ema_law="plain",
+        pretrain__ema_decay=0.999,
+        pretrain__more_ema_decays=(0.9999,),
         pretrain__warmup_steps=1000,
         pretrain__learning_rate=2.0,
         finetune__mask__rate=0.5,
@@ -136,11 +138,28 @@ def test_settings_that_nobody_wants_are_named():
         "checkpoint.every=5000 is beyond the end: a failure loses a whole stage",
         "pretrain.warmup_steps=1000 is more than a third of its 2000 steps",
         "pretrain.learning_rate=2 is unusual; recipes have 1e-5 to 2e-3",
-        "83% of the EMA at the end of pretrain still come from the weights of step 100: lower "
-        "pretrain.ema_decay=0.9999 or pretrain.ema_every=1, or train longer",
+        "82% of the EMA at the end of pretrain still come from the weights of step 0: lower "
+        "0.9999 in pretrain.more_ema_decays or pretrain.ema_every=1, or train longer",
         "finetune.warmup_steps=2 is more than a third of its 2 steps",
         "finetune.mask.rate has no effect: finetune.mask.kind is 'none'",
     ]
+
+
+def test_long_emas_are_told_by_their_law():
+    """The decay of the reference's law rises slowly, so that its memory is always shorter than the run."""
+    told = lambda **stage: [
+        line
+        for line in warnings_of(tiny.config(**{f"pretrain__{k}": v for k, v in stage.items()}))
+        if "pretrain" in line
+    ]
+    common = dict(steps=500, warmup_steps=0)
+    assert not told(**common, ema_decay=0.999)
+    assert "35%" not in str(told(**common, ema_law="plain", ema_decay=0.9979)), "below 1 / e"
+    assert "61% of the EMA" in told(**common, ema_law="plain", ema_decay=0.999)[0]
+    assert told(**common, ema_decay=0.999, more_ema_decays=(0.9999,)) == [
+        "0.9999 in pretrain.more_ema_decays has no effect: the law 'reference' does not reach it in 500 steps"
+    ]
+    assert not told(**common, ema_decay=0.9, more_ema_decays=(0.9999,))
 
 
 def test_settings_that_a_choice_ignores_are_named(tmp_path):

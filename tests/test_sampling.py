@@ -274,6 +274,15 @@ def test_bad_interpolations_are_refused(loaded, run):
     fast = sampling.load(run, sampling=dict(method="dpm_solver"))
     with pytest.raises(SamplingError, match="dpm_solver starts from pure noise only"):
         sampling.interpolate(fast, image, image, n=3, start=10)
+    data = dataclasses.replace(loaded.config.data, label_dropout=0.0)
+    labelled = dataclasses.replace(loaded, config=dataclasses.replace(loaded.config, data=data))
+    for call in (
+        lambda: sampling.interpolate(labelled, image, image, n=3, start=10),
+        lambda: labelled.denoise(np.zeros((2, 8, 8, 1)), 0.5),
+    ):
+        with pytest.raises(SamplingError, match=r"was trained with labels only; give one of \['0', '1', "):
+            call()
+    assert labelled.denoise(np.zeros((2, 8, 8, 1)), 0.5, labels=1).shape == (2, 8, 8, 1)
 
 
 def test_interpolation_from_the_command_line(root, run, tmp_path, child_env):

@@ -546,6 +546,10 @@ def test_the_compute_of_dense_training_with_the_same_error(root):
     found = script["ratios"](dict(flops=1e13, denoising=[2e13**-0.5, 3e14**-0.2, 9e12**-0.5]), dense)
     assert found[0] == pytest.approx(2, rel=1e-3)
     assert found[1:] == [math.inf, 0]
+    faster = [dense[0] | dict(denoising=dense[0]["denoising"] * np.array([0.5, 2, 1])), dense[2]]
+    both = script["lowest"]([dense, faster])
+    assert [point["flops"] for point in both] == [point["flops"] for point in dense]
+    np.testing.assert_allclose(both[0]["denoising"], dense[0]["denoising"] * np.array([0.5, 1, 1]))
 
 
 def test_emoji_archive(root, child_env, tmp_path):

@@ -112,6 +112,7 @@ def test_generate(made, code):
     model = modeling.from_pretrained(made[3])
     images = sample.generate(model, 5, labels=[3, "7"], seed=2, steps=2, batch_size=2)
     np.testing.assert_array_equal(images[:3], sample.generate(model, 3, labels=[3, 7], seed=2, steps=2, batch_size=1))
+    np.testing.assert_array_equal(images[:1], sample.generate(model, 1, labels=3, seed=2, steps=2))
     method = "heun" if model.config["diffusion"]["process"] == "ddpm" else "ddim"
     for changes, message in (
         (dict(step=2), r"unknown settings \['step'\]; there are"),

@@ -79,7 +79,7 @@ def _open(folder) -> Run:
         raise EvaluationError(f"{folder} is no run folder that can be compared ({first_line(error)})") from error
     if not any("loss" in line for line in lines):
         raise EvaluationError(f"{folder} has no metrics yet; its first line appears after config.log.every steps")
-    flops = {name: count_flops(config, name, 1) * config.stage[name].batch_size for name in config.stages}
+    flops = {name: count_flops(config, name, config.stage[name].batch_size) for name in config.stages}
     return Run(folder.name, folder, config, lines, flops)
 
 
@@ -176,8 +176,8 @@ def _samples(runs: list[Run]) -> str:
             figures.append(
                 f"<figure><figcaption>{caption}</figcaption>{img(grids[-1].read_bytes(), 'samples')}</figure>"
             )
-            c = run.config
-            noise.add((c.seed, c.data.image_size, c.data.channels, c.model.wavelet_scale > 0, c.preview))
+            c, grid = run.config, (run.config.preview.rows, run.config.preview.columns)
+            noise.add((c.seed, c.data.image_size, c.data.channels, c.model.wavelet_scale > 0, grid))
     if not figures:
         return ""
     same = "Images at the same place begin with the same noise."

@@ -40,6 +40,9 @@ META = dict(stage=str, stage_step=int, past=dict, data=dict, window=dict, classe
 META |= dict(images=(int, type(None)))  # number; None: converted from another format
 
 
+_NONE, _UNREADABLE = -1, -2  # in place of the step of a checkpoint
+
+
 class _Manager(ocp.CheckpointManager):
     """Orbax's manager without its calls of JAX's preemption service, which `processes.stop_requested` calls every step.
 
@@ -77,21 +80,36 @@ class Checkpoints:
         """Step of the newest checkpoint that can be read, the same in all processes; None if there is none.
 
         A newer one that cannot be read is logged and renamed to STEP.damaged, because its step will be saved again.
+
+        Raises:
+          CheckpointError: there are checkpoints, but none can be read. They stay: the disk may be at fault.
         """
-        step = None
-        if processes.is_first():
-            self._clear_away()
-            step = self.latest()
-            while step is not None:
-                try:
-                    check(self.folder / str(step))
-                    break
-                except CheckpointError as error:
-                    aside, step = self._move_aside(step), self.latest()
-                    log.warning("%s; renamed to %s, resuming from %s", error, aside, step or "the start")
-        step = int(processes.gather(-1 if step is None else step)[0])  # they may see a shared disk differently
-        self._last = None if step < 0 else step
+        step = self._set_damaged_aside() if processes.is_first() else 0
+        step = int(processes.gather(step)[0])  # they may see a shared disk differently
+        if step == _UNREADABLE:
+            raise CheckpointError(
+                f"no checkpoint in {self.folder} can be read; if the disk is in order, remove them to start anew"
+            )
+        self._last = None if step == _NONE else step
         return self._last
+
+    def _set_damaged_aside(self) -> int:
+        """Rename the checkpoints after the newest readable one; return its step, or `_NONE` or `_UNREADABLE`."""
+        self._clear_away()
+        damaged = {}
+        for step in _finished(self.folder):
+            try:
+                check(self.folder / str(step))
+                break
+            except CheckpointError as error:
+                damaged[step] = error
+        else:
+            for error in damaged.values():
+                log.error("%s", error)
+            return _UNREADABLE if damaged else _NONE
+        for other, error in damaged.items():
+            log.warning("%s; renamed to %s, resuming from %d", error, self._move_aside(other), step)
+        return step
 
     def _clear_away(self) -> None:
         """Rename folders that are no checkpoints; Orbax would delete them among the oldest checkpoints."""

@@ -89,12 +89,12 @@ def train(config: Config, data, workdir, *, make_hooks=lambda run: (), devices=N
         checkpoints = Checkpoints(folder, keep=config.checkpoint.keep, keep_steps=ends)
         closing.callback(checkpoints.close)
         start = begin(config, network, mesh, checkpoints, data)
-        if processes.is_first():
-            write_atomically(workdir / "config.json", json.dumps(config_lib.to_dict(config), indent=2).encode())
         done = ends[start.stage] - config.stage[config.stages[start.stage]].steps + int(start.state.step)
         if done == ends[-1]:
             log.info("nothing left to do: %s finished all %d steps", folder, done)
             return checkpoints.folder / str(done)
+        if processes.is_first():
+            write_atomically(workdir / "config.json", json.dumps(config_lib.to_dict(config), indent=2).encode())
         table = parameter_overview.get_parameter_overview(start.state.params, include_stats=False)
         log.debug("parameters\n%s", table)  # into log.txt alone
         log.info("%s parameters", f"{sum(leaf.size for leaf in jax.tree.leaves(start.state.params)):,}")

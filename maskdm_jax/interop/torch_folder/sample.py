@@ -226,7 +226,7 @@ def generate(model, n: int, labels=None, seed: int = 0, batch_size: int = 64, **
 
     Args:
       model: from `modeling.from_pretrained`, on any device.
-      labels: class numbers or names to cycle through; None means all classes of a conditional model.
+      labels: a class, by number or name, or several to cycle through; None means all of a conditional model.
       settings: replace those of config.json's `sampling`, such as steps=20 or guidance=1.5.
     """
     if n < 1:
@@ -299,6 +299,7 @@ def checked(config: dict, settings: dict) -> dict:
 
 def class_numbers(classes: list, labels) -> list | None:
     """Numbers of the classes to cycle through."""
+    labels = [labels] if isinstance(labels, int | str) else labels
     if not classes:
         if labels:
             raise ValueError("the network has no classes; leave labels out")
