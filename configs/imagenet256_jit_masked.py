@@ -4,9 +4,9 @@
 
 Data: python launch/prepare_data.py --src=IMAGENET --size=256 --crop=adm --labels --out=data/imagenet256
 Hardware: 4 accelerators of 80 GB or 16 of 16 GB; fewer or smaller ones with micro_batches or remat.
-Expected cost, computed, not measured: 250.2k x 1024 images x 0.0459 TFLOP
- + 175.1k x 1024 images x 0.153 TFLOP
-= 39.1 EFLOP, about 36.2 hours of one H100 at 300 TFLOP/s; docs/speed.md measures 228 and 312 TFLOP/s.
+Expected cost, computed, not measured: 250.2k x 1024 images x 0.0451 TFLOP
+ + 175.1k x 1024 images x 0.152 TFLOP
+= 38.8 EFLOP, about 35.9 hours of one H100 at 300 TFLOP/s; docs/speed.md measures 228 and 312 TFLOP/s.
 The numbers of steps are ours: the two stages cost as much as configs/imagenet256_jit.py.
 """
 

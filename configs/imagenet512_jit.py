@@ -4,8 +4,8 @@
 
 Data: python launch/prepare_data.py --src=IMAGENET --size=512 --crop=adm --labels --out=data/imagenet512
 Hardware: 4 accelerators of 80 GB or 16 of 16 GB; fewer or smaller ones with micro_batches or remat.
-Expected cost, computed, not measured: 250.2k x 1024 images x 0.156 TFLOP
-= 39.9 EFLOP, about 36.9 hours of one H100 at 300 TFLOP/s; docs/speed.md measures 228 and 312 TFLOP/s.
+Expected cost, computed, not measured: 250.2k x 1024 images x 0.155 TFLOP
+= 39.7 EFLOP, about 36.8 hours of one H100 at 300 TFLOP/s; docs/speed.md measures 228 and 312 TFLOP/s.
 """
 
 from maskdm_jax import config

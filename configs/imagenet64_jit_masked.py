@@ -4,9 +4,9 @@
 
 Data: python launch/prepare_data.py --dataset=imagenet64 --src=DOWNLOADS --out=data/imagenet64
 Hardware: 4 accelerators of 80 GB or 16 of 16 GB; fewer or smaller ones with micro_batches or remat.
-Expected cost, computed, not measured: 250.2k x 1024 images x 0.0456 TFLOP
- + 175.1k x 1024 images x 0.152 TFLOP
-= 38.9 EFLOP, about 36.0 hours of one H100 at 300 TFLOP/s; docs/speed.md measures 228 and 312 TFLOP/s.
+Expected cost, computed, not measured: 250.2k x 1024 images x 0.0448 TFLOP
+ + 175.1k x 1024 images x 0.151 TFLOP
+= 38.5 EFLOP, about 35.7 hours of one H100 at 300 TFLOP/s; docs/speed.md measures 228 and 312 TFLOP/s.
 The numbers of steps are ours: the two stages cost as much as 200 epochs without a mask.
 """
 

@@ -11,6 +11,7 @@ from PIL import Image
 from maskdm_jax.config import to_dict
 from maskdm_jax.errors import EvaluationError
 from maskdm_jax.tools import compare
+from maskdm_jax.tools.cost import count_flops
 
 
 def fake_run(folder, lines, grid=True, **changes):
@@ -55,6 +56,7 @@ def test_images_and_flops_along_a_run(runs):
     run = compare._open(runs[0])
     assert run.borders() == [4]
     assert run.flops["pretrain"] < run.flops["finetune"]
+    assert run.flops["pretrain"] == count_flops(run.config, "pretrain", 8), "of a batch: AdamW's count once"
     assert run.along(3) == (24, 3 * run.flops["pretrain"])
     assert run.along(6) == (48, 4 * run.flops["pretrain"] + 2 * run.flops["finetune"])
     np.testing.assert_array_equal(run.points("images_per_second")[:, 1], 10.0 * np.arange(1, 7))

@@ -152,14 +152,9 @@ def read_range(path: str, start: int, size: int) -> bytes:
         store, name = fsspec.core.url_to_fs(path)
         found = store.cat_file(name, start=start, end=start + size) if size else b""
     else:
-        file = os.open(path, os.O_RDONLY)  # for each read: a set may have more files than a process may open
-        try:
-            found = b""
-            # A call reads 2 GiB at most.
-            while len(found) < size and (part := os.pread(file, size - len(found), start + len(found))):
-                found += part
-        finally:
-            os.close(file)
+        with open(path, "rb") as file:  # for each read: a set may have more files than a process may open
+            file.seek(start)
+            found = file.read(size)
     if len(found) < size:
         raise DataError(f"{path} ends before byte {start + size}; copy it again")
     return found
