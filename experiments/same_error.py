@@ -39,24 +39,28 @@ def main(argv):
 
 def averaged(rows) -> list[dict]:
     """Points with the average error of the rows with equal FLOPs, to two digits, by FLOPs."""
-    groups = collections.defaultdict(dict)
-    for row in rows:
-        groups[float(f"{row['flops']:.1e}")][row["run"], row["seed"]] = row  # each seed counts once
+    groups = [{(row["run"], row["seed"]): row for row in group} for group in by_flops(rows)]  # each seed counts once
     average = lambda group: np.exp(np.mean([np.log(row["denoising"]) for row in group], 0))
-    points = [list(groups[flops].values()) for flops in sorted(groups)]
-    return [dict(flops=statistics.mean(row["flops"] for row in rows), denoising=average(rows)) for rows in points]
+    return [point(group.values(), average) for group in groups]
 
 
 def lowest(curves: list[list[dict]]) -> list[dict]:
     """The lowest error at each noise level, by FLOPs, of curves from `averaged`."""
+    least = lambda group: np.min([row["denoising"] for row in group], 0)
+    return [point(group, least) for group in by_flops(itertools.chain(*curves))]
+
+
+def by_flops(rows) -> list[list[dict]]:
+    """Groups of rows with equal FLOPs, to two digits, in the order of the FLOPs."""
     groups = collections.defaultdict(list)
-    for point in itertools.chain(*curves):
-        groups[float(f"{point['flops']:.1e}")].append(point)
-    at = lambda group: dict(
-        flops=statistics.mean(point["flops"] for point in group),
-        denoising=np.min([point["denoising"] for point in group], 0),
-    )
-    return [at(groups[flops]) for flops in sorted(groups)]
+    for row in rows:
+        groups[float(f"{row['flops']:.1e}")].append(row)
+    return [groups[flops] for flops in sorted(groups)]
+
+
+def point(group, error) -> dict:
+    """One point for a group of rows: their mean FLOPs, and their `error`, a function of the group."""
+    return dict(flops=statistics.mean(row["flops"] for row in group), denoising=error(group))
 
 
 def ratios(row: dict, dense: list[dict]) -> list[float]:

@@ -16,7 +16,9 @@ OUT = flags.DEFINE_string("out", "interpolation.png", "PNG file to write; its ou
 N = flags.DEFINE_integer("n", 9, "Images per row between the outer columns.", lower_bound=2)
 START = flags.DEFINE_integer("start", 500, "Time step to which both images are noised.")
 SEEDS = flags.DEFINE_integer("seeds", 3, "Number of rows, each with its own noise.", lower_bound=1)
-LABEL = flags.DEFINE_string("label", None, "Class, by name or number; models trained with labels only need one.")
+LABEL = flags.DEFINE_string(
+    "label", None, "Class, by name or number; a model that was trained only with labels needs one."
+)
 WEIGHTS = flags.DEFINE_string("weights", "ema", "Averaged (ema; ema2, ... if there are more) or raw weights (params).")
 
 

@@ -78,7 +78,7 @@ def check(config: Config) -> None:
         )
     network = make_network(config)
     for remat in {stage.remat for stage in config.stage.values()}:
-        make_network(config, remat=remat)
+        make_network(config, remat=remat)  # that of a later stage would otherwise fail after days
     make_loss(config, network)
     make_sampler(config, network)
     check_settings(config.evaluation)
@@ -175,7 +175,8 @@ def warnings_of(config: Config) -> list[str]:
     if widths[narrowest] < numbers and not outputs_data:
         lines.append(
             f"a patch has {numbers} values but config.model.{narrowest} is only {widths[narrowest]}, too narrow to "
-            "represent the noise of a patch; use a smaller patch_size, a larger width, or the objective x0"
+            f"represent the noise of a patch; use a smaller patch_size, a larger {narrowest}, or the objective x0 of "
+            "ddpm or flow"
         )
     stages = [config.stage[name] for name in config.stages]
     if config.model.outer_blocks and not any(stage.hides or stage.shallow for stage in stages):
@@ -218,7 +219,9 @@ def _long_emas(stage: Stage, name: str, steps: int) -> list[str]:
                 f"{setting} or {name}.ema_every={stage.ema_every}, or train longer"
             )
         if sizes.tobytes() in known:
-            lines.append(f"{setting} has no effect: the law 'reference' does not reach it in {steps} steps")
+            lines.append(
+                f"{setting} has no effect: in {steps} steps, the law {stage.ema_law!r} gives an equal EMA twice"
+            )
         known.add(sizes.tobytes())
     return lines
 

@@ -124,6 +124,10 @@ class TrainedModel:
     mesh: jax.sharding.Mesh  # of this process's devices
     converted: bool = False  # from a file of other code, which may have trained it in ways that no config tells
 
+    def untrained(self, weak: str) -> str:
+        """What training lacks for a weak prediction of guidance; see `Config.untrained`."""
+        return "" if self.converted else self.config.untrained(weak)
+
     def sample(self, n: int, *, labels=None, seed: int = 0, batch_size: int = 64, **sampling) -> np.ndarray:
         """Generate images 0..n-1 of a seed, uint8 [n, S, S, C].
 
@@ -165,14 +169,13 @@ def _labels_of(model: TrainedModel, labels, n: int) -> jax.Array | None:
     """Class numbers of n images, int32 [n], of one or several classes to cycle through; None stays None.
 
     Raises:
-      SamplingError: there is no such class, or None was given for a model that was trained with labels only.
+      SamplingError: there is no such class, or None was given for a model that was trained only with labels.
     """
     if labels is not None:
         return jnp.asarray(np.resize(label_cycle(model, labels), n), jnp.int32)
-    config = model.config
-    only_labelled = config.model.wavelet_scale or (not model.converted and config.untrained("unlabelled"))
-    if config.model.num_classes and only_labelled:
-        raise SamplingError(f"{model.checkpoint} was trained with labels only; give one of {model.classes}")
+    config = model.config.model
+    if config.num_classes and (config.wavelet_scale or model.untrained("unlabelled")):
+        raise SamplingError(f"{model.checkpoint} was trained only with labels; give one, such as {model.classes[0]!r}")
     return None
 
 
@@ -185,8 +188,7 @@ def with_sampling(model: TrainedModel, changes: dict) -> TrainedModel:
     """
     raw = to_dict(model.config)
     config = parse(raw | dict(sampling=raw["sampling"] | changes))
-    wanted = config.sampling.guidance and not model.converted and config.untrained(config.sampling.weak)
-    if wanted:
+    if config.sampling.guidance and (wanted := model.untrained(config.sampling.weak)):
         raise SamplingError(
             f"{model.checkpoint} was not trained for the weak prediction of guidance={config.sampling.guidance:g}, "
             f"{config.sampling.weak!r}; that needs {wanted}"

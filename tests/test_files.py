@@ -69,6 +69,13 @@ def test_a_compressed_tar_is_named_as_one(tar, tmp_path, opener, suffix):
 
 
 def test_a_range_of_a_file(tmp_path):
+    """Also of more than 2 GiB, which Linux reads in several calls."""
+    with (tmp_path / "sparse").open("wb") as file:
+        file.truncate(2**31 + 100)
+        file.seek(0, os.SEEK_END)
+        file.write(b"end")
+    found = read_range(str(tmp_path / "sparse"), 1, 2**31 + 102)
+    assert (len(found), found[-4:]) == (2**31 + 102, b"\0end")
     (tmp_path / "file").write_bytes(bytes(range(100)))
     assert read_range(str(tmp_path / "file"), 10, 50) == bytes(range(10, 60))
     with pytest.raises(DataError, match="file ends before byte 101; copy it again"):

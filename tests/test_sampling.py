@@ -280,7 +280,7 @@ def test_bad_interpolations_are_refused(loaded, run):
         lambda: sampling.interpolate(labelled, image, image, n=3, start=10),
         lambda: labelled.denoise(np.zeros((2, 8, 8, 1)), 0.5),
     ):
-        with pytest.raises(SamplingError, match=r"was trained with labels only; give one of \['0', '1', "):
+        with pytest.raises(SamplingError, match="was trained only with labels; give one, such as '0'"):
             call()
     assert labelled.denoise(np.zeros((2, 8, 8, 1)), 0.5, labels=1).shape == (2, 8, 8, 1)
 

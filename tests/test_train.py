@@ -421,6 +421,8 @@ def test_a_network_too_narrow_for_its_patches_is_told():
     assert "a patch has 64 values but config.model.width is only 16" in line
     assert not told(tiny.config())
     assert not told(tiny.config(model__patch_size=8, diffusion__objective="x0"))
+    (line,) = told(tiny.config(**tiny.JIT, model__patch_size=4, model__depth=3))
+    assert "a patch has 16 values but config.model.jit.bottleneck is only 4" in line
 
 
 def test_bfloat16_trains(reference_losses):
